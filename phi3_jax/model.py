@@ -1,0 +1,295 @@
+"""The decoder, top to bottom: tokens -> embeddings -> decoder layers -> norm -> logits.
+
+Axis letters, here and everywhere: B batch, T query, S key, N query heads, K key-value heads, G = N/K query heads that
+share a key-value head, H head dim, D model, F ffn, V vocab, L layer.
+
+Weights keep Hugging Face's names and its [out, in] orientation. Those of the decoder layers are stacked over L, in one
+tree that is walked in two ways: training scans over slices of the stack (gradients stay per layer), inference scans
+over the layer's index and reads the stack in place (nothing is copied before a matrix product).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.cache import KVCache
+from phi3_jax.config import Phi3Config
+from phi3_jax.masks import attention_mask, sequence_lengths
+from phi3_jax.rope import cos_sin, rotate
+
+Walk = Literal["slice", "index"]
+Capture = Literal["hidden_states", "attention"]
+Context = dict[str, Any]  # what all layers share in one call: positions, cos, sin, mask
+
+
+def linear(x: jax.Array, weight: jax.Array, layer: jax.Array | None = None, dtype: Any = None) -> jax.Array:
+    """x @ weight.T: x [..., in], weight [out, in], or a stack [L, out, in] of which `layer` names one -> [..., out]."""
+    if layer is not None:
+        weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    # Without HIGHEST, accelerators multiply float32 matrices with the precision of bfloat16 or TF32.
+    return jnp.einsum("...i,oi->...o", x, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scaled dot-product attention; G query heads share a key-value head, which is never repeated in memory.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, S, H].
+      mask: bool [B, T, S]. A query that sees no key (padding) gets the mean of all values, not NaN.
+
+    Returns:
+      The output [B, T, N, H] and the attention probabilities [B, N, T, S], both in q's dtype.
+    """
+    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    q = q.reshape(B, T, K, N // K, H)
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=exact, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("BKGTS,BKSH->BTKGH", probs, v, precision=exact)
+    return out.reshape(B, T, N, H), probs.reshape(B, N, T, S)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, layer: jax.Array | None = None) -> jax.Array:
+    """RMSNorm (arXiv:1910.07467) of x [..., D]: normalised in float32, cast back, scaled in the model's dtype.
+
+    weight is [D], or a stack [L, D] of which `layer` names one.
+    """
+    if layer is not None:
+        weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return weight * normed.astype(x.dtype)
+
+
+class Weight(nn.Module):
+    """One weight, declared at its shape for one layer; whatever is stored under its name is handed out as it is."""
+
+    shape: tuple[int, ...]
+    initializer: Callable[..., jax.Array]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        # `self.param` would refuse a stack, or a weight packed for a kernel: their shapes are not the declared one.
+        if self.has_variable("params", "weight"):
+            return self.get_variable("params", "weight")
+        return self.param("weight", self.initializer, self.shape, jnp.float32)
+
+
+def matrix(config: Phi3Config, out: int, in_: int) -> Weight:
+    """The weight of a linear map or an embedding, [out, in]."""
+    return Weight((out, in_), nn.initializers.normal(config.initializer_range))
+
+
+def scale(config: Phi3Config) -> Weight:
+    """The weight of an RMSNorm, [D]."""
+    return Weight((config.hidden_size,), nn.initializers.ones)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; keys and values go through the cache where there is one."""
+
+    config: Phi3Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.qkv_proj = matrix(c, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, c.hidden_size)
+        self.o_proj = matrix(c, c.hidden_size, c.num_attention_heads * c.head_dim)
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: KVCache | None, number: jax.Array, layer: jax.Array | None
+    ) -> tuple[jax.Array, KVCache | None, jax.Array]:
+        """x [B, T, D] -> (output [B, T, D], cache, probabilities [B, N, T, S])."""
+        N, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv = linear(x, self.qkv_proj(), layer)
+        qkv = qkv.reshape(*x.shape[:2], N + 2 * K, self.config.head_dim)
+        q, k, v = jnp.split(qkv, [N, N + K], axis=2)  # [B, T, N | K | K, H]
+        q, k = (rotate(each, context["cos"], context["sin"]) for each in (q, k))
+        if cache is None:
+            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        else:
+            cache = cache.write(number, context["positions"], k, v)
+            keys, values = cache.read(number)
+        out, probs = attention(q, keys, values, context["mask"])
+        return linear(out.reshape(*x.shape[:2], -1), self.o_proj(), layer), cache, probs
+
+
+class MLP(nn.Module):
+    """The gated feed-forward block: down(up * silu(gate))."""
+
+    config: Phi3Config
+
+    def setup(self) -> None:
+        self.gate_up_proj = matrix(self.config, 2 * self.config.intermediate_size, self.config.hidden_size)
+        self.down_proj = matrix(self.config, self.config.hidden_size, self.config.intermediate_size)
+
+    def __call__(self, x: jax.Array, layer: jax.Array | None) -> jax.Array:
+        gate, up = jnp.split(linear(x, self.gate_up_proj(), layer), 2, axis=-1)
+        return linear(up * jax.nn.silu(gate), self.down_proj(), layer)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each on the normalised input and added to the residual stream."""
+
+    config: Phi3Config
+    walk: Walk
+    capture: tuple[Capture, ...] = ()
+
+    def setup(self) -> None:
+        self.input_layernorm = scale(self.config)
+        self.self_attn = Attention(self.config)
+        self.post_attention_layernorm = scale(self.config)
+        self.mlp = MLP(self.config)
+
+    def __call__(
+        self, carry: tuple[jax.Array, KVCache | None], number: jax.Array, context: Context
+    ) -> tuple[tuple[jax.Array, KVCache | None], dict[str, jax.Array]]:
+        """One step of the scan over layers: carry = (residual stream [B, T, D], cache), number = the layer's index."""
+        x, cache = carry
+        layer = number if self.walk == "index" else None
+        eps = self.config.rms_norm_eps
+        normed = rms_norm(x, self.input_layernorm(), eps, layer)
+        attended, cache, probs = self.self_attn(normed, context, cache, number, layer)
+        x = x + attended
+        x = x + self.mlp(rms_norm(x, self.post_attention_layernorm(), eps, layer), layer)
+        seen = {"hidden_states": x, "attention": probs}
+        return (x, cache), {name: seen[name] for name in self.capture}
+
+
+class Phi3(nn.Module):
+    """A Phi-3 language model.
+
+    `Phi3(config).apply({"params": params}, tokens)` computes logits; `init` makes random weights.
+
+    Attributes:
+      config: the sizes.
+      walk: how the stack of layer weights is read: "slice" (training), "index" (inference), or None: "index" when there
+        is a cache, else "slice", through which gradients are cheap. The numbers are the same.
+      remat: recompute each layer's inside in the backward pass instead of keeping it.
+    """
+
+    config: Phi3Config
+    walk: Walk | None = None
+    remat: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = matrix(c, c.vocab_size, c.hidden_size)
+        self.norm = scale(c)
+        if not c.tie_word_embeddings:
+            self.lm_head = matrix(c, c.vocab_size, c.hidden_size)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rope_lengths: jax.Array | None = None,
+        capture: Sequence[Capture] = (),
+    ) -> Any:
+        """Logits of the next token, for every token.
+
+        Args:
+          tokens: int [B, T].
+          positions: int32 [B, T], -1 for padding; by default 0, 1, 2, ... or on from what the cache holds.
+          segments: int32 [B, T], ids in [0, T), of sequences packed into one row; positions then restart with each.
+          cache: keys and values of earlier tokens, to be extended; positions must stay below its capacity.
+          rope_lengths: int32, broadcastable to [B, T]: the sequence lengths by which LongRoPE picks its factors; by
+            default every sequence's own number of tokens. Keys that are already in a cache keep the factors that they
+            were written with.
+          capture: which intermediate values to return as well.
+
+        Returns:
+          logits float32 [B, T, V]; with a cache (logits, cache); with `capture` one more element at the end, a dict
+          with "hidden_states" [L+1, B, T, D] (the embeddings, then the output of each layer) and/or "attention"
+          [L, B, N, T, S].
+
+        Raises:
+          ValueError: arguments that contradict one another.
+        """
+        x, cache_out, captured = self.hidden(tokens, positions, segments, cache, rope_lengths, capture)
+        result: list[Any] = [self.unembed(x)]
+        result += [] if cache is None else [cache_out]
+        result += [captured] if capture else []
+        return result[0] if len(result) == 1 else tuple(result)
+
+    @nn.compact
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rope_lengths: jax.Array | None = None,
+        capture: Sequence[Capture] = (),
+    ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+        """Everything before the output head, arguments as in `__call__` -> (x [B, T, D], cache, captured values)."""
+        _check(tokens, segments, cache, capture)
+        if positions is None:
+            steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to(steps if cache is None else cache.lengths[:, None] + steps, tokens.shape)
+        if cache is not None:
+            cache = cache.claim(positions)
+        k_positions = positions if cache is None else cache.positions
+        if rope_lengths is None:
+            rope_lengths = sequence_lengths(k_positions, segments)
+
+        x = self.embed(tokens)
+        cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
+        mask = attention_mask(positions, k_positions, self.config.sliding_window, segments, segments)
+        context = {"positions": positions, "cos": cos, "sin": sin, "mask": mask}
+
+        layers = self._layers(cache, tuple(capture))
+        (out, cache), captured = layers((x, cache), jnp.arange(self.config.num_hidden_layers), context)
+        if "hidden_states" in captured:
+            captured["hidden_states"] = jnp.concatenate([x[None], captured["hidden_states"]])
+        return rms_norm(out, self.norm(), self.config.rms_norm_eps), cache, captured
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens int [B, T] -> [B, T, D]; an id outside of the vocabulary gives NaN rather than another token's row."""
+        x = jnp.take(self.embed_tokens(), tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        is_pad = (tokens == self.config.pad_token_id)[..., None] if self.config.pad_token_id is not None else False
+        return jnp.where(is_pad, jax.lax.stop_gradient(x), x)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> logits float32 [..., V]."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return linear(x, head(), dtype=jnp.float32)
+
+    def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> nn.Module:
+        """The decoder layers as one scanned module, whose parameters are stacked over L."""
+        walk = self.walk or ("slice" if cache is None else "index")
+        if self.is_initializing():
+            walk = "slice"  # only slices have the shapes that are declared for one layer
+        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        scan = nn.scan(
+            layer,
+            variable_axes={"params": 0} if walk == "slice" else {},
+            variable_broadcast=False if walk == "slice" else "params",
+            split_rngs={"params": walk == "slice"},
+            in_axes=(0, nn.broadcast),
+            length=self.config.num_hidden_layers,
+        )
+        return scan(self.config, walk, capture, name="layers")
+
+
+def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None, capture: Sequence[Capture]) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.dtype} {tokens.shape}")
+    if unknown := set(capture) - {"hidden_states", "attention"}:
+        raise ValueError(f"cannot capture {sorted(unknown)}: known are 'hidden_states' and 'attention'")
+    if cache is None:
+        return
+    if segments is not None:
+        raise ValueError("packed segments and a cache cannot be combined: a cache row is one sequence")
+    if cache.positions.shape[0] != tokens.shape[0] or tokens.shape[1] > cache.capacity:
+        rows, capacity = cache.positions.shape
+        raise ValueError(f"tokens {tokens.shape} do not fit a cache of {rows} rows and {capacity} slots")

@@ -1,0 +1,153 @@
+"""Hugging Face safetensors folders: tensors mapped from one file or several, and written back.
+
+The header is read here and not through the safetensors package, which hands out copies at 1.6 GB/s where a mapped file
+copies at memory speed (BUILD_NOTES.md); writing goes through the package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from phi3_jax.weights import TensorSource
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_FLOATS: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+def read_folder(folder: Path) -> dict[str, TensorSource]:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Raises:
+      FileNotFoundError: neither is there, or a shard is missing.
+      ValueError: a file is damaged, a tensor is not of a float type, or stands in two shards.
+    """
+    files = _files(folder)
+    sources: dict[str, TensorSource] = {}
+    duplicates = []
+    for file in files:
+        tensors = read_file(file)
+        duplicates += sorted(sources.keys() & tensors.keys())
+        sources |= tensors
+    if duplicates:
+        raise ValueError(f"{folder}: tensors stand in more than one file: {duplicates}")
+    # Old checkpoints carry the rotary frequencies, which follow from the configuration.
+    return {name: source for name, source in sources.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def read_file(path: Path) -> dict[str, TensorSource]:
+    """The tensors of one safetensors file; every size in its header is checked against the file's.
+
+    Raises:
+      ValueError: the header is damaged, or the file is shorter or longer than it says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise _damaged(path, f"its header claims {length} bytes of a file of {size}")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"its header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a dictionary")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    sources, end = {}, start
+    for name, entry in header.items():
+        source, stop = _tensor(path, name, entry, start, size)
+        sources[name], end = source, max(end, stop)
+    if end != size:
+        raise _damaged(path, f"its tensors end at byte {end} of {size}")
+    return sources
+
+
+def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_size: int) -> None:
+    """Writes tensors as one file, or as shards of at most `max_shard_size` bytes (unless one tensor is larger)."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_size:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        safetensors.numpy.save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; download the weights into it")
+        return [folder / SINGLE]
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index}: shards must be files of the same folder, not {outside}")
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise FileNotFoundError(f"{folder}: shards {absent} are missing; download them again")
+    return [folder / name for name in names]
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[TensorSource, int]:
+    """Checks one header entry -> (the tensor, the byte of the file where it ends)."""
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and isinstance(kind, str)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise _damaged(path, f"the header entry of {name!r} cannot be read")
+    if kind not in _FLOATS:
+        raise ValueError(
+            f"{path}: tensor {name} has dtype {kind}, but only {sorted(_FLOATS)} can be loaded; "
+            "take the unquantised checkpoint"
+        )
+    dtype = _FLOATS[kind]
+    if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
+        raise _damaged(path, f"tensor {name} {list(shape)} does not fit bytes {begin} to {end} of {size - start}")
+
+    def read() -> np.ndarray:
+        # Mapped for each read and dropped with the result, so that pages do not pile up in memory.
+        return np.memmap(path, dtype, "r", start + begin, shape) if end > begin else np.zeros(shape, dtype)
+
+    return TensorSource(shape, dtype.name, read), start + end
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"duplicate names {sorted({key for key in keys if keys.count(key) > 1})[:8]}")
+    return dict(pairs)
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path}: the file is damaged or incomplete: {what}; download it again")
