@@ -6,15 +6,15 @@ phi3-generate --checkpoint demo --prompt "The capital of France is"
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 import jax
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
 
 from .generate import Timings, stream
+from .program import run_program
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -95,24 +95,18 @@ def report(timings: Timings, prompt_tokens: int, new_tokens: int) -> str:
     return " | ".join([*parts, f"compile {timings.compile:.2f} s"])
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program; bad input ends it with one line on standard error and exit code 1."""
-    if argv[1:]:
-        sys.exit(f'phi3-generate: unexpected arguments {list(argv[1:])}; quote the prompt: --prompt "two words"')
-    try:
-        checkpoint = load_with_progress(_CHECKPOINT.value, _DTYPE.value)
-        ids = prompt_ids(checkpoint)
-        timings, count, interrupted = answer(checkpoint, ids)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"phi3-generate: {error}")
+def main() -> int:
+    """Loads, answers, reports."""
+    checkpoint = load_with_progress(_CHECKPOINT.value, _DTYPE.value)
+    ids = prompt_ids(checkpoint)
+    timings, count, interrupted = answer(checkpoint, ids)
     print(report(timings, len(ids), count), file=sys.stderr)
-    if interrupted:
-        sys.exit(130)
+    return 130 if interrupted else 0
 
 
 def run() -> None:
     """The console script."""
-    app.run(main)
+    run_program("phi3-generate", main)
 
 
 if __name__ == "__main__":

@@ -87,16 +87,21 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        safetensors.numpy.save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        _write(folder / SINGLE, shards[0])
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        _write(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the package makes files that only their owner can read
 
 
 def _files(folder: Path) -> list[Path]:

