@@ -12,7 +12,7 @@ from absl import app, flags
 def run_program(name: str, main: Callable[[], int]) -> None:
     """Parses the flags and runs `main`, whose result is the exit code; bad input becomes one line and exit code 1.
 
-    Errors that bad input causes are ValueError, OSError and ImportError; any other is a fault of ours and is shown whole.
+    Bad input raises ValueError, OSError or ImportError; anything else is a fault of ours and is shown whole.
     """
     module = sys.modules[main.__module__]
     # absl's --help describes the script that was started, which for a console script is a stub without text or flags.

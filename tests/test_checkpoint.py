@@ -151,16 +151,19 @@ def test_truncated_and_scrambled_headers_give_one_clear_error(tiny_folder):
         copy = bytearray(whole)
         copy[random.integers(0, 8 + length)] = random.integers(0, 256)
         damaged.append(bytes(copy))
-    refused = 0
+    refused = sound = 0
     for content in damaged:
         path.write_bytes(content)
         try:
             # What is still a sound header may describe other tensors: that is the name check's business.
             sources = read_file(path)
-            assert sum(np.prod(source.shape) for source in sources.values()) * 1 <= len(content)
         except ValueError as error:
-            assert str(path) in str(error)
-            refused += 1
+            refused += str(error).startswith(str(path))
+        else:
+            sizes = [source.read().nbytes for source in sources.values()]
+            assert sum(sizes) <= len(content)
+            sound += 1
+    assert refused + sound == len(damaged)
     assert refused > 100
 
 
@@ -318,5 +321,5 @@ def test_a_hub_id_fetches_weights_and_data_but_never_code(hub, tiny, tmp_path):
 
 
 def test_a_hub_id_without_a_hub_says_what_to_fetch(hub):
-    with pytest.raises(FileNotFoundError, match="put them into one folder and name that: config.json"):
+    with pytest.raises(FileNotFoundError, match="put them into one folder and name that"):
         phi3_jax.load("microsoft/absent")
