@@ -1,0 +1,156 @@
+"""The header of a GGUF file: metadata and the table of tensors, with every size checked against the file's.
+
+Layout (little endian): magic, version, number of tensors, number of keys; the keys with their values; the table (name,
+dimensions, type, offset); padding; the tensors' bytes. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    _BOOL: "<u1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_MAX_DIMENSIONS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTensor:
+    """One row of the table.
+
+    Attributes:
+      shape: slowest axis first ([out, in]), the reverse of the file's order.
+      kind: number of the tensor type (`gguf.GGMLQuantizationType`).
+      offset: of its first byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Metadata as plain Python values, and the tensors by name.
+
+    Raises:
+      ValueError: the file is no GGUF file, is damaged, or is of a version or byte order that is not supported.
+    """
+    if path.stat().st_size < 24:
+        raise damaged(path, "it is shorter than a header")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        reader = _Reader(path, view)
+        if reader.take(4) != _MAGIC:
+            raise ValueError(f"{path}: not a GGUF file (it does not start with {_MAGIC.decode()})")
+        version = reader.number("<u4")
+        if version not in _VERSIONS:
+            order = "is big-endian" if version & 0xFFFF == 0 else f"has version {version}"
+            raise ValueError(
+                f"{path}: the GGUF file {order}; supported are little-endian files of versions {_VERSIONS}"
+            )
+        tensors, keys = reader.number("<u8"), reader.number("<u8")
+        metadata = _unique(reader, [(reader.string(), reader.value()) for _ in reader.counted(keys, 13)], "key")
+        table = _unique(reader, [_row(reader) for _ in reader.counted(tensors, 24)], "tensor")
+        start = _aligned(reader, metadata.get("general.alignment", 32))
+    return metadata, {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in table.items()}
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error for a file that contradicts itself."""
+    return ValueError(f"{path}: the GGUF file is damaged or incomplete: {what}; download it again")
+
+
+class _Reader:
+    """Takes values from a mapped file, never past its end."""
+
+    def __init__(self, path: Path, view: mmap.mmap):
+        self.path, self.view, self.position = path, view, 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.view) - self.position:
+            raise damaged(self.path, f"{size} bytes expected at byte {self.position} of {len(self.view)}")
+        self.position += size
+        return self.view[self.position - size : self.position]
+
+    def number(self, dtype: str) -> Any:
+        kind = np.dtype(dtype)
+        return np.frombuffer(self.take(kind.itemsize), kind)[0].item()
+
+    def string(self) -> str:
+        try:
+            return self.take(struct.unpack("<Q", self.take(8))[0]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise damaged(self.path, f"a string before byte {self.position} is not UTF-8 ({error.reason})") from None
+
+    def counted(self, count: int, smallest: int) -> range:
+        """range(count), if that many items of at least `smallest` bytes can follow at all."""
+        if count > (len(self.view) - self.position) // smallest:
+            raise damaged(self.path, f"{count} entries announced at byte {self.position} of {len(self.view)}")
+        return range(count)
+
+    def value(self) -> Any:
+        kind = self.number("<u4")
+        return self.array() if kind == _ARRAY else self.single(kind)
+
+    def single(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind not in _NUMBERS:
+            raise damaged(self.path, f"unknown value type {kind} before byte {self.position}")
+        number = self.number(_NUMBERS[kind])
+        return bool(number) if kind == _BOOL else number
+
+    def array(self) -> list[Any]:
+        kind, count = self.number("<u4"), self.number("<u8")
+        if kind == _STRING:
+            return [self.string() for _ in self.counted(count, 8)]
+        if kind not in _NUMBERS:
+            raise damaged(self.path, f"unknown array type {kind} before byte {self.position}")
+        values = np.frombuffer(self.take(count * np.dtype(_NUMBERS[kind]).itemsize), _NUMBERS[kind])
+        return list((values != 0 if kind == _BOOL else values).tolist())
+
+
+def _row(reader: _Reader) -> tuple[str, GgufTensor]:
+    name, dimensions = reader.string(), reader.number("<u4")
+    if dimensions > _MAX_DIMENSIONS:
+        raise damaged(reader.path, f"tensor {name!r} has {dimensions} dimensions")
+    shape = tuple(reader.number("<u8") for _ in range(dimensions))[::-1]
+    kind, offset = reader.number("<u4"), reader.number("<u8")
+    if math.prod(shape) > 8 * len(reader.view) or offset > len(reader.view):
+        raise damaged(
+            reader.path, f"tensor {name!r} {list(shape)} at offset {offset} cannot lie in {len(reader.view)} bytes"
+        )
+    return name, GgufTensor(shape, kind, offset)
+
+
+def _unique(reader: _Reader, pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise damaged(reader.path, f"duplicate {what} names {sorted({n for n in names if names.count(n) > 1})[:5]}")
+    return found
+
+
+def _aligned(reader: _Reader, alignment: Any) -> int:
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        raise damaged(reader.path, f"general.alignment is {alignment!r}, not a power of two from 8 on")
+    return -(-reader.position // alignment) * alignment
