@@ -1,4 +1,4 @@
-"""GGUF files -> the configuration, tensors and tokenizer of a Phi-3 model. Quantised tensors become floats when read."""
+"""GGUF files -> configuration, tensors and tokenizer of a Phi-3 model. Quantised tensors become floats when read."""
 
 from __future__ import annotations
 
@@ -184,7 +184,10 @@ def _long_rope(path: Path, keys: dict[str, Any], table: dict[str, GgufTensor]) -
         return None
     if len(present) == 1 or "rope.scaling.original_context_length" not in keys:
         raise damaged(path, "LongRoPE needs both factor tensors and rope.scaling.original_context_length")
-    short, long = (tuple(_read_tensor(path, table[name]).tolist()) for name in (_SHORT_FACTORS, _LONG_FACTORS))
+    short, long = (
+        tuple(_shortest(value) for value in _read_tensor(path, table[name]).ravel())
+        for name in (_SHORT_FACTORS, _LONG_FACTORS)
+    )
     attention_factor = None if factor is None else _shortest(factor)
     return LongRope(short, long, keys["rope.scaling.original_context_length"], attention_factor=attention_factor)
 
