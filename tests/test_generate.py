@@ -168,7 +168,7 @@ def test_program_answers_and_reports(demo):
         (["--checkpoint", "nowhere", "--prompt", "x"], "phi3-generate: nowhere: no such folder or file"),
         (["--checkpoint", "demo", "--prompt", ""], "phi3-generate: prompt 0 is empty"),
         (["--checkpoint", "demo", "--prompt", "x", "--system", "y"], "phi3-generate: --system needs --chat"),
-        (["--checkpoint", "demo", "--prompt", "two", "words"], "unexpected arguments ['words']; quote the prompt"),
+        (["--checkpoint", "demo", "--prompt", "two", "words"], "unexpected arguments ['words']; quote text"),
     ],
 )
 def test_program_errors_are_one_line(demo, args, message):
