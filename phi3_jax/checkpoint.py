@@ -19,6 +19,7 @@ import numpy as np
 from phi3_jax import safetensors_io
 from phi3_jax.config import Phi3Config
 from phi3_jax.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.tokenizer_gguf import write_tokenizer
 from phi3_jax.weights import OnProgress, Params, assemble, named_tensors
 
 # The whole list of what is ever fetched from a hub: weights and data, never code.
@@ -98,7 +99,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", *, on_progress: O
 
 
 def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size: int = 5_000_000_000) -> None:
-    """Writes a Hugging Face checkpoint that transformers loads bit for bit, with the tokenizer files it came with.
+    """Writes a Hugging Face checkpoint that transformers loads bit for bit, with the tokenizer it came with.
 
     The folder appears whole or not at all. `max_shard_size` is in bytes.
 
@@ -115,9 +116,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size:
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
         eos = list(checkpoint.generation.eos_token_ids) or None
         _write_json(partial / "generation_config.json", ids | {"eos_token_id": eos})
-        for name in _TOKENIZER_FILES:
-            if checkpoint.folder is not None and (checkpoint.folder / name).exists():
-                shutil.copyfile(checkpoint.folder / name, partial / name)
+        _write_tokenizer(checkpoint, partial)
         safetensors_io.write_folder(partial, tensors, max_shard_size)
 
 
@@ -210,6 +209,14 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    if checkpoint.folder is None and checkpoint.tokenizer is not None:
+        write_tokenizer(checkpoint.tokenizer, folder)
+    for name in _TOKENIZER_FILES:
+        if checkpoint.folder is not None and (checkpoint.folder / name).exists():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

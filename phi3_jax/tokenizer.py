@@ -8,7 +8,7 @@ The cut and the way back are the same code for every kind of file; only the enco
 import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,7 @@ class Tokenizer:
         add_bos: whether `encode` starts with bos unless told otherwise. eos is never appended.
         chat_template: jinja2 source, for chat.py.
         source: the file this came from, for messages.
+        document: what a tokenizer.json would say, where there is no such file to copy (GGUF); for `checkpoint.save`.
     """
 
     encoder: PieceEncoder
@@ -67,6 +68,7 @@ class Tokenizer:
     add_bos: bool
     chat_template: str | None
     source: str
+    document: Mapping[str, Any] | None = None
 
     @property
     def vocab_size(self) -> int:

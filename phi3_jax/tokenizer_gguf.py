@@ -1,7 +1,9 @@
 """The tokenizer inside a GGUF file: its `tokenizer.*` metadata, turned into what a tokenizer.json would say."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from phi3_jax.tokenizer import Tokenizer
@@ -32,7 +34,7 @@ _O200K = _split(
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Pre:
     """What `tokenizer.ggml.pre` stands for: how words are split, and llama.cpp's settings that hang on the name."""
 
@@ -80,7 +82,50 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
         add_bos=add_bos,
         chat_template=metadata.get("tokenizer.chat_template"),
         source=path,
+        document=spec,
     )
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a GGUF tokenizer as tokenizer.json and tokenizer_config.json, which transformers reads to the same ids.
+
+    Raises:
+        ValueError: the tokenizer came from files of its own, which are the better copy.
+    """
+    if tokenizer.document is None:
+        raise ValueError(
+            f"{tokenizer.source}: only GGUF tokenizers are written anew; set Checkpoint.folder to copy it."
+        )
+    added = [dataclasses.asdict(token) | {"normalized": False} for token in tokenizer.added_tokens]
+    opening = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    bos = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_id], "tokens": [tokenizer.bos_token]}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [opening, *text],
+        "pair": [opening, *text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {tokenizer.bos_token: bos},
+    }
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": processor if tokenizer.add_bos else None,
+        **tokenizer.document,
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokenizer.bos_token or None,
+        "eos_token": tokenizer.eos_token or None,
+        "chat_template": tokenizer.chat_template,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    given = {key: value for key, value in settings.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
 
 
 def _need(metadata: Mapping[str, Any], key: str, path: str) -> Any:

@@ -333,3 +333,20 @@ def test_a_truncated_real_file(demo, tmp_path):
 def test_the_demo_stops_at_the_ends_of_text_and_turn(demo):
     pieces = [demo.tokenizer.piece(token_id) for token_id in demo.generation.eos_token_ids]
     assert pieces == ["<|endoftext|>", "<|im_end|>"]
+
+
+def test_a_gguf_model_saved_for_hugging_face_is_the_same_with_its_tokenizer(demo, tmp_path):
+    phi3_jax.save(demo, tmp_path / "saved")
+    loaded = phi3_jax.load(tmp_path / "saved")
+    assert loaded.config == dataclasses.replace(demo.config, eos_token_id=loaded.config.eos_token_id)
+    assert loaded.generation == demo.generation
+    for (name, left), (_, right) in zip(named_tensors(loaded.params), named_tensors(demo.params), strict=True):
+        np.testing.assert_array_equal(left, right, err_msg=name)
+    texts = ["Hello 2024!", "<|im_start|>user\n  caf\u00e9 \U0001f600<|im_end|>\n", " a\n\n\tb  12345"]
+    for text in texts:
+        for parse_special in (True, False):
+            expected = demo.tokenizer.encode(text, parse_special=parse_special)
+            assert loaded.tokenizer.encode(text, parse_special=parse_special) == expected
+            assert loaded.tokenizer.decode(expected) == demo.tokenizer.decode(expected)
+    assert loaded.tokenizer.chat_template == demo.tokenizer.chat_template
+    assert loaded.tokenizer.special_ids == demo.tokenizer.special_ids

@@ -1,0 +1,23 @@
+import re
+from pathlib import Path
+
+import phi3_jax
+
+ROOT = Path(phi3_jax.__file__).parent.parent
+
+
+def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert "Paris" in capsys.readouterr().out
+    assert names["seen"]["attention"].shape == (30, 1, 9, 2, 2)
+    assert names["cache"].lengths.tolist() == [2]
+
+
+def test_the_files_that_the_documents_name_exist():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for name in re.findall(r"\]\(([\w/.]+)\)", (ROOT / document).read_text()):
+            assert (ROOT / name).exists(), (document, name)
