@@ -12,31 +12,42 @@ import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
 
+_INT8_MAX = 127
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys and values of every layer. The token at position p of a row lies in slot p of that row.
+    """Rotated keys and values of every layer. The token at position p of a row lies in slot p mod S of that row.
+
+    With as many slots as tokens, that is a full cache. With fewer it is a ring, in which new tokens take the places of
+    the oldest. That is exact for a model with a sliding window as long as S >= window + T - 1 for T tokens at a time:
+    then whatever a token replaces is out of the window of every token written with it.
 
     Attributes:
       k, v: [L, B, K, S, H]; one head's keys lie together, so that a query reads them in one sweep.
       positions: int32 [B, S]: the position of the token in each slot, -1 where there is none.
+      k_scale, v_scale: float32 [L, B, K, S] where k and v are int8: each token's and head's own scale; else None.
     """
 
     k: jax.Array
     v: jax.Array
     positions: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
     @classmethod
     def create(cls, config: Phi3Config, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32) -> KVCache:
-        """An empty cache for `batch` rows of at most `capacity` tokens each."""
+        """An empty cache for `batch` rows of `capacity` slots each; dtype is a float type or int8."""
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         empty = jnp.full((batch, capacity), -1, jnp.int32)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), positions=empty)
+        # Two arrays each: buffers that are donated together must be distinct.
+        scales = [jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, *scales)
 
     @property
     def capacity(self) -> int:
-        """How many tokens a row can hold."""
+        """Number of slots of a row."""
         return self.positions.shape[-1]
 
     @property
@@ -53,17 +64,41 @@ class KVCache:
         """Stores one layer's new keys and values, each [B, T, K, H], in the slots of their positions."""
         rows, slots = self._slots(positions)
         where = (layer, rows, slice(None), slots)
+        k_scale, v_scale = self.k_scale, self.v_scale
+        if k_scale is not None and v_scale is not None:
+            (k, new_k_scale), (v, new_v_scale) = _quantize(k), _quantize(v)
+            k_scale = k_scale.at[where].set(new_k_scale, mode="drop")
+            v_scale = v_scale.at[where].set(new_v_scale, mode="drop")
         return dataclasses.replace(
             self,
             k=self.k.at[where].set(k.astype(self.k.dtype), mode="drop"),
             v=self.v.at[where].set(v.astype(self.v.dtype), mode="drop"),
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
 
     def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, each [B, K, S, H]."""
-        return self.k[layer], self.v[layer]
+        """One layer's keys and values, each [B, K, S, H], as floats."""
+        k, v = self.k[layer], self.v[layer]
+        if self.k_scale is None or self.v_scale is None:
+            return k, v
+        return k * self.k_scale[layer][..., None], v * self.v_scale[layer][..., None]
 
     def _slots(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jnp.arange(positions.shape[0])[:, None]
         # A slot past the end is dropped by the scatter: that is how padding is skipped.
-        return rows, jnp.where(positions >= 0, positions, self.capacity)
+        return rows, jnp.where(positions >= 0, positions % self.capacity, self.capacity)
+
+
+def slots_needed(config: Phi3Config, tokens: int, chunk: int) -> int:
+    """How many slots a row of `tokens` tokens needs when it grows by at most `chunk` at a time."""
+    if config.sliding_window is None:
+        return tokens
+    return min(tokens, config.sliding_window + chunk - 1)
+
+
+def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [B, T, K, H] -> (int8 of the same shape, scales [B, T, K]), each token and head by its largest value."""
+    scale = jnp.abs(x.astype(jnp.float32)).max(axis=-1) / _INT8_MAX
+    safe = jnp.where(scale > 0, scale, 1.0)
+    return jnp.round(x.astype(jnp.float32) / safe[..., None]).astype(jnp.int8), scale

@@ -6,6 +6,7 @@ dimensions, type, offset); padding; the tensors' bytes. https://github.com/ggml-
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import mmap
@@ -32,6 +33,9 @@ _NUMBERS = {
     12: "<f8",
 }
 _MAX_DIMENSIONS = 4
+# Python objects are much larger than the bytes they come from. The largest vocabularies make headers of about 15 MB.
+_MAX_HEADER = 1 << 26
+_MAX_ENTRIES = 1 << 16  # tensors, or keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +72,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
                 f"{path}: the GGUF file {order}; supported are little-endian files of versions {_VERSIONS}"
             )
         tensors, keys = reader.number("<u8"), reader.number("<u8")
-        metadata = _unique(reader, [(reader.string(), reader.value()) for _ in reader.counted(keys, 13)], "key")
-        table = _unique(reader, [_row(reader) for _ in reader.counted(tensors, 24)], "tensor")
-        start = _aligned(reader, metadata.get("general.alignment", 32))
+        if max(tensors, keys) > _MAX_ENTRIES:
+            raise damaged(path, f"{tensors} tensors and {keys} keys: too many entries announced")
+        metadata = _unique(reader, [(reader.string(), reader.value()) for _ in range(keys)], "key")
+        table = _unique(reader, [_row(reader) for _ in range(tensors)], "tensor")
+        alignment = _alignment(path, metadata)
+    start = -(-reader.position // alignment) * alignment
+    if unaligned := [name for name, tensor in table.items() if tensor.offset % alignment]:
+        raise damaged(path, f"tensors {unaligned[:5]} do not start at a multiple of {alignment} bytes")
     return metadata, {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in table.items()}
 
 
@@ -88,6 +97,8 @@ class _Reader:
     def take(self, size: int) -> bytes:
         if size > len(self.view) - self.position:
             raise damaged(self.path, f"{size} bytes expected at byte {self.position} of {len(self.view)}")
+        if size > _MAX_HEADER - self.position:
+            raise damaged(self.path, f"its header is longer than {_MAX_HEADER} bytes")
         self.position += size
         return self.view[self.position - size : self.position]
 
@@ -100,12 +111,6 @@ class _Reader:
             return self.take(struct.unpack("<Q", self.take(8))[0]).decode("utf-8")
         except UnicodeDecodeError as error:
             raise damaged(self.path, f"a string before byte {self.position} is not UTF-8 ({error.reason})") from None
-
-    def counted(self, count: int, smallest: int) -> range:
-        """range(count), if that many items of at least `smallest` bytes can follow at all."""
-        if count > (len(self.view) - self.position) // smallest:
-            raise damaged(self.path, f"{count} entries announced at byte {self.position} of {len(self.view)}")
-        return range(count)
 
     def value(self) -> Any:
         kind = self.number("<u4")
@@ -122,7 +127,8 @@ class _Reader:
     def array(self) -> list[Any]:
         kind, count = self.number("<u4"), self.number("<u8")
         if kind == _STRING:
-            return [self.string() for _ in self.counted(count, 8)]
+            # Each string takes eight bytes at least, so that a wrong count runs into the end of the header.
+            return [self.string() for _ in range(count)]
         if kind not in _NUMBERS:
             raise damaged(self.path, f"unknown array type {kind} before byte {self.position}")
         values = np.frombuffer(self.take(count * np.dtype(_NUMBERS[kind]).itemsize), _NUMBERS[kind])
@@ -135,7 +141,7 @@ def _row(reader: _Reader) -> tuple[str, GgufTensor]:
         raise damaged(reader.path, f"tensor {name!r} has {dimensions} dimensions")
     shape = tuple(reader.number("<u8") for _ in range(dimensions))[::-1]
     kind, offset = reader.number("<u4"), reader.number("<u8")
-    if math.prod(shape) > 8 * len(reader.view) or offset > len(reader.view):
+    if not 0 < math.prod(shape) <= 8 * len(reader.view) or offset > len(reader.view):
         raise damaged(
             reader.path, f"tensor {name!r} {list(shape)} at offset {offset} cannot lie in {len(reader.view)} bytes"
         )
@@ -145,12 +151,13 @@ def _row(reader: _Reader) -> tuple[str, GgufTensor]:
 def _unique(reader: _Reader, pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise damaged(reader.path, f"duplicate {what} names {sorted({n for n in names if names.count(n) > 1})[:5]}")
+        counts = collections.Counter(name for name, _ in pairs)
+        raise damaged(reader.path, f"duplicate {what} names {sorted(n for n in counts if counts[n] > 1)[:5]}")
     return found
 
 
-def _aligned(reader: _Reader, alignment: Any) -> int:
+def _alignment(path: Path, metadata: dict[str, Any]) -> int:
+    alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise damaged(reader.path, f"general.alignment is {alignment!r}, not a power of two from 8 on")
-    return -(-reader.position // alignment) * alignment
+        raise damaged(path, f"general.alignment is {alignment!r}, not a power of two from 8 on")
+    return alignment

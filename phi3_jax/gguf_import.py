@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from phi3_jax.gguf_header import GgufTensor, damaged, read_header
 from phi3_jax.tokenizer import Tokenizer
 from phi3_jax.tokenizer_gguf import tokenizer_from_gguf
 from phi3_jax.weights import TensorSource
+
+_Kind = type | list[type]  # [str] is an array of strings
 
 _ARCHITECTURES = ("phi3", "llama")
 _KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
@@ -38,26 +40,46 @@ _LAYER_PARTS = {
 # phi3 files hold these two already fused.
 _FUSED_PARTS = {"self_attn.qkv_proj.weight": "attn_qkv.weight", "mlp.gate_up_proj.weight": "ffn_up.weight"}
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-# Keys of the architecture that are read here; any other one could change the numbers.
-_KNOWN_KEYS = frozenset(
-    {
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.sliding_window",
-        "attention.value_length",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.attn_factor",
-        "rope.scaling.original_context_length",
-        "vocab_size",
-    }
-)
+# Keys of the architecture that are read here, and their types; any other one could change the numbers.
+_REQUIRED_KEYS: dict[str, _Kind] = {
+    "attention.head_count": int,
+    "attention.layer_norm_rms_epsilon": float,
+    "block_count": int,
+    "context_length": int,
+    "embedding_length": int,
+    "feed_forward_length": int,
+    "rope.freq_base": float,
+}
+_OPTIONAL_KEYS: dict[str, _Kind] = {
+    "attention.head_count_kv": int,
+    "attention.key_length": int,
+    "attention.sliding_window": int,
+    "attention.value_length": int,
+    "rope.dimension_count": int,
+    "rope.scaling.attn_factor": float,
+    "rope.scaling.original_context_length": int,
+    "rope.scaling.type": str,
+    "vocab_size": int,
+}
+# Says how a model was trained, not what it computes.
+_INERT_KEYS = frozenset({"rope.scaling.finetuned"})
+# Written by converters where they do nothing; another value would need code that is not here.
+_FIXED_KEYS = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}
+# Of the file: a damaged byte can turn a number into text, and those who read these keys rely on their types.
+_FILE_KEYS: dict[str, _Kind] = {
+    "general.architecture": str,
+    "split.count": int,
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_space_prefix": bool,
+    "tokenizer.ggml.merges": [str],
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.scores": [float],
+    "tokenizer.ggml.token_type": [int],
+    "tokenizer.ggml.tokens": [str],
+    **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "eom", "unknown", "padding")},
+}
 # A GGUF file has room for one or two end ids, but chat models have more: these texts end a turn in all of them.
 _END_TEXTS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
@@ -87,19 +109,30 @@ def read_gguf(path: Path) -> GgufFile:
     """
     kinds = _tensor_kinds()
     metadata, table = read_header(path)
+    if wrong := _wrong_types(metadata, _FILE_KEYS):
+        raise damaged(path, "; ".join(wrong))
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r} cannot be loaded, only {_ARCHITECTURES}")
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"{path}: one of {metadata['split.count']} parts; merge them into one GGUF file first")
+    keys = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
+    parts = _parts(keys.get("block_count"), architecture, table)
+    if problems := [*_key_problems(keys, architecture, table), *_tensor_problems(parts, table, kinds)]:
+        raise ValueError(f"{path}: not a model that can be loaded: {'; '.join(problems)}")
     _check_extents(path, table, kinds)
-    config = _config(path, metadata, table)
+    config = _config(path, metadata, keys, table)
     tokenizer = tokenizer_from_gguf(metadata, str(path)) if "tokenizer.ggml.model" in metadata else None
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise damaged(path, f"{tokenizer.vocab_size} tokens but an embedding of {config.vocab_size} rows")
-    return GgufFile(config, _tensors(path, config, architecture, table), tokenizer, _end_ids(metadata, tokenizer))
+    rows = {"vocab_size": keys.get("vocab_size"), "tokens": tokenizer.vocab_size if tokenizer else None}
+    if unequal := {name: count for name, count in rows.items() if count not in (None, config.vocab_size)}:
+        raise damaged(path, f"{unequal} but an embedding of {config.vocab_size} rows")
+    sources = {
+        name: _source(path, names, table, config, permuted=architecture == "llama") for name, names in parts.items()
+    }
+    return GgufFile(config, sources, tokenizer, _end_ids(path, metadata, tokenizer, config.vocab_size))
 
 
+@functools.cache
 def _tensor_kinds() -> dict[int, tuple[str, int, int]]:
     """Supported tensor types by number -> (name, values per block, bytes per block)."""
     try:
@@ -110,11 +143,88 @@ def _tensor_kinds() -> dict[int, tuple[str, int, int]]:
     return {int(kind): (name, *gguf.GGML_QUANT_SIZES[kind]) for name, kind in kinds.items()}
 
 
-def _check_extents(path: Path, table: dict[str, GgufTensor], kinds: dict[int, tuple[str, int, int]]) -> None:
-    unsupported = {name: tensor.kind for name, tensor in table.items() if tensor.kind not in kinds}
-    if unsupported:
-        some = dict(list(unsupported.items())[:5])
-        raise ValueError(f"{path}: tensors of unsupported types (by number) {some}; supported are {', '.join(_KINDS)}")
+def _wrong_types(values: Mapping[str, Any], kinds: Mapping[str, _Kind], prefix: str = "") -> list[str]:
+    def fits(value: Any, kind: _Kind) -> bool:
+        if isinstance(kind, list):
+            return isinstance(value, list) and all(fits(first, kind[0]) for first in value[:1])  # arrays have one type
+        return type(value) is kind or (kind is float and type(value) is int)
+
+    def spelled(kind: _Kind) -> str:
+        return f"array of {kind[0].__name__}" if isinstance(kind, list) else kind.__name__
+
+    return [
+        f"{prefix}{key} is {str(values[key])[:40]}, not of type {spelled(kind)}"
+        for key, kind in kinds.items()
+        if key in values and not fits(values[key], kind)
+    ]
+
+
+def _key_problems(keys: Mapping[str, Any], architecture: str, table: Mapping[str, GgufTensor]) -> list[str]:
+    """Why the architecture's keys do not describe this decoder, one phrase for each reason."""
+    prefix, known = f"{architecture}.", _REQUIRED_KEYS | _OPTIONAL_KEYS
+    changed = {key for key in keys.keys() - known.keys() - _INERT_KEYS if keys[key] != _FIXED_KEYS.get(key)}
+    found = []
+    if changed:
+        found.append(f"unsupported keys {sorted(prefix + key for key in changed)}, which may change the numbers")
+    found += [f"the key {prefix}{key} is missing" for key in _REQUIRED_KEYS if key not in keys]
+    if wrong := _wrong_types(keys, known, prefix):
+        differ = any(isinstance(keys.get(key), list) for key in known)
+        return found + wrong + ["layers that differ are not supported"] * differ
+    for key, kind in known.items():
+        if kind is int and key != "attention.sliding_window" and keys.get(key, 1) < 1:
+            found.append(f"{prefix}{key} is {keys[key]}, not a positive number")
+    if keys.get("block_count", 0) > len(table):
+        found.append(f"{len(table)} tensors cannot be those of {keys['block_count']} layers")
+    factors = [name for name in (_SHORT_FACTORS, _LONG_FACTORS) if name in table]
+    scaling, original = keys.get("rope.scaling.type"), keys.get("rope.scaling.original_context_length")
+    if scaling not in (None, "none", "longrope") or (scaling == "none" and factors):
+        found.append(f"{prefix}rope.scaling.type is {scaling!r}, only LongRoPE with its factors is supported")
+    if factors and (len(factors) < 2 or original is None):
+        found.append("LongRoPE needs both factor tensors and rope.scaling.original_context_length")
+    # Some converters lose the factors of a LongRoPE checkpoint: what remains is another model.
+    extended = original is not None and original < keys.get("context_length", 0)
+    if not factors and (extended or scaling == "longrope" or keys.get("rope.scaling.attn_factor", 1.0) != 1.0):
+        found.append("the keys speak of LongRoPE but the tensors of its factors are missing; convert the model again")
+    if not found:
+        found += _head_problems(keys, architecture)
+    return found
+
+
+def _head_problems(keys: Mapping[str, Any], architecture: str) -> list[str]:
+    heads, width = keys["attention.head_count"], keys["embedding_length"]
+    if "attention.key_length" not in keys and width % heads:
+        return [f"embedding_length {width} is not a multiple of attention.head_count {heads}"]
+    head_dim = keys.get("attention.key_length", width // heads)
+    if keys.get("attention.value_length", head_dim) != head_dim:
+        return [f"keys of {head_dim} and values of {keys['attention.value_length']} are not supported"]
+    if architecture == "llama" and keys.get("rope.dimension_count", head_dim) != head_dim:
+        # How the rows beyond the rotated ones would be ordered is not defined.
+        return [f"llama.rope.dimension_count must be the size of a head, {head_dim}"]
+    return []
+
+
+def _tensor_problems(
+    parts: Mapping[str, list[str]], table: Mapping[str, GgufTensor], kinds: Mapping[int, tuple[str, int, int]]
+) -> list[str]:
+    found = []
+    used = {_LONG_FACTORS, _SHORT_FACTORS, *(name for names in parts.values() for name in names)}
+    if unknown := sorted(table.keys() - used):
+        found.append(f"tensors that a Phi-3 decoder does not have: {unknown[:8]} ({len(unknown)} in all)")
+    if unsupported := {name: tensor.kind for name, tensor in table.items() if tensor.kind not in kinds}:
+        some = {name: _kind_name(kind) for name, kind in list(unsupported.items())[:8]}
+        found.append(f"tensors of unsupported types {some} ({len(unsupported)} in all; supported: {', '.join(_KINDS)})")
+    if len(table.get("token_embd.weight", GgufTensor((), 0, 0)).shape) != 2:
+        found.append("there is no matrix token_embd.weight")
+    return found
+
+
+def _kind_name(kind: int) -> str:
+    import gguf
+
+    return gguf.GGMLQuantizationType(kind).name if kind in set(gguf.GGMLQuantizationType) else f"number {kind}"
+
+
+def _check_extents(path: Path, table: Mapping[str, GgufTensor], kinds: Mapping[int, tuple[str, int, int]]) -> None:
     size = path.stat().st_size
     for name, tensor in table.items():
         kind, block, block_bytes = kinds[tensor.kind]
@@ -124,40 +234,23 @@ def _check_extents(path: Path, table: dict[str, GgufTensor], kinds: dict[int, tu
             raise damaged(path, f"{name} ends beyond byte {size}, the end of the file")
 
 
-def _config(path: Path, metadata: dict[str, Any], table: dict[str, GgufTensor]) -> Phi3Config:
-    prefix = f"{metadata['general.architecture']}."
-    keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    # Written by converters where they do nothing: no scaling, all tokens attend causally.
-    if keys.get("rope.scaling.type") in ("none", "longrope"):
-        del keys["rope.scaling.type"]
-    if unknown := sorted(keys.keys() - _KNOWN_KEYS):
-        raise ValueError(f"{path}: unsupported keys {[prefix + key for key in unknown]}; they may change the numbers")
-
-    def need(key: str) -> Any:
-        if key not in keys:
-            raise ValueError(f"{path}: the key {prefix}{key} is missing; convert the model to GGUF again")
-        return keys[key]
-
-    if "token_embd.weight" not in table or len(table["token_embd.weight"].shape) != 2:
-        raise damaged(path, "there is no matrix token_embd.weight")
-    heads, width = need("attention.head_count"), need("embedding_length")
-    if not (type(heads) is int and type(width) is int and heads > 0):
-        raise ValueError(f"{path}: {prefix}attention.head_count is {heads!r}: layers that differ are not supported")
-    head_dim = keys.get("attention.key_length", width // heads)
-    if keys.get("attention.value_length", head_dim) != head_dim:
-        raise ValueError(f"{path}: keys of {head_dim} and values of {keys['attention.value_length']} are not supported")
+def _config(
+    path: Path, metadata: Mapping[str, Any], keys: Mapping[str, Any], table: Mapping[str, GgufTensor]
+) -> Phi3Config:
+    heads = keys["attention.head_count"]
+    head_dim = keys.get("attention.key_length", keys["embedding_length"] // heads)
     try:
         return Phi3Config(
             vocab_size=table["token_embd.weight"].shape[0],
-            hidden_size=width,
-            intermediate_size=need("feed_forward_length"),
-            num_hidden_layers=need("block_count"),
+            hidden_size=keys["embedding_length"],
+            intermediate_size=keys["feed_forward_length"],
+            num_hidden_layers=keys["block_count"],
             num_attention_heads=heads,
             num_key_value_heads=keys.get("attention.head_count_kv", heads),
             head_dim=head_dim,
-            max_position_embeddings=need("context_length"),
-            rope_theta=need("rope.freq_base"),
-            rms_norm_eps=_shortest(need("attention.layer_norm_rms_epsilon")),
+            max_position_embeddings=keys["context_length"],
+            rope_theta=keys["rope.freq_base"],
+            rms_norm_eps=_shortest(keys["attention.layer_norm_rms_epsilon"]),
             partial_rotary_factor=keys.get("rope.dimension_count", head_dim) / head_dim,
             long_rope=_long_rope(path, keys, table),
             sliding_window=keys.get("attention.sliding_window", 0) or None,
@@ -166,8 +259,8 @@ def _config(path: Path, metadata: dict[str, Any], table: dict[str, GgufTensor]) 
             eos_token_id=tuple(metadata[k] for k in ("tokenizer.ggml.eos_token_id",) if k in metadata),
             pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
         )
-    except (ValueError, TypeError) as error:
-        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _shortest(number: float) -> float:
@@ -175,76 +268,67 @@ def _shortest(number: float) -> float:
     return float(str(np.float32(number)))
 
 
-def _long_rope(path: Path, keys: dict[str, Any], table: dict[str, GgufTensor]) -> LongRope | None:
-    factor = keys.get("rope.scaling.attn_factor")
-    present = [name for name in (_SHORT_FACTORS, _LONG_FACTORS) if name in table]
-    if not present:
-        if factor not in (None, 1.0):
-            raise ValueError(f"{path}: rope.scaling.attn_factor={factor} without the tensors of LongRoPE's factors")
+def _long_rope(path: Path, keys: Mapping[str, Any], table: Mapping[str, GgufTensor]) -> LongRope | None:
+    if _SHORT_FACTORS not in table:
         return None
-    if len(present) == 1 or "rope.scaling.original_context_length" not in keys:
-        raise damaged(path, "LongRoPE needs both factor tensors and rope.scaling.original_context_length")
     short, long = (
         tuple(_shortest(value) for value in _read_tensor(path, table[name]).ravel())
         for name in (_SHORT_FACTORS, _LONG_FACTORS)
     )
+    factor = keys.get("rope.scaling.attn_factor")
     attention_factor = None if factor is None else _shortest(factor)
     return LongRope(short, long, keys["rope.scaling.original_context_length"], attention_factor=attention_factor)
 
 
-def _tensors(
-    path: Path, config: Phi3Config, architecture: str, table: dict[str, GgufTensor]
-) -> dict[str, TensorSource]:
-    """The tensors under Hugging Face names; raises ValueError for tensors that belong to no name."""
-    used = {_LONG_FACTORS, _SHORT_FACTORS}
-    sources = {}
-
-    def add(name: str, parts: list[str]) -> None:
-        used.update(parts)
-        sources[name] = _source(path, parts, table, config, permuted=architecture == "llama")
-
-    for gguf_name, name in _NAMES.items():
-        if gguf_name in table:
-            add(name, [gguf_name])
-    if config.num_hidden_layers > len(table):
-        raise damaged(path, f"{len(table)} tensors cannot be those of {config.num_hidden_layers} layers")
-    for i in range(config.num_hidden_layers):
+def _parts(layers: Any, architecture: str, table: Mapping[str, GgufTensor]) -> dict[str, list[str]]:
+    """Hugging Face's names -> the file's tensors to be fused into one; `weights.assemble` reports what is missing."""
+    found = {name: [part] for part, name in _NAMES.items() if part in table}
+    # A damaged count can be as large as it likes, but each layer has a tensor.
+    for i in range(min(layers, len(table)) if type(layers) is int else 0):
         for name, parts in _LAYER_PARTS.items():
-            split = [f"blk.{i}.{part}" for part in parts]
-            fused = [f"blk.{i}.{_FUSED_PARTS[name]}"] if name in _FUSED_PARTS else split
-            present = next((option for option in (split, fused) if all(part in table for part in option)), None)
-            if present is not None:  # what is missing is reported by weights.assemble, with all the rest
-                add(f"model.layers.{i}.{name}", present)
-    if unknown := sorted(table.keys() - used):
-        raise ValueError(f"{path}: tensors that a Phi-3 decoder does not have: {unknown[:8]} ({len(unknown)} in all)")
-    return sources
+            options = [[f"blk.{i}.{part}" for part in parts]]
+            if architecture == "phi3" and name in _FUSED_PARTS:  # the rows of a fused llama would have no known order
+                options.append([f"blk.{i}.{_FUSED_PARTS[name]}"])
+            for option in options:
+                if all(part in table for part in option):
+                    found.setdefault(f"model.layers.{i}.{name}", option)
+    return found
 
 
 def _source(
-    path: Path, parts: list[str], table: dict[str, GgufTensor], config: Phi3Config, permuted: bool
+    path: Path, parts: list[str], table: Mapping[str, GgufTensor], config: Phi3Config, permuted: bool
 ) -> TensorSource:
-    shapes = [table[part].shape for part in parts]
-    if any(len(shape) != len(shapes[0]) or shape[1:] != shapes[0][1:] for shape in shapes):
-        raise damaged(path, f"{parts} of shapes {[list(shape) for shape in shapes]} do not fit one another")
+    """The tensor that the parts make, one below the other."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    rows = {name: count * config.head_dim for name, count in heads.items()} | {
+        "attn_v": config.num_key_value_heads * config.head_dim,
+        "ffn_gate": config.intermediate_size,
+        "ffn_up": config.intermediate_size,
+    }
+    stems = [part.split(".")[-2] for part in parts]
+    shapes, width = [table[part].shape for part in parts], table[parts[0]].shape[1:]
+    if len(parts) > 1 and shapes != [(rows[stem], *width) for stem in stems]:
+        raise damaged(path, f"{parts} of shapes {[list(shape) for shape in shapes]} do not fit the configuration")
+    dtypes = {_dtype(table[part]) for part in parts}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def read() -> np.ndarray:
         arrays = []
-        for part in parts:
-            array = _read_tensor(path, table[part])
-            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-            if permuted and (kind := part.split(".")[-2]) in heads:
-                array = _half_split(array, heads[kind])
-            arrays.append(array)
+        for part, stem in zip(parts, stems, strict=True):
+            array = _read_tensor(path, table[part]).astype(dtype, copy=False)
+            arrays.append(_half_split(array, heads[stem]) if permuted and stem in heads else array)
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    return TensorSource((sum(shape[0] for shape in shapes), *shapes[0][1:]), "float32", read)
+    return TensorSource((sum(shape[0] for shape in shapes), *width), dtype.name, read)
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows in the order of interleaved rotary pairs (0, 1), (2, 3), ... -> pairs (0, d/2), (1, d/2 + 1), ..."""
-    if weight.shape[0] % (2 * heads):
-        raise ValueError(f"{weight.shape[0]} rows cannot be those of {heads} heads")
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _dtype(tensor: GgufTensor) -> np.dtype:
+    return _PLAIN.get(_tensor_kinds()[tensor.kind][0], np.dtype(np.float32))
 
 
 def _read_tensor(path: Path, tensor: GgufTensor) -> np.ndarray:
@@ -264,7 +348,10 @@ def _dequantiser() -> Callable[[np.ndarray, int], np.ndarray]:
     return lambda raw, kind: gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
 
 
-def _end_ids(metadata: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _end_ids(path: Path, metadata: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
     named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     known = [t.id for t in tokenizer.added_tokens if t.content in _END_TEXTS] if tokenizer else []
-    return tuple(sorted({token_id for token_id in [*named, *known] if token_id is not None}))
+    ids = sorted({token_id for token_id in [*named, *known] if token_id is not None})
+    if any(not 0 <= token_id < vocab_size for token_id in ids):
+        raise damaged(path, f"ids {ids} that end a text, but an embedding of {vocab_size} rows")
+    return tuple(ids)
