@@ -1,4 +1,6 @@
-"""Compiled decoding: `start` reads the prompts, `decode` writes the answers, one loop on the device.
+"""Compiled decoding: `read` takes in the prompts, chunk by chunk; `decode` writes the answers, one loop on the device.
+
+    begin -> read, read, ... -> answer -> decode, decode, ...   (back to read where LongRoPE's border is crossed)
 
 Axis letters: B batch, T prompt, S cache slot, M the most new tokens, V vocab.
 """
@@ -14,7 +16,6 @@ import jax.numpy as jnp
 
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
-from phi3_jax.masks import positions_from_mask
 from phi3_jax.model import Phi3
 
 from .sampling import sample
@@ -58,49 +59,60 @@ class DecodeState:
     done: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "room"))
-def start(
-    config: Phi3Config,
-    params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    settings: Settings,
-    *,
-    capacity: int,
-    room: int,
-) -> DecodeState:
-    """Reads the prompts into a new cache and takes the first new token of each row.
+def begin(config: Phi3Config, settings: Settings, capacity: int, room: int, dtype: Any) -> DecodeState:
+    """The state before anything is read.
 
     Args:
-      tokens: int32 [B, T], rows padded on the right to one length bucket.
-      lengths: int32 [B]: how many of a row's tokens are real, at least 1.
-      capacity: S, slots of the cache: prompt and answer of the longest row must fit.
+      capacity: S, slots of the cache (`cache.slots_needed`).
       room: M, the most new tokens that any row may have.
+      dtype: of the cache: a float type or int8.
     """
-    rows = tokens.shape[0]
-    cache = KVCache.create(config, rows, capacity, params["embed_tokens"]["weight"].dtype)
-    cache, logits = _read(config, params, cache, tokens, lengths)
-    empty = DecodeState(
-        cache=cache,
+    rows = settings.limits.shape[0]
+    return DecodeState(
+        cache=KVCache.create(config, rows, capacity, dtype),
         output=jnp.zeros((rows, room), jnp.int32),
         counts=jnp.zeros((rows,), jnp.int32),
         done=settings.limits <= 0,
     )
-    return _advance(empty, logits, settings)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("cache", "last"))
+def read(
+    config: Phi3Config,
+    params: Params,
+    cache: KVCache,
+    last: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+) -> tuple[KVCache, jax.Array]:
+    """Reads one chunk of every row.
+
+    Args:
+      last: [B, D], the model's output at the last token of the rows whose last token has come by; others mean nothing.
+      tokens: int32 [B, T].
+      positions: int32 [B, T], -1 where a row has ended.
+      lengths: int32 [B], of the whole rows: LongRoPE decides by the tokens to come, too.
+
+    Returns:
+      cache and last, brought up to date.
+    """
+    model = Phi3(config)
+    result: Any = model.apply(
+        {"params": params}, tokens, positions, cache=cache, rope_lengths=lengths[:, None], method="hidden"
+    )
+    x, cache, _ = result
+    # Only the last token's logits are wanted; a whole prompt's would take T x V floats.
+    is_last = positions == lengths[:, None] - 1
+    at_last = jnp.take_along_axis(x, is_last.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+    return cache, jnp.where(is_last.any(axis=1)[:, None], at_last, last)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def restart(
-    config: Phi3Config, params: Params, state: DecodeState, tokens: jax.Array, lengths: jax.Array, settings: Settings
-) -> DecodeState:
-    """One step that computes everything anew, for when a row crosses LongRoPE's border: then all its keys change.
-
-    Args:
-      tokens, lengths: as in `start`, but prompt and answer so far.
-    """
-    cache = dataclasses.replace(state.cache, positions=jnp.full_like(state.cache.positions, -1))
-    cache, logits = _read(config, params, cache, tokens, lengths)
-    return _advance(dataclasses.replace(state, cache=cache), logits, settings)
+def answer(config: Phi3Config, params: Params, state: DecodeState, last: jax.Array, settings: Settings) -> DecodeState:
+    """Takes the next token of each row after reading: last [B, D] is what `read` returned."""
+    logits: Any = Phi3(config).apply({"params": params}, last, method="unembed")
+    return _advance(state, logits, settings)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -129,20 +141,6 @@ def must_restart(config: Phi3Config, state: DecodeState) -> jax.Array:
         return jnp.asarray(False)
     border = config.long_rope.original_max_position_embeddings
     return (~state.done & (state.cache.lengths == border)).any()
-
-
-def _read(
-    config: Phi3Config, params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array
-) -> tuple[KVCache, jax.Array]:
-    """Runs whole sequences through the model -> (cache, logits after each row's last token [B, V])."""
-    positions = positions_from_mask(jnp.arange(tokens.shape[1]) < lengths[:, None])
-    model = Phi3(config)
-    result: Any = model.apply({"params": params}, tokens, positions, cache=cache, method="hidden")
-    x, cache, _ = result
-    # Only the last token's logits are wanted; a whole prompt's would take T x V floats.
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits: Any = model.apply({"params": params}, last, method="unembed")
-    return cache, logits
 
 
 def _advance(state: DecodeState, logits: jax.Array, settings: Settings) -> DecodeState:

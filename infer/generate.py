@@ -1,4 +1,4 @@
-"""Text in, text out: prompts are tokenised, run through the compiled loop, and the answers decoded."""
+"""Text in, text out: prompts are tokenised, run through the compiled functions of decoding.py, and decoded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from phi3_jax.cache import slots_needed
 from phi3_jax.checkpoint import Checkpoint
 
 from . import decoding
 
 Prompt = str | Sequence[int]
+PREFILL_CHUNK = 512
+CACHE_DTYPES = (None, "float32", "bfloat16", "float16", "int8")
 # Steps per call of the compiled loop. Between calls the host can stop, so Ctrl-C waits for at most this many tokens.
 _STEPS = 32
 _SMALLEST_BUCKET = 16  # tokens; prompts are padded to a power of two from here on, so that few programs are compiled
@@ -52,6 +55,9 @@ def generate(
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     seed: int = 0,
+    *,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cache_dtype: str | None = None,
 ) -> list[Generation]:
     """Continues prompts.
 
@@ -61,6 +67,8 @@ def generate(
       max_new_tokens: the most tokens of each answer.
       temperature: 0 for the most likely token at each step, else the softmax temperature to draw with.
       seed: of the random draws; the same seed gives the same answers.
+      prefill_chunk: how many tokens of the prompts are read at a time, which bounds the memory that reading takes.
+      cache_dtype: "float32", "bfloat16", "float16" or "int8" for the keys and values; by default the weights' own.
 
     Returns:
       one `Generation` for each prompt, in order.
@@ -71,7 +79,10 @@ def generate(
     """
     ids = [encode_prompt(checkpoint, prompt) for prompt in _as_list(prompts)]
     answers: list[list[int]] = [[] for _ in ids]
-    for new in stream(checkpoint, ids, max_new_tokens, temperature, seed):
+    steps = stream(
+        checkpoint, ids, max_new_tokens, temperature, seed, prefill_chunk=prefill_chunk, cache_dtype=cache_dtype
+    )
+    for new in steps:
         for answer, tokens in zip(answers, new, strict=True):
             answer.extend(tokens)
     return [_generation(checkpoint, answer) for answer in answers]
@@ -83,28 +94,34 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    *,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cache_dtype: str | None = None,
     steps: int = _STEPS,
     timings: Timings | None = None,
 ) -> Iterator[list[list[int]]]:
     """As `generate`, from token ids, yielding each row's new tokens after every `steps` of them."""
     timings = Timings() if timings is None else timings
     _check(checkpoint, prompts, max_new_tokens, temperature)
+    _check_memory_options(prefill_chunk, cache_dtype)
     if not prompts:
         return
     config, params = checkpoint.config, checkpoint.params
     limits = [min(max_new_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
     room = _round_up(max(limits), _ROOM_UNIT)
-    capacity = _bucket(prompts) + room
+    longest = max(map(len, prompts))
+    padded = _padded_length(longest, prefill_chunk) if longest <= prefill_chunk else _round_up(longest, prefill_chunk)
+    capacity = slots_needed(config, padded + room, prefill_chunk)
     settings = decoding.Settings(
         limits=jnp.asarray(limits, jnp.int32),
         end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),
         temperature=jnp.float32(temperature),
         keys=jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts))),
     )
+    dtype = params["embed_tokens"]["weight"].dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+    state = decoding.begin(config, settings, capacity, room, dtype)
+    state = _read_rows(checkpoint, state, prompts, settings, prefill_chunk, timings, "prefill")
     answers: list[list[int]] = [[] for _ in prompts]
-    sizes = {"capacity": capacity, "room": room}
-    batch = _batch(prompts, _bucket(prompts))
-    state = _timed(timings, "prefill", decoding.start, config, params, *batch, settings, **sizes)
     while True:
         new = _new_tokens(state, answers)
         yield new
@@ -114,10 +131,31 @@ def stream(
             return
         if bool(decoding.must_restart(config, state)):
             longer = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-            batch = _batch(longer, min(_bucket(longer), capacity))
-            state = _timed(timings, "decode", decoding.restart, config, params, state, *batch, settings)
+            state = _read_rows(checkpoint, state, longer, settings, prefill_chunk, timings, "decode")
         else:
             state = _timed(timings, "decode", decoding.decode, config, params, state, settings, jnp.int32(steps))
+
+
+def _read_rows(
+    checkpoint: Checkpoint,
+    state: decoding.DecodeState,
+    rows: Sequence[Sequence[int]],
+    settings: decoding.Settings,
+    chunk: int,
+    timings: Timings,
+    phase: str,
+) -> decoding.DecodeState:
+    """Reads whole rows into an emptied cache, chunk by chunk, and takes the next token of each."""
+    config, params = checkpoint.config, checkpoint.params
+    cache = dataclasses.replace(state.cache, positions=jnp.full_like(state.cache.positions, -1))
+    last = jnp.zeros((len(rows), config.hidden_size), params["embed_tokens"]["weight"].dtype)
+    lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
+    longest = max(map(len, rows))
+    for begin in range(0, longest, chunk):
+        piece = _piece(rows, begin, _padded_length(longest - begin, chunk))
+        cache, last = _timed(timings, phase, decoding.read, config, params, cache, last, *piece, lengths)
+    state = dataclasses.replace(state, cache=cache)
+    return _timed(timings, phase, decoding.answer, config, params, state, last, settings)
 
 
 def encode_prompt(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
@@ -156,17 +194,27 @@ def _check(checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], max_new_tok
             raise ValueError(f"prompt {i} has ids {outside[:5]} outside of the vocabulary of {config.vocab_size}")
 
 
-def _bucket(rows: Sequence[Sequence[int]]) -> int:
-    """The length that rows are padded to: the next power of two."""
-    return max(_SMALLEST_BUCKET, 1 << (max(map(len, rows)) - 1).bit_length())
+def _check_memory_options(prefill_chunk: int, cache_dtype: str | None) -> None:
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"cache_dtype={cache_dtype!r} is not one of {CACHE_DTYPES}")
 
 
-def _batch(rows: Sequence[Sequence[int]], length: int) -> tuple[jax.Array, jax.Array]:
-    """Rows padded on the right to one length -> (tokens [B, T], lengths [B])."""
+def _padded_length(tokens: int, chunk: int) -> int:
+    """The length that a piece of a prompt is padded to: a power of two, the chunk at most."""
+    return min(chunk, max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length()))
+
+
+def _piece(rows: Sequence[Sequence[int]], begin: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens `begin` to `begin + length` of every row -> (tokens, positions), int32 [B, T]; -1 past a row's end."""
     tokens = np.zeros((len(rows), length), np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    return jnp.asarray(tokens), jnp.asarray([len(ids) for ids in rows], jnp.int32)
+    positions = np.full((len(rows), length), -1, np.int32)
+    for i, row in enumerate(rows):
+        ids = row[begin : begin + length]
+        tokens[i, : len(ids)] = ids
+        positions[i, : len(ids)] = np.arange(begin, begin + len(ids))
+    return jnp.asarray(tokens), jnp.asarray(positions)
 
 
 def _new_tokens(state: decoding.DecodeState, answers: list[list[int]]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import phi3_jax
 
-from .generate import Timings, stream
+from .generate import CACHE_DTYPES, PREFILL_CHUNK, Timings, stream
 from .program import run_program
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -30,6 +30,15 @@ _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "0: always the most likely token; higher: more random.", lower_bound=0
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random draws at a temperature above 0.")
+_PREFILL_CHUNK = flags.DEFINE_integer(
+    "prefill_chunk", PREFILL_CHUNK, "How many tokens of the prompt are read at a time.", lower_bound=1
+)
+_CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype",
+    None,
+    [name for name in CACHE_DTYPES if name],
+    "What keys and values are kept as; int8 takes a quarter of float32's memory. By default the weights' own.",
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
@@ -72,7 +81,17 @@ def answer(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> tuple[Timings, in
     assert checkpoint.tokenizer is not None
     timings, count, interrupted = Timings(), 0, False
     text = checkpoint.tokenizer.stream(skip_special_tokens=True)
-    steps = stream(checkpoint, [ids], _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value, steps=1, timings=timings)
+    steps = stream(
+        checkpoint,
+        [ids],
+        _MAX_NEW_TOKENS.value,
+        _TEMPERATURE.value,
+        _SEED.value,
+        prefill_chunk=_PREFILL_CHUNK.value,
+        cache_dtype=_CACHE_DTYPE.value,
+        steps=1,
+        timings=timings,
+    )
     try:
         for (tokens,) in steps:
             count += len(tokens)

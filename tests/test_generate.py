@@ -52,6 +52,23 @@ def test_a_prompt_that_is_already_long(tiny):
     assert generate(tiny, prompt, max_new_tokens=7)[0].token_ids == without_cache(tiny, prompt, 7)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_reading_prompts_in_chunks_through_a_ring_changes_nothing(tiny, greedy, chunk):
+    """Window 19, prompts of 3 to 13 tokens and 24 more: the ring wraps, also when the border is crossed."""
+    narrow = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, sliding_window=7))
+    expected = [without_cache(narrow, prompt, 24) for prompt in PROMPTS]
+    assert expected != greedy
+    got = generate(narrow, PROMPTS, max_new_tokens=24, prefill_chunk=chunk)
+    assert [result.token_ids for result in got] == expected
+
+
+def test_an_int8_cache_is_close_enough_for_the_same_words(demo):
+    prompts = ["The capital of France is", "Water boils at", "The opposite of hot is"]
+    exact = generate(demo, prompts, max_new_tokens=8)
+    small = generate(demo, prompts, max_new_tokens=8, cache_dtype="int8")
+    assert [result.token_ids for result in small] == [result.token_ids for result in exact]
+
+
 def test_stops_at_every_end_id_and_keeps_it(tiny, greedy):
     ends = (greedy[0][5], greedy[1][2])
     checkpoint = dataclasses.replace(tiny, generation=phi3_jax.GenerationSettings(ends))
@@ -100,10 +117,11 @@ def test_one_bucket_compiles_once(tiny):
     from phi3_jax.infer import decoding
 
     generate(tiny, [7] * 9, max_new_tokens=3)
-    before = decoding.start._cache_size(), decoding.decode._cache_size()
+    programs = (decoding.read, decoding.answer, decoding.decode)
+    before = [program._cache_size() for program in programs]
     for length, limit in ((9, 3), (10, 5), (15, 2)):
         generate(tiny, [7] * length, max_new_tokens=limit)
-    assert (decoding.start._cache_size(), decoding.decode._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
 
 
 @pytest.mark.parametrize(
@@ -117,6 +135,8 @@ def test_one_bucket_compiles_once(tiny):
         ("text", {}, "the checkpoint has no tokenizer"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0"),
+        ([[1]], {"cache_dtype": "int4"}, "cache_dtype='int4'"),
         ([[1]], {"temperature": float("nan")}, "temperature=nan"),
     ],
 )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,17 +50,27 @@ def model(path) -> Any:
     )
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_logits_and_continuation(checkpoint, model, reference, prompt):
-    import torch
+@pytest.fixture(scope="module")
+def prompts(checkpoint) -> list[list[int]]:
+    return [checkpoint.tokenizer.encode(text) for text in PROMPTS]
 
-    ids = checkpoint.tokenizer.encode(prompt)
-    forward = jax.jit(lambda tokens: phi3_jax.Phi3(checkpoint.config).apply({"params": checkpoint.params}, tokens))
-    expected = reference.logits(model, np.array([ids]))
-    np.testing.assert_allclose(forward(jnp.asarray([ids])), expected, rtol=0, atol=2e-3)
 
-    ends = list(checkpoint.generation.eos_token_ids)
-    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0]}
-    whole = model.generate(torch.tensor([ids]), **options)[0].tolist()
-    [result] = phi3_jax.infer.generate(checkpoint, [ids], max_new_tokens=32, temperature=0.0)
-    assert result.token_ids == whole[len(ids) :]
+def test_logits(checkpoint, model, reference, prompts):
+    """All prompts in one ragged batch here, each alone in the reference."""
+    length = max(map(len, prompts))
+    mask = np.array([[i < len(ids) for i in range(length)] for ids in prompts])
+    tokens = np.array([ids + [0] * (length - len(ids)) for ids in prompts])
+    forward = jax.jit(phi3_jax.Phi3(checkpoint.config).apply)
+    got = np.asarray(forward({"params": checkpoint.params}, tokens, phi3_jax.positions_from_mask(mask)))
+    for ids, mine in zip(prompts, got, strict=True):
+        expected = reference.logits(model, np.array([ids]))[0]
+        np.testing.assert_allclose(mine[: len(ids)], expected, rtol=0, atol=2e-3)
+
+
+def test_greedy_continuations(checkpoint, model, reference, prompts):
+    """Every token of the answer is the reference's choice after the tokens before it: so the answers are the same."""
+    results = phi3_jax.infer.generate(checkpoint, prompts, max_new_tokens=32, temperature=0.0)
+    for ids, result in zip(prompts, results, strict=True):
+        choices = reference.logits(model, np.array([ids + result.token_ids]))[0].argmax(-1)
+        assert result.token_ids == choices[len(ids) - 1 : -1].tolist()
+        assert len(result.token_ids) == 32 or result.token_ids[-1] in checkpoint.generation.eos_token_ids

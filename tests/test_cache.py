@@ -1,0 +1,116 @@
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import phi3_jax
+from phi3_jax.cache import slots_needed
+
+LENGTH, WINDOW = 5000, 2047
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def extend(config, params, tokens, cache):
+    return phi3_jax.Phi3(config).apply({"params": params}, tokens, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def long_run():
+    """A model with Phi-3-mini's window, 5000 tokens, and their logits from one run without a cache."""
+    config = phi3_jax.Phi3Config(
+        vocab_size=31,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=6,
+        max_position_embeddings=8192,
+        rope_theta=1e4,
+        sliding_window=WINDOW,
+        initializer_range=0.5,
+    )
+    params = phi3_jax.random_params(config)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (1, LENGTH)), jnp.int32)
+    whole = jax.jit(lambda p, t: phi3_jax.Phi3(config).apply({"params": p}, t))(params, tokens)
+    return config, params, tokens, np.asarray(whole)
+
+
+@pytest.mark.parametrize("chunk", [512, 2047, 3000])
+def test_a_ring_equals_a_run_without_cache_at_phi_3s_window(long_run, chunk):
+    """4900 tokens in chunks, then 100 one at a time, past two and a half windows."""
+    config, params, tokens, expected = long_run
+    slots = slots_needed(config, LENGTH, chunk)
+    assert slots == min(LENGTH, WINDOW + chunk - 1)
+    cache = phi3_jax.KVCache.create(config, 1, slots)
+    borders = [*range(0, 4900, chunk), *range(4900, LENGTH + 1)]
+    parts = []
+    for begin, end in itertools.pairwise(borders):
+        logits, cache = extend(config, params, tokens[:, begin:end], cache)
+        parts.append(np.asarray(logits))
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
+
+
+def test_a_ring_of_just_the_window_serves_decoding_and_one_slot_less_does_not(long_run):
+    config, params, tokens, _ = long_run
+    config = dataclasses.replace(config, sliding_window=7)
+    whole = phi3_jax.Phi3(config).apply({"params": params}, tokens[:, :40])
+    for slots, same in ((7, True), (6, False)):
+        cache = phi3_jax.KVCache.create(config, 1, slots)
+        for i in range(40):
+            logits, cache = extend(config, params, tokens[:, i : i + 1], cache)
+        assert np.allclose(logits[:, 0], whole[:, -1], atol=1e-5) == same
+
+
+def test_a_ring_does_not_grow_with_the_text(long_run):
+    config = long_run[0]
+    assert slots_needed(config, 10**6, 512) == WINDOW + 511
+    assert slots_needed(dataclasses.replace(config, sliding_window=None), 10**6, 512) == 10**6
+
+
+def test_int8_keys_and_values_are_within_half_a_step(tiny):
+    config = tiny.config
+    cache = phi3_jax.KVCache.create(config, 2, 5, jnp.int8)
+    random = np.random.default_rng(4)
+    k, v = (
+        jnp.asarray(random.standard_normal((2, 3, 2, 8)) * 10.0 ** random.integers(-3, 3, (2, 3, 2, 1))) for _ in "kv"
+    )
+    k = k.at[0, 1].set(0.0)
+    positions = jnp.asarray([[0, 1, 2], [3, 4, -1]])
+    cache = cache.claim(positions).write(jnp.int32(1), positions, k, v)
+    for stored, original in zip(cache.read(jnp.int32(1)), (k, v), strict=True):
+        for row, slots in enumerate([[0, 1, 2], [3, 4]]):
+            got = np.asarray(stored[row, :, slots])  # [slot, K, H]
+            want = np.asarray(original[row, : len(slots)])
+            assert (np.abs(got - want) <= np.abs(want).max(-1, keepdims=True) / 254 * 1.0001).all()
+    assert cache.positions.tolist() == [[0, 1, 2, -1, -1], [-1, -1, -1, 3, 4]]
+    # Neither the other layers nor the free slots were touched.
+    assert not cache.k[0].any()
+    assert not cache.k[1, 1, :, :3].any()
+
+
+def test_decoding_updates_the_cache_in_place(tiny):
+    """The compiled loop's output is its input's memory, and its temporaries do not grow with the cache."""
+    from phi3_jax.infer import decoding
+
+    def memory(capacity):
+        settings = decoding.Settings(
+            limits=jnp.full((2,), 30),
+            end_ids=jnp.zeros((0,), jnp.int32),
+            temperature=jnp.float32(0),
+            keys=jax.random.split(jax.random.key(0), 2),
+        )
+        state = decoding.begin(tiny.config, settings, capacity, 32, jnp.float32)
+        program = decoding.decode.lower(tiny.config, tiny.params, state, settings, jnp.int32(8)).compile()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        return program.memory_analysis(), size
+
+    (small, _), (large, size) = memory(128), memory(4096)
+    assert large.alias_size_in_bytes >= 0.99 * size
+    # What grows is one layer's scores, mask and view of the keys, not the stack of all layers.
+    layer = size / tiny.config.num_hidden_layers
+    assert large.temp_size_in_bytes - small.temp_size_in_bytes < 3 * layer
