@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "What is the capital of France?"
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q --ignore=tests/parity
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -21,7 +21,7 @@ lint: $(VENV)/.test
 
 # Live comparison with torch, transformers and peft, in an environment of its own.
 parity: .venv-parity/.parity
-	.venv-parity/bin/python -m pytest -q tests/parity
+	.venv-parity/bin/python -m pytest -q -n 2 tests/parity
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

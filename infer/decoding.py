@@ -2,7 +2,7 @@
 
     begin -> read, read, ... -> answer -> decode, decode, ...   (back to read where LongRoPE's border is crossed)
 
-Axis letters: B batch, T prompt, S cache slot, M the most new tokens, V vocab.
+Axis letters: B batch, T prompt, S cache slot, M tokens of prompt and answer together, V vocab.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import Phi3
 
-from .sampling import sample
+from .sampling import SamplingParams, pick
 
 Params = dict[str, Any]
 
@@ -31,14 +31,14 @@ class Settings:
     Attributes:
       limits: int32 [B]: how many new tokens each row may have.
       end_ids: int32 [E]: the ids that end an answer.
-      temperature: float32 scalar.
-      keys: a random key for each row, [B].
+      sampling: how each row picks its tokens.
+      prompt_lengths: int32 [B].
     """
 
     limits: jax.Array
     end_ids: jax.Array
-    temperature: jax.Array
-    keys: jax.Array
+    sampling: SamplingParams
+    prompt_lengths: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -48,30 +48,29 @@ class DecodeState:
 
     Attributes:
       cache: keys and values of every token but the newest of each row.
-      output: int32 [B, M]: the new tokens; only the first `counts` of a row mean something.
-      counts: int32 [B]: how many new tokens each row has.
-      done: bool [B]: the row has met an end id or its limit.
+      tokens: int32 [B, M]: prompt and answer so far; only the first `lengths` of a row mean something.
+      lengths: int32 [B].
+      done: bool [B]: the row has met an end id or its limit, or was ended from outside.
     """
 
     cache: KVCache
-    output: jax.Array
-    counts: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
     done: jax.Array
 
 
-def begin(config: Phi3Config, settings: Settings, capacity: int, room: int, dtype: Any) -> DecodeState:
+def begin(config: Phi3Config, settings: Settings, prompts: jax.Array, capacity: int, dtype: Any) -> DecodeState:
     """The state before anything is read.
 
     Args:
+      prompts: int32 [B, M], with room for the answers on the right.
       capacity: S, slots of the cache (`cache.slots_needed`).
-      room: M, the most new tokens that any row may have.
       dtype: of the cache: a float type or int8.
     """
-    rows = settings.limits.shape[0]
     return DecodeState(
-        cache=KVCache.create(config, rows, capacity, dtype),
-        output=jnp.zeros((rows, room), jnp.int32),
-        counts=jnp.zeros((rows,), jnp.int32),
+        cache=KVCache.create(config, len(prompts), capacity, dtype),
+        tokens=prompts,
+        lengths=settings.prompt_lengths + 0,  # a buffer of its own, because the state is donated
         done=settings.limits <= 0,
     )
 
@@ -125,7 +124,7 @@ def decode(config: Phi3Config, params: Params, state: DecodeState, settings: Set
 
     def body(loop: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         step, state = loop
-        newest = jnp.take_along_axis(state.output, jnp.maximum(state.counts - 1, 0)[:, None], axis=1)
+        newest = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
         # A row that is done runs along with the others; position -1 keeps its token out of the cache.
         positions = jnp.where(state.done, -1, state.cache.lengths)[:, None]
         result: Any = Phi3(config).apply({"params": params}, newest, positions, cache=state.cache)
@@ -145,16 +144,15 @@ def must_restart(config: Phi3Config, state: DecodeState) -> jax.Array:
 
 def _advance(state: DecodeState, logits: jax.Array, settings: Settings) -> DecodeState:
     """Adds one token, picked from logits [B, V], to every row that is not done."""
-    keys = jax.vmap(jax.random.fold_in)(settings.keys, state.counts)
-    token = sample(logits, keys, settings.temperature)
+    token = pick(logits, settings.sampling, state.tokens, state.lengths, settings.prompt_lengths, settings.end_ids)
     rows = jnp.arange(token.shape[0])
     # Rows that are done write past the end, where the scatter drops it.
-    slot = jnp.where(state.done, state.output.shape[1], state.counts)
-    counts = state.counts + ~state.done
+    slot = jnp.where(state.done, state.tokens.shape[1], state.lengths)
+    lengths = state.lengths + ~state.done
     ended = (token[:, None] == settings.end_ids).any(axis=-1)
     return dataclasses.replace(
         state,
-        output=state.output.at[rows, slot].set(token, mode="drop"),
-        counts=counts,
-        done=state.done | ended | (counts >= settings.limits),
+        tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+        lengths=lengths,
+        done=state.done | ended | (lengths - settings.prompt_lengths >= settings.limits),
     )

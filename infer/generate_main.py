@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 import phi3_jax
 
-from .generate import CACHE_DTYPES, PREFILL_CHUNK, Timings, stream
+from .generate import Answer
 from .program import run_program
+from .sampling import Sampling
+from .stream import CACHE_DTYPES, PREFILL_CHUNK, Timings, stream
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -29,6 +31,16 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens t
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "0: always the most likely token; higher: more random.", lower_bound=0
 )
+_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the fewest tokens that have this probability together.")
+_MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this fraction as likely as the most likely one.")
+_TYPICAL_P = flags.DEFINE_float("typical_p", None, "Draw from tokens of typical surprise that have this probability.")
+_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens of prompt and answer less likely.")
+_PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", 0.0, "Off the logits of tokens that the answer has.")
+_FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, for each time that it has them.")
+_NO_REPEAT_NGRAM_SIZE = flags.DEFINE_integer("no_repeat_ngram_size", 0, "No sequence of this many tokens comes twice.")
+_MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "The answer does not end before.")
+_STOP = flags.DEFINE_multi_string("stop", [], "A string that ends the answer; may be given several times.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random draws at a temperature above 0.")
 _PREFILL_CHUNK = flags.DEFINE_integer(
     "prefill_chunk", PREFILL_CHUNK, "How many tokens of the prompt are read at a time.", lower_bound=1
@@ -78,28 +90,45 @@ def prompt_ids(checkpoint: phi3_jax.Checkpoint) -> list[int]:
 
 def answer(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> tuple[Timings, int, bool]:
     """Streams the answer to standard output -> (timings, number of new tokens, whether Ctrl-C ended it)."""
-    assert checkpoint.tokenizer is not None
-    timings, count, interrupted = Timings(), 0, False
-    text = checkpoint.tokenizer.stream(skip_special_tokens=True)
+    timings, written, interrupted = Timings(), 0, False
+    result = Answer(checkpoint, _STOP.value)
     steps = stream(
         checkpoint,
         [ids],
         _MAX_NEW_TOKENS.value,
-        _TEMPERATURE.value,
-        _SEED.value,
+        sampling=[sampling()],
         prefill_chunk=_PREFILL_CHUNK.value,
         cache_dtype=_CACHE_DTYPE.value,
         steps=1,
+        is_over=lambda row: result.stopped,
         timings=timings,
     )
     try:
         for (tokens,) in steps:
-            count += len(tokens)
-            print("".join(text.push(token) for token in tokens), end="", flush=True)
+            text = result.add(tokens)
+            written += len(text)
+            print(text, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
-    print(text.flush(), flush=True)
-    return timings, count, interrupted
+    print(result.finish().text[written:], flush=True)
+    return timings, len(result.token_ids), interrupted
+
+
+def sampling() -> Sampling:
+    """How the command line wants tokens to be picked."""
+    return Sampling(
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        typical_p=_TYPICAL_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        presence_penalty=_PRESENCE_PENALTY.value,
+        frequency_penalty=_FREQUENCY_PENALTY.value,
+        no_repeat_ngram_size=_NO_REPEAT_NGRAM_SIZE.value,
+        min_new_tokens=_MIN_NEW_TOKENS.value,
+        seed=_SEED.value,
+    )
 
 
 def report(timings: Timings, prompt_tokens: int, new_tokens: int) -> str:

@@ -1,30 +1,167 @@
-"""From logits to the next token.
+"""From logits to the next token, for a batch of rows that may all want something else.
 
-Axis letters: B batch, V vocab.
+`pick` takes one token per row. What a row may ask for is in `sampling_params.py`.
+
+The order is that of transformers' `generate`:
+
+1. bias, repetition, presence and frequency penalties, no repeated n-grams, banned tokens, early ends, forced tokens;
+2. temperature, top-k, top-p, min-p, typical-p, each on what the one before has left, and only for rows that draw.
+
+First what changes logits by an amount, then what forbids, so that nothing lifts a ban; forcing is last, and wins over
+a ban. Temperature comes before the cuts, because they look at probabilities and so at the ones that are drawn from.
+transformers has no presence and frequency penalties; they stand beside their relative.
+
+Axis letters: B batch, V vocab, S history, E end ids, N the most likely tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from . import processors
+from .sampling_params import Sampling as Sampling
+from .sampling_params import SamplingParams as SamplingParams
 
-def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Picks one token per row.
+
+def pick(
+    logits: jax.Array,
+    params: SamplingParams,
+    history: jax.Array,
+    lengths: jax.Array,
+    prompt_lengths: jax.Array,
+    end_ids: jax.Array,
+) -> jax.Array:
+    """The next token of every row: int32 [B].
+
+    A row's draw depends on its seed and on how many tokens it has generated, not on its place in the batch. Of equally
+    likely tokens a greedy row takes the one with the smallest id; a row that forbids all tokens gets token 0. Arguments
+    as in `process`.
+    """
+    adjusted = _adjust(logits, params, history, lengths, prompt_lengths, end_ids)
+
+    def draw() -> jax.Array:
+        def noise(seed: jax.Array, step: jax.Array) -> jax.Array:
+            return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[1:])
+
+        # The largest of logit + Gumbel noise is a draw from the softmax.
+        noisy = _shape(adjusted, params) + jax.vmap(noise)(params.seed, lengths - prompt_lengths)
+        return _argmax(jnp.where(params.temperature[:, None] > 0, noisy, adjusted))
+
+    return jax.lax.cond((params.temperature > 0).any(), draw, lambda: _argmax(adjusted))
+
+
+def process(
+    logits: jax.Array,
+    params: SamplingParams,
+    history: jax.Array,
+    lengths: jax.Array,
+    prompt_lengths: jax.Array,
+    end_ids: jax.Array,
+) -> jax.Array:
+    """The logits [B, V] that `pick` draws from, or takes the largest of; the module's docstring has the order.
+
+    What no row asks for is skipped when the program runs, so that one compiled program serves all settings. (Under
+    `jax.vmap` everything would run: call it with a batch.)
 
     Args:
       logits: float32 [B, V].
-      keys: one random key per row, [B].
-      temperature: float32 scalar; 0 takes the most likely token, larger values draw from softmax(logits / temperature).
+      history: int32 [B, S]: prompt and answer so far, padded on the right with anything.
+      lengths: int32 [B]: how many ids of a row of `history` are real.
+      prompt_lengths: int32 [B]: how many of these are the prompt.
+      end_ids: int32 [E]: the ids that end an answer, the same for all rows.
+    """
+    return _shape(_adjust(logits, params, history, lengths, prompt_lengths, end_ids), params)
+
+
+def top_logprobs(logits: jax.Array, chosen: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of the chosen token and of the n most likely ones.
+
+    Give it the model's own logits, as they were before `process`, to report what OpenAI's API reports: how likely the
+    model thought a token, whatever was banned or penalised.
+
+    Args:
+      logits: float32 [B, V].
+      chosen: int32 [B].
 
     Returns:
-      int32 [B].
+      (float32 [B] of the chosen, int32 [B, N] ids, float32 [B, N] their values, falling).
     """
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=1)
+    values, ids = jax.lax.top_k(logprobs, n)
+    return jnp.take_along_axis(logprobs, chosen[:, None], axis=1)[:, 0], ids, values
 
-    def draw() -> jax.Array:
-        return jax.vmap(jax.random.categorical)(keys, logits / temperature)
 
-    def greedy() -> jax.Array:
-        return jnp.argmax(logits, axis=-1)
+def _adjust(
+    logits: jax.Array,
+    params: SamplingParams,
+    history: jax.Array,
+    lengths: jax.Array,
+    prompt_lengths: jax.Array,
+    end_ids: jax.Array,
+) -> jax.Array:
+    """Part 1 of the order: what also changes a greedy row."""
+    generated = lengths - prompt_lengths
+    presence, frequency = params.presence_penalty, params.frequency_penalty
+    ngram = params.no_repeat_ngram_size
+    forced = jnp.where(jnp.arange(params.forced.shape[1]) == generated[:, None], params.forced, -1).max(axis=1)
+    return _apply(
+        logits,
+        (params.bias_ids >= 0, lambda x: processors.add_bias(x, params.bias_ids, params.bias)),
+        (
+            params.repetition_penalty != 1,
+            lambda x: processors.penalise_repetition(x, params.repetition_penalty, history, lengths),
+        ),
+        (
+            (presence != 0) | (frequency != 0),
+            lambda x: processors.penalise_presence_and_frequency(
+                x, presence, frequency, history, lengths, prompt_lengths
+            ),
+        ),
+        (ngram > 0, lambda x: processors.forbid_repeated_ngrams(x, ngram, history, lengths)),
+        (params.banned >= 0, lambda x: processors.forbid(x, params.banned)),
+        (
+            generated < params.min_new_tokens,
+            lambda x: processors.forbid_early_end(x, params.min_new_tokens, generated, end_ids),
+        ),
+        (forced >= 0, lambda x: processors.force(x, forced)),
+    )
 
-    return jax.lax.cond(temperature > 0, draw, greedy).astype(jnp.int32)
+
+def _shape(logits: jax.Array, params: SamplingParams) -> jax.Array:
+    """Part 2 of the order; greedy rows stay as they are."""
+
+    def drawing(values: jax.Array, off: float) -> jax.Array:
+        return jnp.where(params.temperature > 0, values, jnp.asarray(off, values.dtype))
+
+    temperature, top_k = drawing(params.temperature, 1), drawing(params.top_k, 0)
+    top_p, min_p, typical_p = drawing(params.top_p, 1), drawing(params.min_p, 0), drawing(params.typical_p, 1)
+    return _apply(
+        logits,
+        (temperature != 1, lambda x: processors.heat(x, temperature)),
+        (top_k > 0, lambda x: processors.keep_top_k(x, top_k)),
+        (top_p < 1, lambda x: processors.keep_top_p(x, top_p)),
+        (min_p > 0, lambda x: processors.keep_min_p(x, min_p)),
+        (typical_p < 1, lambda x: processors.keep_typical_p(x, typical_p)),
+    )
+
+
+def _apply(logits: jax.Array, *steps: tuple[jax.Array, Callable[[jax.Array], jax.Array]]) -> jax.Array:
+    """Runs those steps that some row wants, in order; each is (wanted: bool array, function of the logits)."""
+    wanted = jnp.stack([flags.any() for flags, _ in steps])
+
+    def run(logits: jax.Array) -> jax.Array:
+        for (_, step), want in zip(steps, wanted, strict=True):
+            logits = jax.lax.cond(want, step, lambda x: x, logits)
+        return logits
+
+    # A step that is skipped may still copy the logits; this skips all copies but one.
+    return jax.lax.cond(wanted.any(), run, lambda x: x, logits)
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """The smallest id of the largest logit, int32 [B]. On CPUs several times as fast as jnp.argmax."""
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    return jnp.where(logits == logits.max(axis=1, keepdims=True), ids, logits.shape[1] - 1).min(axis=1)

@@ -117,7 +117,7 @@ class Phi3Config:
 
     @property
     def rotary_dim(self) -> int:
-        """Number of head dimensions that are rotated (even)."""
+        """Number of head dimensions that are rotated; an odd number also rotates the next one, to make a pair."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @classmethod
@@ -188,10 +188,12 @@ def _problems(config: Phi3Config) -> list[str]:
             found.append(f"{name} must be a positive number, not {value!r}")
     if found:
         return found
-    if config.partial_rotary_factor > 1 or config.rotary_dim < 2 or config.rotary_dim % 2:
+    # An odd number is rounded up to whole pairs, except with LongRoPE, whose lists have no half entries.
+    pairs, odd = divmod(config.rotary_dim, 2)
+    if config.rotary_dim < 1 or 2 * (pairs + odd) > config.head_dim or (odd and config.long_rope):
         found.append(
-            f"head_dim={config.head_dim} x partial_rotary_factor={config.partial_rotary_factor} must give an even "
-            f"number of rotated dimensions between 2 and head_dim, not {config.rotary_dim}"
+            f"head_dim={config.head_dim} x partial_rotary_factor={config.partial_rotary_factor} gives "
+            f"{config.rotary_dim} rotated dimensions: there must be whole pairs, within the head"
         )
     if config.sliding_window is not None and not _is_count(config.sliding_window):
         found.append(f"sliding_window must be a positive integer or null, not {config.sliding_window!r}")
@@ -316,8 +318,9 @@ def _long_rope(rope: dict[str, Any], original: Any) -> LongRope | None:
 
 
 def _derived_head_dim(hidden_size: Any, heads: Any) -> int:
-    if not (_is_count(hidden_size) and _is_count(heads)) or hidden_size % heads:
-        raise ValueError(f"hidden_size={hidden_size!r} is not a multiple of num_attention_heads={heads!r}")
+    """hidden_size / num_attention_heads rounded down, as the reference rounds it."""
+    if not (_is_count(hidden_size) and _is_count(heads)) or hidden_size < heads:
+        raise ValueError(f"hidden_size={hidden_size!r} cannot be split into num_attention_heads={heads!r}")
     return int(hidden_size) // int(heads)
 
 

@@ -96,15 +96,16 @@ def test_int8_keys_and_values_are_within_half_a_step(tiny):
 def test_decoding_updates_the_cache_in_place(tiny):
     """The compiled loop's output is its input's memory, and its temporaries do not grow with the cache."""
     from phi3_jax.infer import decoding
+    from phi3_jax.infer.sampling import Sampling, SamplingParams
 
     def memory(capacity):
         settings = decoding.Settings(
             limits=jnp.full((2,), 30),
             end_ids=jnp.zeros((0,), jnp.int32),
-            temperature=jnp.float32(0),
-            keys=jax.random.split(jax.random.key(0), 2),
+            sampling=SamplingParams.of([Sampling()] * 2, 97),
+            prompt_lengths=jnp.full((2,), 3),
         )
-        state = decoding.begin(tiny.config, settings, capacity, 32, jnp.float32)
+        state = decoding.begin(tiny.config, settings, jnp.zeros((2, 64), jnp.int32), capacity, jnp.float32)
         program = decoding.decode.lower(tiny.config, tiny.params, state, settings, jnp.int32(8)).compile()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         return program.memory_analysis(), size

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from phi3_jax.infer import Timings, generate, stream
-from phi3_jax.infer.sampling import sample
+from phi3_jax.infer import Sampling, Timings, generate, stream
+from phi3_jax.infer.stopping import StopWatch
 
 import phi3_jax
 
@@ -94,15 +95,6 @@ def test_streamed_steps_concatenate_to_the_batch(tiny, greedy):
     assert rows == greedy
 
 
-def test_temperature_draws_from_the_softmax(tiny):
-    """Chi-squared of 4000 draws against softmax(logits / temperature); 0.1 % critical value for 6 degrees: 22.46."""
-    logits = jnp.asarray([0.3, -1.2, 2.0, 0.0, 1.1, -0.5, 0.9])
-    keys = jax.random.split(jax.random.key(3), 4000)
-    drawn = np.asarray(sample(jnp.tile(logits, (4000, 1)), keys, jnp.float32(1.7)))
-    expected = 4000 * np.exp(np.asarray(logits) / 1.7) / np.exp(np.asarray(logits) / 1.7).sum()
-    assert ((np.bincount(drawn, minlength=7) - expected) ** 2 / expected).sum() < 22.46
-
-
 def test_one_seed_reproduces_and_another_differs(tiny):
     def draw(seed):
         return [result.token_ids for result in generate(tiny, PROMPTS, max_new_tokens=9, temperature=1.0, seed=seed)]
@@ -156,7 +148,107 @@ def test_timings_are_filled_in(tiny):
     assert timings.decode > 0
 
 
+def test_each_row_has_its_own_sampling(tiny, greedy):
+    """One batch of a forced, a drawing and a banned row: each as it would be alone."""
+    rows = [
+        Sampling(forced_tokens=[7, 8]),
+        Sampling(temperature=1.0, top_k=5, seed=3),
+        Sampling(banned_tokens=[greedy[2][0]], no_repeat_ngram_size=2),
+    ]
+    together = [result.token_ids for result in generate(tiny, PROMPTS, max_new_tokens=12, sampling=rows)]
+    alone = [
+        generate(tiny, prompt, max_new_tokens=12, sampling=row)[0].token_ids
+        for prompt, row in zip(PROMPTS, rows, strict=True)
+    ]
+    assert together == alone
+    assert together[0][:2] == [7, 8]
+    assert together[1] != greedy[1][:12]
+    assert greedy[2][0] not in together[2]
+
+
+def test_sampling_is_said_once_and_for_every_row(tiny):
+    with pytest.raises(ValueError, match="inside of sampling"):
+        generate(tiny, PROMPTS, temperature=1.0, sampling=Sampling())
+    with pytest.raises(ValueError, match="2 samplings for 3 prompts"):
+        generate(tiny, PROMPTS, sampling=[Sampling(), Sampling()])
+    with pytest.raises(ValueError, match="tokens \\[97\\] outside"):
+        generate(tiny, PROMPTS, sampling=Sampling(banned_tokens=[97]))
+
+
+@pytest.mark.parametrize("stops", [["cat"], ["cat", "at"], ["b", "catcat"], ["zz"], ["\n\n", "abcat"]])
+def test_stop_strings_however_the_text_is_cut(stops):
+    text = "a ca cab abcat catcat\n\nend"
+    wanted = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    for size in (1, 2, 3, 7, 100):
+        watch, passed = StopWatch(stops), ""
+        for i in range(0, len(text), size):
+            passed += watch.push(text[i : i + size])
+            assert wanted.startswith(passed)
+        assert passed + watch.flush() == wanted
+        assert watch.stopped == (wanted != text)
+
+
 # The demo's real weights.
+
+
+def test_a_stop_string_across_tokens_is_trimmed(demo):
+    (whole,) = generate(demo, "The capital of France is", max_new_tokens=16)
+    stop = whole.text[3:10]
+    pieces = [demo.tokenizer.decode([token]) for token in whole.token_ids]
+    assert not any(stop in piece for piece in pieces)
+    cut, other = generate(demo, ["The capital of France is", "Once upon a time"], max_new_tokens=16, stop=[stop])
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert stop in demo.tokenizer.decode(cut.token_ids)
+    assert stop not in demo.tokenizer.decode(cut.token_ids[:-1])
+    assert len(other.token_ids) == 16
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        generate(demo, "x", stop=[""])
+
+
+OPTIONS = {
+    "stop": ["--stop", "answer"],
+    "repetition_penalty": ["--repetition_penalty", "1.5"],
+    "presence_penalty": ["--presence_penalty", "2"],
+    "frequency_penalty": ["--frequency_penalty", "2"],
+    "no_repeat_ngram_size": ["--no_repeat_ngram_size", "1"],
+    "max_new_tokens": ["--max_new_tokens", "7"],
+    "parse_special": ["--parse_special", "--prompt", "The capital of France is<|im_end|>"],
+    "prompt": ["--prompt", "The capital of France is<|im_end|>"],
+}
+
+
+@pytest.fixture(scope="module")
+def answers(demo):
+    """What the program writes, by option; None is the plain command."""
+    plain = ["--checkpoint", "demo", "--prompt", "The capital of France is", "--max_new_tokens", "24"]
+    done = {name: run_program(*plain, *args) for name, args in (OPTIONS | {None: []}).items()}
+    assert not any(program.returncode for program in done.values()), done
+    return {name: program.stdout for name, program in done.items()}
+
+
+def test_every_option_of_the_program_reaches_the_model(demo, answers):
+    (plain,) = generate(demo, "The capital of France is", max_new_tokens=24)
+    assert answers[None] == plain.text + "\n"
+    assert answers["stop"] == plain.text[: plain.text.index("answer")] + "\n"
+    assert answers["max_new_tokens"] == " Paris.\n\nThe answer is\n"
+    assert all(answer != answers[None] for name, answer in answers.items() if name)
+    assert answers["parse_special"] != answers["prompt"]
+
+
+def test_a_minimum_length_keeps_the_answer_from_ending(demo):
+    args = ["--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?", "--max_new_tokens", "24"]
+    done = run_program(*args, "--min_new_tokens", "20")
+    assert done.stdout.startswith("The capital of France is Paris.")
+    assert "decode 2" in done.stderr  # 20 or more
+
+
+def test_options_that_shape_a_draw_reach_the_model(demo):
+    """At a temperature of 5 nearly anything comes, unless the rest is cut away: then it is the greedy answer."""
+    args = ["--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?", "--temperature", "5"]
+    for option in (["--top_k", "1"], ["--top_p", "1e-6"], ["--min_p", "1"]):
+        done = run_program(*args, *option)
+        assert done.stdout == "The capital of France is Paris.\n", (option, done.stderr)
 
 
 def test_the_demo_knows_the_capital_of_france(demo):
@@ -168,9 +260,29 @@ def test_the_demo_knows_the_capital_of_france(demo):
     assert chat.finish_reason == "stop"
 
 
-def run_program(*args: str, **kwargs) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """The programs' compilation cache, apart from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"]) / "phi3_jax" / "compiled"
+
+
+def run_program(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "phi3_jax.infer.generate_main", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_a_second_start_does_not_compile_again(demo, compiled_programs):
+    args = ["--checkpoint", "demo", "--prompt", "Water boils at", "--max_new_tokens", "4"]
+    run_program(*args, "--compilation_cache_dir=")
+    assert not compiled_programs.exists()
+    run_program(*args)
+    # A program that is found is read (which touches its -atime file), one that is not is written anew.
+    first = {path.name for path in compiled_programs.iterdir()}
+    assert len(first) > 3
+    run_program(*args)
+    assert {path.name for path in compiled_programs.iterdir()} == first
 
 
 def test_program_answers_and_reports(demo):

@@ -37,10 +37,12 @@ def draw(seed: int) -> Draw:
 
     (heads, kv_heads), (head_dim, share) = pick(*HEADS), pick(*ROTARY)
     longrope = seed % 2 == 1
+    if not longrope and pick(True, False, False):
+        head_dim, share = pick((6, 0.5), (4, 0.75), (10, 0.7))  # 3, 3 and 7 rotated dimensions, rounded up to pairs
     explicit = pick(True, False)
     extra = int(rng.integers(1, heads)) if heads > 1 else 0
-    # The reference checks LongRoPE's lists against hidden // heads even where head_dim is given.
-    hidden = heads * head_dim + (0 if not explicit else extra if longrope else int(rng.integers(1, 17)))
+    # A derived head_dim is rounded down, and LongRoPE's lists are checked against that even where head_dim is given.
+    hidden = heads * head_dim + (int(rng.integers(1, 17)) if explicit and not longrope else extra)
     original = int(rng.integers(5, 13))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": pick(1e4, 250000.0, 500000.0, 777.5)}
     rope["partial_rotary_factor"] = share

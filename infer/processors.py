@@ -1,0 +1,211 @@
+"""One function for each way of changing the next token's logits before it is picked.
+
+All take float32 logits [B, V] first and return the same; every parameter has one value for each row, so that rows of
+one batch may differ. A parameter at its "off" value leaves its row exactly as it was. A logit of -inf is a token that
+cannot be picked. The numbers are those of the classes in transformers' `generation/logits_process.py`, where it has
+one. `sampling.py` puts the functions in order.
+
+Axis letters: B batch, V vocab, S history (prompt and answer so far, padded on the right), E entries of a list.
+Lists of ids are padded with -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Processors that know the text so far.
+
+
+def penalise_repetition(logits: jax.Array, penalty: jax.Array, history: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Makes every token of the prompt and the answer less likely: logit / penalty, or * penalty below zero.
+
+    From "CTRL" (Keskar et al. 2019), section 4.1.
+
+    Args:
+      penalty: float32 [B], above 0; 1 is off, below 1 rewards repetition.
+      history: int32 [B, S].
+      lengths: int32 [B]: how many ids of a row of `history` are real.
+    """
+    ids = jnp.where(jnp.arange(history.shape[1]) < lengths[:, None], history, -1)
+    old = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=1)
+    new = jnp.where(old < 0, old * penalty[:, None], old / penalty[:, None])
+    # Set rather than scaled: a token that occurs twice is punished once.
+    return _set(logits, ids, new)
+
+
+def penalise_presence_and_frequency(
+    logits: jax.Array,
+    presence: jax.Array,
+    frequency: jax.Array,
+    history: jax.Array,
+    lengths: jax.Array,
+    prompt_lengths: jax.Array,
+) -> jax.Array:
+    """logit - presence * (count > 0) - frequency * count, as OpenAI's API defines it: only the answer is counted.
+
+    Args:
+      presence, frequency: float32 [B]; 0 is off, negative values reward repetition.
+      history, lengths: as in `penalise_repetition`.
+      prompt_lengths: int32 [B]: how many ids of a row belong to the prompt.
+    """
+    slots = jnp.arange(history.shape[1])
+    ids = jnp.where((slots >= prompt_lengths[:, None]) & (slots < lengths[:, None]), history, -1)
+    counts = jnp.zeros_like(logits).at[_where(ids, logits)].add(1.0, mode="drop")
+    return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
+
+
+def forbid_repeated_ngrams(logits: jax.Array, size: jax.Array, history: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Forbids each token that would complete a sequence of `size` tokens which the history already has.
+
+    Args:
+      size: int32 [B]; 0 is off, 1 forbids every token seen so far.
+      history, lengths: as in `penalise_repetition`.
+    """
+    slots = jnp.arange(history.shape[1])
+
+    def compare(back: jax.Array, matches: jax.Array) -> jax.Array:
+        newest = jnp.take_along_axis(history, jnp.maximum(lengths - back, 0)[:, None], axis=1)
+        return matches & ((jnp.roll(history, back, axis=1) == newest) | (back >= size[:, None]))
+
+    # A slot matches if the size - 1 tokens before it equal the newest size - 1; it needs that many before it.
+    complete = (slots >= size[:, None] - 1) & (slots < lengths[:, None]) & (size[:, None] > 0)
+    matches = jax.lax.fori_loop(1, size.max(), compare, complete)
+    return forbid(logits, jnp.where(matches, history, -1))
+
+
+# Processors that name tokens.
+
+
+def add_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds bias (float32 [B, E]) to the logits of `ids` (int32 [B, E], no id twice in a row)."""
+    return logits.at[_where(ids, logits)].add(bias, mode="drop")
+
+
+def forbid(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Forbids the tokens `ids`, int32 [B, E]."""
+    return _set(logits, ids, jnp.float32(-jnp.inf))
+
+
+def forbid_early_end(logits: jax.Array, minimum: jax.Array, generated: jax.Array, end_ids: jax.Array) -> jax.Array:
+    """Forbids the ends (int32 [E], the same for all rows) while a row has fewer than `minimum` new tokens.
+
+    Args:
+      minimum: int32 [B]; 0 is off.
+      generated: int32 [B]: how many new tokens a row has.
+    """
+    return forbid(logits, jnp.where((generated < minimum)[:, None], end_ids, -1))
+
+
+def force(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """Leaves only `token` (int32 [B]; -1 is off), whatever its logit was."""
+    forced = _set(jnp.full_like(logits, -jnp.inf), token[:, None], jnp.float32(0))
+    return jnp.where(token[:, None] < 0, logits, forced)
+
+
+# Processors that shape the distribution to draw from.
+
+
+def heat(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """logits / temperature, float32 [B], above 0; 1 is off."""
+    return logits / temperature[:, None]
+
+
+def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    """Keeps the k (int32 [B]; 0 is off) most likely tokens, and all that are as likely as the last of them."""
+    wanted = jnp.where(k > 0, k, logits.shape[1])
+    kth = _smallest_float(lambda value: (logits > value).sum(axis=1) < wanted, len(k))
+    return jnp.where(logits < kth, -jnp.inf, logits)
+
+
+def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Keeps the fewest, most likely tokens that have a probability of p (float32 [B]; 1 is off) together, at least one.
+
+    "The Curious Case of Neural Text Degeneration" (Holtzman et al. 2020). Of equally likely tokens the smaller ids are
+    kept first, so that a tiny p is greedy; in transformers an unstable sort decides which, of equally many.
+    """
+    probs = jax.nn.softmax(logits, axis=1)
+    spare = 1 - p  # the least likely tokens go as long as they have no more than this together
+
+    def mass(tokens: jax.Array) -> jax.Array:
+        return jnp.where(tokens, probs, 0).sum(axis=1)
+
+    last = _smallest_float(lambda value: mass(logits <= value) > spare, len(p))
+    # Rounding may leave the total below `spare`, when p is tiny.
+    last = jnp.minimum(last, logits.max(axis=1, keepdims=True))
+    tied = logits == last
+    each = jnp.where(tied, probs, 0).max(axis=1)
+    going = jnp.floor((spare - mass(logits < last)) / each).astype(jnp.int32)
+    staying = jnp.maximum(tied.sum(axis=1) - going, 1)
+    slots = jnp.arange(logits.shape[1])
+    low, high = jnp.zeros_like(staying), jnp.full_like(staying, logits.shape[1] - 1)
+    stays = _smallest(lambda slot: (tied & (slots <= slot[:, None])).sum(axis=1) >= staying, low, high)[:, None]
+    kept = (logits > last) | (tied & (slots <= stays)) | (p[:, None] >= 1)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Keeps the tokens that are at least p (float32 [B]; 0 is off) times as likely as the most likely one."""
+    relative = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+    return jnp.where(relative < p[:, None], -jnp.inf, logits)
+
+
+def keep_typical_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Keeps the tokens whose surprise is nearest to the entropy, until they have a probability of p together.
+
+    "Locally Typical Sampling" (Meister et al. 2023). May remove the most likely token.
+
+    Args:
+      p: float32 [B]; 1 is off.
+    """
+    surprise = -jax.nn.log_softmax(logits, axis=1)
+    probs = jnp.exp(-surprise)
+    entropy = jnp.where(probs > 0, surprise * probs, 0).sum(axis=1, keepdims=True)
+    distance = jnp.abs(surprise - entropy)
+    bound = _smallest_float(lambda value: jnp.where(distance <= value, probs, 0).sum(axis=1) >= p, len(p))
+    return jnp.where((distance > bound) & (p[:, None] < 1), -jnp.inf, logits)
+
+
+# What they share.
+
+
+def _where(ids: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row and column of ids [B, E] in the logits, for `.at[...]` with mode="drop"."""
+    # An index of -1 would mean the last token: past the end it is dropped.
+    return jnp.arange(len(ids))[:, None], jnp.where(ids < 0, logits.shape[1], ids)
+
+
+def _set(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
+    return logits.at[_where(ids, logits)].set(values, mode="drop")
+
+
+def _smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+    """The smallest integer in [low, high] from which on `holds` (int32 [B] -> bool [B]) is true; `high` if none is.
+
+    Halving an interval 32 times and looking at all tokens each time sounds slow, but sorting them is slower still.
+    """
+
+    def halve(interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = interval
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # of numbers whose sum overflows
+        true = holds(middle)
+        return jnp.where(true | (low == high), low, middle + 1), jnp.where(true, middle, high)
+
+    return jax.lax.while_loop(lambda interval: (interval[0] < interval[1]).any(), halve, (low, high))[1]
+
+
+def _smallest_float(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+    """As `_smallest`, over all floats from -inf to inf, both ways as [B, 1]: floats are ordered as their bits are."""
+
+    def flip(bits: jax.Array) -> jax.Array:
+        return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    def value(order: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(flip(order), jnp.float32)[:, None]
+
+    ends = np.asarray([-np.inf, np.inf], np.float32).view(np.int32)
+    low, high = flip(jnp.tile(jnp.asarray(ends)[:, None], (1, rows)))
+    return value(_smallest(lambda order: holds(value(order)), low, high))
