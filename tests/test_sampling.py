@@ -16,7 +16,7 @@ from phi3_jax.infer.sampling_params import Sampling, SamplingParams
 GOLDENS = Path(__file__).parent / "goldens_sampling" / "expected.safetensors"
 TENSORS = safetensors.numpy.load_file(GOLDENS)
 with safetensors.safe_open(GOLDENS, "numpy") as file:
-    CASES = {name: json.loads(case) for name, case in file.metadata().items()}
+    CASES = {name: json.loads(case) for name, case in sorted(file.metadata().items())}
 pick, process = jax.jit(sampling.pick), jax.jit(sampling.process)
 V = TENSORS["logits"].shape[1]
 TEXT = [TENSORS[name] for name in ("history", "lengths", "prompt_lengths", "end_ids")]
