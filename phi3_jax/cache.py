@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from phi3_jax.config import Phi3Config
 
 _INT8_MAX = 127
+_TPU_LANES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +26,8 @@ class KVCache:
     then whatever a token replaces is out of the window of every token written with it.
 
     Attributes:
-      k, v: [L, B, K, S, H]; one head's keys lie together, so that a query reads them in one sweep.
+      k, v: [L, B, K, S, H]; one head's keys lie together, so that a query reads them in one sweep. On a TPU, H is
+        rounded up to a multiple of 128, with zeros.
       positions: int32 [B, S]: the position of the token in each slot, -1 where there is none.
       k_scale, v_scale: float32 [L, B, K, S] where k and v are int8: each token's and head's own scale; else None.
     """
@@ -39,7 +41,10 @@ class KVCache:
     @classmethod
     def create(cls, config: Phi3Config, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32) -> KVCache:
         """An empty cache for `batch` rows of `capacity` slots each; dtype is a float type or int8."""
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        # A TPU keeps the last axis in rows of 128. Shorter heads would be stored transposed, and every call would copy
+        # the cache into such rows and back.
+        head_dim = -(-config.head_dim // _TPU_LANES) * _TPU_LANES if jax.default_backend() == "tpu" else config.head_dim
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim)
         empty = jnp.full((batch, capacity), -1, jnp.int32)
         # Two arrays each: buffers that are donated together must be distinct.
         scales = [jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
@@ -63,7 +68,11 @@ class KVCache:
     def write(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
         """Stores one layer's new keys and values, each [B, T, K, H], in the slots of their positions."""
         rows, slots = self._slots(positions)
-        where = (layer, rows, slice(None), slots)
+        # Heads are indexed too. Writing whole [K, H] blocks, XLA would want K and H side by side on a TPU, and copy the
+        # cache into that order and back in every layer.
+        where = (layer, rows[..., None], jnp.arange(k.shape[2]), slots[..., None])
+        padding = [(0, 0), (0, 0), (0, 0), (0, self.k.shape[-1] - k.shape[-1])]
+        k, v = jnp.pad(k, padding), jnp.pad(v, padding)
         k_scale, v_scale = self.k_scale, self.v_scale
         if k_scale is not None and v_scale is not None:
             (k, new_k_scale), (v, new_v_scale) = _quantize(k), _quantize(v)

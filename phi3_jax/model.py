@@ -116,7 +116,7 @@ class Attention(nn.Module):
             keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
             cache = cache.write(number, context["positions"], k, v)
-            keys, values = cache.read(number)
+            keys, values = (each[..., : self.config.head_dim] for each in cache.read(number))
         out, probs = attention(q, keys, values, context["mask"])
         return linear(out.reshape(*x.shape[:2], -1), self.o_proj(), layer), cache, probs
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -261,11 +260,11 @@ def test_the_demo_knows_the_capital_of_france(demo):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
+def own_compilation_cache(tmp_path_factory):
     """The programs' compilation cache, apart from the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield Path(os.environ["XDG_CACHE_HOME"]) / "phi3_jax" / "compiled"
+        yield
 
 
 def run_program(*args: str) -> subprocess.CompletedProcess:
@@ -273,16 +272,17 @@ def run_program(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_a_second_start_does_not_compile_again(demo, compiled_programs):
+def test_a_second_start_does_not_compile_again(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = tmp_path / "phi3_jax" / "compiled"
     args = ["--checkpoint", "demo", "--prompt", "Water boils at", "--max_new_tokens", "4"]
     run_program(*args, "--compilation_cache_dir=")
-    assert not compiled_programs.exists()
+    assert not compiled.exists()
     run_program(*args)
-    # A program that is found is read (which touches its -atime file), one that is not is written anew.
-    first = {path.name for path in compiled_programs.iterdir()}
+    first = {path.name for path in compiled.iterdir()}
     assert len(first) > 3
-    run_program(*args)
-    assert {path.name for path in compiled_programs.iterdir()} == first
+    run_program(*args)  # a program that were not found would be written under a new name
+    assert {path.name for path in compiled.iterdir()} == first
 
 
 def test_program_answers_and_reports(demo):
