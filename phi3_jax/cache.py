@@ -39,7 +39,9 @@ class KVCache:
     v_scale: jax.Array | None = None
 
     @classmethod
-    def create(cls, config: Phi3Config, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32) -> KVCache:
+    def create(
+        cls, config: Phi3Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> KVCache:
         """An empty cache for `batch` rows of `capacity` slots each; dtype is a float type or int8."""
         # A TPU keeps the last axis in rows of 128. Shorter heads would be stored transposed, and every call would copy
         # the cache into such rows and back.
@@ -47,7 +49,7 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim)
         empty = jnp.full((batch, capacity), -1, jnp.int32)
         # Two arrays each: buffers that are donated together must be distinct.
-        scales = [jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
+        scales = [jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None for _ in range(2)]
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, *scales)
 
     @property
