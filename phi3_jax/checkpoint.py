@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax import safetensors_io
+from phi3_jax import safetensors_io, tokenizer_files
 from phi3_jax.config import Phi3Config
 from phi3_jax.tokenizer import Tokenizer, load_tokenizer
 from phi3_jax.tokenizer_gguf import write_tokenizer
@@ -150,16 +150,10 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file whose content is a dictionary."""
+    """The object in a JSON file, which must be there."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__} where a dictionary was expected")
-    return content
+    return tokenizer_files.read_json(path)
 
 
 def _generation_settings(folder: Path, config: Phi3Config) -> GenerationSettings:

@@ -190,7 +190,7 @@ def test_an_absurd_number_of_layers_is_refused_quickly(tiny_folder):
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "there is no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), ValueError, "a dictionary was expected"),
+        (lambda f: (f / "config.json").write_text("[]"), ValueError, "config.json: holds a list, not an object"),
         (
             lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 1000}'),
             ValueError,

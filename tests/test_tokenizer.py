@@ -1,16 +1,14 @@
 """The tokenizer against recorded results of transformers 5.23, the published vectors, and the tokenizers library."""
 
-import json
 import os
 import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from vocabularies import byte_level_spec, train_sentencepiece, write
 
 from phi3_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -180,42 +178,6 @@ def test_stream_holds_an_emoji_until_it_is_whole(phi3: Tokenizer) -> None:
 # ---------------------------------------------------------------- small vocabularies made here
 
 
-def byte_level_spec(*more_pieces: str) -> dict[str, Any]:
-    """A GPT-2 style tokenizer.json: 256 bytes, a few merges, and added tokens with every flag."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
-    merges = [["t", "h"], ["th", "e"], ["Ġ", "c"], ["c", "a"], ["1", "3"], ["<", "s"], ["<s", ">"]]
-    vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges), *more_pieces])}
-    flags = {
-        "<s>": {"special": True},
-        "<|end|>": {"special": True, "rstrip": True},
-        "<|endo|>": {"special": True, "lstrip": True},
-        "<both>": {"special": False, "lstrip": True, "rstrip": True},
-        "word": {"special": False, "single_word": True},
-        "<|e": {"special": False},
-    }
-    blank = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    new = [content for content in flags if content not in vocab]
-    ids = {content: vocab[content] if content in vocab else len(vocab) + new.index(content) for content in flags}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": ids[c], "content": c, **blank, **f} for c, f in flags.items()],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-
-
-def write(folder: Path, files: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return folder
-
-
 def test_added_token_flags_as_in_the_library(tmp_path: Path) -> None:
     spec = byte_level_spec()
     ours = load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
@@ -312,18 +274,8 @@ def test_settings_in_tokenizer_config(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_with_the_older_files(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("the cat sat on the mat\nthe dog sat on the log\n" * 5, encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(tmp_path / "tokenizer"),
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
+    text = "the cat sat on the mat\nthe dog sat on the log\n" * 5
+    train_sentencepiece(tmp_path / "tokenizer", text, vocab_size=290)
     size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).get_piece_size()
     bare = load_tokenizer(tmp_path)
     assert bare.special_ids == {0, 1, 2}
@@ -339,81 +291,3 @@ def test_sentencepiece_with_the_older_files(tmp_path: Path) -> None:
     assert ours.encode("theplaincat") == [1, *the, size + 1, *cat]
     assert ours.decode([1, *the, *cat], skip_special_tokens=True) == "the cat"
     assert ours.eos_id == size
-
-
-def test_errors_of_use(tmp_path: Path) -> None:
-    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_spec()}))
-    for token_id in (-1, ours.vocab_size):
-        with pytest.raises(ValueError, match=f"Token id {token_id} is outside of the vocabulary"):
-            ours.decode([token_id])
-    with pytest.raises(ValueError, match="names no bos token"):
-        ours.encode("a", add_bos=True)
-    with pytest.raises(ValueError, match="lone surrogates"):
-        ours.encode("a\ud800")
-    for array in (np.asarray, jnp.asarray):
-        assert ours.decode(array(ours.encode("the")), skip_special_tokens=True) == "the"
-
-
-def test_errors_of_loading(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_tokenizer(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json or tokenizer\.model"):
-        load_tokenizer(tmp_path)
-    write(tmp_path, {"tokenizer.json": byte_level_spec()})
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model"):
-        load_tokenizer(tmp_path, "sentencepiece")
-    with pytest.raises(ValueError, match="Unknown tokenizer backend 'spm'"):
-        load_tokenizer(tmp_path, "spm")  # type: ignore[arg-type]
-    write(tmp_path, {"tokenizer.model": "not a model"})
-    with pytest.raises(ValueError, match=r"tokenizer\.model: not a sentencepiece model"):
-        load_tokenizer(tmp_path, "sentencepiece")
-
-
-def broken(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    spec: dict[str, Any] = byte_level_spec()
-    *parents, last = path
-    node = spec
-    for key in parents:
-        node = node[key]
-    node[last] = value
-    return spec
-
-
-def decoder_entry(token_id: str, content: str) -> dict[str, Any]:
-    return {"added_tokens_decoder": {token_id: {"content": content, "special": True}}}
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"tokenizer.json": '{"model": '}, r"tokenizer\.json: not valid JSON"),
-        ({"tokenizer.json": "[]"}, r"tokenizer\.json: holds a list"),
-        ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: not valid JSON"),
-        ({"tokenizer.json": broken(("model", "type"), "Unigram")}, "no BPE model"),
-        ({"tokenizer.json": broken(("model", "merges"), [["zz", "yy"]])}, "the tokenizers library refuses it"),
-        ({"tokenizer.json": broken(("decoder",), {"type": "WordPiece"})}, "unsupported decoder"),
-        ({"tokenizer.json": broken(("added_tokens",), [{"id": 5}])}, "settings have an unknown shape"),
-        ({"tokenizer_config.json": decoder_entry("5", "<x>")}, "'<x>' has id 5, which is"),
-        ({"tokenizer_config.json": decoder_entry("400", "a")}, "'a' has two ids"),
-        ({"tokenizer_config.json": decoder_entry("-3", "<x>")}, "lie outside of the vocabulary"),
-        (
-            {"tokenizer_config.json": decoder_entry("400", "<x>"), "config.json": {"vocab_size": 331}},
-            r"\{400: '<x>'\} lie outside of the vocabulary of 331 ids",
-        ),
-        ({"tokenizer_config.json": {"eos_token": "<absent>"}}, "'<absent>', named in tokenizer_config.json"),
-        ({"tokenizer_config.json": {"eos_token": 7}}, "eos_token is 7"),
-        ({"tokenizer_config.json": {"chat_template": [{"name": "x", "template": ""}]}}, 'none named "default"'),
-    ],
-)
-def test_errors_in_files(tmp_path: Path, files: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_spec(), **files}))
-
-
-def test_normalised_added_tokens_are_refused(tmp_path: Path) -> None:
-    spec = byte_level_spec()
-    spec["normalizer"] = {"type": "NFC"}
-    load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
-    spec["added_tokens"][0]["normalized"] = True
-    with pytest.raises(ValueError, match=r"\['<s>'\] are matched in normalised text"):
-        load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+from vocabularies import train_sentencepiece
 
 from phi3_jax.tokenizer import Tokenizer
 from phi3_jax.tokenizer_gguf import _llama_spec, tokenizer_from_gguf
@@ -150,19 +151,8 @@ def test_phi3_special_tokens_and_bos(phi3_metadata: dict[str, Any]) -> None:
 
 
 def test_llama_merges_as_sentencepiece(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("the cat sat on the mat\nthe other dog then bathed another moth\n" * 5, encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(tmp_path / "small"),
-        model_type="bpe",
-        vocab_size=311,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+    text = "the cat sat on the mat\nthe other dog then bathed another moth\n" * 5
+    train_sentencepiece(tmp_path / "small", text, vocab_size=311, remove_extra_whitespaces=False)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "small.model"))
     ours = tokenizer_from_gguf(llama_metadata(processor, ["<|end|>"], rows=331), "small.gguf")
     rng = random.Random(43)
