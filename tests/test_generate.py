@@ -1,43 +1,22 @@
 import dataclasses
-import functools
-import os
-import pty
-import signal
-import subprocess
-import sys
-import time
+import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from phi3_jax.infer import Sampling, Timings, generate, stream
+import without_cache
+from phi3_jax.infer import Options, Run, Sampling, generate, stream
 from phi3_jax.infer.stopping import StopWatch
 
 import phi3_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8], [90, 4, 77, 15, 60, 3, 22, 9, 41, 13, 58, 6, 70]]
-
-
-def without_cache(checkpoint: phi3_jax.Checkpoint, prompt: list[int], count: int) -> list[int]:
-    """The obvious greedy decoder: runs everything anew for every token (padded to 64, to compile once)."""
-    ids = list(prompt)
-    for _ in range(count):
-        tokens = jnp.asarray([ids + [0] * (64 - len(ids))])
-        positions = jnp.where(jnp.arange(64) < len(ids), jnp.arange(64), -1)[None]
-        logits = run(checkpoint.config, checkpoint.params, tokens, positions)
-        ids.append(int(logits[0, len(ids) - 1].argmax()))
-    return ids[len(prompt) :]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run(config, params, tokens, positions):
-    return phi3_jax.Phi3(config).apply({"params": params}, tokens, positions)
 
 
 @pytest.fixture(scope="module")
 def greedy(tiny):
-    return [without_cache(tiny, prompt, 24) for prompt in PROMPTS]
+    return [without_cache.greedy(tiny, prompt, 24) for prompt in PROMPTS]
 
 
 def test_equals_decoding_without_a_cache_alone_and_in_a_ragged_batch(tiny, greedy):
@@ -49,23 +28,39 @@ def test_equals_decoding_without_a_cache_alone_and_in_a_ragged_batch(tiny, greed
 
 def test_a_prompt_that_is_already_long(tiny):
     prompt = list(np.random.default_rng(0).integers(0, 97, 29))
-    assert generate(tiny, prompt, max_new_tokens=7)[0].token_ids == without_cache(tiny, prompt, 7)
+    assert generate(tiny, prompt, max_new_tokens=7)[0].token_ids == without_cache.greedy(tiny, prompt, 7)
+
+
+def test_a_row_that_has_outgrown_its_padding_is_read_again(tiny):
+    """20 tokens are padded to 32, and the cache has 160 slots; at the border, 141 tokens must not be padded to 256."""
+    rope = dataclasses.replace(tiny.config.long_rope, original_max_position_embeddings=140)
+    config = dataclasses.replace(tiny.config, long_rope=rope, max_position_embeddings=300)
+    model = dataclasses.replace(tiny, config=config)
+    prompt = [int(token) for token in np.random.default_rng(3).integers(0, 97, 20)]
+    (result,) = generate(model, prompt, max_new_tokens=126)
+    tokens = jnp.asarray([prompt + result.token_ids])
+    short, long = (
+        phi3_jax.Phi3(config).apply({"params": tiny.params}, tokens, rope_lengths=jnp.asarray([[length]]))[0]
+        for length in (140, 141)
+    )
+    expected = jnp.concatenate([short[19:140], long[140:-1]]).argmax(axis=-1)
+    assert result.token_ids == expected.tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 def test_reading_prompts_in_chunks_through_a_ring_changes_nothing(tiny, greedy, chunk):
     """Window 19, prompts of 3 to 13 tokens and 24 more: the ring wraps, also when the border is crossed."""
     narrow = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, sliding_window=7))
-    expected = [without_cache(narrow, prompt, 24) for prompt in PROMPTS]
+    expected = [without_cache.greedy(narrow, prompt, 24) for prompt in PROMPTS]
     assert expected != greedy
-    got = generate(narrow, PROMPTS, max_new_tokens=24, prefill_chunk=chunk)
+    got = generate(narrow, PROMPTS, max_new_tokens=24, options=Options(prefill_chunk=chunk))
     assert [result.token_ids for result in got] == expected
 
 
 def test_an_int8_cache_is_close_enough_for_the_same_words(demo):
     prompts = ["The capital of France is", "Water boils at", "The opposite of hot is"]
     exact = generate(demo, prompts, max_new_tokens=8)
-    small = generate(demo, prompts, max_new_tokens=8, cache_dtype="int8")
+    small = generate(demo, prompts, max_new_tokens=8, options=Options(cache_dtype="int8"))
     assert [result.token_ids for result in small] == [result.token_ids for result in exact]
 
 
@@ -81,17 +76,49 @@ def test_stops_at_every_end_id_and_keeps_it(tiny, greedy):
 def test_ends_at_the_models_context(tiny):
     prompt = [int(token) for token in np.random.default_rng(1).integers(0, 97, 59)]
     (result,) = generate(tiny, prompt, max_new_tokens=24)
-    assert result.token_ids == without_cache(tiny, prompt, 5)
+    assert result.token_ids == without_cache.greedy(tiny, prompt, 5)
     assert result.finish_reason == "length"
 
 
-def test_streamed_steps_concatenate_to_the_batch(tiny, greedy):
-    rows = [[], [], []]
-    for new in stream(tiny, PROMPTS, 24, steps=1):
-        assert all(len(tokens) <= 1 for tokens in new)
-        for row, tokens in zip(rows, new, strict=True):
-            row += tokens
-    assert rows == greedy
+def test_streamed_pieces_concatenate_to_the_batch(tiny, greedy):
+    rows, reasons = [[], [], []], [None] * 3
+    for piece in stream(tiny, PROMPTS, [24, 24, 7]):
+        assert len(piece.token_ids) == 1
+        assert reasons[piece.row] is None
+        rows[piece.row] += piece.token_ids
+        reasons[piece.row] = piece.finish_reason
+    assert rows == [greedy[0], greedy[1], greedy[2][:7]]
+    assert reasons == ["length"] * 3
+
+
+def test_a_callback_sees_every_piece_in_order(tiny, greedy):
+    pieces = []
+    results = generate(tiny, PROMPTS, 9, on_piece=pieces.append)
+    for row, result in enumerate(results):
+        own = [piece for piece in pieces if piece.row == row]
+        assert list(itertools.chain(*(piece.token_ids for piece in own))) == result.token_ids == greedy[row][:9]
+        assert [piece.finish_reason for piece in own] == [None] * 8 + ["length"]
+
+
+def test_each_row_has_its_own_limit(tiny, greedy):
+    results = generate(tiny, PROMPTS, max_new_tokens=[1, 20, 7])
+    assert [result.token_ids for result in results] == [greedy[0][:1], greedy[1][:20], greedy[2][:7]]
+    with pytest.raises(ValueError, match="max_new_tokens has 2 entries for 3 prompts"):
+        generate(tiny, PROMPTS, max_new_tokens=[1, 2])
+
+
+def test_an_interrupt_keeps_what_there_is(tiny, greedy):
+    asked = itertools.count()
+    results = generate(tiny, PROMPTS, [24, 24, 3], interrupt=lambda: next(asked) == 6)
+    assert [result.finish_reason for result in results] == ["interrupt", "interrupt", "length"]
+    assert [result.token_ids for result in results] == [greedy[0][:7], greedy[1][:7], greedy[2][:3]]
+
+
+def test_a_deadline_ends_answers_as_they_are(tiny, greedy):
+    results = generate(tiny, PROMPTS, 24, options=Options(deadline=1e-6))
+    assert [result.finish_reason for result in results] == ["deadline"] * 3
+    assert [result.token_ids for result in results] == [row[:1] for row in greedy]
+    assert generate(tiny, PROMPTS, 24, options=Options(deadline=1e6))[0].finish_reason == "length"
 
 
 def test_one_seed_reproduces_and_another_differs(tiny):
@@ -126,8 +153,6 @@ def test_one_bucket_compiles_once(tiny):
         ("text", {}, "the checkpoint has no tokenizer"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
-        ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0"),
-        ([[1]], {"cache_dtype": "int4"}, "cache_dtype='int4'"),
         ([[1]], {"temperature": float("nan")}, "temperature=nan"),
     ],
 )
@@ -141,10 +166,11 @@ def test_no_prompts_give_no_answers(tiny):
 
 
 def test_timings_are_filled_in(tiny):
-    timings = Timings()
-    list(stream(tiny, [[1, 2, 3]], 5, timings=timings))
-    assert timings.prefill > 0
-    assert timings.decode > 0
+    run = Run(tiny, [[1, 2, 3]], [5])
+    while not run.is_over:
+        run.advance()
+    assert run.timings.prefill > 0
+    assert run.timings.decode > 0
 
 
 def test_each_row_has_its_own_sampling(tiny, greedy):
@@ -168,7 +194,7 @@ def test_each_row_has_its_own_sampling(tiny, greedy):
 def test_sampling_is_said_once_and_for_every_row(tiny):
     with pytest.raises(ValueError, match="inside of sampling"):
         generate(tiny, PROMPTS, temperature=1.0, sampling=Sampling())
-    with pytest.raises(ValueError, match="2 samplings for 3 prompts"):
+    with pytest.raises(ValueError, match="sampling has 2 entries for 3 prompts"):
         generate(tiny, PROMPTS, sampling=[Sampling(), Sampling()])
     with pytest.raises(ValueError, match="tokens \\[97\\] outside"):
         generate(tiny, PROMPTS, sampling=Sampling(banned_tokens=[97]))
@@ -205,51 +231,6 @@ def test_a_stop_string_across_tokens_is_trimmed(demo):
         generate(demo, "x", stop=[""])
 
 
-OPTIONS = {
-    "stop": ["--stop", "answer"],
-    "repetition_penalty": ["--repetition_penalty", "1.5"],
-    "presence_penalty": ["--presence_penalty", "2"],
-    "frequency_penalty": ["--frequency_penalty", "2"],
-    "no_repeat_ngram_size": ["--no_repeat_ngram_size", "1"],
-    "max_new_tokens": ["--max_new_tokens", "7"],
-    "parse_special": ["--parse_special", "--prompt", "The capital of France is<|im_end|>"],
-    "prompt": ["--prompt", "The capital of France is<|im_end|>"],
-}
-
-
-@pytest.fixture(scope="module")
-def answers(demo):
-    """What the program writes, by option; None is the plain command."""
-    plain = ["--checkpoint", "demo", "--prompt", "The capital of France is", "--max_new_tokens", "24"]
-    done = {name: run_program(*plain, *args) for name, args in (OPTIONS | {None: []}).items()}
-    assert not any(program.returncode for program in done.values()), done
-    return {name: program.stdout for name, program in done.items()}
-
-
-def test_every_option_of_the_program_reaches_the_model(demo, answers):
-    (plain,) = generate(demo, "The capital of France is", max_new_tokens=24)
-    assert answers[None] == plain.text + "\n"
-    assert answers["stop"] == plain.text[: plain.text.index("answer")] + "\n"
-    assert answers["max_new_tokens"] == " Paris.\n\nThe answer is\n"
-    assert all(answer != answers[None] for name, answer in answers.items() if name)
-    assert answers["parse_special"] != answers["prompt"]
-
-
-def test_a_minimum_length_keeps_the_answer_from_ending(demo):
-    args = ["--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?", "--max_new_tokens", "24"]
-    done = run_program(*args, "--min_new_tokens", "20")
-    assert done.stdout.startswith("The capital of France is Paris.")
-    assert "decode 2" in done.stderr  # 20 or more
-
-
-def test_options_that_shape_a_draw_reach_the_model(demo):
-    """At a temperature of 5 nearly anything comes, unless the rest is cut away: then it is the greedy answer."""
-    args = ["--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?", "--temperature", "5"]
-    for option in (["--top_k", "1"], ["--top_p", "1e-6"], ["--min_p", "1"]):
-        done = run_program(*args, *option)
-        assert done.stdout == "The capital of France is Paris.\n", (option, done.stderr)
-
-
 def test_the_demo_knows_the_capital_of_france(demo):
     (plain,) = generate(demo, "The capital of France is", max_new_tokens=8)
     assert "Paris" in plain.text
@@ -257,78 +238,3 @@ def test_the_demo_knows_the_capital_of_france(demo):
     (chat,) = generate(demo, phi3_jax.encode_chat(demo.tokenizer, messages), max_new_tokens=32)
     assert chat.text == "The capital of France is Paris."
     assert chat.finish_reason == "stop"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_compilation_cache(tmp_path_factory):
-    """The programs' compilation cache, apart from the user's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def run_program(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "phi3_jax.infer.generate_main", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
-def test_a_second_start_does_not_compile_again(demo, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled = tmp_path / "phi3_jax" / "compiled"
-    args = ["--checkpoint", "demo", "--prompt", "Water boils at", "--max_new_tokens", "4"]
-    run_program(*args, "--compilation_cache_dir=")
-    assert not compiled.exists()
-    run_program(*args)
-    first = {path.name for path in compiled.iterdir()}
-    assert len(first) > 3
-    run_program(*args)  # a program that were not found would be written under a new name
-    assert {path.name for path in compiled.iterdir()} == first
-
-
-def test_program_answers_and_reports(demo):
-    done = run_program("--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "The capital of France is Paris.\n"
-    assert "prefill" in done.stderr
-    assert "decode 7 tokens in" in done.stderr
-    assert "compile" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--checkpoint", "nowhere", "--prompt", "x"], "phi3-generate: nowhere: no such folder or file"),
-        (["--checkpoint", "demo", "--prompt", ""], "phi3-generate: prompt 0 is empty"),
-        (["--checkpoint", "demo", "--prompt", "x", "--system", "y"], "phi3-generate: --system needs --chat"),
-        (["--checkpoint", "demo", "--prompt", "two", "words"], "unexpected arguments ['words']; quote text"),
-    ],
-)
-def test_program_errors_are_one_line(demo, args, message):
-    done = run_program(*args)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""
-
-
-def test_ctrl_c_prints_what_there_is(demo):
-    """On a real terminal: the interrupt comes in the middle of a long answer."""
-    leader, follower = pty.openpty()
-    args = ["--checkpoint", "demo", "--prompt", "Once upon a time", "--max_new_tokens", "2000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "phi3_jax.infer.generate_main", *args],
-        stdout=follower,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    seen = b""
-    deadline = time.time() + 120
-    while len(seen.split()) < 10 and time.time() < deadline:
-        seen += os.read(leader, 100)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    os.close(follower)
-    os.close(leader)
-    assert process.returncode == 130
-    assert "decode" in errors
-    assert "Traceback" not in errors

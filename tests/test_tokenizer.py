@@ -223,6 +223,39 @@ def test_byte_level_stream_as_the_library_decodes(tmp_path: Path) -> None:
     assert stream.push(ours.encode("a")[0]) == "a"  # a flushed stream starts anew
 
 
+def test_token_bytes(tmp_path: Path) -> None:
+    """Joined, they are what decoding writes; the first token loses the space that the decoder drops."""
+    text = "the cat sat on the mat\nthe dog sat on the log\n" * 5
+    byte_level = load_tokenizer(write(tmp_path / "byte level", {"tokenizer.json": byte_level_spec()}))
+    cases = [(byte_level, False)]
+    for prefix in (True, False):
+        folder = write(tmp_path / f"pieces {prefix}", {})
+        train_sentencepiece(folder / "tokenizer", text, vocab_size=290, add_dummy_prefix=prefix)
+        cases.append((load_tokenizer(folder), prefix))
+    rng = random.Random(31)
+    for ours, drops in cases:
+        spelled = {i: ours.token_bytes(i) for i in range(ours.vocab_size)}
+        opening = {i: ours.token_bytes(i, opens_text=True) for i in spelled}
+        assert opening == {i: data.removeprefix(b" ") if drops else data for i, data in spelled.items()}
+        assert sum(data.startswith(b" ") for data in spelled.values()) > 1
+        for _ in range(211):
+            ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(1, 9))]
+            joined = opening[ids[0]] + b"".join(spelled[i] for i in ids[1:])
+            # How many U+FFFD stand for a broken character is the decoder's affair.
+            if "\ufffd" not in (decoded := ours.decode(ids)):
+                assert joined.decode() == decoded
+    assert byte_level.token_bytes(byte_level.pieces.index("Ã")) == b"\xc3"
+    with pytest.raises(ValueError, match="outside of the vocabulary"):
+        byte_level.token_bytes(byte_level.vocab_size)
+
+
+def test_token_bytes_of_phi3(phi3: Tokenizer) -> None:
+    spelled = {450: b" The", 13: b"\n", 29871: b" ", 259: b"  ", 198: b"\xc3", 32007: b"<|end|>", 32050: b""}
+    assert {i: phi3.token_bytes(i) for i in spelled} == spelled
+    opening = {450: b"The", 29871: b"", 259: b" ", 35: b"", 310: b"of"}
+    assert {i: phi3.token_bytes(i, opens_text=True) for i in opening} == opening
+
+
 def test_prefix_space_only_at_the_start_where_the_file_says_so(tmp_path: Path) -> None:
     spec = byte_level_spec("▁", "<unk>")
     spec["model"] |= {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}

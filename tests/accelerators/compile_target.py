@@ -2,7 +2,7 @@
 
     python compile_target.py v5e
 
-Nothing is executed and no weight is made: `stream` is run with stand-ins in place of the jitted functions of
+Nothing is executed and no weight is made: a `Run` is advanced with stand-ins in place of the jitted functions of
 decoding.py, which note the shapes that they are called with. Those programs are then compiled for the target, by
 libtpu or by XLA's compiler for NVIDIA. The sizes are those compilers' own.
 """
@@ -10,8 +10,6 @@ libtpu or by XLA's compiler for NVIDIA. The sizes are those compilers' own.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import json
 import os
 import sys
@@ -29,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from phi3_jax.infer import Sampling, decoding, stream
+from phi3_jax.infer import Run, Sampling, decoding
 
 import phi3_jax
 from phi3_jax.weights import parameter_shapes
@@ -42,7 +40,10 @@ Program = tuple[Any, tuple[Any, ...]]  # a jitted function and the shapes of its
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Stands in for a jitted function: notes its arguments' shapes under `name`, and gives zeros of its result's."""
+    """Stands in for a jitted function: notes its arguments' shapes under `name`.
+
+    Its result is the state as it came, and zeros for whatever else there is.
+    """
 
     name: str
     function: Any
@@ -59,11 +60,17 @@ class Recorder:
         seen = self.programs.setdefault(self.name, [])
         if shapes not in [known for _, known in seen]:
             seen.append((self.function, shapes))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.function.eval_shape(*args))
+        (state,) = (each for each in args if isinstance(each, decoding.DecodeState))
+
+        def stand_in(part: Any) -> Any:
+            return state if isinstance(part, decoding.DecodeState) else jnp.zeros(part.shape, part.dtype)
+
+        result = self.function.eval_shape(*args)
+        return jax.tree.map(stand_in, result, is_leaf=lambda part: isinstance(part, decoding.DecodeState))
 
 
 def recorded_programs(platform: str) -> dict[str, list[Program]]:
-    """The programs, by function, that `stream` runs on a platform for prompts of one padded length."""
+    """The programs, by function, that are run on a platform for prompts of one padded length."""
     config = phi3_jax.PRESETS[PRESET]
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in parameter_shapes(config).items()}
     params = flax.traverse_util.unflatten_dict(shapes, sep="/")
@@ -74,21 +81,12 @@ def recorded_programs(platform: str) -> dict[str, list[Program]]:
     for name, function in jitted.items():
         setattr(decoding, name, Recorder(name, function, programs))
     for prompt, answer, sampling in [(PROMPT, ANSWER, Sampling()), (PROMPT - 7, ANSWER - 9, Sampling(0.7, top_p=0.9))]:
-        # The zeros never say that the answer is complete: after the prompt, two calls of the loop are enough.
-        run = stream(checkpoint, [[1] * prompt], answer, sampling=[sampling])
-        assert len(list(itertools.islice(run, 3))) == 3
+        run = Run(checkpoint, [[1] * prompt], [answer], [sampling])
+        for _ in range(4):  # two chunks of the prompt, and the loop twice
+            run.advance(32)
     for name, function in jitted.items():
         setattr(decoding, name, function)
     return programs
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def step(
-    config: phi3_jax.Phi3Config, params: Any, cache: phi3_jax.KVCache, tokens: jax.Array
-) -> tuple[jax.Array, phi3_jax.KVCache]:
-    """One token through the model, as in a loop that somebody writes in Python: tokens [B, 1]."""
-    result: Any = phi3_jax.Phi3(config).apply({"params": params}, tokens, cache=cache)
-    return result
 
 
 def topology(target: str) -> Any:
@@ -123,7 +121,7 @@ def main(target: str) -> None:
     programs = recorded_programs(PLATFORMS[target])
     counts = {name: len(known) for name, known in programs.items()}
     _, (config, params, state, *_) = programs["decode"][0]
-    programs["step"] = [(step, (config, params, state.cache, jax.ShapeDtypeStruct((1, 1), jnp.int32)))]
+    programs["step"] = [(decoding.step, (config, params, state))]
     sharding = NamedSharding(Mesh(np.asarray(topology(target).devices), ("x",)), PartitionSpec())
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         sizes = {name: compiled_sizes(known[0], sharding) for name, known in programs.items()}

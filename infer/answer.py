@@ -1,0 +1,132 @@
+"""An answer while it grows: token ids become text, stop strings and end tokens end it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from phi3_jax.checkpoint import Checkpoint
+
+from .logprobs import TokenLogprob
+from .run import NewTokens, Run
+from .stopping import StopWatch
+
+FinishReason = Literal["stop", "length", "deadline", "interrupt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+      text: the decoded new tokens, without special tokens, up to the stop string if there was one.
+      token_ids: the new tokens; an end token, or the token that completed a stop string, is the last of them.
+      finish_reason: "stop" for an end token or a stop string, "length" for a limit reached (max_new_tokens, or the
+        model's context), "deadline" and "interrupt" for an end from outside.
+      logprobs: how likely the model thought each token; None if not asked for.
+      prompt_logprobs: the same of the prompt, with `Options.echo`.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one step added to one answer.
+
+    Attributes:
+      row: which prompt it answers.
+      text: may be empty, while a character or a stop string is not complete.
+      token_ids, logprobs: as in `Generation`.
+      finish_reason: None while the answer goes on.
+    """
+
+    row: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason | None
+
+
+class Answer:
+    """One answer while it grows.
+
+    Attributes:
+      finish_reason: None while it goes on.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, row: int = 0, stop: Sequence[str] = ()):
+        if stop and checkpoint.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: put tokenizer.json or tokenizer.model into the folder")
+        self._row = row
+        self._ends = checkpoint.generation.eos_token_ids
+        self._decoder = checkpoint.tokenizer.stream(skip_special_tokens=True) if checkpoint.tokenizer else None
+        self._watch = StopWatch(stop)
+        self._pieces: list[Piece] = []
+        self.finish_reason: FinishReason | None = None
+
+    def add(self, new: NewTokens, ended: FinishReason | None) -> Piece:
+        """Takes new tokens, up to a stop string -> the piece that they make certain.
+
+        Args:
+          ended: why no more will come, other than by the tokens themselves; None if more may come.
+        """
+        text, count = "", 0
+        for token in new.token_ids:
+            count += 1
+            text += self._watch.push(self._decoder.push(token)) if self._decoder else ""
+            if self._watch.stopped or token in self._ends:
+                self.finish_reason = "stop"
+                break
+        else:
+            self.finish_reason = ended
+        if self.finish_reason is not None:
+            text += self._watch.push(self._decoder.flush()) if self._decoder else ""
+            text += self._watch.flush()
+        logprobs = None if new.logprobs is None else new.logprobs[:count]
+        self._pieces.append(Piece(self._row, text, new.token_ids[:count], logprobs, self.finish_reason))
+        return self._pieces[-1]
+
+    def finish(self, prompt_logprobs: list[TokenLogprob] | None = None) -> Generation:
+        """The whole answer, once it has a finish_reason."""
+        assert self.finish_reason is not None
+        pieces = self._pieces
+        return Generation(
+            "".join(piece.text for piece in pieces),
+            [token for piece in pieces for token in piece.token_ids],
+            self.finish_reason,
+            None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []],
+            prompt_logprobs,
+        )
+
+
+def write_answers(
+    run: Run, answers: Sequence[Answer], steps: int = 1, interrupt: Callable[[], bool] | None = None
+) -> Iterator[Piece]:
+    """Advances a run until all of its answers have ended -> their pieces, as they come.
+
+    Args:
+      answers: one for each row.
+      steps: tokens between two looks at stop strings, the deadline and the interrupt.
+      interrupt: True ends all answers as they are.
+    """
+    begin, deadline = time.monotonic(), run.options.deadline
+    while not run.is_over:
+        new, done = run.advance(steps), run.done
+        outside: FinishReason | None = None
+        if interrupt is not None and interrupt():
+            outside = "interrupt"
+        elif deadline is not None and time.monotonic() - begin >= deadline:
+            outside = "deadline"
+        for answer, tokens, is_done in zip(answers, new, done, strict=True):
+            if answer.finish_reason is None:
+                piece = answer.add(tokens, "length" if is_done else outside)
+                if piece.token_ids or piece.text or piece.finish_reason:
+                    yield piece
+        run.end([row for row, answer in enumerate(answers) if answer.finish_reason is not None])

@@ -1,0 +1,216 @@
+"""A chat with a model, turn by turn: the messages so far, and what the model remembers of them.
+
+    messages -> encode_chat -> prompt -> Run -> answer -> messages
+                                          ^ prompt cache, from one turn to the next
+
+Every turn writes the whole conversation anew with the checkpoint's template. Only what differs from the turn before is
+read: the new message, and whatever of the last answer comes back as other tokens than the model wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from phi3_jax.chat import encode_chat
+from phi3_jax.checkpoint import Checkpoint
+
+from .answer import Answer, Generation, Piece, write_answers
+from .grammar import Grammar
+from .options import Options
+from .prompt_cache import PromptCache
+from .room import room_for
+from .run import Run
+from .sampling import Sampling
+
+_SMALLEST_ROOM = 512  # tokens
+
+
+class ContextFullError(ValueError):
+    """The conversation leaves no room for an answer in the model's context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What one answer took.
+
+    Attributes:
+      generation: the answer.
+      prompt_ids: the conversation before it, as the model saw it.
+      reused: how many of these tokens were known from the turn before, and not read again.
+      seconds: from the question to the end of the answer, with compilation.
+    """
+
+    generation: Generation
+    prompt_ids: list[int]
+    reused: int
+    seconds: float
+
+
+class Conversation:
+    """A chat with a model.
+
+        conversation = Conversation(checkpoint, "Be brief.")
+        for piece in conversation.ask("Who wrote Hamlet?"):
+            print(piece.text, end="", flush=True)
+
+    Attributes:
+      last: the newest turn; None before the first.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        grammar: Grammar | None = None,
+        options: Options | None = None,
+    ):
+        """Begins with no messages but the system's, if there is one.
+
+        Args:
+          sampling: how tokens are picked; the n-th answer, counted from 0, is drawn with seed + n.
+          max_new_tokens: the most tokens of an answer.
+          stop: strings that end an answer.
+          grammar: what every answer must match.
+          options: how the runs are carried out; its prompt cache is what the first one may begin with.
+
+        Raises:
+          ValueError: the checkpoint has no tokenizer, or the options ask for `echo`.
+        """
+        if checkpoint.tokenizer is None:
+            raise ValueError("a chat needs a tokenizer: put tokenizer.json or tokenizer.model into the folder")
+        self._options = options or Options()
+        if self._options.echo:
+            raise ValueError("a chat does not read its prompts as a whole, which echo needs: leave it out")
+        self._checkpoint, self._tokenizer = checkpoint, checkpoint.tokenizer
+        self._sampling = sampling or Sampling()
+        self._max_new_tokens, self._stop, self._grammar = max_new_tokens, tuple(stop), grammar
+        self._system = system
+        self._messages: list[dict[str, str]] = []
+        self._answered = 0
+        self._cache: PromptCache | None = self._options.prompt_cache
+        self.last: Turn | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All messages, the system's included: dicts of "role" and "content"."""
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, *map(dict, self._messages)]
+
+    def ask(self, text: str, interrupt: Callable[[], bool] | None = None) -> Iterator[Piece]:
+        """Hands out the answer piece by piece; with the last piece, question and answer become messages.
+
+        A turn that fails, or whose pieces are not all taken, leaves the conversation as it was. So does one that is
+        ended from outside before there is any text; after that, the answer is kept as far as it came.
+
+        Args:
+          interrupt: asked between the calls of the compiled functions; True ends the answer as it is.
+
+        Raises:
+          ContextFullError: the conversation fills the model's context.
+          ValueError: the template refuses the messages, or a number makes no sense.
+
+        Warns:
+          UserWarning: the template drops the system message.
+        """
+        begin = time.perf_counter()
+        question = {"role": "user", "content": text}
+        prompt_ids = encode_chat(self._tokenizer, [*self.messages, question])
+        run, answer = self._run(prompt_ids), Answer(self._checkpoint, stop=self._stop)
+        for piece in write_answers(run, [answer], interrupt=interrupt):
+            if piece.finish_reason is not None:
+                generation, self._cache = answer.finish(), run.prompt_cache()
+                self.last = Turn(generation, prompt_ids, run.reused, time.perf_counter() - begin)
+                if generation.text or piece.finish_reason in ("stop", "length"):
+                    self._messages += [question, {"role": "assistant", "content": generation.text}]
+                    self._answered += 1
+            yield piece
+
+    def reset(self) -> None:
+        """Begins a new conversation with the same system message."""
+        # The cache stays: what the new prompt has in common with it need not be read again.
+        self._messages = []
+
+    def set_system(self, text: str | None) -> None:
+        """Begins a new conversation with another system message, or with none."""
+        self._system, self._messages = text, []
+
+    def restore(self, messages: Sequence[Any]) -> None:
+        """Goes on with other messages. Raises ValueError, and warns, as `ask` does."""
+        encode_chat(self._tokenizer, messages)
+        copies = [dict(message) for message in messages]
+        has_system = copies[0]["role"] == "system"
+        self._system = copies[0]["content"] if has_system else None
+        self._messages = copies[1:] if has_system else copies
+
+    def _run(self, prompt_ids: list[int]) -> Run:
+        context = self._checkpoint.config.max_position_embeddings
+        if len(prompt_ids) >= context:
+            raise ContextFullError(
+                f"with this message the conversation has {len(prompt_ids)} tokens, which leaves no room for an answer "
+                f"in the model's context of {context}"
+            )
+        sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + self._answered) % 2**32)
+        options = dataclasses.replace(self._options, prompt_cache=self._cache, room=self._room(len(prompt_ids)))
+        return Run(self._checkpoint, [prompt_ids], [self._max_new_tokens], [sampling], options, [self._grammar])
+
+    def _room(self, prompt_tokens: int) -> int:
+        """Memory for prompt and answer, in tokens: it doubles now and then, so that turns share compiled programs."""
+        needed = room_for(prompt_tokens, self._max_new_tokens, Options(self._options.prefill_chunk))
+        room = _SMALLEST_ROOM
+        while room < needed:
+            room *= 2
+        return max(self._options.room, min(room, self._checkpoint.config.max_position_embeddings))
+
+
+def save_messages(path: str | os.PathLike[str], messages: Sequence[dict[str, str]]) -> None:
+    """Writes {"messages": [...]} as JSON into a new file, which appears whole or not at all.
+
+    Raises:
+      FileExistsError: there is such a file.
+      OSError: it cannot be written.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path}: exists already; choose another name or delete it")
+    partial = None
+    try:
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=2) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror}); name a new file in a folder that may be written to"
+        ) from None
+    finally:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
+
+
+def load_messages(path: str | os.PathLike[str]) -> list[Any]:
+    """What `save_messages` wrote; whether it makes sense as messages `Conversation.restore` says.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it holds something else.
+    """
+    remedy = "name a file that /save wrote"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
+        raise ValueError(f"{path}: not a JSON file; {remedy}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
+        raise ValueError(f'{path}: no {{"messages": [...]}} in it; {remedy}')
+    return content["messages"]

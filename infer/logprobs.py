@@ -1,0 +1,77 @@
+"""How likely the model thought each token: kept beside the tokens while the compiled loop writes them.
+
+Axis letters: B batch, T tokens of one call, M tokens of prompt and answer together, N the most likely tokens, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """One token of a prompt or an answer, as the model saw it.
+
+    The numbers are log-softmax of the model's own logits, before temperature, penalties and bans: what OpenAI's API
+    reports, too.
+
+    Attributes:
+      token_id: the token.
+      logprob: its log-probability; None for a prompt's first token, which nothing predicts.
+      top: the most likely tokens in its place -> their log-probabilities, falling.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: dict[int, float]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogprobRecord:
+    """Log-probabilities of a batch's tokens, each at its token's place.
+
+    Attributes:
+      chosen: float32 [B, M]; NaN where nothing was recorded.
+      top_ids, top: int32 and float32 [B, M, N].
+    """
+
+    chosen: jax.Array
+    top_ids: jax.Array
+    top: jax.Array
+
+    @classmethod
+    def create(cls, batch: int, length: int, n: int) -> LogprobRecord:
+        """An empty record for the n most likely tokens."""
+        shape = (batch, length, n)
+        return cls(
+            jnp.full((batch, length), jnp.nan, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        )
+
+    def write(self, logits: jax.Array, tokens: jax.Array, places: jax.Array) -> LogprobRecord:
+        """Adds tokens int32 [B, T] that logits float32 [B, T, V] predicted; a place of M or more is skipped."""
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+        values, ids = jax.lax.top_k(logprobs, self.top.shape[-1])
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        return LogprobRecord(
+            self.chosen.at[rows, places].set(chosen, mode="drop"),
+            self.top_ids.at[rows, places].set(ids, mode="drop"),
+            self.top.at[rows, places].set(values, mode="drop"),
+        )
+
+    def read(self, row: int, tokens: list[int], begin: int) -> list[TokenLogprob]:
+        """What is recorded of a row's tokens from place `begin` on."""
+        places = slice(begin, begin + len(tokens))
+        # Indexing the device's arrays would compile a program for each place.
+        chosen, ids, values = (np.asarray(part)[row, places].tolist() for part in (self.chosen, self.top_ids, self.top))
+        return [
+            TokenLogprob(token, None, {})
+            if value != value
+            else TokenLogprob(token, value, dict(zip(*top, strict=True)))
+            for token, value, *top in zip(tokens, chosen, ids, values, strict=True)
+        ]

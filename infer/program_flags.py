@@ -1,0 +1,206 @@
+"""The flags that phi3-generate and phi3-chat share, and what they mean to the library."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+import phi3_jax
+
+from .decoding import RopePolicy
+from .grammar import Grammar
+from .options import CACHE_DTYPES, Options
+from .prompt_cache import PromptCache
+from .sampling import Sampling
+from .speculation import DraftModel, PromptLookup
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    "demo",
+    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16", "float16"],
+    "What the weights become. auto: float32 on the CPU, where XLA is slow in bfloat16, and bfloat16 elsewhere.",
+)
+
+SYSTEM = flags.DEFINE_string("system", None, "A system message at the beginning of a chat.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens of an answer.", lower_bound=1)
+MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "An answer does not end before.")
+STOP = flags.DEFINE_multi_string("stop", [], "A string that ends an answer; may be given several times.")
+DEADLINE = flags.DEFINE_float("deadline", None, "Seconds after which an answer ends as it is.")
+
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0: always the most likely token; higher: more random.", lower_bound=0
+)
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw from the fewest tokens that have this probability together.")
+MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this fraction as likely as the most likely one.")
+TYPICAL_P = flags.DEFINE_float("typical_p", None, "Draw from tokens of typical surprise that have this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the random draws at a temperature above 0.")
+
+REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens of prompt and answer less likely.")
+PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", 0.0, "Off the logits of tokens that the answer has.")
+FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, for each time that it has them.")
+NO_REPEAT_NGRAM_SIZE = flags.DEFINE_integer("no_repeat_ngram_size", 0, "No sequence of this many tokens comes twice.")
+LOGIT_BIAS = flags.DEFINE_multi_string("logit_bias", [], "ID=X: add X to a token's logit; may be given several times.")
+BANNED_TOKENS = flags.DEFINE_list("banned_tokens", [], "Token ids that never come, with commas between.")
+FORCED_TOKENS = flags.DEFINE_list("forced_tokens", [], "Token ids that an answer begins with.")
+
+JSON_SCHEMA = flags.DEFINE_string("json_schema", None, "A file with a JSON schema that an answer fits.")
+REGEX = flags.DEFINE_string("regex", None, "A regular expression that an answer matches as a whole.")
+CHOICE = flags.DEFINE_multi_string("choice", [], "A text that an answer may be; give several.")
+
+PREFILL_CHUNK = flags.DEFINE_integer(
+    "prefill_chunk", Options().prefill_chunk, "How many tokens of the prompt are read at a time.", lower_bound=1
+)
+CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype",
+    None,
+    CACHE_DTYPES,
+    "What keys and values are kept as; int8 takes a quarter of float32's memory. By default the weights' own type, "
+    "on the CPU float32.",
+)
+ROPE_POLICY = flags.DEFINE_enum(
+    "rope_policy",
+    "length",
+    typing.get_args(RopePolicy),
+    "By what LongRoPE picks its factors: a row's length (exact, reads the text again where it grows past the border), "
+    "the length that it may grow to (never reads again), or the longest row's (as transformers).",
+)
+SPECULATE = flags.DEFINE_string(
+    "speculate",
+    None,
+    "Guess tokens ahead, which changes nothing but the speed: lookup (they come from the text so far; for answers that "
+    "copy), or a smaller checkpoint with the same vocabulary.",
+)
+GUESSES = flags.DEFINE_integer("guesses", None, "How many tokens to guess at a time.", lower_bound=1)
+PROMPT_CACHE = flags.DEFINE_string(
+    "prompt_cache", None, "A file of --save_prompt_cache; what the prompt has in common with it is not read again."
+)
+
+TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
+    "Model": [CHECKPOINT, DTYPE],
+    "Length of an answer": [MAX_NEW_TOKENS, MIN_NEW_TOKENS, STOP, DEADLINE],
+    "Drawing tokens": [TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED],
+    "Changing how likely tokens are": [
+        REPETITION_PENALTY,
+        PRESENCE_PENALTY,
+        FREQUENCY_PENALTY,
+        NO_REPEAT_NGRAM_SIZE,
+        LOGIT_BIAS,
+        BANNED_TOKENS,
+        FORCED_TOKENS,
+    ],
+    "Answers of a given form (one of these; needs the extra grammar)": [JSON_SCHEMA, REGEX, CHOICE],
+    "Speed and memory": [PREFILL_CHUNK, CACHE_DTYPE, ROPE_POLICY, SPECULATE, GUESSES, PROMPT_CACHE],
+}
+
+
+def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
+    """The checkpoint, or another one, with a progress bar on the terminal where loading takes more than a second."""
+    path, dtype = path or CHECKPOINT.value, DTYPE.value
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="loading", delay=1, disable=None) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return phi3_jax.load(path, dtype, on_progress=on_progress)
+
+
+def require_tokenizer(checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Tokenizer:
+    """The checkpoint's tokenizer. Raises ValueError if it has none."""
+    if checkpoint.tokenizer is None:
+        raise ValueError(
+            f"{CHECKPOINT.value}: no tokenizer.json or tokenizer.model there; put one of them beside the weights"
+        )
+    return checkpoint.tokenizer
+
+
+def sampling() -> Sampling:
+    """How tokens are to be picked."""
+    return Sampling(
+        temperature=TEMPERATURE.value,
+        top_k=TOP_K.value,
+        top_p=TOP_P.value,
+        min_p=MIN_P.value,
+        typical_p=TYPICAL_P.value,
+        repetition_penalty=REPETITION_PENALTY.value,
+        presence_penalty=PRESENCE_PENALTY.value,
+        frequency_penalty=FREQUENCY_PENALTY.value,
+        logit_bias=_logit_bias(),
+        banned_tokens=_token_ids("banned_tokens", BANNED_TOKENS.value),
+        forced_tokens=_token_ids("forced_tokens", FORCED_TOKENS.value),
+        no_repeat_ngram_size=NO_REPEAT_NGRAM_SIZE.value,
+        min_new_tokens=MIN_NEW_TOKENS.value,
+        seed=SEED.value,
+    )
+
+
+def options(checkpoint: phi3_jax.Checkpoint) -> Options:
+    """How the run is to be carried out."""
+    cache = PROMPT_CACHE.value
+    return Options(
+        prefill_chunk=PREFILL_CHUNK.value,
+        cache_dtype=CACHE_DTYPE.value,
+        rope_policy=typing.cast(RopePolicy, ROPE_POLICY.value),
+        deadline=DEADLINE.value,
+        speculation=_speculation(),
+        prompt_cache=None if cache is None else PromptCache.load(cache, checkpoint),
+    )
+
+
+def grammar() -> Grammar | None:
+    """What answers must match. Raises ValueError if it is said in more than one way."""
+    asked = [flag for flag in (JSON_SCHEMA, REGEX, CHOICE) if flag.value]
+    if len(asked) > 1:
+        raise ValueError(f"give only one of {', '.join('--' + flag.name for flag in asked)}")
+    if JSON_SCHEMA.value:
+        return Grammar.json_schema(Path(JSON_SCHEMA.value).read_text(encoding="utf-8"))
+    if REGEX.value:
+        return Grammar.regex(REGEX.value)
+    return Grammar.choice(CHOICE.value) if CHOICE.value else None
+
+
+def settings() -> dict[str, object]:
+    """All shared flags that differ from their defaults, for comparing two runs."""
+    holders = [holder for topic in TOPICS.values() for holder in topic]
+    return {holder.name: holder.value for holder in holders if holder.value != holder.default}
+
+
+def _speculation() -> PromptLookup | DraftModel | None:
+    if SPECULATE.value is None:
+        if GUESSES.value is not None:
+            raise ValueError("--guesses needs --speculate")
+        return None
+    guesses = {} if GUESSES.value is None else {"guesses": GUESSES.value}
+    if SPECULATE.value == "lookup":
+        return PromptLookup(**guesses)
+    return DraftModel(load_checkpoint(SPECULATE.value), **guesses)
+
+
+def _logit_bias() -> dict[int, float]:
+    bias = {}
+    for text in LOGIT_BIAS.value:
+        token, _, number = text.partition("=")
+        try:
+            bias[int(token)] = float(number)
+        except ValueError:
+            raise ValueError(f"--logit_bias={text}: give a token id and a number, as in --logit_bias=3681=-5") from None
+    return bias
+
+
+def _token_ids(name: str, values: list[str]) -> list[int]:
+    if wrong := [value for value in values if not value.strip().isdecimal()]:
+        raise ValueError(f"--{name}: {wrong} are not token ids; give numbers with commas between")
+    return [int(value) for value in values]

@@ -1,0 +1,322 @@
+"""A batch on its way from prompts to answers: the host's side of decoding.py, in token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi3_jax.cache import slots_needed
+from phi3_jax.checkpoint import Checkpoint
+
+from . import decoding
+from .grammar import Grammar, GrammarMasks
+from .logprobs import TokenLogprob
+from .options import Options
+from .prompt_cache import PromptCache, fingerprint
+from .prompts import check_batch
+from .room import own_cache_dtype, padded_length, room_for
+from .sampling import Sampling, SamplingParams
+from .speculation import DraftModel, LookupDrafter, ModelDrafter, PromptLookup
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds spent by a run, filled in while it goes on: compiling, reading the prompts, writing the answers."""
+
+    compile: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """What a row got in one call of `Run.advance`; logprobs has an entry for each token, or is None if not wanted."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+
+
+@dataclasses.dataclass
+class _Reading:
+    """How far the rows are read: the next place, and the model's output at the last tokens that have come by."""
+
+    place: int
+    last: jax.Array
+    phase: str
+    echo: bool
+
+    @classmethod
+    def start(cls, model: Checkpoint, rows: int, place: int, phase: str, echo: bool = False) -> _Reading:
+        embedding = model.params["embed_tokens"]["weight"]
+        return cls(place, jnp.zeros((rows, embedding.shape[1]), embedding.dtype), phase, echo)
+
+
+class Run:
+    """Prompts being answered.
+
+        run = Run(checkpoint, prompts, [32] * len(prompts))
+        while not run.is_over:
+            new = run.advance()
+
+    Attributes:
+      options: as given.
+      timings: where the time went so far.
+      reused: how many tokens of each prompt were taken from the prompt cache instead of being read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        sampling: Sequence[Sampling] | None = None,
+        options: Options | None = None,
+        grammars: Sequence[Grammar | None] | None = None,
+    ):
+        """Checks everything and makes room; nothing is run yet.
+
+        Args:
+          max_new_tokens: the most new tokens of each row; the model's context is a limit, too.
+          sampling: how each row picks its tokens; greedily if None.
+          grammars: what each row's answer must match.
+
+        Raises:
+          ValueError: a prompt is empty, has ids outside of the vocabulary, or fills the model's context; a number makes
+            no sense; options contradict one another.
+        """
+        self.options = options = options or Options()
+        check_batch(checkpoint, prompts, max_new_tokens)
+        _check_options(checkpoint, options)
+        self._checkpoint, config = checkpoint, checkpoint.config
+        self._prompts = [list(prompt) for prompt in prompts]
+        limits = [
+            min(n, config.max_position_embeddings - len(prompt))
+            for n, prompt in zip(max_new_tokens, prompts, strict=True)
+        ]
+        self._settings = decoding.Settings(
+            limits=jnp.asarray(limits, jnp.int32),
+            end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),
+            sampling=SamplingParams.of(sampling or [Sampling()] * len(prompts), config.vocab_size),
+            prompt_lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
+            rope_policy=options.rope_policy,
+        )
+        self._lengths = [len(prompt) for prompt in prompts]
+        self._room = room_for(max(self._lengths, default=1), max(limits, default=1), options)
+        self._masks = _grammar_masks(checkpoint, grammars, options)
+        self._fingerprint: str | None = None
+        self._state: decoding.DecodeState | None = None  # made by the first call of `advance`
+        self._reading: _Reading | None = None
+        self._drafter: Any = None
+        self._done = np.zeros(len(prompts), bool)
+        self.timings = Timings()
+        self.reused = 0
+        self._place_prompt_cache()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all rows have ended."""
+        return bool(self._done.all())
+
+    @property
+    def done(self) -> list[bool]:
+        """Which rows have ended."""
+        return self._done.tolist()
+
+    @property
+    def guesses(self) -> tuple[int, int]:
+        """With speculation: how many tokens were guessed so far, and how many of them were right."""
+        return (0, 0) if self._state is None else (int(self._state.offered.sum()), int(self._state.taken.sum()))
+
+    def advance(self, steps: int = 1) -> list[NewTokens]:
+        """One call of a compiled function -> what it added to each row.
+
+        At first, each call reads a chunk of the prompts, and the last of these gives each row its first token. From
+        then on, each call takes up to `steps` turns of the loop.
+        """
+        state = self._first_state() if self._state is None else self._state
+        if self._state is None:
+            self._reading = _Reading.start(
+                self._checkpoint, len(self._lengths), self.reused, "prefill", self.options.echo
+            )
+        elif self._reading is None and bool(decoding.must_restart(self._checkpoint.config, state, self._settings)):
+            state = decoding.restart(state, self._settings)
+            self._reading = _Reading.start(self._checkpoint, len(self._lengths), 0, "decode")
+        if self._reading is not None:
+            self._state = self._read_on(state, self._reading)
+        elif self._masks is not None:
+            self._state = self._step_by_grammar(state)
+        else:
+            asked = self.options.speculation
+            draft_params = asked.checkpoint.params if isinstance(asked, DraftModel) else None
+            args = state, self._settings, jnp.int32(steps), self._drafter, draft_params
+            self._state, self._drafter = self._timed("decode", decoding.decode, *args)
+        return self._new_tokens(self._state)
+
+    @property
+    def reading(self) -> tuple[int, int]:
+        """How many tokens of the longest row have been read, and how many there are; equal if nothing is being read."""
+        longest = max(self._lengths, default=0)
+        return (longest if self._reading is None else min(self._reading.place, longest)), longest
+
+    def end(self, rows: Sequence[int]) -> None:
+        """Ends rows from outside, between two calls of `advance`."""
+        self._done[list(rows)] = True
+        if self._state is not None:
+            self._state = dataclasses.replace(self._state, done=jnp.asarray(self._done))
+
+    def prompt_logprobs(self, row: int) -> list[TokenLogprob]:
+        """The log-probabilities of a prompt's tokens, after the first call of `advance`, with `Options.echo`."""
+        if self._state is None or self._state.logprobs is None or not self.options.echo:
+            raise ValueError("prompts have log-probabilities after `advance`, with Options(logprobs=..., echo=True)")
+        return self._state.logprobs.read(row, self._prompts[row], 0)
+
+    def prompt_cache(self, row: int = 0) -> PromptCache:
+        """The keys and values of a row as far as it has come, for `Options.prompt_cache` of another run."""
+        if self._state is None:
+            raise ValueError("nothing has been read yet: call `advance` first")
+        tokens = np.asarray(self._state.tokens[row])[: self._lengths[row]].tolist()
+        is_long = self._is_long(int(self._state.rope_lengths[row]))
+        return PromptCache.take(self._state.cache, row, tokens, is_long, self._model_fingerprint())
+
+    def _first_state(self) -> decoding.DecodeState:
+        tokens, capacity = np.zeros((len(self._prompts), self._room), np.int32), self._capacity(self._checkpoint.config)
+        for row, prompt in zip(tokens, self._prompts, strict=True):
+            row[: len(prompt)] = prompt
+        dtype, logprobs = self._cache_dtype(), self.options.logprobs
+        state = decoding.begin(
+            self._checkpoint.config, self._settings, jnp.asarray(tokens), capacity, dtype, logprobs=logprobs
+        )
+        if self.options.prompt_cache is not None and self.reused:
+            state = dataclasses.replace(state, cache=self.options.prompt_cache.place(state.cache, self.reused))
+        return dataclasses.replace(state, done=state.done | jnp.asarray(self._done))
+
+    def _place_prompt_cache(self) -> None:
+        """Finds out how much of the prompts need not be read."""
+        cache = self.options.prompt_cache
+        if cache is None or not self._prompts:
+            return
+        if cache.fingerprint != self._model_fingerprint():
+            raise ValueError("the prompt cache was made with another model: make it again with this one")
+        lengths = np.asarray(self._settings.rope_lengths(self._settings.prompt_lengths)).tolist()
+        self.reused = min(
+            cache.usable(self._checkpoint.config, prompt, self._is_long(length))
+            for prompt, length in zip(self._prompts, lengths, strict=True)
+        )
+
+    def _read_on(self, state: decoding.DecodeState, reading: _Reading) -> decoding.DecodeState:
+        """Reads the next chunk of every row; after the last one takes the next token of each."""
+        state = self._read_chunk(self._checkpoint, state, reading)
+        if reading.place < max(self._lengths):
+            return state
+        self._reading = None
+        allowed = None if self._masks is None else jnp.asarray(self._masks.masks())
+        state = self._timed(reading.phase, decoding.answer, state, reading.last, self._settings, allowed)
+        if reading.phase == "prefill":
+            self._drafter = self._start_drafter(state.tokens)
+        return state
+
+    def _read_chunk(self, model: Checkpoint, state: decoding.DecodeState, reading: _Reading) -> decoding.DecodeState:
+        size = padded_length(max(self._lengths) - reading.place, self.options.prefill_chunk)
+        size = min(size, state.cache.capacity)  # for a row that is read again after it has grown
+        args = state, reading.last, jnp.int32(reading.place), size, reading.echo
+        state, reading.last = self._timed(reading.phase, decoding.read, *args, model=model)
+        reading.place += size
+        return state
+
+    def _start_drafter(self, tokens: jax.Array) -> Any:
+        """What guesses tokens, when the prompts have been read."""
+        asked = self.options.speculation
+        if isinstance(asked, PromptLookup):
+            return LookupDrafter(asked)
+        if not isinstance(asked, DraftModel):
+            return None
+        model, settings = asked.checkpoint, dataclasses.replace(self._settings, rope_policy="capacity")
+        capacity, dtype = self._capacity(model.config), own_cache_dtype(model)
+        state = decoding.begin(model.config, settings, tokens + 0, capacity, dtype)
+        reading = _Reading.start(model, len(self._lengths), 0, "prefill")
+        while reading.place < max(self._lengths):
+            state = self._read_chunk(model, state, reading)
+        return ModelDrafter(model.config, asked.guesses, state.cache, state.rope_lengths)
+
+    def _step_by_grammar(self, state: decoding.DecodeState) -> decoding.DecodeState:
+        """One token of each row; the host finds out which ones are allowed while the device runs the model."""
+        assert self._masks is not None
+        state, last = self._timed("decode", decoding.step, state, wait=False)
+        allowed = jnp.asarray(self._masks.masks())
+        return self._timed("decode", decoding.answer, state, last, self._settings, allowed)
+
+    def _new_tokens(self, state: decoding.DecodeState) -> list[NewTokens]:
+        new = []
+        tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths).tolist()
+        for row, (begin, end) in enumerate(zip(self._lengths, lengths, strict=True)):
+            ids = tokens[row, begin:end].tolist()
+            if self._masks is not None:
+                for token in ids:
+                    self._masks.push(row, token)
+            new.append(NewTokens(ids, None if state.logprobs is None else state.logprobs.read(row, ids, begin)))
+        self._lengths, self._done = lengths, np.array(state.done)
+        return new
+
+    def _timed(self, phase: str, function: Any, *args: Any, model: Checkpoint | None = None, wait: bool = True) -> Any:
+        """Calls a jitted function of a model's config, weights and `args`; books its compilation and its run apart."""
+        model = model or self._checkpoint
+        begin = time.perf_counter()
+        # Compiles where that has not happened yet; the call below finds the program.
+        function.lower(model.config, model.params, *args).compile()
+        compiled = time.perf_counter()
+        result = function(model.config, model.params, *args)
+        if wait:
+            jax.block_until_ready(result)
+        self.timings.compile += compiled - begin
+        setattr(self.timings, phase, getattr(self.timings, phase) + time.perf_counter() - compiled)
+        return result
+
+    def _capacity(self, config: Any) -> int:
+        """Slots of a row's cache for everything this run may write to it at once."""
+        return slots_needed(config, self._room, max(self.options.prefill_chunk, self.options.guesses + 2))
+
+    def _cache_dtype(self) -> Any:
+        if self.options.cache_dtype is not None:
+            return jnp.dtype(self.options.cache_dtype)
+        if self.options.prompt_cache is not None:
+            return self.options.prompt_cache.cache.k.dtype
+        return own_cache_dtype(self._checkpoint)
+
+    def _is_long(self, rope_length: int) -> bool:
+        rope = self._checkpoint.config.long_rope
+        return rope is not None and rope_length > rope.original_max_position_embeddings
+
+    def _model_fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self._checkpoint)
+        return self._fingerprint
+
+
+def _grammar_masks(
+    checkpoint: Checkpoint, grammars: Sequence[Grammar | None] | None, options: Options
+) -> GrammarMasks | None:
+    if grammars is None or not any(grammars):
+        return None
+    if checkpoint.tokenizer is None:
+        raise ValueError("a grammar needs a tokenizer: put tokenizer.json or tokenizer.model into the folder")
+    if options.speculation is not None:
+        raise ValueError("a grammar and speculation cannot be combined: leave one of them out")
+    ends = checkpoint.generation.eos_token_ids
+    return GrammarMasks(checkpoint.tokenizer, grammars, ends, checkpoint.config.vocab_size)
+
+
+def _check_options(checkpoint: Checkpoint, options: Options) -> None:
+    config, draft = checkpoint.config, options.speculation
+    if options.logprobs is not None and options.logprobs > config.vocab_size:
+        raise ValueError(f"logprobs={options.logprobs} is more than the vocabulary of {config.vocab_size}")
+    if isinstance(draft, DraftModel) and draft.checkpoint.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the draft model has a vocabulary of {draft.checkpoint.config.vocab_size} tokens, the model one of "
+            f"{config.vocab_size}: take a draft model of the same family"
+        )

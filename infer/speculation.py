@@ -1,0 +1,147 @@
+"""Speculative decoding: guess the next few tokens cheaply, run them through the model at once, keep the right ones.
+
+Reading weights is what a step costs, so five tokens at once take hardly longer than one. decoding.py keeps a guess only
+if it is the token that would have been picked in its place, greedily or with the row's own random numbers. So the
+answer is the same token by token, whatever guesses, and its distribution with it; only the time changes. (A drafter
+that draws does so with the model's noise. Both then agree nearly as often as two distributions can: at least
+(1 - d)/(1 + d) of the time at total variation distance d, "Coupling without Communication and Drafter-Invariant
+Speculative Decoding", Daliri et al. 2024.)
+
+`PromptLookup` and `DraftModel` are what a caller asks for; `start` gives what the compiled loop carries.
+
+Axis letters: B batch, M tokens of prompt and answer together, J - 1 guesses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.cache import KVCache
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.config import Phi3Config
+from phi3_jax.model import Phi3
+
+from .decoding import DecodeState, Params, Settings
+from .sampling import pick
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLookup:
+    """Guesses that the text repeats itself: what came after the last tokens where they stood before.
+
+    Good for answers that copy from the prompt: edits, summaries, code.
+
+    Attributes:
+      guesses: how many tokens at a time.
+      longest: how many of the last tokens are compared. The place with the most equal ones wins, of several the latest.
+      shortest: with fewer equal tokens than this nothing is guessed.
+    """
+
+    guesses: int = 8
+    longest: int = 8
+    shortest: int = 2
+
+    def __post_init__(self) -> None:
+        if self.guesses < 1 or not 1 <= self.shortest <= self.longest:
+            raise ValueError(f"{self}: at least one guess, and 1 <= shortest <= longest")
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModel:
+    """Lets a smaller model with the same vocabulary write the guesses.
+
+    Attributes:
+      checkpoint: the smaller model.
+      guesses: how many tokens at a time.
+    """
+
+    checkpoint: Checkpoint
+    guesses: int = 4
+
+    def __post_init__(self) -> None:
+        if self.guesses < 1:
+            raise ValueError(f"guesses={self.guesses} must be at least 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LookupDrafter:
+    """`PromptLookup` at work; it remembers nothing."""
+
+    lookup: PromptLookup = dataclasses.field(metadata={"static": True})
+
+    def propose(self, params: Params, state: DecodeState, settings: Settings) -> tuple[LookupDrafter, jax.Array]:
+        """See `decoding.Drafter`."""
+        return self, look_up(state.tokens, state.lengths, self.lookup)
+
+
+def look_up(tokens: jax.Array, lengths: jax.Array, lookup: PromptLookup) -> jax.Array:
+    """The guesses of a prompt lookup: int32 [B, guesses], -1 where there is none.
+
+    Args:
+      tokens: int32 [B, M], of which the first `lengths` (int32 [B]) of a row are real.
+    """
+    places = jnp.arange(tokens.shape[1])
+    before = places < lengths[:, None] - 1  # an earlier occurrence has a successor
+    equal, same = jnp.zeros_like(tokens), jnp.ones_like(tokens, bool)
+    for back in range(lookup.longest):
+        newest = jnp.take_along_axis(tokens, jnp.maximum(lengths[:, None] - 1 - back, 0), axis=1)
+        shifted = jnp.roll(tokens, back, axis=1)
+        same &= (shifted == newest) & (places >= back) & (back < lengths[:, None])
+        equal += same
+    score = jnp.where(before & (equal >= lookup.shortest), equal * tokens.shape[1] + places, -1)
+    best = score.argmax(axis=1)[:, None]
+    # Where the successors reach the end of the text, it has a period, and they begin anew.
+    period = jnp.maximum(lengths[:, None] - 1 - best, 1)
+    guesses = jnp.take_along_axis(tokens, best + 1 + jnp.arange(lookup.guesses) % period, axis=1)
+    return jnp.where(jnp.take_along_axis(score, best, axis=1) >= 0, guesses, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelDrafter:
+    """`DraftModel` at work.
+
+    Attributes:
+      cache: its keys and values of at least every token but the newest two of each row.
+      rope_lengths: int32 [B]: by what LongRoPE's factors are picked. They never change: guesses need not be exact, and
+        so are not worth a restart.
+    """
+
+    config: Phi3Config = dataclasses.field(metadata={"static": True})
+    guesses: int = dataclasses.field(metadata={"static": True})
+    cache: KVCache
+    rope_lengths: jax.Array
+
+    def propose(self, params: Params, state: DecodeState, settings: Settings) -> tuple[ModelDrafter, jax.Array]:
+        """See `decoding.Drafter`."""
+        newest = state.lengths[:, None] - 1
+        # Of the last guesses some were not taken, or all were, and the last one has not been through this model.
+        positions = self.cache.positions
+        cache = dataclasses.replace(self.cache, positions=jnp.where(positions < newest - 1, positions, -1))
+        places = newest + jnp.asarray([-1, 0])
+        fed = jnp.take_along_axis(state.tokens, jnp.maximum(places, 0), axis=1)
+        tokens, row = state.tokens, jnp.arange(len(state.tokens))
+        for i in range(self.guesses):
+            positions = jnp.where(state.done[:, None], -1, places)
+            logits, cache = self._run(params, fed, positions, cache)
+            lengths = state.lengths + i
+            guess = pick(logits, settings.sampling, tokens, lengths, settings.prompt_lengths, settings.end_ids)
+            tokens = tokens.at[row, lengths].set(guess, mode="drop")
+            fed, places = guess[:, None], lengths[:, None]
+        guesses = jnp.take_along_axis(tokens, state.lengths[:, None] + jnp.arange(self.guesses), axis=1)
+        return dataclasses.replace(self, cache=cache), guesses
+
+    def _run(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        model, variables = Phi3(self.config), {"params": params}
+        rope_lengths = self.rope_lengths[:, None]
+        result: Any = model.apply(variables, tokens, positions, cache=cache, rope_lengths=rope_lengths, method="hidden")
+        x, cache, _ = result
+        logits: Any = model.apply(variables, x[:, -1], method="unembed")
+        return logits, cache

@@ -1,0 +1,318 @@
+"""phi3-generate, in this process where only its answers matter, and started as a program where that does."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from phi3_jax.infer import Options, generate, generate_main
+
+import phi3_jax
+
+PROMPT = "The capital of France is"
+CHAT = ["--chat", "--prompt", "What is the capital of France?"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_compilation_cache(tmp_path_factory):
+    """The programs' compilation cache, apart from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def program(demo, monkeypatch, capfd):
+    """Runs the program's `main` with the weights that are loaded already -> standard output."""
+    monkeypatch.setattr(phi3_jax, "load", lambda *args, **kwargs: demo)
+
+    def run(*args, code=0):
+        with flagsaver.flagsaver():
+            flags.FLAGS(["phi3-generate", *args])
+            assert generate_main.main() == code
+        return capfd.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--stop", "answer"],
+        ["--repetition_penalty", "1.5"],
+        ["--presence_penalty", "2"],
+        ["--frequency_penalty", "2"],
+        ["--no_repeat_ngram_size", "1"],
+        ["--max_new_tokens", "7"],
+        ["--beams", "3"],
+        ["--choice", "Lyon", "--choice", "Nice"],
+        ["--regex", "[a-z ]+"],
+        ["--temperature", "2"],
+    ],
+)
+def test_every_option_reaches_the_model(program, demo, option):
+    plain = program("--prompt", PROMPT, "--max_new_tokens", "24")
+    assert plain == generate(demo, PROMPT, max_new_tokens=24)[0].text + "\n"
+    other = program("--prompt", PROMPT, "--max_new_tokens", "24", *option)
+    assert other != plain
+    expected = {"--stop": plain[: plain.index("answer")], "--max_new_tokens": " Paris.\n\nThe answer is"}
+    if option[0] in expected:
+        assert other == expected[option[0]] + "\n"
+    if option[0] == "--choice":
+        assert other in ("Lyon\n", "Nice\n")
+
+
+def test_tokens_by_number(program, demo):
+    (paris,) = demo.tokenizer.encode(" Paris")
+    (rome,) = demo.tokenizer.encode(" Rome")
+    assert program("--prompt", PROMPT, "--max_new_tokens", "1") == " Paris\n"
+    assert program("--prompt", PROMPT, "--max_new_tokens", "1", "--banned_tokens", f"{paris}") != " Paris\n"
+    assert program("--prompt", PROMPT, "--max_new_tokens", "1", "--forced_tokens", f"{rome}") == " Rome\n"
+    assert program("--prompt", PROMPT, "--max_new_tokens", "1", "--logit_bias", f"{rome}=1e4") == " Rome\n"
+
+
+def test_a_json_schema(program, tmp_path):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
+    assert json.loads(program(*CHAT, "--json_schema", str(tmp_path / "schema.json")))["city"] in ("Paris", "Rome")
+
+
+def test_special_tokens_in_the_prompt(program):
+    text = ["--prompt", "The capital of France is<|im_end|>", "--max_new_tokens", "9"]
+    assert program(*text, "--parse_special") != program(*text)
+
+
+def test_a_prompt_in_a_file(program, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    assert program("--prompt_file", str(tmp_path / "prompt.txt"), "--max_new_tokens", "1") == " Paris\n"
+
+
+def test_a_minimum_length_keeps_the_answer_from_ending(program, demo):
+    longer = program(*CHAT, "--min_new_tokens", "20", "--max_new_tokens", "24")
+    assert longer.startswith("The capital of France is Paris.")
+    assert len(longer) > 50
+
+
+def test_options_that_shape_a_draw_reach_the_model(program):
+    """At a temperature of 5 nearly anything comes, unless the rest is cut away: then it is the greedy answer."""
+    for option in (["--top_k", "1"], ["--top_p", "1e-6"], ["--min_p", "1"]):
+        assert program(*CHAT, "--temperature", "5", *option) == "The capital of France is Paris.\n", option
+
+
+def test_a_prompt_cache_is_made_and_used(program, demo, tmp_path, capfd):
+    cache = str(tmp_path / "cache.safetensors")
+    system = ["--system", "You are a geographer. " * 5]
+    plain = program(*CHAT, *system)
+    assert program(*CHAT, *system, "--save_prompt_cache", cache) == plain
+    other = ["--chat", "--prompt", "What is the highest mountain?", "--max_new_tokens", "12", *system]
+    expected = program(*other)
+    with flagsaver.flagsaver():
+        flags.FLAGS(["phi3-generate", *other, "--prompt_cache", cache])
+        assert generate_main.main() == 0
+    out, err = capfd.readouterr()
+    assert out == expected
+    assert int(err[: err.index(" tokens from the prompt cache")]) > 30
+
+
+def test_guessing_is_reported_and_changes_nothing(program, capfd):
+    text = [
+        "--chat",
+        "--prompt",
+        "Repeat this: one two three four five six seven eight nine ten",
+        "--max_new_tokens",
+        "30",
+    ]
+    plain = program(*text)
+    with flagsaver.flagsaver():
+        flags.FLAGS(["phi3-generate", *text, "--speculate", "lookup", "--guesses", "5"])
+        generate_main.main()
+    out, err = capfd.readouterr()
+    assert out == plain
+    right, guessed = err[err.index("| ", err.index("decode")) + 2 :].split(" guesses right")[0].split(" of ")
+    assert 0 < int(right) <= int(guessed)
+
+
+# Files of prompts.
+
+LINES = [
+    {"prompt": PROMPT, "id": "a"},
+    {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_new_tokens": 20},
+    {"prompt": "Once upon a time", "temperature": 1.0, "seed": 5},
+    {"prompt": "Once upon a time", "temperature": 1.0},
+    {"prompt": "Water boils at", "max_new_tokens": 3},
+]
+
+
+@pytest.fixture
+def batch(tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--max_new_tokens", "8"]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_prompts(program, demo, batch, tmp_path):
+    assert program(*batch, "--batch_size", "2", "--logprobs", "2", "--echo") == ""
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [{name: line[name] for name in original} for line, original in zip(lines, LINES, strict=True)] == LINES
+    assert [line["text"] for line in lines[:2]] == [" Paris.\n\nThe answer is:", "The capital of France is Paris."]
+    assert [line["finish_reason"] for line in lines] == ["length", "stop", "length", "length", "length"]
+    (drawn,) = generate(demo, "Once upon a time", 8, temperature=1.0, seed=5, options=Options(logprobs=2, echo=True))
+    assert lines[2]["token_ids"] == drawn.token_ids != lines[3]["token_ids"]
+    assert [entry["logprob"] for entry in lines[2]["logprobs"]] == pytest.approx(
+        [entry.logprob for entry in drawn.logprobs], abs=1e-3
+    )
+    assert [entry["token_id"] for entry in lines[2]["prompt_logprobs"]] == demo.tokenizer.encode("Once upon a time")
+    assert len(lines[4]["token_ids"]) == 3
+
+
+def test_an_interrupted_file_goes_on(program, batch, tmp_path, monkeypatch):
+    program(*batch)
+    whole = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "out.jsonl").unlink()
+    real, calls = generate_main.generate, []
+
+    def second_call_is_interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(generate_main, "generate", second_call_is_interrupted)
+    assert program(*batch, "--batch_size", "2", code=130) == ""
+    assert len(lines_of(tmp_path / "out.jsonl.partial")) == 3  # a header and two answers
+    program(*batch, "--batch_size", "2")
+    assert (tmp_path / "out.jsonl").read_text() == whole
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "x", "banned_tokens": [49152]}, "in.jsonl:6: row 0 names tokens"),
+        ({"prompt": "word " * 9000}, r"in.jsonl:6 has 9\d+ tokens, which leaves no room"),
+        ({"prompt": "x", "temprature": 1}, "in.jsonl:6: "),
+    ],
+)
+def test_a_bad_line_is_found_before_anything_runs(program, batch, tmp_path, line, message):
+    with open(tmp_path / "in.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=message):
+        program(*batch)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give one of --prompt"),
+        (["--prompt", "x", "--prompt_file", "y"], "give one of --prompt"),
+        (["--input", "x"], "--input and --output belong together"),
+        (["--prompt", "x", "--logprobs", "1"], "--logprobs goes into the lines of --output"),
+        (["--prompt", "x", "--system", "y"], "--system needs --chat"),
+        (["--prompt", "x", "--beams", "2", "--save_prompt_cache", "y"], "--save_prompt_cache is for one prompt"),
+        (["--prompt", "x", "--length_penalty", "2"], "--length_penalty needs --beams"),
+        (["--prompt", "x", "--beams", "2", "--temperature", "1"], "beam search has no --temperature"),
+        (["--prompt", "x", "--guesses", "2"], "--guesses needs --speculate"),
+        (["--prompt", "x", "--regex", "a", "--choice", "b"], "only one of --regex, --choice"),
+        (["--prompt", "x", "--logit_bias", "5"], "--logit_bias=5: give a token id and a number"),
+        (["--prompt", "x", "--banned_tokens", "1,two"], "--banned_tokens: \\['two'\\] are not token ids"),
+    ],
+)
+def test_flags_that_contradict(program, args, message):
+    with pytest.raises(ValueError, match=message):
+        program(*args)
+
+
+# The program itself.
+
+
+def run_program(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "phi3_jax.infer.generate_main", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_a_second_start_does_not_compile_again(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = tmp_path / "phi3_jax" / "compiled"
+    args = ["--checkpoint", "demo", "--prompt", "Water boils at", "--max_new_tokens", "4"]
+    run_program(*args, "--compilation_cache_dir=")
+    assert not compiled.exists()
+    run_program(*args)
+    first = {path.name for path in compiled.iterdir()}
+    assert len(first) > 3
+    run_program(*args)  # a program that were not found would be written under a new name
+    assert {path.name for path in compiled.iterdir()} == first
+
+
+def test_program_answers_and_reports(demo):
+    done = run_program("--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\n"
+    assert "prefill" in done.stderr
+    assert "decode 7 tokens in" in done.stderr
+    assert "compile" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--checkpoint", "nowhere", "--prompt", "x"], "phi3-generate: nowhere: no such folder or file"),
+        (["--checkpoint", "demo", "--prompt", ""], "phi3-generate: prompt 0 is empty"),
+        (["--checkpoint", "demo", "--prompt", "x", "--top_k", "many"], "phi3-generate: flag --top_k=many"),
+        (["--checkpoint", "demo", "--prompt", "two", "words"], "unexpected arguments ['words']; quote text"),
+    ],
+)
+def test_program_errors_are_one_line(demo, args, message):
+    done = run_program(*args)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_ctrl_c_prints_what_there_is(demo):
+    """On a real terminal: the interrupt comes in the middle of a long answer."""
+    leader, follower = pty.openpty()
+    args = ["--checkpoint", "demo", "--prompt", "Once upon a time", "--max_new_tokens", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phi3_jax.infer.generate_main", *args],
+        stdout=follower,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = b""
+    deadline = time.time() + 120
+    while len(seen.split()) < 10 and time.time() < deadline:
+        seen += os.read(leader, 100)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    os.close(follower)
+    os.close(leader)
+    assert process.returncode == 130
+    assert "decode" in errors
+    assert "Traceback" not in errors
+
+
+def test_help_is_grouped_by_topic():
+    done = run_program("--help")
+    assert done.returncode == 0
+    topics = [line for line in done.stdout.splitlines() if line and not line.startswith(" ")]
+    assert topics[0].startswith("phi3-generate: ")
+    assert {"Prompt", "Many prompts", "Model", "Drawing tokens", "Beam search", "Starting faster"} <= set(topics)
+    shown = {line.strip().lstrip("-").partition("=")[0] for line in done.stdout.splitlines() if line.startswith("  --")}
+    own = {
+        flag.name
+        for module, module_flags in flags.FLAGS.flags_by_module_dict().items()
+        if module.startswith("phi3_jax.infer") and "random" not in module and "chat" not in module
+        for flag in module_flags
+    }
+    assert own == shown

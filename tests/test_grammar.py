@@ -1,0 +1,506 @@
+"""Grammars: masks of small vocabularies against brute force, random answers of real ones against what they match."""
+
+import functools
+import gc
+import json
+import math
+import os
+import random
+import re
+import string
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+from phi3_jax.infer.grammar import Grammar, GrammarMasks, unpack
+from vocabularies import byte_level_spec, train_sentencepiece, write
+
+import phi3_jax
+from phi3_jax.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.tokenizer_gguf import tokenizer_from_gguf
+
+llguidance = pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
+
+
+def allowed(masks: GrammarMasks, vocab_size: int, row: int = 0) -> np.ndarray:
+    """Ids that a row may write, unpacked by numpy."""
+    bits = np.unpackbits(masks.masks()[row].view(np.uint8), bitorder="little")[:vocab_size]
+    return np.flatnonzero(bits)
+
+
+def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str, end: int) -> bool:
+    """Whether the tokens of a text pass the masks, and the text may end after them."""
+    vocab_size = max(tokenizer.vocab_size, end + 1)
+    masks = GrammarMasks(tokenizer, [grammar], [end], vocab_size)
+    for token in [*tokenizer.encode(text, add_bos=False), end]:
+        if token not in allowed(masks, vocab_size):
+            return False
+        masks.push(0, token)
+    return True
+
+
+# ---------------------------------------------------------------- small vocabularies, brute force
+
+TEXT = "the cat sat on the mat\nthe other dog then bathed another moth\n" * 5
+
+
+def small_sentencepiece(folder: Path, **options: Any) -> Tokenizer:
+    train_sentencepiece(folder / "tokenizer", TEXT, vocab_size=311, remove_extra_whitespaces=False, **options)
+    size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    return load_tokenizer(write(folder, {"added_tokens.json": {"<|x|>": size, "the ": size + 2}}))  # one row is unused
+
+
+def small_gguf(folder: Path) -> Tokenizer:
+    small_sentencepiece(folder)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = range(processor.get_piece_size())
+    kinds = [6 if processor.is_byte(i) else 3 if processor.is_control(i) else 2 if i == 0 else 1 for i in ids]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [processor.id_to_piece(i) for i in ids] + ["<|end|>", "the ", "[PAD]"],
+        "tokenizer.ggml.scores": [processor.get_score(i) for i in ids] + [0.0] * 3,
+        "tokenizer.ggml.token_type": [*kinds, 3, 4, 5],
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    return tokenizer_from_gguf(metadata, "small.gguf")
+
+
+def small_byte_level(folder: Path) -> Tokenizer:
+    return load_tokenizer(write(folder, {"tokenizer.json": byte_level_spec("Ġcat", "ĠĠ", "at")}))
+
+
+SMALL: dict[str, tuple[Callable[[Path], Tokenizer], bool]] = {  # and whether a leading space is lost
+    "sentencepiece": (small_sentencepiece, True),
+    "sentencepiece without prefix": (functools.partial(small_sentencepiece, add_dummy_prefix=False), False),
+    "gguf": (small_gguf, True),
+    "byte level": (small_byte_level, False),
+}
+OPTIONS = ["the cat", " the cat", "the", "  the", "théo\U0001f600", "a\n", "", " ", "▁", "</s>", "a/b|c", '"\\d\x7f']
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_masks_are_those_of_brute_force(tmp_path: Path, name: str) -> None:
+    make, loses_space = SMALL[name]
+    tokenizer = make(tmp_path)
+    vocab_size = tokenizer.vocab_size + 13
+    text_end = next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b"th", b"he"))
+    end_ids = [text_end, 2, tokenizer.vocab_size + 5]
+    usable = set(range(tokenizer.vocab_size)) - {token.id for token in tokenizer.added_tokens} - set(end_ids)
+    spelled = {i: spelling for i in usable if (spelling := tokenizer.token_bytes(i))}
+    rng = random.Random(47)
+    finished = set()
+
+    def drop(raw: bytes) -> bytes:
+        return raw.removeprefix(b" ") if loses_space else raw
+
+    for options in (OPTIONS, OPTIONS[:2], OPTIONS[1:3], [" "], ["", "a\n"]):
+        for _ in range(31):
+            masks, ids = GrammarMasks(tokenizer, [Grammar.choice(options)], end_ids, vocab_size), []
+            targets = [option.encode() for option in options]
+            while True:
+                raw = b"".join(spelled[i] for i in ids)
+                printed = {i: drop(raw + more) for i, more in spelled.items()}
+                can = {i for i, text in printed.items() if any(target.startswith(text) for target in targets)}
+                done = drop(raw) in targets
+                assert masks.is_complete(0) == done
+                assert set(allowed(masks, vocab_size)) == can | (set(end_ids) if done else set()), ids
+                token = int(rng.choice(sorted(can) + [end_ids[1]] * 3 * done))
+                masks.push(0, token)
+                if token in end_ids:
+                    break
+                ids.append(token)
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            assert text in options
+            finished.add(text)
+    assert len(finished) > 8
+
+
+def test_an_answer_ends_only_where_it_matches(tmp_path: Path) -> None:
+    tokenizer = small_byte_level(tmp_path)
+    a, b, c, ends = *(tokenizer.encode(x)[0] for x in "abc"), [301, 7]
+    masks = GrammarMasks(tokenizer, [Grammar.regex("ab?"), None, Grammar.regex("ab?")], ends, 302)
+    assert allowed(masks, 302).tolist() == [a]
+    assert not masks.is_complete(0)
+    masks.push(0, a)
+    assert sorted(allowed(masks, 302)) == sorted([b, *ends])
+    assert (masks.is_complete(0), masks.is_complete(1), masks.is_complete(2)) == (True, True, False)
+    masks.push(0, b)
+    assert sorted(allowed(masks, 302)) == sorted(ends)
+    masks.push(0, ends[1])
+    for token in (ends[0], c, 0):
+        masks.push(0, token)  # ignored
+        assert sorted(allowed(masks, 302)) == sorted(ends)
+        assert masks.is_complete(0)
+    assert allowed(masks, 302, row=1).tolist() == list(range(302))
+    masks.push(1, c)
+    assert allowed(masks, 302, row=1).tolist() == list(range(302))
+    assert allowed(masks, 302, row=2).tolist() == [a]  # rows of one grammar go their own ways
+    with pytest.raises(ValueError, match="row 2: end id 7 before the text matches"):
+        masks.push(2, 7)
+    masks.push(2, a)
+    masks.push(2, 7)
+    assert sorted(allowed(masks, 302, row=2)) == sorted(ends)  # no "b" any more
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = small_byte_level(tmp_path)
+    whole, size = tokenizer.encode("the")[0], 100
+    assert whole >= size
+    masks = GrammarMasks(tokenizer, [Grammar.choice(["the"])], [3], size)
+    assert masks.masks().shape == (1, 4)
+    assert masks.masks().dtype == np.uint32
+    assert allowed(masks, 128).tolist() == [tokenizer.pieces.index("t")]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 97])
+def test_unpack(vocab_size: int) -> None:
+    masks = np.random.default_rng(53).integers(0, 2**32, (3, -(-vocab_size // 32)), np.uint32)
+    expected = [[bool(row[t // 32] >> np.uint32(t % 32) & 1) for t in range(vocab_size)] for row in masks]
+    unpacked = jax.jit(unpack, static_argnums=1)(jnp.asarray(masks), vocab_size)
+    assert unpacked.dtype == bool
+    assert unpacked.tolist() == expected
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar.choice([]), "choice cannot be used: there are no options"),
+        (Grammar.json_schema("{"), "json_schema cannot be used: Expecting property name"),
+        (Grammar.json_schema("[1]"), "json_schema cannot be used: .*must be an object or boolean"),
+        (Grammar.json_schema({"type": "strin"}), "Invalid type: strin$"),
+        (Grammar.json_schema({"type": "array", "uniqueItems": True}), r'Unimplemented keys: \["uniqueItems"\]$'),
+        (Grammar.json_schema({"x-guidance": 3}), "invalid type: integer `3`"),
+        (Grammar.json_schema({"x-guidance": {"nonsense": 3}}), "unknown field `nonsense`"),
+        (Grammar.json_schema({"$ref": "https://a.b/c"}), "does not fetch"),
+        (Grammar.regex("("), r"(?s)regex cannot be used: .*unclosed group$"),
+        (Grammar.regex("a(?=b)"), "look-ahead"),
+        (Grammar.regex("a\\"), "lexer error"),
+        (Grammar.regex("[a&&b]"), "no token of the vocabulary leads on"),
+        (Grammar.regex("\ud800"), "regex cannot be used"),
+        (Grammar.choice(["\ud800"]), "choice cannot be used"),
+    ],
+)
+def test_a_wrong_grammar_is_refused_before_anything_runs(tmp_path: Path, grammar: Grammar, message: str) -> None:
+    tokenizer = small_byte_level(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        GrammarMasks(tokenizer, [None, grammar], [1], tokenizer.vocab_size)
+    assert "row 1" in str(caught.value)
+    assert "no_forcing" not in str(caught.value) or grammar.source == "\ud800"
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    tokenizer, yes = small_byte_level(tmp_path), Grammar.choice(["yes"])
+    with pytest.raises(ValueError, match="a list of texts, not 'yes'"):
+        Grammar.choice("yes")
+    with pytest.raises(ValueError, match="a list of texts"):
+        Grammar.choice(["yes", 3])  # type: ignore[list-item]
+    for schema in ({"enum": {3}}, {"maximum": math.inf}):
+        with pytest.raises(ValueError, match="cannot be written as JSON"):
+            Grammar.json_schema(schema)
+    with pytest.raises(ValueError, match="needs a token to end with"):
+        GrammarMasks(tokenizer, [yes], [], tokenizer.vocab_size)
+    with pytest.raises(ValueError, match=r"end ids \[97, -1\] are outside of the vocabulary of 97"):
+        GrammarMasks(tokenizer, [None], [97, 5, -1], 97)
+
+
+def test_a_token_that_the_mask_forbids_is_an_error(tmp_path: Path) -> None:
+    tokenizer = small_sentencepiece(tmp_path)
+    size = tokenizer.vocab_size
+    unused = tokenizer.pieces.index(None)
+    for token in (1, unused, size - 1, size, size + 3, -1):
+        masks = GrammarMasks(tokenizer, [Grammar.regex("(?s).*")], [2], size + 5)
+        with pytest.raises(ValueError, match=f"row 0: token {token} is not text"):
+            masks.push(0, token)
+    masks = GrammarMasks(tokenizer, [Grammar.choice(["the"])], [2], size)
+    with pytest.raises(ValueError, match=r"does not fit the grammar: Parser Error.*'c'"):
+        masks.push(0, tokenizer.pieces.index("c"))
+    for question in (masks.masks, lambda: masks.is_complete(0)):
+        with pytest.raises(ValueError, match="row 0: llguidance cannot follow the grammar further: Parser Error"):
+            question()
+
+
+def test_a_dead_end_is_an_error(tmp_path: Path) -> None:
+    tokenizer = small_byte_level(tmp_path)
+    b = tokenizer.encode("b")[0]
+    with pytest.raises(ValueError, match="row 0: no token that may be used leads on"):
+        GrammarMasks(tokenizer, [Grammar.choice(["b"])], [b], tokenizer.vocab_size)
+    masks = GrammarMasks(tokenizer, [Grammar.choice(["ab"])], [b], tokenizer.vocab_size)
+    masks.push(0, tokenizer.encode("a")[0])
+    with pytest.raises(ValueError, match="row 0: no token that may be used leads on"):
+        masks.masks()
+
+
+def test_limits_of_llguidance_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = functools.partial(llguidance.LLParserLimits, step_lexer_fuel=5_000, precompute_large_lexemes=False)
+    monkeypatch.setattr(llguidance, "LLParserLimits", limited)
+    tokenizer = small_byte_level(tmp_path)
+    rng = random.Random(59)
+
+    def run() -> None:
+        masks = GrammarMasks(tokenizer, [Grammar.regex("([a-d]*a[a-d]{40}[ab]|[^z]{50}b)*z")], [1], 300)
+        for _ in range(200):
+            masks.push(0, tokenizer.encode(rng.choice("abcd"))[0])
+            masks.masks()
+
+    with pytest.raises(ValueError, match=r"row 0: llguidance cannot follow the grammar further: .*too many"):
+        run()
+
+
+def test_warnings_of_llguidance_are_warnings(tmp_path: Path) -> None:
+    schema = {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}
+    with pytest.warns(UserWarning, match=r'grammar of row 0: Unimplemented keys: \["uniqueItems"\]'):
+        GrammarMasks(small_byte_level(tmp_path), [Grammar.json_schema(schema)], [1], 300)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    tokenizer = small_byte_level(tmp_path)
+    assert GrammarMasks(tokenizer, [None, None], [], 97).masks().tolist() == [[2**32 - 1] * 4] * 2
+    with pytest.raises(ImportError, match=r"pip install 'phi3_jax\[grammar\]'"):
+        GrammarMasks(tokenizer, [Grammar.choice(["a"])], [1], 97)
+
+
+def test_the_vocabulary_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    original = llguidance.LLTokenizer
+    monkeypatch.setattr(llguidance, "LLTokenizer", lambda wrapper: built.append(1) or original(wrapper))
+    tokenizer = small_byte_level(tmp_path)
+    for word in ("a", "b", "a"):
+        GrammarMasks(tokenizer, [Grammar.choice([word])] * 2, [1], 300)
+    assert len(built) == 1
+    alive = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert alive() is None
+
+
+# ---------------------------------------------------------------- what is accepted
+
+
+PATTERNS = [
+    "a|bc",
+    "^(a|bc)$",
+    r"\d{2,3}-[A-F]+",
+    "a/b",
+    r"a\/b",
+    "[/]+",
+    r"\\/x",
+    "one\ntwo",
+    "(?x) a # one\n  /b",
+    "(?i)yes",
+    "a*?b",
+    "",
+    "[^x]é",
+    "(?s).",
+    ".",
+    r'"\w+"',
+    "#|//",
+]
+TEXTS = [
+    *(
+        "",
+        "a",
+        "bc",
+        "abc",
+        "12-A",
+        "123-FA",
+        "1234-F",
+        "a/b",
+        "/",
+        "//",
+        "a\\/b",
+        "\\/x",
+        "one\ntwo",
+        "YeS",
+        "b",
+        "aab",
+    ),
+    *("aabb", "aé", "xé", "\n", "é", '"w_1"', '"é"', '"a b"', "#", " a", "a "),
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_matches_the_whole_answer_as_in_python(tmp_path: Path, pattern: str) -> None:
+    tokenizer = small_byte_level(tmp_path)
+    ours = {text for text in TEXTS if accepts(tokenizer, Grammar.regex(pattern), text, 300)}
+    assert ours == {text for text in TEXTS if re.fullmatch(pattern, text)}
+    assert ours
+
+
+def test_json_has_bounded_white_space_and_the_schemas_order(tmp_path: Path) -> None:
+    tokenizer = small_byte_level(tmp_path)
+    schema = {
+        "type": "object",
+        "properties": {"b": {"type": "integer"}, "a": {"type": "array", "items": {"type": "integer"}}},
+        "required": ["b", "a"],
+        "additionalProperties": False,
+    }
+    good = ['{"b":1,"a":[2,3]}', '{"b": 1, "a": [2, 3]}', '{\n  "b": 1,\n  "a": [\n    2\n  ]\n}']
+    bad = ['{"b":  1,"a":[]}', '{"b":\t1,"a":[]}', '{"b":1,\n\n"a":[]}', ' {"b":1,"a":[]}', '{"b":1,"a":[]} ']
+    bad += ['{"a":[],"b":1}', '{"b":1}', '{"b":1,"a":[],"c":1}', '{"b":1.5,"a":[]}', '{"b":1,"a":[]', "{'b':1,'a':[]}"]
+    for grammar in (Grammar.json_schema(schema), Grammar.json_schema(json.dumps(schema))):
+        assert [text for text in good + bad if accepts(tokenizer, grammar, text, 300)] == good
+    compact = Grammar.json_schema(schema | {"x-guidance": {"whitespace_flexible": False, "whitespace_pattern": None}})
+    assert [text for text in good + bad if accepts(tokenizer, compact, text, 300)] == good[:1]
+    for anything in ("true", "{}"):
+        assert accepts(tokenizer, Grammar.json_schema(anything), '[{"x": null}, -1.5e3]', 300)
+        assert not accepts(tokenizer, Grammar.json_schema(anything), "[1,  2]", 300)
+
+
+# ---------------------------------------------------------------- random answers of real vocabularies
+
+
+@pytest.fixture(scope="module", params=["demo", "phi3 tokenizers", "phi3 sentencepiece"])
+def real(request: pytest.FixtureRequest) -> tuple[Tokenizer, list[int], int]:
+    """(tokenizer, end ids, rows of the embedding)."""
+    if request.param == "demo":
+        demo: phi3_jax.Checkpoint = request.getfixturevalue("demo")
+        assert demo.tokenizer is not None
+        return demo.tokenizer, list(demo.generation.eos_token_ids), demo.config.vocab_size
+    if not (folder := os.environ.get("PHI3_TOKENIZER_DIR")):
+        pytest.skip("PHI3_TOKENIZER_DIR, a folder with the real Phi-3 vocabulary, is not set")
+    return load_tokenizer(folder, request.param.split()[1]), [32000, 32001, 32007], 32064
+
+
+def random_answers(real: tuple[Tokenizer, list[int], int], grammar: Grammar, rows: int, seed: int) -> list[str]:
+    """What rows write that draw from the allowed tokens, half of the time a long one; every one must end."""
+    tokenizer, end_ids, vocab_size = real
+    rng = random.Random(seed)
+    masks = GrammarMasks(tokenizer, [grammar] * rows, end_ids, vocab_size)
+    texts, streams = [""] * rows, [tokenizer.stream(skip_special_tokens=True) for _ in range(rows)]
+    open_rows = set(range(rows))
+    for _ in range(200):
+        bits = np.unpackbits(masks.masks().view(np.uint8), axis=1, bitorder="little")
+        for row in sorted(open_rows):
+            choices = np.flatnonzero(bits[row])
+            tokens = [int(rng.choice(choices)) for _ in range(rng.choice([1, 5]))]
+            token = max(tokens, key=lambda token: 99 if token in end_ids else len(tokenizer.token_bytes(token)))
+            masks.push(row, token)
+            if token in end_ids:
+                open_rows.remove(row)
+            else:
+                texts[row] += streams[row].push(token)
+    assert not open_rows
+    return [text + stream.flush() for text, stream in zip(texts, streams, strict=True)]
+
+
+def check_person(value: Any) -> None:
+    assert list(value) == ["name", "age", "member", "level"]
+    assert isinstance(value["name"], str)
+    assert len(value["name"]) <= 20
+    assert type(value["age"]) is int
+    assert 0 <= value["age"] <= 150
+    assert type(value["member"]) is bool
+    assert value["level"] in ("low", "mid dle", "höch", "\U0001f600/\"'\n")
+
+
+def check_numbers(value: Any) -> None:
+    assert isinstance(value, list)
+    assert 2 <= len(value) <= 4
+    for number in value:
+        assert type(number) in (int, float)
+        assert -10 <= number <= 1000.5
+
+
+def check_nested(value: Any) -> None:
+    assert set(value) in ({"id", "place"}, {"id", "place", "note"})
+    assert re.fullmatch("[A-Z]{2}[0-9]{3}", value["id"])
+    assert set(value["place"]) == {"city", "at"}
+    assert value["place"]["city"] is None or len(value["place"]["city"]) <= 12
+    assert len(value["place"]["at"]) == 2
+    assert all(type(x) is int and -90 <= x <= 90 for x in value["place"]["at"])
+    assert "note" not in value or value["note"] in (1, 2.5, None, "x")
+
+
+def object_of(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], None]]] = [
+    (
+        object_of(
+            {
+                "name": {"type": "string", "maxLength": 20},
+                "age": {"type": "integer", "minimum": 0, "maximum": 150},
+                "member": {"type": "boolean"},
+                "level": {"enum": ["low", "mid dle", "höch", "\U0001f600/\"'\n"]},
+            },
+            ["name", "age", "member", "level"],
+        ),
+        check_person,
+    ),
+    (
+        {
+            "type": "array",
+            "items": {"type": "number", "minimum": -10, "maximum": 1000.5},
+            "minItems": 2,
+            "maxItems": 4,
+        },
+        check_numbers,
+    ),
+    (
+        object_of(
+            {
+                "id": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{3}$"},
+                "place": object_of(
+                    {
+                        "city": {"anyOf": [{"type": "string", "maxLength": 12}, {"type": "null"}]},
+                        "at": {
+                            "type": "array",
+                            "items": {"type": "integer", "minimum": -90, "maximum": 90},
+                            "minItems": 2,
+                            "maxItems": 2,
+                        },
+                    },
+                    ["city", "at"],
+                ),
+                "note": {"enum": [1, 2.5, None, "x"]},
+            },
+            ["id", "place"],
+        ),
+        check_nested,
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "check"), SCHEMAS)
+def test_random_answers_are_json_of_the_schema(
+    real: tuple[Tokenizer, list[int], int], schema: dict[str, Any], check: Callable[[Any], None]
+) -> None:
+    texts = random_answers(real, Grammar.json_schema(schema), rows=29, seed=61)
+    assert len(set(texts)) > 20
+    for text in texts:
+        check(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "pattern", [r" ?[A-Z][a-zé]{1,11}(, [\d.]{0,7}){0,3}[.!?]", r"\s\d{1,3}|[^\x00-\x7f]{1,5}", r"(\n|/|\\ ){7,13}"]
+)
+def test_random_answers_match_the_pattern(real: tuple[Tokenizer, list[int], int], pattern: str) -> None:
+    texts = random_answers(real, Grammar.regex(pattern), rows=31, seed=67)
+    assert len(set(texts)) > 20
+    for text in texts:
+        assert re.fullmatch(pattern, text), text
+
+
+def test_random_answers_are_one_of_the_options(real: tuple[Tokenizer, list[int], int]) -> None:
+    options = ["yes", "yes, please", " yes", "no", "<|end|>", "42", "日本\U0001f600", "  two\nlines", "▁x", "</s>"]
+    texts = random_answers(real, Grammar.choice(options), rows=131, seed=71)
+    assert set(texts) == set(options)
+
+
+def test_what_the_tokenizer_writes_is_allowed(real: tuple[Tokenizer, list[int], int]) -> None:
+    """Not only odd spellings: the tokens that a model would pick."""
+    tokenizer, end_ids, _ = real
+    for text in ("yes", " yes", '{"a": "héllo wörld \U0001f600"}', "5", string.printable.strip()):
+        assert accepts(tokenizer, Grammar.choice([text, "other"]), text, end_ids[0]), text

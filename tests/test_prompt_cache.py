@@ -1,0 +1,543 @@
+import dataclasses
+import functools
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+import time
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from phi3_jax.infer import prompt_cache
+from phi3_jax.infer.prompt_cache import PromptCache, fingerprint
+
+import phi3_jax
+from phi3_jax import KVCache
+
+DTYPES = ["float32", "bfloat16", "float16", "int8"]
+BORDER = 16  # of the tiny model's LongRoPE
+
+
+CHUNK = 4
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extend(config, params, tokens, positions, cache, length):
+    """Reads more tokens [B, T] of sequences that will have `length` tokens."""
+    rope_lengths = jnp.broadcast_to(length, (len(tokens), 1))
+    return phi3_jax.Phi3(config).apply({"params": params}, tokens, positions, cache=cache, rope_lengths=rope_lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def without_cache(config, params, tokens, positions):
+    return phi3_jax.Phi3(config).apply({"params": params}, tokens, positions)
+
+
+def ids(seed, *shape):
+    return np.random.default_rng(seed).integers(4, 97, shape)
+
+
+def with_window(tiny, window):
+    return dataclasses.replace(tiny.config, sliding_window=window)
+
+
+def read(config, params, tokens, cache, length):
+    """Reads tokens [B, T] chunk by chunk -> (logits [B, T, V], cache)."""
+    parts, start = [], int(cache.lengths[0])
+    for begin in range(0, tokens.shape[1], CHUNK):
+        piece = tokens[:, begin : begin + CHUNK]
+        room = ((0, 0), (0, CHUNK - piece.shape[1]))
+        positions = np.broadcast_to(np.arange(piece.shape[1]) + begin + start, piece.shape)
+        positions = np.pad(positions, room, constant_values=-1)
+        logits, cache = extend(config, params, np.pad(piece, room), positions, cache, length)
+        parts.append(np.asarray(logits)[:, : piece.shape[1]])
+    return np.concatenate(parts, axis=1), cache
+
+
+def read_prefix(config, params, prefix, length, slots, rows=1, row=0, dtype="float32"):
+    """A cache with `prefix` in one of its rows, and other tokens in the others."""
+    batch = ids(77, rows, len(prefix))
+    batch[row] = prefix
+    return read(config, params, batch, KVCache.create(config, rows, slots, dtype), length)[1]
+
+
+def take_prefix(config, params, prefix, length, slots, rows=1, row=0, dtype="float32"):
+    """The prompt cache of such a row, whose newest token has no keys yet; the other rows are shorter."""
+    cache = read_prefix(config, params, prefix, length, slots, rows, row, dtype)
+    others = np.arange(rows)[:, None] != row
+    cache = dataclasses.replace(cache, positions=jnp.where(others & (cache.positions >= 3), -1, cache.positions))
+    return PromptCache.take(cache, row, [*prefix, 50], length > BORDER, "model")
+
+
+def ask(config, params, prompt, count, prefix, length, slots, rows):
+    """Logits [B, Q, V] of different questions after one placed prefix, and those of reading all without a cache."""
+    questions = ids(88, rows, length - count)
+    logits, _ = read(config, params, questions, prompt.place(KVCache.create(config, rows, slots), count), length)
+    expected = []
+    for question in questions:
+        tokens, positions = np.zeros((1, 37), np.int32), np.full((1, 37), -1)
+        tokens[0, :length], positions[0, :length] = [*prefix[:count], *question], np.arange(length)
+        expected.append(without_cache(config, params, tokens, positions)[0, count:length])
+    return logits, np.asarray(expected)
+
+
+# window, prefix, of which placed, question, slots and rows when taken, slots and rows when placed
+CASES = {
+    "full, short factors": (19, 11, 11, 5, (29, 3), (31, 2)),
+    "full, long factors": (19, 23, 23, 7, (29, 3), (31, 2)),
+    "no window, exact slots": (None, 23, 23, 5, (23, 2), (28, 3)),
+    "the beginning of a prefix": (None, 23, 13, 6, (23, 2), (28, 3)),
+    "ring to ring": (7, 23, 23, 9, (11, 2), (10, 3)),
+    "ring to full": (7, 23, 23, 9, (11, 2), (41, 1)),
+    "full to ring": (7, 23, 23, 9, (29, 3), (10, 3)),
+    "the beginning of a ring": (7, 23, 19, 5, (11, 2), (41, 1)),
+    "full to ring, the beginning": (7, 23, 17, 6, (29, 3), (10, 3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_placed_prefix_gives_the_logits_of_reading_everything(tiny, case):
+    window, n, count, q, (take_slots, take_rows), (slots, rows) = case
+    config, length, prefix = with_window(tiny, window), count + q, ids(1, n)
+    prompt = take_prefix(config, tiny.params, prefix, length, take_slots, take_rows, take_rows - 1)
+    assert prompt.tokens == tuple(prefix)
+    assert prompt.cache.k.shape == (3, 1, 2, min(n, take_slots), 8)
+    assert prompt.usable(config, [*prefix[:count], 1, 2], length > BORDER) == count
+    logits, expected = ask(config, tiny.params, prompt, count, prefix, length, slots, rows)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_ring_that_is_one_key_short_is_not_usable_and_would_be_wrong(tiny):
+    config, prefix = with_window(tiny, 7), ids(2, 23)
+    prompt = take_prefix(config, tiny.params, prefix, 27, 11, 2, 1)  # positions 12 to 22; token 18 sees 12 to 18
+    for count, usable in ((18, 18), (17, 0)):
+        assert prompt.usable(config, [*prefix[:count], 1], True) == usable
+        logits, expected = ask(config, tiny.params, prompt, count, prefix, 27, 10, 3)
+        assert np.allclose(logits, expected, atol=1e-5) == bool(usable)
+
+
+def test_factors_of_the_other_kind_are_not_usable_and_would_be_wrong(tiny):
+    prefix = ids(3, 13)
+    short = take_prefix(tiny.config, tiny.params, prefix, 16, 29, 3, 1)
+    assert short.usable(tiny.config, [*prefix, 5], False) == 13
+    assert short.usable(tiny.config, [*prefix, 5], True) == 0
+    logits, expected = ask(tiny.config, tiny.params, short, 13, prefix, 18, 31, 2)
+    assert not np.allclose(logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("take_slots", "slots"), [(29, 10), (11, 31)])
+def test_a_prefix_of_any_dtype_gives_the_logits_of_one_run(tiny, dtype, take_slots, slots):
+    config, prefix, question = with_window(tiny, 7), ids(4, 23), np.tile(ids(5, 1, 8), (2, 1))
+    cache = read_prefix(config, tiny.params, prefix, 31, take_slots, 2, 1, dtype)
+    prompt = PromptCache.take(cache, 1, prefix, True, "model")
+    assert prompt.cache.k.dtype == dtype
+    expected, _ = read(config, tiny.params, question, cache, 31)
+    logits, _ = read(config, tiny.params, question, prompt.place(KVCache.create(config, 2, slots, dtype), 23), 31)
+    np.testing.assert_allclose(logits, expected[[1, 1]], atol=1e-5)
+
+
+def test_float_types_are_converted_and_free_slots_hold_zeros(tiny):
+    prefix = ids(6, 11)
+    prompt = take_prefix(tiny.config, tiny.params, prefix, 13, 17)
+    placed = prompt.place(KVCache.create(tiny.config, 2, 23, "bfloat16"), 7)
+    assert placed.positions.tolist() == [[*range(7), *[-1] * 16]] * 2
+    for old, new in ((prompt.cache.k, placed.k), (prompt.cache.v, placed.v)):
+        assert new.dtype == jnp.bfloat16
+        for row in range(2):
+            np.testing.assert_array_equal(new[:, row, :, :7], np.asarray(old[:, 0, :, :7]).astype(ml_dtypes.bfloat16))
+        assert not new[:, :, :, 7:].any()
+
+
+def test_what_a_ring_has_lost_stays_lost_when_it_is_placed_and_taken_again(tiny):
+    config, prefix = with_window(tiny, 7), ids(17, 23)
+    ring = take_prefix(config, tiny.params, prefix, 27, 11, 2, 1)  # positions 12 to 22
+    placed = ring.place(KVCache.create(config, 2, 31), 21)
+    assert placed.positions.tolist() == [[*[-1] * 12, *range(12, 21), *[-1] * 10]] * 2
+    assert not placed.k[:, :, :, :12].any()
+    again = PromptCache.take(placed, 1, prefix, True, "model")
+    assert [again.usable(config, prefix[:n], True) for n in (18, 19, 21, 22, 23)] == [0, 18, 20, 21, 21]
+
+
+def test_what_was_in_the_cache_before_is_forgotten(tiny):
+    prompt = take_prefix(tiny.config, tiny.params, ids(6, 5), 13, 17)
+    used = read_prefix(tiny.config, tiny.params, ids(7, 13), 13, 13, 2)
+    placed, fresh = prompt.place(used, 4), prompt.place(KVCache.create(tiny.config, 2, 13), 4)
+    jax.tree.map(np.testing.assert_array_equal, placed, fresh)
+    assert used.k.is_deleted()  # donated
+    assert prompt.place(fresh, 0).positions.max() == -1
+
+
+def test_what_is_taken_outlives_the_running_cache(tiny):
+    cache = read_prefix(tiny.config, tiny.params, ids(8, 17), 17, 17)
+    before = np.array(cache.k)
+    prompt = PromptCache.take(cache, 0, ids(8, 17), True, "model")
+    cache.k.delete()
+    np.testing.assert_array_equal(prompt.cache.k, before)
+
+
+def test_placing_needs_room_for_a_layer_and_not_for_a_second_cache(tiny):
+    config = dataclasses.replace(tiny.config, num_hidden_layers=31)
+    source, target = KVCache.create(config, 1, 401), KVCache.create(config, 5, 503)
+    program = prompt_cache._place.lower(target, source, jnp.int32(397), 8).compile().memory_analysis()
+    size = target.k.nbytes + target.v.nbytes
+    assert program.alias_size_in_bytes >= size
+    assert program.temp_size_in_bytes < 3 * size / 31
+
+
+@pytest.mark.parametrize(
+    ("take_on", "place_on", "dtype"), [("cpu", "tpu", "float32"), ("tpu", "cpu", "int8"), ("tpu", "tpu", "float32")]
+)
+def test_heads_padded_for_a_tpu_come_and_go(tiny, monkeypatch, tmp_path, take_on, place_on, dtype):
+    prefix, question = ids(9, 13), np.tile(ids(10, 1, 3), (2, 1))
+    cache = read_prefix(tiny.config, tiny.params, prefix, 16, 31, 2, 1, dtype)
+    expected, _ = read(tiny.config, tiny.params, question, cache, 16)
+    monkeypatch.setattr(jax, "default_backend", lambda: take_on)
+    prompt = take_prefix(tiny.config, tiny.params, prefix, 16, 31, 2, 1, dtype)
+    prompt = dataclasses.replace(prompt, fingerprint=fingerprint(tiny))
+    prompt.save(tmp_path / "prompt")
+    loaded = PromptCache.load(tmp_path / "prompt", tiny)
+    assert loaded.cache.k.shape == (3, 1, 2, 13, 8)
+    monkeypatch.setattr(jax, "default_backend", lambda: place_on)
+    for one in (prompt, loaded):
+        placed = one.place(KVCache.create(tiny.config, 2, 31, dtype), 13)
+        assert placed.k.shape[-1] == (128 if place_on == "tpu" else 8)
+        logits, _ = read(tiny.config, tiny.params, question, placed, 16)
+        np.testing.assert_allclose(logits, expected[[1, 1]], atol=1e-5)
+
+
+def test_usable_is_what_an_obvious_check_says(tiny):
+    draw = random.Random(0)
+    seen = set()
+    for number in range(400):
+        window = draw.choice([None, *range(1, 10)])
+        slots, n = draw.randint(1, 13), draw.randint(1, 23)
+        config = with_window(tiny, window)
+        tokens = tuple(draw.randint(0, 1) for _ in range(n))
+        held = {position % slots: position for position in range(n)}  # the later one takes the place
+        row = [held.get(slot, -1) for slot in range(slots)]
+        cache = KVCache(*np.zeros((2, 1, 1, 1, slots, 1), np.float32), np.asarray([row], np.int32))
+        same = draw.randint(0, n)
+        prompt = [*tokens[:same], *(draw.randint(0, 1) for _ in range(draw.randint(0, 5)))]
+        count = 0
+        while count < min(n, len(prompt) - 1) and prompt[count] == tokens[count]:
+            count += 1
+        # The next token stands at position `count`; these are the earlier ones that it sees.
+        visible = {p for p in range(count) if window is None or p > count - window}
+        expected = count if visible <= set(held.values()) else 0
+        made = [PromptCache(tokens, cache, False, "model")]
+        made += [PromptCache.take(cache, 0, tokens, False, "model")] if number % 5 == 0 else []
+        for one in made:
+            assert one.usable(config, prompt, False) == expected, (window, slots, tokens, prompt)
+            assert one.usable(config, prompt, True) == 0
+        seen.add((count > 0, expected > 0, n > slots))
+    assert seen == {(False, False, False), (False, False, True), (True, False, True), (True, True, False), (True,) * 3}
+
+
+def test_the_last_token_of_a_prompt_is_always_read(tiny):
+    prompt = take_prefix(tiny.config, tiny.params, np.asarray([5, 6, 7]), 3, 17)
+    usable = [prompt.usable(tiny.config, [5, 6, 7, 8][:n], False) for n in range(5)]
+    assert usable == [0, 0, 1, 2, 3]
+    assert prompt.usable(tiny.config, [6, 5, 7, 8], False) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots", [29, 11])
+def test_a_file_gives_back_every_bit(tiny, tmp_path, dtype, slots):
+    checkpoint = dataclasses.replace(tiny, config=with_window(tiny, 7))
+    prefix = ids(11, 23)
+    prompt = take_prefix(checkpoint.config, tiny.params, prefix, 23, slots, 2, 1, dtype=dtype)
+    prompt = dataclasses.replace(prompt, fingerprint=fingerprint(checkpoint))
+    prompt.save(tmp_path / "prompt.safetensors")
+    loaded = PromptCache.load(tmp_path / "prompt.safetensors", checkpoint)
+    for field in ("tokens", "is_long", "fingerprint"):
+        assert getattr(loaded, field) == getattr(prompt, field)
+    assert (loaded.is_long, loaded.cache.k.dtype) == (True, dtype)
+    assert jax.tree.structure(loaded.cache) == jax.tree.structure(prompt.cache)
+    for new, old in zip(jax.tree.leaves(loaded.cache), jax.tree.leaves(prompt.cache), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+    kept = min(slots, 23)
+    assert (
+        loaded.cache.positions == jnp.asarray([p for s in range(kept) for p in range(23 - kept, 23) if p % kept == s])
+    ).all()
+    assert os.listdir(tmp_path) == ["prompt.safetensors"]
+    assert stat.S_IMODE((tmp_path / "prompt.safetensors").stat().st_mode) == 0o600
+
+
+def test_the_file_holds_taken_slots_only_in_the_order_of_positions(tiny, tmp_path):
+    """Also where a PromptCache was not made by `take`: a ring of 11 slots, and a cache with 18 free ones."""
+    config, prefix = with_window(tiny, 7), ids(12, 23)
+    full, ring = (read_prefix(config, tiny.params, prefix, 23, slots) for slots in (41, 11))
+    for cache, kept in ((full, 23), (ring, 11)):
+        PromptCache(tuple(prefix), cache, True, "model").save(tmp_path / "prompt")
+        tensors = safetensors.numpy.load_file(tmp_path / "prompt")
+        assert tensors["tokens"].tolist() == prefix.tolist()
+        for name in "kv":
+            expected = np.asarray(getattr(full, name))[:, 0, :, 23 - kept : 23]
+            np.testing.assert_allclose(tensors[name], expected, atol=1e-5)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """A good file, and what is in it."""
+    prompt = take_prefix(tiny.config, tiny.params, ids(13, 11), 11, 17)
+    path = tmp_path / "prompt.safetensors"
+    dataclasses.replace(prompt, fingerprint=fingerprint(tiny)).save(path)
+    with safetensors.safe_open(path, "np") as file:
+        return path, {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
+
+
+def refused(path, checkpoint, message, error=ValueError):
+    with pytest.raises(error, match=message) as caught:
+        PromptCache.load(path, checkpoint)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert " make " in str(caught.value) or "name one" in str(caught.value)
+
+
+def test_files_that_are_no_prompt_caches_are_refused(tiny, saved, tmp_path):
+    path, tensors, metadata = saved
+    assert metadata["is_long"] == "false"
+    refused(tmp_path / "absent", tiny, "no such file", FileNotFoundError)
+    refused(tmp_path, tiny, "no such file", FileNotFoundError)
+    whole = path.read_bytes()
+    for damaged in (b"", b"\n" * 99, b"hello " * 99, whole[:-1], whole[:100], whole[:7], whole + b"x", whole[8:]):
+        path.write_bytes(damaged)
+        refused(path, tiny, "not a safetensors file, or a damaged one")
+    for other in (None, {}, {"format": "pt"}, metadata | {"kind": "phi3_jax adapter"}):
+        safetensors.numpy.save_file(tensors, path, other)
+        refused(path, tiny, "not a prompt cache")
+    for version in ("0", "2", ""):
+        safetensors.numpy.save_file(tensors, path, metadata | {"version": version})
+        refused(path, tiny, f"format version {version},")
+    for is_long in ("True", "1", ""):
+        safetensors.numpy.save_file(tensors, path, metadata | {"is_long": is_long})
+        refused(path, tiny, "is_long")
+    plain = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, long_rope=None))
+    metadata |= {"fingerprint": fingerprint(plain), "is_long": "true"}
+    safetensors.numpy.save_file(tensors, path, metadata)
+    refused(path, plain, "is_long")
+
+
+def test_a_header_that_claims_more_than_there_is_is_refused_before_anything_is_allocated(tiny, saved):
+    path, *_ = saved
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    for shape in ([2**20, 2**20, 2, 11], [3, 2, 12, 8], [2**62, 2**62, 2, 11], [0]):
+        header = json.loads(whole[8 : 8 + length])
+        header["k"]["shape"] = shape
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+        refused(path, tiny, "damaged")
+    path.write_bytes((2**62).to_bytes(8, "little") + whole[8:])
+    refused(path, tiny, "damaged")
+
+
+def test_a_prompt_cache_of_another_model_is_refused(tiny, saved):
+    path, *_ = saved
+    assert PromptCache.load(path, tiny).usable(tiny.config, ids(13, 11), False) == 10
+    changed = jax.tree.map(lambda leaf: leaf, tiny.params)
+    changed["norm"]["weight"] = changed["norm"]["weight"] * 1.01
+    refused(path, dataclasses.replace(tiny, params=changed), "another model")
+    refused(path, dataclasses.replace(tiny, config=with_window(tiny, 18)), "another model")
+
+
+BAD = {
+    "a tensor is missing": lambda t: t.pop("v"),
+    "no tokens": lambda t: t.pop("tokens"),
+    "no keys": lambda t: t.pop("k"),
+    "one tensor more": lambda t: t.update(x=np.zeros(2, np.float32)),
+    "scales for floats": lambda t: t.update(k_scale=t["k"][..., 0].copy(), v_scale=t["k"][..., 0].copy()),
+    "int8 without scales": lambda t: t.update(k=t["k"].astype(np.int8), v=t["v"].astype(np.int8)),
+    "two dtypes": lambda t: t.update(v=t["v"].astype(np.float16)),
+    "a dtype no cache has": lambda t: t.update(k=t["k"].astype(np.float64), v=t["v"].astype(np.float64)),
+    "tokens of another dtype": lambda t: t.update(tokens=t["tokens"].astype(np.int64)),
+    "tokens in two axes": lambda t: t.update(tokens=t["tokens"][None].copy()),
+    "fewer tokens than keys": lambda t: t.update(tokens=t["tokens"][:10].copy()),
+    "no tokens at all": lambda t: t.update(tokens=t["tokens"][:0], k=t["k"][:, :, :0], v=t["v"][:, :, :0]),
+    "no keys at all": lambda t: t.update(k=t["k"][:, :, :0], v=t["v"][:, :, :0]),
+    "more tokens than the context": lambda t: t.update(tokens=np.resize(t["tokens"], 65)),
+    "keys and values differ": lambda t: t.update(v=t["v"][:, :, :10].copy()),
+    "too few layers": lambda t: t.update(k=t["k"][:2].copy(), v=t["v"][:2].copy()),
+    "too many heads": lambda t: t.update(k=np.repeat(t["k"], 2, 1), v=np.repeat(t["v"], 2, 1)),
+    "too long heads": lambda t: t.update(k=np.repeat(t["k"], 2, 3), v=np.repeat(t["v"], 2, 3)),
+    "too few axes": lambda t: t.update(k=t["k"][0].copy(), v=t["v"][0].copy()),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_tensors_that_contradict_the_model_or_one_another_are_refused(tiny, saved, change):
+    path, tensors, metadata = saved
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path, metadata)
+    refused(path, tiny, "its tensors .* do not fit one another or the model's 3 layers, 2 key-value heads, head dim 8")
+
+
+@pytest.mark.parametrize("token", [-1, 97, 2**31 - 1])
+def test_token_ids_outside_of_the_vocabulary_are_refused(tiny, saved, token):
+    path, tensors, metadata = saved
+    tensors["tokens"][7] = token
+    safetensors.numpy.save_file(tensors, path, metadata)
+    refused(path, tiny, f"token ids .{token}. are outside of the vocabulary of 97")
+
+
+def test_zeros_at_the_end_of_every_head_survive_a_file(tiny, tmp_path):
+    """`save` cannot tell them from a TPU's padding."""
+    cache = KVCache.create(tiny.config, 1, 2)
+    cache = dataclasses.replace(cache, k=cache.k.at[..., :5].set(0.5), positions=jnp.asarray([[0, 1]], jnp.int32))
+    prompt = PromptCache((5, 6), cache, False, fingerprint(tiny))
+    prompt.save(tmp_path / "prompt")
+    placed = PromptCache.load(tmp_path / "prompt", tiny).place(KVCache.create(tiny.config, 1, 2), 2)
+    jax.tree.map(np.testing.assert_array_equal, placed, cache)
+
+
+def test_int8_is_not_converted(tiny):
+    prefix = ids(14, 5)
+    for ours, theirs in (("int8", "float32"), ("bfloat16", "int8")):
+        prompt = take_prefix(tiny.config, tiny.params, prefix, 5, 31, 2, dtype=ours)
+        cache = KVCache.create(tiny.config, 1, 7, theirs)
+        with pytest.raises(
+            ValueError, match=f"holds {ours} .* {theirs}, .* cache_dtype='{ours}'.* again with {theirs}"
+        ):
+            prompt.place(cache, 5)
+        assert not cache.k.is_deleted()
+
+
+def test_a_cache_of_another_shape_and_impossible_counts_are_refused(tiny):
+    prompt = take_prefix(tiny.config, tiny.params, ids(15, 5), 5, 17)
+    for change in ({"num_hidden_layers": 2}, {"num_key_value_heads": 3}):
+        other = KVCache.create(dataclasses.replace(tiny.config, **change), 1, 7)
+        with pytest.raises(ValueError, match="make it again with the model that is running"):
+            prompt.place(other, 5)
+    shorter = dataclasses.replace(tiny.config, long_rope=None, head_dim=6)
+    with pytest.raises(ValueError, match="head dim differ"):
+        prompt.place(KVCache.create(shorter, 1, 7), 5)
+    for count in (-1, 6):
+        with pytest.raises(ValueError, match=f"cannot place {count} tokens of a prompt cache of 5"):
+            prompt.place(KVCache.create(tiny.config, 1, 7), count)
+
+
+def test_rows_that_cannot_be_taken_are_refused(tiny):
+    cache = read_prefix(tiny.config, tiny.params, ids(16, 5), 5, 13, 2)
+    for row in (-1, 2):
+        with pytest.raises(ValueError, match=f"row {row} is not one of the cache's 2 rows"):
+            PromptCache.take(cache, row, [5] * 5, False, "model")
+    with pytest.raises(ValueError, match="keys of 5 tokens, but 4 token ids"):
+        PromptCache.take(cache, 0, [5] * 4, False, "model")
+    with pytest.raises(ValueError, match="holds no keys"):
+        PromptCache.take(KVCache.create(tiny.config, 1, 3), 0, [5], False, "model")
+
+
+def test_only_keys_without_a_gap_before_the_newest_are_taken(tiny):
+    cache = KVCache.create(tiny.config, 1, 7)
+    cache = dataclasses.replace(cache, positions=jnp.asarray([[-1, 8, 2, 3, 11, 12, 13]], jnp.int32))
+    cache = dataclasses.replace(cache, k=jnp.broadcast_to(jnp.arange(7.0)[:, None], cache.k.shape))
+    prompt = PromptCache.take(cache, 0, range(4, 18), False, "model")
+    assert prompt.tokens == tuple(range(4, 18))
+    assert prompt.cache.positions.tolist() == [[12, 13, 11]]  # position mod 3
+    assert prompt.cache.k[0, 0, 0, :, 0].tolist() == [5, 6, 4]
+
+
+def fail(source, target):
+    # Renaming does not work from one file system to another.
+    assert os.path.dirname(source) == os.path.dirname(target)
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["replace", "save_file", "interrupt"])
+def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_as_it_was(tiny, saved, monkeypatch, step):
+    path, *_ = saved
+    before = path.read_bytes()
+    prompt = PromptCache.load(path, tiny)
+
+    def half(tensors, name, metadata):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise safetensors.SafetensorError("I/O error") if step == "save_file" else KeyboardInterrupt
+
+    if step == "replace":
+        monkeypatch.setattr(os, "replace", fail)
+    else:
+        monkeypatch.setattr(safetensors.numpy, "save_file", half)
+    expected = KeyboardInterrupt if step == "interrupt" else OSError
+    with pytest.raises(expected) as caught:
+        prompt.save(path)
+    if step != "interrupt":
+        reason = "No space left on device" if step == "replace" else "I/O error"
+        assert str(caught.value).startswith(f"{path}: the prompt cache cannot be written ({reason}); name a file in")
+    assert os.listdir(path.parent) == [path.name]
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tiny, saved):
+    path, *_ = saved
+    prompt = PromptCache.load(path, tiny)
+    for place, reason in ((path / "x", "Not a directory"), (path.parent / "no" / "x", "No such file or directory")):
+        with pytest.raises(OSError, match=f"{place}: .*{reason}"):
+            prompt.save(place)
+    folder = path.parent / "folder"
+    folder.mkdir()
+    with pytest.raises(OSError, match=f"{folder}: .*Is a directory"):
+        prompt.save(folder)
+    assert sorted(os.listdir(path.parent)) == ["folder", path.name]
+    if os.getuid() == 0:
+        return  # root may write everywhere
+    folder.chmod(0o500)
+    with pytest.raises(OSError, match="Permission denied"):
+        prompt.save(folder / "x")
+
+
+def test_the_fingerprint_changes_with_every_weight_dtype_and_setting(tiny):
+    own = fingerprint(tiny)
+    found = {own}
+    flat = flax.traverse_util.flatten_dict(tiny.params, sep="/")
+    for path, leaf in flat.items():
+        for other in (leaf * 1.01, leaf.astype(jnp.bfloat16).astype(leaf.dtype) + 1e-3, leaf.astype(jnp.bfloat16)):
+            params = flax.traverse_util.unflatten_dict(flat | {path: other}, sep="/")
+            found.add(fingerprint(dataclasses.replace(tiny, params=params)))
+    swapped = flat | {"layers/mlp/down_proj/weight": flat["layers/mlp/down_proj/weight"][::-1]}
+    found.add(fingerprint(dataclasses.replace(tiny, params=flax.traverse_util.unflatten_dict(swapped, sep="/"))))
+    rope = dataclasses.replace(tiny.config.long_rope, long_factor=(2.0, 3.0, 5.0, 9.5))
+    for dtype in (jnp.float16, jnp.bfloat16):
+        # Zeros are the same bytes in both.
+        zeros = {path: jnp.zeros(leaf.shape, dtype) for path, leaf in flat.items()}
+        found.add(fingerprint(dataclasses.replace(tiny, params=flax.traverse_util.unflatten_dict(zeros, sep="/"))))
+    changes = [{"rms_norm_eps": 1e-6}, {"sliding_window": None}, {"rope_theta": 1e4 + 1}, {"long_rope": rope}]
+    for change in changes:
+        found.add(fingerprint(dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, **change))))
+    assert len(found) == 1 + 3 * len(flat) + 1 + 2 + len(changes)
+    assert fingerprint(tiny) == own
+
+
+def test_the_fingerprint_is_the_same_in_another_process_and_on_a_device(tiny, tiny_folder, monkeypatch):
+    script = (
+        "import sys, phi3_jax\nfrom phi3_jax.infer.prompt_cache import fingerprint\n"
+        "print(fingerprint(phi3_jax.load(sys.argv[1])))"
+    )
+    # Dictionaries of strings and hashes come in another order there.
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", script, tiny_folder], capture_output=True, text=True, env=environment)
+    loaded = phi3_jax.load(tiny_folder)
+    assert done.stdout.strip() == fingerprint(loaded), done.stderr
+    monkeypatch.setattr(prompt_cache, "_on_host", lambda leaf: False)
+    assert fingerprint(loaded) == done.stdout.strip()
+
+
+def test_the_sample_is_spread_over_rows_and_columns_and_does_not_read_everything():
+    """A stride of 192 would stay in one column of the first; the second is 3.2 GB, of which no page is in memory."""
+    (sample,) = prompt_cache._samples([np.indices((4096, 192))[1]])
+    assert len(sample) <= 4096
+    assert len(np.unique(sample)) == 192
+    huge = np.zeros((32, 16384, 3072), ml_dtypes.bfloat16)
+    begin = time.perf_counter()
+    (sample,) = prompt_cache._samples([huge])
+    assert time.perf_counter() - begin < 0.5
+    assert 4000 < len(sample) <= 4096
