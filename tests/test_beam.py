@@ -16,6 +16,8 @@ from phi3_jax.infer.beam import beam_search, search_on
 import phi3_jax
 from phi3_jax.cache import KVCache, slots_needed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "goldens_beam" / "expected.json").read_text(encoding="utf-8"))
 # The first and the third prompt cross LongRoPE's border at 16 tokens, and end with the model's context, which is 21.

@@ -117,6 +117,7 @@ def test_decoding_updates_the_cache_in_place(tiny):
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 3 * layer
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 def test_heads_padded_for_a_tpu_change_no_number(tiny, monkeypatch, dtype):
     def logits():

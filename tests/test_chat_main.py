@@ -24,6 +24,8 @@ from vocabularies import byte_level_spec, write
 
 import phi3_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FRANCE, ITALY = "What is the capital of France?", "And of Italy?"
 CONTEXT = 600  # of the tiny model, LongRoPE's border is at 16 and the window 19
 USER, END, ASSISTANT = 94, 95, 96

@@ -10,6 +10,8 @@ import pytest
 import phi3_jax
 from phi3_jax import rope
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, T = 3, 11
 
 

@@ -21,6 +21,8 @@ from phi3_jax.infer.prompt_cache import PromptCache, fingerprint
 import phi3_jax
 from phi3_jax import KVCache
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DTYPES = ["float32", "bfloat16", "float16", "int8"]
 BORDER = 16  # of the tiny model's LongRoPE
 
@@ -108,7 +110,7 @@ def test_a_placed_prefix_gives_the_logits_of_reading_everything(tiny, case):
     config, length, prefix = with_window(tiny, window), count + q, ids(1, n)
     prompt = take_prefix(config, tiny.params, prefix, length, take_slots, take_rows, take_rows - 1)
     assert prompt.tokens == tuple(prefix)
-    assert prompt.cache.k.shape == (3, 1, 2, min(n, take_slots), 8)
+    assert prompt.cache.k.shape == (3, 1, 2, min(16 if n <= 16 else 32, take_slots), 8)
     assert prompt.usable(config, [*prefix[:count], 1, 2], length > BORDER) == count
     logits, expected = ask(config, tiny.params, prompt, count, prefix, length, slots, rows)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
@@ -241,6 +243,16 @@ def test_usable_is_what_an_obvious_check_says(tiny):
     assert seen == {(False, False, False), (False, False, True), (True, False, True), (True, True, False), (True,) * 3}
 
 
+def test_caches_of_many_lengths_share_their_programs(tiny):
+    cache = read_prefix(tiny.config, tiny.params, ids(4, 32), 16, 48)
+    before = [program._cache_size() for program in (prompt_cache._pick, prompt_cache._place)]
+    for n in range(17, 33):
+        shorter = dataclasses.replace(cache, positions=jnp.where(cache.positions < n, cache.positions, -1))
+        PromptCache.take(shorter, 0, ids(4, 32), False, "model").place(KVCache.create(tiny.config, 1, 48), n)
+    after = [program._cache_size() for program in (prompt_cache._pick, prompt_cache._place)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
+
+
 def test_the_last_token_of_a_prompt_is_always_read(tiny):
     prompt = take_prefix(tiny.config, tiny.params, np.asarray([5, 6, 7]), 3, 17)
     usable = [prompt.usable(tiny.config, [5, 6, 7, 8][:n], False) for n in range(5)]
@@ -261,10 +273,13 @@ def test_a_file_gives_back_every_bit(tiny, tmp_path, dtype, slots):
         assert getattr(loaded, field) == getattr(prompt, field)
     assert (loaded.is_long, loaded.cache.k.dtype) == (True, dtype)
     assert jax.tree.structure(loaded.cache) == jax.tree.structure(prompt.cache)
-    for new, old in zip(jax.tree.leaves(loaded.cache), jax.tree.leaves(prompt.cache), strict=True):
-        assert (new.shape, new.dtype) == (old.shape, old.dtype)
-        assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
     kept = min(slots, 23)
+    positions = np.arange(23 - kept, 23)
+    for new, old in zip(jax.tree.leaves(loaded.cache), jax.tree.leaves(prompt.cache), strict=True):
+        axis = 1 if new.ndim == 2 else 3  # of the slots
+        new, old = (np.take(np.asarray(x), positions % x.shape[axis], axis) for x in (new, old))
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        assert new.tobytes() == old.tobytes()
     assert (
         loaded.cache.positions == jnp.asarray([p for s in range(kept) for p in range(23 - kept, 23) if p % kept == s])
     ).all()
@@ -442,8 +457,8 @@ def test_only_keys_without_a_gap_before_the_newest_are_taken(tiny):
     cache = dataclasses.replace(cache, k=jnp.broadcast_to(jnp.arange(7.0)[:, None], cache.k.shape))
     prompt = PromptCache.take(cache, 0, range(4, 18), False, "model")
     assert prompt.tokens == tuple(range(4, 18))
-    assert prompt.cache.positions.tolist() == [[12, 13, 11]]  # position mod 3
-    assert prompt.cache.k[0, 0, 0, :, 0].tolist() == [5, 6, 4]
+    assert prompt.cache.positions.tolist() == [[12, 13, -1, 11]]  # position mod 4
+    assert prompt.cache.k[0, 0, 0, :, 0][jnp.asarray([0, 1, 3])].tolist() == [5, 6, 4]
 
 
 def fail(source, target):

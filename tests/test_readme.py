@@ -8,7 +8,7 @@ ROOT = Path(phi3_jax.__file__).parent.parent
 
 def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(block, names)

@@ -108,10 +108,10 @@ def test_draws_and_everything_else_are_the_same(tiny, other, kind):
 @pytest.mark.parametrize("policy", ["length", "capacity"])
 def test_guesses_that_cross_the_border(tiny, greedy, policy):
     """A perfect draft model, prompts of every length around the border: guesses beyond it must not be believed."""
-    options = Options(speculation=DraftModel(tiny, 4), rope_policy=policy)
-    for length in range(9, 19):
+    options = Options(speculation=DraftModel(tiny, 4), rope_policy=policy, room=160)
+    for length in range(11, 19):
         prompt = (PROMPTS[2] + PROMPTS[1])[:length]
-        expected = generate(tiny, prompt, 12, options=Options(rope_policy=policy))[0].token_ids
+        expected = generate(tiny, prompt, 12, options=Options(rope_policy=policy, room=160))[0].token_ids
         if policy == "length":
             assert expected == without_cache.greedy(tiny, prompt, 12)
         assert generate(tiny, prompt, 12, options=options)[0].token_ids == expected
@@ -137,12 +137,12 @@ def test_an_end_token_among_the_guesses_ends_the_answer(tiny, greedy):
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_the_distribution_of_draws_is_kept(tiny, other, kind):
-    """Chi-squared of the second and third token of 4000 answers against the model's own probabilities."""
+    """Chi-squared of the first three tokens of 2000 answers against the model's own probabilities."""
     import jax
 
     vocabulary = [3, 8, 13, 21, 40]
-    bias = dict.fromkeys(vocabulary, 40.0)  # nothing else can come, so that 25 pairs hold all draws
-    prompt, count = [3, 8, 3, 13, 8, 3], 4000
+    bias = dict.fromkeys(vocabulary, 40.0)  # nothing else can come, so that 125 triples hold all draws
+    prompt, count = [3, 8, 3, 13, 8, 3], 2000
     rows = [Sampling(temperature=3.0, logit_bias=bias, seed=seed) for seed in range(count)]
     run = Run(tiny, [prompt] * count, [3] * count, rows, Options(speculation=drafters(other)[kind]))
     drawn = collections.Counter(tuple(row) for row in finish(run))
@@ -162,7 +162,7 @@ def test_the_distribution_of_draws_is_kept(tiny, other, kind):
                 if expected >= 5:
                     chi_squared += (drawn[first, second, third] - expected) ** 2 / expected
                     cells += 1
-    assert cells > 20
+    assert cells > 15
     # Mean n and standard deviation sqrt(2 n): five of them above is one chance in a million.
     assert chi_squared < cells + 5 * np.sqrt(2 * cells)
 
@@ -180,10 +180,10 @@ def test_the_demo_answers_twenty_prompts_alike(demo):
     asks = ["Repeat this exactly: ", "Repeat this twice: ", "Continue this text: ", "Who wrote this? "]
     messages = [[{"role": "user", "content": ask + text}] for ask in asks for text in TEXTS]
     prompts = [phi3_jax.encode_chat(demo.tokenizer, each) for each in messages]
-    plain = generate(demo, prompts, 40)
-    run = Run(demo, prompts, [40] * 20, options=Options(speculation=PromptLookup()))
+    plain = generate(demo, prompts, 24)
+    run = Run(demo, prompts, [24] * 20, options=Options(speculation=PromptLookup(guesses=4)))
     assert finish(run, 32) == [result.token_ids for result in plain]
-    assert run.guesses[1] > 100
+    assert run.guesses[1] > 60
 
 
 @pytest.mark.parametrize("values", [{"guesses": 0}, {"shortest": 0}, {"shortest": 9, "longest": 8}])
