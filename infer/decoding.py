@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +87,22 @@ class DecodeState:
 
 
 class Drafter(Protocol):
-    """Guesses how the rows go on; a pytree. See speculation.py."""
+    """Guesses how the rows go on; a pytree. See speculation.py.
+
+    Attributes:
+      always_guesses: False if there may be turns without a guess; then `propose` must be cheap, and change nothing.
+    """
+
+    always_guesses: ClassVar[bool]
 
     def propose(self, params: Params, state: DecodeState, settings: Settings) -> tuple[Drafter, jax.Array]:
         """-> (itself, brought up to date; int32 [B, J - 1] tokens that may come next, -1 from where it has none).
 
         params are its weights, which are not part of it, because a drafter is donated.
         """
+
+
+_Loop = tuple[jax.Array, DecodeState, Any]  # turns taken, state, drafter
 
 
 def begin(
@@ -218,19 +227,36 @@ def decode(
     Every turn adds a token to each row, or with a drafter at least one. Returns the state and the drafter.
     """
 
-    def more(loop: tuple[jax.Array, DecodeState, Any]) -> jax.Array:
+    def propose(loop: _Loop) -> tuple[Any, jax.Array]:
+        _, state, drafter = loop
+        return (None, _no_guesses(state)) if drafter is None else drafter.propose(draft_params or {}, state, settings)
+
+    def more(loop: _Loop) -> jax.Array:
         count, state, _ = loop
         return (count < steps) & ~state.done.all() & ~must_restart(config, state, settings)
 
-    def turn(loop: tuple[jax.Array, DecodeState, Any]) -> tuple[jax.Array, DecodeState, Any]:
-        count, state, drafter = loop
-        after, guesses = (
-            (None, _no_guesses(state)) if drafter is None else drafter.propose(draft_params or {}, state, settings)
-        )
-        state, x = _forward(config, params, state, guesses)
-        return count + 1, _accept(config, params, state, x, guesses, settings), after
+    def has_guesses(loop: _Loop) -> jax.Array:
+        return ((propose(loop)[1] >= 0) & ~loop[1].done[:, None]).any()
 
-    return jax.lax.while_loop(more, turn, (jnp.int32(0), state, drafter))[1:]
+    def turn(loop: _Loop, guesses: jax.Array) -> _Loop:
+        count, state, drafter = loop
+        state, x = _forward(config, params, state, guesses)
+        return count + 1, _accept(config, params, state, x, guesses, settings), drafter
+
+    def guessed_turn(loop: _Loop) -> _Loop:
+        drafter, guesses = propose(loop)
+        return turn((loop[0], loop[1], drafter), guesses)
+
+    def turns(loop: _Loop) -> _Loop:
+        # Places of guesses cost something even where there are none. Two loops, because `lax.cond` copies the cache.
+        loop = jax.lax.while_loop(
+            lambda loop: more(loop) & ~has_guesses(loop), lambda loop: turn(loop, _no_guesses(loop[1])), loop
+        )
+        return jax.lax.while_loop(lambda loop: more(loop) & has_guesses(loop), guessed_turn, loop)
+
+    one_kind = drafter is None or drafter.always_guesses
+    _, state, drafter = jax.lax.while_loop(more, guessed_turn if one_kind else turns, (jnp.int32(0), state, drafter))
+    return state, drafter
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"))

@@ -15,7 +15,7 @@ Axis letters: B batch, M tokens of prompt and answer together, J - 1 guesses.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ class DraftModel:
 class LookupDrafter:
     """`PromptLookup` at work; it remembers nothing."""
 
+    always_guesses: ClassVar[bool] = False
     lookup: PromptLookup = dataclasses.field(metadata={"static": True})
 
     def propose(self, params: Params, state: DecodeState, settings: Settings) -> tuple[LookupDrafter, jax.Array]:
@@ -112,6 +113,7 @@ class ModelDrafter:
         so are not worth a restart.
     """
 
+    always_guesses: ClassVar[bool] = True
     config: Phi3Config = dataclasses.field(metadata={"static": True})
     guesses: int = dataclasses.field(metadata={"static": True})
     cache: KVCache

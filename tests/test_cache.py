@@ -1,11 +1,15 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from phi3_jax.infer import PromptLookup, Sampling, decoding
+from phi3_jax.infer.sampling import SamplingParams
+from phi3_jax.infer.speculation import LookupDrafter
 
 import phi3_jax
 from phi3_jax.cache import slots_needed
@@ -93,12 +97,11 @@ def test_int8_keys_and_values_are_within_half_a_step(tiny):
     assert not cache.k[1, 1, :, :3].any()
 
 
-def test_decoding_updates_the_cache_in_place(tiny):
-    """The compiled loop's output is its input's memory, and its temporaries do not grow with the cache."""
-    from phi3_jax.infer import decoding
-    from phi3_jax.infer.sampling import Sampling, SamplingParams
+@pytest.mark.parametrize("drafter", [None, LookupDrafter(PromptLookup(3))])
+def test_decoding_updates_the_cache_in_place(tiny, drafter):
+    """The compiled loop's output is its input's memory, and nothing copies the cache."""
 
-    def memory(capacity):
+    def compiled(capacity):
         settings = decoding.Settings(
             limits=jnp.full((2,), 30),
             end_ids=jnp.zeros((0,), jnp.int32),
@@ -106,15 +109,19 @@ def test_decoding_updates_the_cache_in_place(tiny):
             prompt_lengths=jnp.full((2,), 3),
         )
         state = decoding.begin(tiny.config, settings, jnp.zeros((2, 64), jnp.int32), capacity, jnp.float32)
-        program = decoding.decode.lower(tiny.config, tiny.params, state, settings, jnp.int32(8)).compile()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        return program.memory_analysis(), size
+        args = tiny.config, tiny.params, state, settings, jnp.int32(8), drafter
+        return decoding.decode.lower(*args).compile(), state
 
-    (small, _), (large, size) = memory(128), memory(4096)
-    assert large.alias_size_in_bytes >= 0.99 * size
-    # What grows is one layer's scores, mask and view of the keys, not the stack of all layers.
-    layer = size / tiny.config.num_hidden_layers
-    assert large.temp_size_in_bytes - small.temp_size_in_bytes < 3 * layer
+    (small, _), (large, state) = compiled(128), compiled(4096)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert large.memory_analysis().alias_size_in_bytes >= 0.99 * size
+    shape = ",".join(map(str, state.cache.k.shape))
+    assert f"f32[{shape}]" in large.as_text()
+    assert not re.search(rf"= f32\[{shape}\]\S* copy\(", large.as_text())
+    # What grows is one layer's scores, mask and view of the keys, for each place of a turn, not all layers'.
+    layer, places = size / tiny.config.num_hidden_layers, 1 if drafter is None else 4
+    growth = large.memory_analysis().temp_size_in_bytes - small.memory_analysis().temp_size_in_bytes
+    assert growth < 3 * layer * places
 
 
 @pytest.mark.usefixtures("quick_compilation")
