@@ -22,7 +22,7 @@ import numpy as np
 
 PROMPT = "The lighthouse stood at the end of a long stone pier, and every evening the keeper climbed its"
 NEW_TOKENS = 128
-ROUNDS = 3
+ROUNDS = 5
 TEXT = (
     "The little boat left the harbour at dawn. Its sails were red, and its captain was an old man who had sailed every "
     "sea. He carried salt, rope and oranges, and a letter that he had promised to deliver before the new moon."
