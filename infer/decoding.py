@@ -111,7 +111,6 @@ def begin(
     tokens: jax.Array,
     capacity: int,
     dtype: Any,
-    lengths: jax.Array | None = None,
     logprobs: int | None = None,
 ) -> DecodeState:
     """The state before anything is read.
@@ -120,10 +119,9 @@ def begin(
       tokens: int32 [B, M]: the prompts, with room for the answers on the right.
       capacity: S, slots of the cache (`cache.slots_needed`).
       dtype: of the cache: a float type or int8.
-      lengths: int32 [B], tokens of each row so far, by default the prompts'.
       logprobs: how many of the most likely tokens are recorded with each token; None records nothing.
     """
-    lengths = settings.prompt_lengths if lengths is None else lengths
+    lengths = settings.prompt_lengths
     record = None if logprobs is None else LogprobRecord.create(len(tokens), tokens.shape[1], logprobs)
     # Buffers of their own, because the state is donated.
     return DecodeState(

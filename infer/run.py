@@ -168,7 +168,7 @@ class Run:
         """Ends rows from outside, between two calls of `advance`."""
         self._done[list(rows)] = True
         if self._state is not None:
-            self._state = dataclasses.replace(self._state, done=jnp.asarray(self._done))
+            self._state = dataclasses.replace(self._state, done=jnp.array(self._done))
 
     def prompt_logprobs(self, row: int) -> list[TokenLogprob]:
         """The log-probabilities of a prompt's tokens, after the first call of `advance`, with `Options.echo`."""
@@ -194,7 +194,7 @@ class Run:
         )
         if self.options.prompt_cache is not None and self.reused:
             state = dataclasses.replace(state, cache=self.options.prompt_cache.place(state.cache, self.reused))
-        return dataclasses.replace(state, done=state.done | jnp.asarray(self._done))
+        return dataclasses.replace(state, done=state.done | jnp.array(self._done))
 
     def _place_prompt_cache(self) -> None:
         """Finds out how much of the prompts need not be read."""

@@ -8,6 +8,13 @@ import pytest
 import phi3_jax
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Frees what a file has compiled: XLA was seen to crash in a process that held the programs of all of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny() -> phi3_jax.Checkpoint:
     """A random model with LongRoPE, a window and grouped queries; large weights, so that mistakes show."""
