@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,6 +7,16 @@ import jax
 import pytest
 
 import phi3_jax
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test has compiled, others load, those of pytest-xdist's other processes included."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each process has a folder of its own below it
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -244,8 +244,6 @@ def test_a_second_start_does_not_compile_again(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = tmp_path / "phi3_jax" / "compiled"
     args = ["--checkpoint", "demo", "--prompt", "Water boils at", "--max_new_tokens", "4"]
-    run_program(*args, "--compilation_cache_dir=")
-    assert not compiled.exists()
     run_program(*args)
     first = {path.name for path in compiled.iterdir()}
     assert len(first) > 3
@@ -253,8 +251,10 @@ def test_a_second_start_does_not_compile_again(demo, tmp_path, monkeypatch):
     assert {path.name for path in compiled.iterdir()} == first
 
 
-def test_program_answers_and_reports(demo):
-    done = run_program("--checkpoint", "demo", "--chat", "--prompt", "What is the capital of France?")
+def test_program_answers_and_reports(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = run_program("--checkpoint", "demo", *CHAT, "--compilation_cache_dir=")
+    assert not list(tmp_path.iterdir())
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The capital of France is Paris.\n"
     assert "prefill" in done.stderr

@@ -15,6 +15,8 @@ import safetensors.numpy
 import phi3_jax
 from phi3_jax.rope import attention_factor, cos_sin, inverse_frequencies, rotate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/expected.safetensors"))
 
