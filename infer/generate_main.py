@@ -20,7 +20,8 @@ import phi3_jax
 
 from . import program_flags as common
 from .answer import Answer, Generation, write_answers
-from .batch_files import AnswerFile, Request, read_requests
+from .batch_answers import AnswerFile
+from .batch_requests import Request, read_requests
 from .beam import beam_search
 from .generate import generate
 from .logprobs import TokenLogprob

@@ -1,4 +1,4 @@
-"""Batches for the tests of batch_files.py: requests, answers, disks."""
+"""Batches for the tests of batch_requests.py and batch_answers.py: requests, answers, disks."""
 
 import contextlib
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phi3_jax.infer.batch_files import AnswerFile, Request, read_requests
+from phi3_jax.infer.batch_answers import AnswerFile
+from phi3_jax.infer.batch_requests import Request, read_requests
 from phi3_jax.infer.sampling import Sampling
 
 SETTINGS = {"checkpoint": "demo", "max_new_tokens": 7, "stop": ["a", "b"]}

@@ -16,7 +16,8 @@ from batches import (
     read_only,
     run,
 )
-from phi3_jax.infer.batch_files import AnswerFile, Request
+from phi3_jax.infer.batch_answers import AnswerFile
+from phi3_jax.infer.batch_requests import Request
 from phi3_jax.infer.sampling import Sampling
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from batches import PROGRAM, read
-from phi3_jax.infer.batch_files import read_requests
+from phi3_jax.infer.batch_requests import read_requests
 from phi3_jax.infer.sampling import Sampling
 
 

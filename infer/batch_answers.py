@@ -9,87 +9,21 @@ is half a line at the end, and the next run drops it.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
-import math
 import os
-import re
 import shutil
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from .sampling import Sampling
+from .batch_requests import FORMS, Request, parse_object
 
-_MOST_REPORTED = 10  # bad lines
 _HEADER_BEGIN = b'{"phi3_jax_batch": '
 _VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One line of the input.
-
-    Attributes:
-      line: its number in the file, from 1 on.
-      fields: the line as it was read; it comes back in the output.
-      prompt: the text to continue, or None.
-      messages: the conversation to answer, or None. One of the two is there.
-      max_new_tokens: the line's own, or None.
-      sampling: the program's, with the line's own values in place.
-    """
-
-    line: int
-    fields: dict[str, Any]
-    prompt: str | None
-    messages: list[dict[str, str]] | None
-    max_new_tokens: int | None
-    sampling: Sampling
-
-
-def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Request]:
-    """The requests of a file in UTF-8 with one JSON object per line; blank lines do not count.
-
-    An object has either "prompt", a text, or "messages", a list of {"role": text, "content": text}; and it may have
-    "id" (text or a number; comes back in the output), "max_new_tokens" and every field of `Sampling`, where null is
-    None and the keys of "logit_bias" are ids in quotes. Other keys are refused: one could be a typing error.
-
-    Args:
-      sampling: of what a line does not say itself. Its seed + i is the seed of request i, counted from 0.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: there are no requests, or some lines cannot be used; names up to ten of these with the reasons.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; name a file with one JSON object per line")
-    requests: list[Request] = []
-    bad: list[str] = []
-    first_with_id: dict[Any, int] = {}
-    for line, raw in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        try:
-            request = _request(line, raw, len(requests), sampling)
-            if "id" in request.fields and (first := first_with_id.setdefault(request.fields["id"], line)) != line:
-                raise ValueError(f"id={_shown(request.fields['id'])} is the id of line {first}, too")
-            requests.append(request)
-        except ValueError as error:
-            bad.append(f"{path}:{line}: {error}")
-    if bad:
-        more = [f"and {len(bad) - _MOST_REPORTED} more"] if len(bad) > _MOST_REPORTED else []
-        advice = f'a line holds "prompt" or "messages"; it may also hold {", ".join(sorted(_OPTIONAL))}'
-        raise ValueError("\n".join([*bad[:_MOST_REPORTED], *more, advice]))
-    if not requests:
-        raise ValueError(f"{path}: holds no requests; write one JSON object per line")
-    return requests
 
 
 class AnswerFile:
@@ -152,7 +86,7 @@ class AnswerFile:
         """
         if self.done == len(self._requests):
             raise ValueError(f"{self._path}: all {self.done} requests have their answers")
-        if taken := sorted(answer.keys() & _FORMS.keys()):
+        if taken := sorted(answer.keys() & FORMS.keys()):
             raise ValueError(f"{self._path}: the answer has {taken}, which are keys of requests; rename them")
         self._append({**self._requests[self.done].fields, **answer})
         self.done += 1
@@ -289,110 +223,8 @@ def _digest(requests: Sequence[Request]) -> str:
     return digest.hexdigest()
 
 
-def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
-    fields = _parse(raw)
-    if unknown := sorted(fields.keys() - _FORMS.keys()):
-        raise ValueError(f"unknown keys {unknown}")
-    if len(fields.keys() & {"prompt", "messages"}) != 1:
-        raise ValueError('exactly one of "prompt" and "messages" has to be there')
-    for key, value in fields.items():
-        is_good, wanted = _FORMS[key]
-        if not is_good(value):
-            raise ValueError(f"{key}={_shown(value)} must be {wanted}")
-    own = {"seed": (sampling.seed + index) % 2**32} | {key: fields[key] for key in fields.keys() & _SAMPLING.keys()}
-    if "logit_bias" in own:
-        own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
-    optional = {key: fields.get(key) for key in ("prompt", "messages", "max_new_tokens")}
-    return Request(line, fields, **optional, sampling=dataclasses.replace(sampling, **own))
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    """One line as a JSON object; stricter than `json.loads`. Raises ValueError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"the key {key!r} is there twice")
-            result[key] = value
-        return result
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):  # 1e999 as well
-            raise ValueError(f"{number} is not a finite number")
-        return value
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-        # "\ud800" is JSON, but cannot be tokenised, nor written as UTF-8.
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
-    except UnicodeEncodeError:
-        raise ValueError("a text has half of a surrogate pair") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not a request: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but {_shown(value)}")
-    return value
-
-
 def _parsed(line: bytes) -> dict[str, Any]:
     """A line of a partial file; {} if it is damaged, which no header or answer is."""
     with contextlib.suppress(ValueError):
-        return _parse(line)
+        return parse_object(line)
     return {}
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)  # True is an int in Python, but never meant as one
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (_is_whole(value) and abs(value) <= 2**53)  # more may be no float
-
-
-def _is_bias(value: Any) -> bool:
-    # int() alone would also take "1_0" and " 1"; and with leading zeros two keys could be one token.
-    keys_are_ids = isinstance(value, dict) and all(re.fullmatch("0|[1-9][0-9]{0,9}", key) for key in value)
-    return keys_are_ids and all(map(_is_number, value.values()))
-
-
-def _is_message(value: Any) -> bool:
-    has_keys = isinstance(value, dict) and value.keys() == {"role", "content"}
-    return has_keys and all(isinstance(text, str) for text in value.values())
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(map(_is_message, value))
-
-
-# Whether a value has the form that it should have, and that form in words. Which numbers make sense `Sampling` says.
-_Form = tuple[Callable[[Any], bool], str]
-_BY_TYPE: dict[Any, _Form] = {
-    int: (_is_whole, "a whole number"),
-    float: (_is_number, "a number"),
-    int | None: (lambda x: x is None or _is_whole(x), "a whole number or null"),
-    float | None: (lambda x: x is None or _is_number(x), "a number or null"),
-    Sequence[int]: (lambda x: isinstance(x, list) and all(map(_is_whole, x)), "a list of token ids"),
-    Mapping[int, float]: (_is_bias, 'an object such as {"123": 1.5}, from token ids to numbers'),
-}
-# A field of Sampling of a type that is not above fails here, on import, and not silently later.
-_SAMPLING: dict[str, _Form] = {name: _BY_TYPE[kind] for name, kind in typing.get_type_hints(Sampling).items()}
-_OPTIONAL: dict[str, _Form] = {
-    "id": (lambda x: isinstance(x, str | float) or _is_whole(x), "a text or a number"),
-    "max_new_tokens": (lambda x: _is_whole(x) and x >= 1, "a whole number of at least 1"),
-    **_SAMPLING,
-}
-_FORMS: dict[str, _Form] = {
-    "prompt": (lambda x: isinstance(x, str) and x != "", "a text that is not empty"),
-    "messages": (_are_messages, 'a list, not empty, of {"role": text, "content": text}'),
-    **_OPTIONAL,
-}
