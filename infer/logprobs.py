@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .sampling import top_logprobs
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
@@ -54,9 +56,7 @@ class LogprobRecord:
 
     def write(self, logits: jax.Array, tokens: jax.Array, places: jax.Array) -> LogprobRecord:
         """Adds tokens int32 [B, T] that logits float32 [B, T, V] predicted; a place of M or more is skipped."""
-        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
-        values, ids = jax.lax.top_k(logprobs, self.top.shape[-1])
+        chosen, ids, values = top_logprobs(logits, tokens, self.top.shape[-1])
         rows = jnp.arange(tokens.shape[0])[:, None]
         return LogprobRecord(
             self.chosen.at[rows, places].set(chosen, mode="drop"),

@@ -83,15 +83,15 @@ def top_logprobs(logits: jax.Array, chosen: jax.Array, n: int) -> tuple[jax.Arra
     model thought a token, whatever was banned or penalised.
 
     Args:
-      logits: float32 [B, V].
-      chosen: int32 [B].
+      logits: float32 [..., V].
+      chosen: int32 [...].
 
     Returns:
-      (float32 [B] of the chosen, int32 [B, N] ids, float32 [B, N] their values, falling).
+      (float32 [...] of the chosen, int32 [..., N] ids, float32 [..., N] their values, falling).
     """
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=1)
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     values, ids = jax.lax.top_k(logprobs, n)
-    return jnp.take_along_axis(logprobs, chosen[:, None], axis=1)[:, 0], ids, values
+    return jnp.take_along_axis(logprobs, chosen[..., None], axis=-1)[..., 0], ids, values
 
 
 def _adjust(
