@@ -29,7 +29,7 @@ from .options import Options
 from .program import interruptible, run_program
 from .prompts import check_prompt
 from .run import Run
-from .sampling import SamplingParams
+from .sampling import Sampling, SamplingParams
 
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")
@@ -95,7 +95,7 @@ def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> int:
     with interruptible() as interrupt:
         for piece in write_answers(run, [answer], interrupt=interrupt):
             print(piece.text, end="", flush=True)
-            if save_as:  # the first token is there: exactly the prompt has been read
+            if save_as and piece.token_ids:  # the first token is there: exactly the prompt has been read
                 run.prompt_cache().save(save_as)
                 save_as = None
     print(flush=True)
@@ -187,6 +187,9 @@ def _search(
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
     """The prompt of a line as token ids; what is wrong with it is said with the line's number, before anything runs."""
     tokenizer = common.require_tokenizer(checkpoint)
+    own = request.fields.keys() & {field.name for field in dataclasses.fields(Sampling)}
+    if _BEAMS.value > 1 and own:
+        raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")
     try:
         if request.messages is not None:
             ids = phi3_jax.encode_chat(tokenizer, _with_system(request.messages))

@@ -194,6 +194,11 @@ def test_an_interrupted_file_goes_on(program, batch, tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
+def test_beam_search_refuses_lines_that_want_to_draw(program, batch):
+    with pytest.raises(ValueError, match="in.jsonl:3: beam search has no seed, temperature"):
+        program(*batch, "--beams", "2")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
