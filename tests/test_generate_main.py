@@ -195,7 +195,7 @@ def test_an_interrupted_file_goes_on(program, batch, tmp_path, monkeypatch):
 
 
 def test_beam_search_refuses_lines_that_want_to_draw(program, batch):
-    with pytest.raises(ValueError, match="in.jsonl:3: beam search has no seed, temperature"):
+    with pytest.raises(ValueError, match=r"in\.jsonl:3: beam search has no seed, temperature"):
         program(*batch, "--beams", "2")
 
 
