@@ -216,7 +216,7 @@ def _with_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 def _prompt_text() -> str:
     if _PROMPT_FILE.value is None:
         return _PROMPT.value or ""
-    return sys.stdin.read() if _PROMPT_FILE.value == "-" else Path(_PROMPT_FILE.value).read_text(encoding="utf-8")
+    return sys.stdin.read() if _PROMPT_FILE.value == "-" else common.read_text(_PROMPT_FILE.value)
 
 
 def _check_flags() -> None:
@@ -233,6 +233,8 @@ def _check_flags() -> None:
         raise ValueError("--system needs --chat")
     if _SAVE_PROMPT_CACHE.value and (_INPUT.value or _BEAMS.value > 1):
         raise ValueError("--save_prompt_cache is for one prompt, without beams")
+    if _SAVE_PROMPT_CACHE.value and not (folder := Path(_SAVE_PROMPT_CACHE.value).parent).is_dir():
+        raise ValueError(f"--save_prompt_cache={_SAVE_PROMPT_CACHE.value}: there is no folder {folder}; make it first")
     if _LENGTH_PENALTY.present and _BEAMS.value == 1:
         raise ValueError("--length_penalty needs --beams")
     if _BEAMS.value > 1 and (unknown := sorted(set(common.settings()) - _known_to_beams())):

@@ -166,10 +166,18 @@ def grammar() -> Grammar | None:
     if len(asked) > 1:
         raise ValueError(f"give only one of {', '.join('--' + flag.name for flag in asked)}")
     if JSON_SCHEMA.value:
-        return Grammar.json_schema(Path(JSON_SCHEMA.value).read_text(encoding="utf-8"))
+        return Grammar.json_schema(read_text(JSON_SCHEMA.value))
     if REGEX.value:
         return Grammar.regex(REGEX.value)
     return Grammar.choice(CHOICE.value) if CHOICE.value else None
+
+
+def read_text(path: str) -> str:
+    """A file's text. Raises ValueError if it is not UTF-8, OSError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
 
 def settings() -> dict[str, object]:

@@ -93,6 +93,12 @@ def test_a_prompt_in_a_file(program, tmp_path):
     assert program("--prompt_file", str(tmp_path / "prompt.txt"), "--max_new_tokens", "1") == " Paris\n"
 
 
+def test_a_prompt_file_that_is_no_text(program, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(ValueError, match=r"prompt\.txt: not a text in UTF-8 .*at byte 3"):
+        program("--prompt_file", str(tmp_path / "prompt.txt"))
+
+
 def test_a_minimum_length_keeps_the_answer_from_ending(program, demo):
     longer = program(*CHAT, "--min_new_tokens", "20", "--max_new_tokens", "24")
     assert longer.startswith("The capital of France is Paris.")
@@ -224,6 +230,7 @@ def test_a_bad_line_is_found_before_anything_runs(program, batch, tmp_path, line
         (["--prompt", "x", "--logprobs", "1"], "--logprobs goes into the lines of --output"),
         (["--prompt", "x", "--system", "y"], "--system needs --chat"),
         (["--prompt", "x", "--beams", "2", "--save_prompt_cache", "y"], "--save_prompt_cache is for one prompt"),
+        (["--prompt", "x", "--save_prompt_cache", "nowhere/y"], "there is no folder nowhere; make it first"),
         (["--prompt", "x", "--length_penalty", "2"], "--length_penalty needs --beams"),
         (["--prompt", "x", "--beams", "2", "--temperature", "1"], "beam search has no --temperature"),
         (["--prompt", "x", "--guesses", "2"], "--guesses needs --speculate"),
