@@ -35,7 +35,7 @@ from .answer import Answer
 from .decoding import DecodeState, Params, Settings
 from .options import Options
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
-from .room import own_cache_dtype, padded_length, room_for
+from .room import own_cache_dtype, piece_length, room_for
 from .run import NewTokens
 from .sampling import Sampling, SamplingParams
 
@@ -319,7 +319,7 @@ def _read(checkpoint: Checkpoint, state: DecodeState, chunk: int) -> tuple[Decod
     embedding, longest = checkpoint.params["embed_tokens"]["weight"], int(state.lengths.max())
     last, place = jnp.zeros((len(state.tokens), embedding.shape[1]), embedding.dtype), 0
     while place < longest:
-        size = min(padded_length(longest - place, chunk), state.cache.capacity)
+        size = piece_length(longest - place, chunk, state.cache.capacity)
         state, last = decoding.read(checkpoint.config, checkpoint.params, state, last, jnp.int32(place), size)
         place += size
     return state, last

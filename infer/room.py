@@ -33,6 +33,14 @@ def padded_length(tokens: int, chunk: int) -> int:
     return min(chunk, max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length()))
 
 
+def piece_length(tokens: int, chunk: int, capacity: int) -> int:
+    """The length that the next piece of what is still to be read is padded to; `tokens` are left.
+
+    Rows that are read again have grown past what was their prompt: their padding must not exceed the cache.
+    """
+    return min(padded_length(tokens, chunk), capacity)
+
+
 def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 

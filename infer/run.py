@@ -20,7 +20,7 @@ from .logprobs import TokenLogprob
 from .options import Options
 from .prompt_cache import PromptCache, fingerprint
 from .prompts import check_batch
-from .room import own_cache_dtype, padded_length, room_for
+from .room import own_cache_dtype, piece_length, room_for
 from .sampling import Sampling, SamplingParams
 from .speculation import DraftModel, LookupDrafter, ModelDrafter, PromptLookup
 
@@ -222,8 +222,8 @@ class Run:
         return state
 
     def _read_chunk(self, model: Checkpoint, state: decoding.DecodeState, reading: _Reading) -> decoding.DecodeState:
-        size = padded_length(max(self._lengths) - reading.place, self.options.prefill_chunk)
-        size = min(size, state.cache.capacity)  # for a row that is read again after it has grown
+        left = max(self._lengths) - reading.place
+        size = piece_length(left, self.options.prefill_chunk, state.cache.capacity)
         args = state, reading.last, jnp.int32(reading.place), size, reading.echo
         state, reading.last = self._timed(reading.phase, decoding.read, *args, model=model)
         reading.place += size

@@ -130,8 +130,14 @@ class Terminal:
 
     def __init__(self, *args: str):
         self._leader, follower = pty.openpty()
-        become_its_program = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); " + (
-            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        # As a shell would: the terminal's own program, for which Ctrl-C is not ignored, even if it is for the tests.
+        become_its_program = "; ".join(
+            [
+                "import fcntl, os, signal, sys, termios",
+                "fcntl.ioctl(0, termios.TIOCSCTTY, 0)",
+                "signal.signal(signal.SIGINT, signal.SIG_DFL)",
+                "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+            ]
         )
         self._process = subprocess.Popen(
             [sys.executable, "-c", become_its_program, *COMMAND[1:], *args],
