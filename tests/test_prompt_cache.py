@@ -65,16 +65,26 @@ def test_factors_of_the_other_kind_are_not_usable_and_would_be_wrong(tiny):
     assert not np.allclose(logits, expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+# Sums over fewer slots are rounded elsewhere. In a low precision that can move a later layer's keys by a whole step.
+STEP = {"float32": 1e-5, "bfloat16": 3e-3, "int8": 6e-3}
+
+
+@pytest.mark.parametrize("dtype", STEP)
 @pytest.mark.parametrize(("take_slots", "slots"), [(29, 10), (11, 31)])
 def test_a_prefix_of_any_dtype_gives_the_logits_of_one_run(tiny, dtype, take_slots, slots):
     config, prefix, question = with_window(tiny, 7), ids(4, 23), np.tile(ids(5, 1, 8), (2, 1))
     cache = read_prefix(config, tiny.params, prefix, 31, take_slots, 2, 1, dtype)
     prompt = PromptCache.take(cache, 1, prefix, True, "model")
-    assert prompt.cache.k.dtype == dtype
+    placed = prompt.place(KVCache.create(config, 2, slots, dtype), 23)
+    newest = np.arange(23 - min(take_slots, slots), 23)
+    for name in ("k", "v") if dtype != "int8" else ("k", "v", "k_scale", "v_scale"):
+        before, after = getattr(cache, name), getattr(placed, name)
+        assert after.dtype == before.dtype
+        for row in range(2):
+            np.testing.assert_array_equal(after[:, row, :, newest % slots], before[:, 1, :, newest % take_slots])
     expected, _ = read(config, tiny.params, question, cache, 31)
-    logits, _ = read(config, tiny.params, question, prompt.place(KVCache.create(config, 2, slots, dtype), 23), 31)
-    np.testing.assert_allclose(logits, expected[[1, 1]], atol=1e-5)
+    logits, _ = read(config, tiny.params, question, placed, 31)
+    np.testing.assert_allclose(logits, expected[[1, 1]], atol=STEP[dtype])
 
 
 def test_float_types_are_converted_and_free_slots_hold_zeros(tiny):
