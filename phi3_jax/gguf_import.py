@@ -1,4 +1,7 @@
-"""GGUF files -> configuration, tensors and tokenizer of a Phi-3 model. Quantised tensors become floats when read."""
+"""GGUF files -> configuration, tensors and tokenizer of a Phi-3 model.
+
+Quantised tensors become floats when read, or are handed out as the integers that they are (gguf_blocks.py).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from phi3_jax.config import LongRope, Phi3Config
+from phi3_jax.gguf_blocks import IntegerRows, fuse, fused_form, unpack
 from phi3_jax.gguf_header import GgufTensor, damaged, read_header
+from phi3_jax.leaves import TensorSource
 from phi3_jax.tokenizer import Tokenizer
 from phi3_jax.tokenizer_gguf import tokenizer_from_gguf
-from phi3_jax.weights import TensorSource
 
 _Kind = type | list[type]  # [str] is an array of strings
 
@@ -80,6 +84,7 @@ _FILE_KEYS: dict[str, _Kind] = {
     "tokenizer.ggml.tokens": [str],
     **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "eom", "unknown", "padding")},
 }
+_NO_TOKENIZER = ("no_vocab", "none")
 # A GGUF file has room for one or two end ids, but chat models have more: these texts end a turn in all of them.
 _END_TEXTS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
@@ -122,7 +127,8 @@ def read_gguf(path: Path) -> GgufFile:
         raise ValueError(f"{path}: not a model that can be loaded: {'; '.join(problems)}")
     _check_extents(path, table, kinds)
     config = _config(path, metadata, keys, table)
-    tokenizer = tokenizer_from_gguf(metadata, str(path)) if "tokenizer.ggml.model" in metadata else None
+    has_tokenizer = metadata.get("tokenizer.ggml.model", "no_vocab") not in _NO_TOKENIZER
+    tokenizer = tokenizer_from_gguf(metadata, str(path)) if has_tokenizer else None
     rows = {"vocab_size": keys.get("vocab_size"), "tokens": tokenizer.vocab_size if tokenizer else None}
     if unequal := {name: count for name, count in rows.items() if count not in (None, config.vocab_size)}:
         raise damaged(path, f"{unequal} but an embedding of {config.vocab_size} rows")
@@ -251,7 +257,7 @@ def _config(
             max_position_embeddings=keys["context_length"],
             rope_theta=keys["rope.freq_base"],
             rms_norm_eps=_shortest(keys["attention.layer_norm_rms_epsilon"]),
-            partial_rotary_factor=keys.get("rope.dimension_count", head_dim) / head_dim,
+            partial_rotary_factor=_share(keys.get("rope.dimension_count", head_dim), head_dim),
             long_rope=_long_rope(path, keys, table),
             sliding_window=keys.get("attention.sliding_window", 0) or None,
             tie_word_embeddings="output.weight" not in table,
@@ -266,6 +272,12 @@ def _config(
 def _shortest(number: float) -> float:
     """The shortest decimal number that rounds to the same float32: 1e-5 instead of 9.999999747378752e-06."""
     return float(str(np.float32(number)))
+
+
+def _share(rotary_dim: int, head_dim: int) -> float:
+    """The factor that gives `Phi3Config.rotary_dim` back, which rounds down: 44 * (30 / 44) is below 30."""
+    share = rotary_dim / head_dim
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)
 
 
 def _long_rope(path: Path, keys: Mapping[str, Any], table: Mapping[str, GgufTensor]) -> LongRope | None:
@@ -311,15 +323,29 @@ def _source(
         raise damaged(path, f"{parts} of shapes {[list(shape) for shape in shapes]} do not fit the configuration")
     dtypes = {_dtype(table[part]) for part in parts}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    kinds = [_tensor_kinds()[table[part].kind][0] for part in parts]
+    form = fused_form(kinds)
+
+    def ordered(array: np.ndarray, stem: str) -> np.ndarray:
+        return _half_split(array, heads[stem]) if permuted and stem in heads else array
 
     def read() -> np.ndarray:
-        arrays = []
-        for part, stem in zip(parts, stems, strict=True):
-            array = _read_tensor(path, table[part]).astype(dtype, copy=False)
-            arrays.append(_half_split(array, heads[stem]) if permuted and stem in heads else array)
+        arrays = [
+            ordered(_read_tensor(path, table[part]).astype(dtype, copy=False), stem)
+            for part, stem in zip(parts, stems, strict=True)
+        ]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    return TensorSource((sum(shape[0] for shape in shapes), *width), dtype.name, read)
+    def quantized() -> IntegerRows | None:
+        if form is None:
+            return None
+        found = []
+        for part, stem, kind in zip(parts, stems, kinds, strict=True):
+            rows = unpack(kind, _raw_blocks(path, table[part]))
+            found.append(rows and rows.each(functools.partial(ordered, stem=stem)))
+        return fuse(found)
+
+    return TensorSource((sum(shape[0] for shape in shapes), *width), dtype.name, read, form, quantized)
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -333,12 +359,17 @@ def _dtype(tensor: GgufTensor) -> np.dtype:
 
 def _read_tensor(path: Path, tensor: GgufTensor) -> np.ndarray:
     """One tensor as float32, or as the 16-bit type that it has."""
-    name, block, block_bytes = _tensor_kinds()[tensor.kind]
+    name = _tensor_kinds()[tensor.kind][0]
     if name in _PLAIN:
         return np.memmap(path, _PLAIN[name], "r", tensor.offset, tensor.shape)
+    return _dequantiser()(_raw_blocks(path, tensor), tensor.kind)
+
+
+def _raw_blocks(path: Path, tensor: GgufTensor) -> np.ndarray:
+    """A quantised tensor's bytes, row by row."""
+    _, block, block_bytes = _tensor_kinds()[tensor.kind]
     *rows, width = tensor.shape
-    raw = np.memmap(path, np.uint8, "r", tensor.offset, (*rows, width // block * block_bytes))
-    return _dequantiser()(raw, tensor.kind)
+    return np.memmap(path, np.uint8, "r", tensor.offset, (*rows, width // block * block_bytes))
 
 
 @functools.cache

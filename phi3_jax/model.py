@@ -10,6 +10,7 @@ over the layer's index and reads the stack in place (nothing is copied before a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,42 +20,31 @@ import jax.numpy as jnp
 
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
-from phi3_jax.masks import attention_mask, sequence_lengths
+from phi3_jax.kernels.attention import attention, xla
+from phi3_jax.kernels.attention.context import Context, Keys
+from phi3_jax.kernels.linear import linear
+from phi3_jax.kernels.packed import PackedTensor
+from phi3_jax.masks import sequence_lengths
+from phi3_jax.quantization import QuantizedTensor
 from phi3_jax.rope import cos_sin, rotate
 
 Walk = Literal["slice", "index"]
 Capture = Literal["hidden_states", "attention"]
-Context = dict[str, Any]  # what all layers share in one call: positions, cos, sin, mask
 
 
-def linear(x: jax.Array, weight: jax.Array, layer: jax.Array | None = None, dtype: Any = None) -> jax.Array:
-    """x @ weight.T: x [..., in], weight [out, in], or a stack [L, out, in] of which `layer` names one -> [..., out]."""
-    if layer is not None:
-        weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-    # Without HIGHEST, accelerators multiply float32 matrices with the precision of bfloat16 or TF32.
-    return jnp.einsum("...i,oi->...o", x, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What all layers share in one call.
 
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scaled dot-product attention; G query heads share a key-value head, which is never repeated in memory.
-
-    Args:
-      q: [B, T, N, H].
-      k, v: [B, K, S, H].
-      mask: bool [B, T, S]. A query that sees no key (padding) gets the mean of all values, not NaN.
-
-    Returns:
-      The output [B, T, N, H] and the attention probabilities [B, N, T, S], both in q's dtype.
+    Attributes:
+      cos, sin: [B, T, R] of the tokens' rotations.
+      visible: who sees whom.
     """
-    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
-    q = q.reshape(B, T, K, N // K, H)
-    exact = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=exact, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", probs, v, precision=exact)
-    return out.reshape(B, T, N, H), probs.reshape(B, N, T, S)
+
+    cos: jax.Array
+    sin: jax.Array
+    visible: Context
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, layer: jax.Array | None = None) -> jax.Array:
@@ -97,6 +87,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions; keys and values go through the cache where there is one."""
 
     config: Phi3Config
+    wants_probs: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -104,20 +95,26 @@ class Attention(nn.Module):
         self.o_proj = matrix(c, c.hidden_size, c.num_attention_heads * c.head_dim)
 
     def __call__(
-        self, x: jax.Array, context: Context, cache: KVCache | None, number: jax.Array, layer: jax.Array | None
-    ) -> tuple[jax.Array, KVCache | None, jax.Array]:
-        """x [B, T, D] -> (output [B, T, D], cache, probabilities [B, N, T, S])."""
+        self, x: jax.Array, shared: Shared, cache: KVCache | None, number: jax.Array, layer: jax.Array | None
+    ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
+        """x [B, T, D] -> (output [B, T, D], cache, probabilities [B, N, T, S] if they are wanted)."""
         N, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        # Gradients, which only XLA's operations have, are asked of whole texts and of slices.
+        implementation: Literal["xla"] | None = "xla" if layer is None or cache is None else None
         qkv = linear(x, self.qkv_proj(), layer)
         qkv = qkv.reshape(*x.shape[:2], N + 2 * K, self.config.head_dim)
         q, k, v = jnp.split(qkv, [N, N + K], axis=2)  # [B, T, N | K | K, H]
-        q, k = (rotate(each, context["cos"], context["sin"]) for each in (q, k))
+        q, k = (rotate(each, shared.cos, shared.sin) for each in (q, k))
         if cache is None:
-            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            keys = Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
-            cache = cache.write(number, context["positions"], k, v)
-            keys, values = (each[..., : self.config.head_dim] for each in cache.read(number))
-        out, probs = attention(q, keys, values, context["mask"])
+            cache = cache.write(number, shared.visible.q_positions, k, v, implementation)
+            keys = cache.keys(number)
+        probs = None
+        if self.wants_probs:
+            out, probs = xla.attention(q, keys, shared.visible)
+        else:
+            out = attention(q, keys, shared.visible, implementation)
         return linear(out.reshape(*x.shape[:2], -1), self.o_proj(), layer), cache, probs
 
 
@@ -144,22 +141,22 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         self.input_layernorm = scale(self.config)
-        self.self_attn = Attention(self.config)
+        self.self_attn = Attention(self.config, "attention" in self.capture)
         self.post_attention_layernorm = scale(self.config)
         self.mlp = MLP(self.config)
 
     def __call__(
-        self, carry: tuple[jax.Array, KVCache | None], number: jax.Array, context: Context
+        self, carry: tuple[jax.Array, KVCache | None], number: jax.Array, shared: Shared
     ) -> tuple[tuple[jax.Array, KVCache | None], dict[str, jax.Array]]:
         """One step of the scan over layers: carry = (residual stream [B, T, D], cache), number = the layer's index."""
         x, cache = carry
         layer = number if self.walk == "index" else None
         eps = self.config.rms_norm_eps
         normed = rms_norm(x, self.input_layernorm(), eps, layer)
-        attended, cache, probs = self.self_attn(normed, context, cache, number, layer)
+        attended, cache, probs = self.self_attn(normed, shared, cache, number, layer)
         x = x + attended
         x = x + self.mlp(rms_norm(x, self.post_attention_layernorm(), eps, layer), layer)
-        seen = {"hidden_states": x, "attention": probs}
+        seen: dict[str, Any] = {"hidden_states": x, "attention": probs}
         return (x, cache), {name: seen[name] for name in self.capture}
 
 
@@ -244,18 +241,21 @@ class Phi3(nn.Module):
 
         x = self.embed(tokens)
         cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
-        mask = attention_mask(positions, k_positions, self.config.sliding_window, segments, segments)
-        context = {"positions": positions, "cos": cos, "sin": sin, "mask": mask}
-
+        visible = Context(positions, k_positions, segments, segments, self.config.sliding_window)
         layers = self._layers(cache, tuple(capture))
-        (out, cache), captured = layers((x, cache), jnp.arange(self.config.num_hidden_layers), context)
+        shared = Shared(cos, sin, visible)
+        (out, cache), captured = layers((x, cache), jnp.arange(self.config.num_hidden_layers), shared)
         if "hidden_states" in captured:
             captured["hidden_states"] = jnp.concatenate([x[None], captured["hidden_states"]])
         return rms_norm(out, self.norm(), self.config.rms_norm_eps), cache, captured
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, T] -> [B, T, D]; an id outside of the vocabulary gives NaN rather than another token's row."""
-        x = jnp.take(self.embed_tokens(), tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        table = self.embed_tokens()
+        if isinstance(table, QuantizedTensor | PackedTensor):
+            x = table.rows(tokens)
+        else:
+            x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
         is_pad = (tokens == self.config.pad_token_id)[..., None] if self.config.pad_token_id is not None else False
         return jnp.where(is_pad, jax.lax.stop_gradient(x), x)
 

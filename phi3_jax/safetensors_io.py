@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from phi3_jax.weights import TensorSource
+from phi3_jax.leaves import TensorSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_FLOATS: dict[str, np.dtype] = {
+FLOATS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -51,8 +51,10 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
     return {name: source for name, source in sources.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def read_file(path: Path) -> dict[str, TensorSource]:
+def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, TensorSource]:
     """The tensors of one safetensors file; every size in its header is checked against the file's.
+
+    kinds are the dtypes that are wanted, by their names in the format.
 
     Raises:
       ValueError: the header is damaged, or the file is shorter or longer than it says.
@@ -72,7 +74,7 @@ def read_file(path: Path) -> dict[str, TensorSource]:
     start = 8 + length
     sources, end = {}, start
     for name, entry in header.items():
-        source, stop = _tensor(path, name, entry, start, size)
+        source, stop = _tensor(path, name, entry, start, size, kinds)
         sources[name], end = source, max(end, stop)
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end} of {size}")
@@ -122,7 +124,9 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[TensorSource, int]:
+def _tensor(
+    path: Path, name: str, entry: Any, start: int, size: int, kinds: Mapping[str, np.dtype]
+) -> tuple[TensorSource, int]:
     """Checks one header entry -> (the tensor, the byte of the file where it ends)."""
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -131,12 +135,12 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[T
         sound = False
     if not sound:
         raise _damaged(path, f"the header entry of {name!r} cannot be read")
-    if kind not in _FLOATS:
+    if kind not in kinds:
         raise ValueError(
-            f"{path}: tensor {name} has dtype {kind}, but only {sorted(_FLOATS)} can be loaded; "
+            f"{path}: tensor {name} has dtype {kind}, but only {sorted(kinds)} can be loaded; "
             "take the unquantised checkpoint"
         )
-    dtype = _FLOATS[kind]
+    dtype = kinds[kind]
     if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
         raise _damaged(path, f"tensor {name} {list(shape)} does not fit bytes {begin} to {end} of {size - start}")
 

@@ -6,10 +6,10 @@ out: `layers/mlp/down_proj/weight` [L, D, F] holds `model.layers.{0..L-1}.mlp.do
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import flax.traverse_util
 import jax
@@ -18,10 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.leaves import Floats, Integers, Leaf, PackedFloats
+from phi3_jax.leaves import TensorSource as TensorSource
 from phi3_jax.model import Phi3
+from phi3_jax.quantization import Format, formats
 
 Params = dict[str, Any]
 OnProgress = Callable[[int, int], None]
+Layout = Literal["rows", "packed"]
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -30,22 +34,6 @@ DTYPES = {
 }
 # Copying runs at memory speed from two threads on; more only take cores from one another.
 _THREADS = 4
-_ALIGNMENT = 64  # bytes; a buffer aligned to this becomes a JAX array on the CPU without another copy
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSource:
-    """One named tensor of a checkpoint, not yet read.
-
-    Attributes:
-      shape: as Hugging Face has it: [out, in] or [D].
-      dtype: name of the dtype that `read` gives.
-      read: reads the tensor (dequantising, fusing, permuting as its format needs); nothing is kept between calls.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
 
 
 def parameter_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
@@ -69,38 +57,92 @@ def assemble(
     dtype: str,
     origin: str,
     on_progress: OnProgress | None = None,
+    quantize: str | None = None,
+    layout: Layout = "rows",
 ) -> Params:
     """Reads every tensor into the stacked parameter tree; the host never holds more than the model plus some tensors.
 
     Args:
       sources: the checkpoint's tensors by Hugging Face name.
-      dtype: "float32", "bfloat16" or "float16": what the parameters become.
+      dtype: "float32", "bfloat16" or "float16": what the parameters become that stay floats.
       origin: file or folder, for messages.
       on_progress: called with (bytes done, bytes in all) after each tensor.
+      quantize: a policy of quantization.py, by which matrices become integers; "stored" keeps the integers that the
+        file has, as far as there are such ones here, and 8 bits otherwise; None makes floats.
+      layout: "packed" puts matrices into the order in which the CPU kernels read them, as bfloat16 or integers; "rows"
+        is Hugging Face's order.
 
     Raises:
-      ValueError: the dtype is unknown; tensors are missing, unknown or misshapen (all of them in one message); a value
-        does not fit into float16.
+      ValueError: the dtype or the policy is unknown; tensors are missing, unknown or misshapen (all of them in one
+        message); a value does not fit into float16.
+      Unavailable: packed weights are asked for where there are no kernels.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
     shapes = parameter_shapes(config)
     _check_names(sources, shapes, config, origin)
-    leaves = {path: _aligned_empty(shape, DTYPES[dtype]) for path, shape in shapes.items()}
+    forms = _formats(sources, shapes, config, quantize)
+    leaves = {path: _leaf(path, shape, DTYPES[dtype], forms[path], layout) for path, shape in shapes.items()}
     jobs = [
-        (name, leaves[path][i] if path.startswith("layers/") else leaves[path])
+        (path, i if path.startswith("layers/") else None, name)
         for path in shapes
         for i, name in enumerate(tensor_names(path, config.num_hidden_layers))
     ]
-    total, done = sum(slot.nbytes for _, slot in jobs), 0
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for size in pool.map(lambda job: _fill(job[1], sources[job[0]], job[0], origin), jobs):
-            done += size
+
+    def size(path: str, name: str) -> int:
+        form = forms[path]
+        return math.prod(sources[name].shape) * (form.bits if form else 8 * DTYPES[dtype].itemsize) // 8
+
+    def put(job: tuple[str, int | None, str]) -> int:
+        path, layer, name = job
+        try:
+            leaves[path].put(layer, sources[name])
+        except ValueError as error:
+            raise ValueError(f"{origin}: {name}: {error}") from None
+        return size(path, name)
+
+    total, done = sum(size(path, name) for path, _, name in jobs), 0
+    with ThreadPoolExecutor(_THREADS if quantize is None else 1) as pool:  # rounding has threads of its own
+        for count in pool.map(put, jobs):
+            done += count
             if on_progress:
                 on_progress(done, total)
     # One leaf after another leaves the host, so that on an accelerator the peak is not twice the model.
-    on_device = {path: jax.block_until_ready(jax.device_put(leaves.pop(path))) for path in list(leaves)}
+    on_device = {path: jax.block_until_ready(leaves.pop(path).finish()) for path in list(leaves)}
     return flax.traverse_util.unflatten_dict(on_device, sep="/")
+
+
+def _formats(
+    sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]], config: Phi3Config, quantize: str | None
+) -> dict[str, Format | None]:
+    """What each leaf becomes; None where it stays floats."""
+    if quantize is None:
+        return dict.fromkeys(shapes)
+    if quantize != "stored":
+        return formats(quantize, shapes)
+    if all(source.form is None for source in sources.values()):
+        raise ValueError("there are no integers in the file to be kept: name another quantisation than 'stored'")
+    found: dict[str, Format | None] = {}
+    for path in shapes:
+        ours = [sources[name] for name in tensor_names(path, config.num_hidden_layers)]
+        bits = {source.form.bits if source.form else None for source in ours}
+        has_mins = any(source.form.has_mins for source in ours if source.form)
+        if len(ours[0].shape) < 2 or all(source.dtype in ("float16", "bfloat16") for source in ours):
+            found[path] = None
+        elif bits in ({4}, {8}):
+            found[path] = Format(4 if bits == {4} else 8, symmetric=not has_mins)
+        else:  # layers that differ, or integers of 5 or 6 bits
+            found[path] = Format(8)
+    return found
+
+
+def _leaf(path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | None, layout: Layout) -> Leaf:
+    if form is not None:
+        return Integers(shape, form, packed=layout == "packed")
+    is_matrix = len(shape) - path.startswith("layers/") == 2
+    if layout == "packed":
+        return PackedFloats(shape) if is_matrix else Floats(shape, DTYPES["float32"])
+    return Floats(shape, dtype)
 
 
 def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
@@ -151,27 +193,3 @@ def _check_names(
 
 def _some(items: list[str], most: int = 8) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape)) * dtype.itemsize
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def _fill(slot: np.ndarray, source: TensorSource, name: str, origin: str) -> int:
-    """Casts one tensor into its place; returns the number of bytes written."""
-    tensor = source.read()
-    if tensor.shape != slot.shape:
-        raise ValueError(f"{origin}: {name} was announced as {list(slot.shape)} but read as {list(tensor.shape)}")
-    if tensor.dtype == slot.dtype:
-        # As raw integers: numpy copies those at memory speed, but extension dtypes element by element.
-        raw = np.dtype(f"u{slot.dtype.itemsize}")
-        np.copyto(slot.view(raw), tensor.view(raw))
-        return slot.nbytes
-    with np.errstate(over="ignore"):
-        np.copyto(slot, tensor, casting="unsafe")
-    if slot.dtype == np.float16 and not np.isfinite(slot).all() and np.isfinite(tensor.astype(np.float32)).all():
-        raise ValueError(f"{origin}: {name} has values beyond float16's largest, 65504: load it as bfloat16 or float32")
-    return slot.nbytes

@@ -62,6 +62,7 @@ def writer(source: Path, target: Path, seconds: str) -> Iterator[subprocess.Pope
             process.kill()
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(tmp_path: Path, out: Path) -> None:
     count, kills, longest = 503, 12, 0.08
     source = tmp_path / "requests.jsonl"

@@ -76,7 +76,8 @@ def test_a_ring_does_not_grow_with_the_text(long_run):
     assert slots_needed(dataclasses.replace(config, sliding_window=None), 10**6, 512) == 10**6
 
 
-def test_int8_keys_and_values_are_within_half_a_step(tiny):
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_int8_keys_and_values_are_within_half_a_step(tiny, implementation):
     config = tiny.config
     cache = phi3_jax.KVCache.create(config, 2, 5, jnp.int8)
     random = np.random.default_rng(4)
@@ -85,8 +86,9 @@ def test_int8_keys_and_values_are_within_half_a_step(tiny):
     )
     k = k.at[0, 1].set(0.0)
     positions = jnp.asarray([[0, 1, 2], [3, 4, -1]])
-    cache = cache.claim(positions).write(jnp.int32(1), positions, k, v)
-    for stored, original in zip(cache.read(jnp.int32(1)), (k, v), strict=True):
+    cache = cache.claim(positions).write(jnp.int32(1), positions, k, v, implementation)
+    floats = (cache.k[1] * cache.k_scale[1][..., None], cache.v[1] * cache.v_scale[1][..., None])
+    for stored, original in zip(floats, (k, v), strict=True):
         for row, slots in enumerate([[0, 1, 2], [3, 4]]):
             got = np.asarray(stored[row, :, slots])  # [slot, K, H]
             want = np.asarray(original[row, : len(slots)])
@@ -124,6 +126,7 @@ def test_decoding_updates_the_cache_in_place(tiny, drafter):
     assert growth < 3 * layer * places
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 def test_heads_padded_for_a_tpu_change_no_number(tiny, monkeypatch, dtype):

@@ -59,6 +59,7 @@ def run_program(lines: Sequence[str], *args: str) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+@pytest.mark.slow
 def test_in_a_pipe_every_line_is_a_message_or_a_command(demo, reference):
     system = "You are a pirate."
     lines = [FRANCE, "", ITALY, "/reset", ITALY, f"/system {system}", ITALY]

@@ -180,6 +180,7 @@ def test_a_file_of_prompts(program, demo, batch, tmp_path):
     assert len(lines[4]["token_ids"]) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_file_goes_on(program, batch, tmp_path, monkeypatch):
     program(*batch)
     whole = (tmp_path / "out.jsonl").read_text()

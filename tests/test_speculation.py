@@ -136,6 +136,7 @@ def test_an_end_token_among_the_guesses_ends_the_answer(tiny, greedy):
         assert (result.token_ids, result.finish_reason) == (greedy[2][: first + 1], "stop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_the_distribution_of_draws_is_kept(tiny, other, kind):
     """Chi-squared of the first three tokens of 2000 answers against the model's own probabilities."""
@@ -177,6 +178,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_demo_answers_twenty_prompts_alike(demo):
     asks = ["Repeat this exactly: ", "Repeat this twice: ", "Continue this text: ", "Who wrote this? "]
     messages = [[{"role": "user", "content": ask + text}] for ask in asks for text in TEXTS]

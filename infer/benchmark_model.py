@@ -1,0 +1,117 @@
+"""The model that phi3-benchmark runs: a checkpoint, or random weights of a published size."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import phi3_jax
+from phi3_jax.config import Phi3Config
+from phi3_jax.gguf_blocks import IntegerForm, IntegerRows
+from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.leaves import TensorSource
+from phi3_jax.quantization import ZERO, Format, formats
+from phi3_jax.weights import Layout, assemble, parameter_shapes, tensor_names
+
+_NOISE_BYTES = (1 << 20) + 7  # odd, so that a row of a matrix never repeats the one above
+_GROUP = 32
+# The integers -8 ... 7 times this have a standard deviation of 0.018, which is about that of fresh weights; bfloat16
+# holds the products exactly, because this is a power of two.
+_SCALE = 2.0**-8
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Which weights, in which form.
+
+    Attributes:
+      checkpoint: what `phi3_jax.load` takes, or with `is_random` the name of a preset.
+      dtype: "auto", or a name that `phi3_jax.load` knows.
+      quantize: a policy that `phi3_jax.load` knows, or None.
+      window: False leaves the model's sliding window out.
+    """
+
+    checkpoint: str
+    is_random: bool = False
+    dtype: str = "auto"
+    quantize: str | None = None
+    window: bool = True
+
+    @property
+    def name(self) -> str:
+        """A name for files and titles."""
+        return self.checkpoint.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+    def resolved_dtype(self) -> str:
+        """The dtype's name with "auto" looked up."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    def fastest_layout(self) -> Layout:
+        """Packed where the CPU kernels take it, as phi3-generate has it."""
+        wanted = jax.default_backend() == "cpu" and (self.resolved_dtype() == "bfloat16" or self.quantize is not None)
+        return "packed" if wanted and not isinstance(library(), Unavailable) else "rows"
+
+
+def load_model(spec: ModelSpec, layout: Layout | None = None) -> phi3_jax.Checkpoint:
+    """Loads or makes the weights; layout is the fastest one by default. Raises what `phi3_jax.load` raises."""
+    dtype, layout = spec.resolved_dtype(), layout or spec.fastest_layout()
+    if spec.is_random:
+        checkpoint = random_checkpoint(phi3_jax.PRESETS[spec.checkpoint], dtype, spec.quantize, layout)
+    else:
+        checkpoint = phi3_jax.load(spec.checkpoint, dtype, quantize=spec.quantize, layout=layout)
+    if spec.window:
+        return checkpoint
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, sliding_window=None))
+
+
+def random_checkpoint(
+    config: Phi3Config, dtype: str, quantize: str | None = None, layout: Layout = "rows"
+) -> phi3_jax.Checkpoint:
+    """Random weights as if they were read from a file, one tensor at a time; always the same ones.
+
+    They lie on a grid that bfloat16 and integers of 8 and 4 bits hold exactly: all forms are the same model, and
+    quantising takes no search. Raises what `weights.assemble` raises.
+    """
+    params = assemble(_random_sources(config, quantize), config, dtype, "random weights", None, quantize, layout)
+    return phi3_jax.Checkpoint(config, params, None, phi3_jax.GenerationSettings())
+
+
+def _random_sources(config: Phi3Config, quantize: str | None) -> dict[str, TensorSource]:
+    noise = np.random.default_rng(0).integers(0, 16, _NOISE_BYTES, np.uint8)
+    shapes, sources = parameter_shapes(config), {}
+    forms: dict[str, Format | None] = formats(quantize, shapes) if quantize is not None else dict.fromkeys(shapes)
+    for path, shape in shapes.items():
+        is_stack = path.startswith("layers/")
+        for name in tensor_names(path, config.num_hidden_layers):
+            sources[name] = _random_source(name, shape[1:] if is_stack else shape, forms[path], noise)
+    return sources
+
+
+def _random_source(name: str, shape: tuple[int, ...], form: Format | None, noise: np.ndarray) -> TensorSource:
+    if len(shape) == 1:  # a norm
+        return TensorSource(shape, "bfloat16", lambda: np.ones(shape, ml_dtypes.bfloat16))
+
+    def nibbles() -> np.ndarray:
+        """0 ... 15, the noise from a place that depends on the name, over and over."""
+        return np.resize(np.roll(noise, -(zlib.crc32(name.encode()) % len(noise))), shape)
+
+    def floats() -> np.ndarray:
+        table = ((np.arange(16) - ZERO[4]) * _SCALE).astype(ml_dtypes.bfloat16).view(np.uint16)
+        return table[nibbles()].view(ml_dtypes.bfloat16)
+
+    def integers(bits: int) -> IntegerRows:
+        scales = np.full((shape[0], shape[1] // _GROUP), _SCALE, np.float16)
+        q = nibbles()
+        if bits == 8:
+            return IntegerRows(q + np.uint8(ZERO[8] - ZERO[4]), scales, None, 8)
+        return IntegerRows(q[:, 0::2] | q[:, 1::2] << 4, scales, None, 4)
+
+    if form is None or form.group != _GROUP or not form.symmetric or shape[1] % _GROUP:
+        return TensorSource(shape, "bfloat16", floats)  # which are rounded as any others, if they must be
+    return TensorSource(shape, "bfloat16", floats, IntegerForm(form.bits, False), lambda: integers(form.bits))

@@ -1,0 +1,97 @@
+"""phi3-export: writes a checkpoint as a GGUF file for llama.cpp, or as a Hugging Face folder.
+
+phi3-export --checkpoint demo --format gguf --type q8_0 --output demo-q8_0.gguf
+phi3-export --checkpoint model.gguf --format safetensors --type bf16 --output model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+import phi3_jax
+from phi3_jax import safetensors_io
+from phi3_jax.checkpoint import resolve
+from phi3_jax.gguf_export import GgufType, save_gguf
+from phi3_jax.weights import DTYPES, OnProgress
+
+from .program import run_program
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    "demo",
+    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
+)
+_FORMAT = flags.DEFINE_enum(
+    "format", "gguf", ["gguf", "safetensors"], "One file for llama.cpp (needs the extra gguf), or a folder."
+)
+_TYPE = flags.DEFINE_enum(
+    "type",
+    "bf16",
+    typing.get_args(GgufType),
+    "What the weights become; q8_0 and q4_0, which are rounded to 8.5 and 4.5 bits, only in GGUF.",
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write, which must not exist yet.", required=True)
+_TOKENIZER = flags.DEFINE_bool("tokenizer", True, "--notokenizer: GGUF without the vocabulary; ids in, ids out.")
+_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def main() -> int:
+    """Loads and writes; says on standard error where other programs are known to make something else of the file."""
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports its plan as information, which absl shows
+    output, kind = Path(_OUTPUT.value), _TYPE.value
+    if output.exists():
+        raise FileExistsError(f"{output}: exists already; name another one, or remove it first")
+    if _FORMAT.value == "safetensors" and kind not in _DTYPES:
+        raise ValueError(f"--type={kind} is a type of GGUF's; give --format gguf, or one of {', '.join(_DTYPES)}")
+    if _FORMAT.value == "safetensors" and not _TOKENIZER.value:
+        raise ValueError("--notokenizer is for --format gguf")
+    with _progress("loading") as on_progress:
+        dtype = _DTYPES.get(kind) or _stored_dtype(_CHECKPOINT.value)
+        checkpoint = phi3_jax.load(_CHECKPOINT.value, dtype, on_progress=on_progress)
+    if _FORMAT.value == "safetensors":
+        phi3_jax.save(checkpoint, output)
+        return 0
+    if not _TOKENIZER.value:
+        checkpoint = dataclasses.replace(checkpoint, tokenizer=None)
+    with _progress("writing") as on_progress:
+        remarks = save_gguf(checkpoint, output, typing.cast(GgufType, kind), on_progress=on_progress)
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    return 0
+
+
+def _stored_dtype(path: str) -> str:
+    """What to load as before rounding to integers: sixteen bits, if the weights have no more, take half the memory."""
+    place = resolve(path)
+    found = {source.dtype for source in safetensors_io.read_folder(place).values()} if place.is_dir() else set()
+    return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[OnProgress]:
+    """A bar on the terminal where it takes more than a second."""
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc=what, delay=1, disable=None) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_progress
+
+
+def run() -> None:
+    """The console script."""
+    run_program("phi3-export", main, {"What to write": [_CHECKPOINT, _FORMAT, _TYPE, _OUTPUT, _TOKENIZER]})
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,8 @@
+"""The two operations that take a model's time: `linear.linear` and `attention.attention`.
+
+Each is one function with a file for each way of doing it; XLA's is the reference.
+"""
+
+from phi3_jax.kernels.native.build import Unavailable as Unavailable
+from phi3_jax.kernels.packed import PackedTensor as PackedTensor
+from phi3_jax.kernels.report import status as status

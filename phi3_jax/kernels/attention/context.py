@@ -1,0 +1,47 @@
+"""What attention is given beside the queries.
+
+Axis letters: L layer, B batch, T query, S key, K key-value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Keys and values of one layer, or of all of them.
+
+    Attributes:
+      k, v: [B, K, S, H], or [L, B, K, S, H] of which `layer` names one; H may be larger than the queries', with zeros.
+      k_scale, v_scale: float32 [(L,) B, K, S] where k and v are int8, else None.
+      layer: int32 scalar, or None.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+    layer: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Who sees whom (masks.py).
+
+    Attributes:
+      q_positions: int32 [B, T], -1 for padding.
+      k_positions: int32 [B, S], -1 where a slot holds nothing.
+      q_segments, k_segments: int32 [B, T] and [B, S], or None where a row is one sequence.
+      window: how many keys a query sees, itself included; None means all.
+    """
+
+    q_positions: jax.Array
+    k_positions: jax.Array
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})

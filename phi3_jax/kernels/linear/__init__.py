@@ -1,0 +1,48 @@
+"""Matrix products with a model's weights, whatever those are made of."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+
+from phi3_jax.kernels.linear import cpu, xla
+from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.packed import PackedTensor
+from phi3_jax.quantization import QuantizedTensor
+
+Implementation = Literal["xla", "cpu"]
+Weight = jax.Array | QuantizedTensor | PackedTensor
+
+
+def linear(
+    x: jax.Array,
+    weight: Weight,
+    layer: jax.Array | None = None,
+    dtype: Any = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """x @ weight.T: x [..., in], weight [out, in], or a stack [L, out, in] of which `layer` names one -> [..., out].
+
+    Args:
+      dtype: of the result; by default x's.
+      implementation: "cpu" is the compiled kernels, which take packed weights; "xla" takes all, everywhere. None takes
+        the kernels where a program is compiled for the CPU and they can be used, else XLA (`kernels.status` tells).
+
+    Raises:
+      ValueError: `implementation` is "cpu" and the weight is not packed.
+      Unavailable: `implementation` is "cpu" and there is no library of kernels.
+    """
+    if implementation == "xla" or (implementation is None and not isinstance(weight, PackedTensor)):
+        return xla.linear(x, weight, layer, dtype)
+    if not isinstance(weight, PackedTensor):
+        raise ValueError("the CPU kernels multiply packed weights only: load them with layout='packed'")
+    if isinstance(loaded := library(), Unavailable):
+        if implementation == "cpu":
+            raise loaded
+        return xla.linear(x, weight, layer, dtype)
+    if implementation == "cpu":
+        return cpu.linear(x, weight, layer, dtype)
+    by_kernel, by_xla = (functools.partial(module.linear, dtype=dtype) for module in (cpu, xla))
+    return jax.lax.platform_dependent(x, weight, layer, cpu=by_kernel, default=by_xla)

@@ -1,0 +1,26 @@
+"""The CPU kernels: bfloat16 products summed in float32, or integer products of activations rounded to int8 by group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi3_jax.kernels.packed import BITS, PackedTensor
+
+
+def linear(x: jax.Array, weight: PackedTensor, layer: jax.Array | None, dtype: Any) -> jax.Array:
+    """See `kernels.linear`."""
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
+    index = jnp.int32(0) if layer is None else layer.astype(jnp.int32)
+    floats = x.astype(jnp.float32)
+    if weight.kind == "bfloat16":
+        call = jax.ffi.ffi_call("phi3_linear_bf16", out, vmap_method="sequential")
+        result = call(floats, weight.data, index)
+    else:
+        call = jax.ffi.ffi_call("phi3_linear_quantized", out, vmap_method="sequential")
+        mins = jnp.zeros(0, jnp.float16) if weight.mins is None else weight.mins
+        result = call(floats, weight.data, weight.scales, mins, index, bits=np.int64(BITS[weight.kind]))
+    return result.astype(dtype or x.dtype)

@@ -1,0 +1,170 @@
+"""Compiles the C++ kernels when they are first needed, into the user's cache folder, and loads them.
+
+The folder's name says what the library was made from: the sources, the compiler, the flags and jaxlib's headers. When
+one of them changes, another library is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jaxlib.version
+
+_SOURCES = Path(__file__).parent
+# The vectoriser is off, because that of GCC 12 read past the end of a buffer: the kernels say what a vector holds.
+_FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-ffp-contract=fast", "-fno-tree-vectorize"),
+)
+# By the end of a file's name: the machines that compile it, and the flags.
+_INSTRUCTION_SETS = {
+    "_avx512": (("x86_64", "AMD64"), ("-march=skylake-avx512", "-mavx512vnni", "-mavx512bf16")),
+    "_avx2": (("x86_64", "AMD64"), ("-mavx2", "-mfma", "-mf16c")),
+    "_neon": (("aarch64", "arm64"), ()),
+}
+# Functions of XLA's foreign function interface, each under the name by which a program calls it.
+_HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_attention", "phi3_cache_write")
+
+
+class Unavailable(Exception):  # noqa: N818 - a reason rather than a fault
+    """The kernels cannot be used here; the text says why, and what to do about it."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | Unavailable:
+    """The loaded library, its handlers known to XLA; or the reason why there is none, which is also told once."""
+    try:
+        loaded = ctypes.CDLL(str(_build()))
+        _check_version(loaded)
+    except (Unavailable, OSError) as error:
+        reason = error if isinstance(error, Unavailable) else Unavailable(str(error))
+        _note(f"the compiled CPU kernels cannot be used, and XLA alone is slower: {reason}")
+        return reason
+    for name in _HANDLERS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    return loaded
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_jax" / "kernels"
+
+
+def _build() -> Path:
+    if os.environ.get("PHI3_JAX_NATIVE") == "0":
+        raise Unavailable("switched off by PHI3_JAX_NATIVE=0")
+    if os.name != "posix":
+        raise Unavailable(f"they are compiled on Linux and macOS only, not on {platform.system()}")
+    compiler = _compiler()
+    sources = _sources()
+    folder = cache_folder() / _key(compiler, sources)
+    target = folder / "libphi3_jax.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            if not target.exists():  # another process may have been first
+                _note("compiling the CPU kernels for this machine, once (about ten seconds)")
+                _compile(compiler, sources, target)
+    except OSError as error:
+        raise Unavailable(f"they could not be written to {folder} ({error}); set XDG_CACHE_HOME elsewhere") from None
+    return target
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise Unavailable("there is no C++ compiler; install one, for instance with: apt install g++")
+
+
+def _sources() -> dict[Path, tuple[str, ...]]:
+    """The files that this machine compiles, each with its own flags."""
+    found = {}
+    for path in sorted(_SOURCES.glob("*.cpp")):
+        ending = next((end for end in _INSTRUCTION_SETS if path.stem.endswith(end)), None)
+        machines, flags = _INSTRUCTION_SETS[ending] if ending else ((platform.machine(),), ())
+        if platform.machine() in machines:
+            found[path] = flags
+    return found
+
+
+def _key(compiler: str, sources: dict[Path, tuple[str, ...]]) -> str:
+    digest = hashlib.sha256()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    for text in (
+        jaxlib.version.__version__,
+        platform.machine(),
+        compiler,
+        version,
+        repr(_FLAGS),
+        repr(_INSTRUCTION_SETS),
+    ):
+        digest.update(text.encode() + b"\0")
+    for path in sorted([*sources, *_SOURCES.glob("*.h"), *_SOURCES.glob("*.inc")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def _compile(compiler: str, sources: dict[Path, tuple[str, ...]], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        headers = ("-isystem", jax.ffi.include_dir())
+        objects = {path: Path(scratch, f"{path.stem}.o") for path in sources}
+        commands = [
+            [compiler, *_FLAGS, *flags, *headers, "-c", str(path), "-o", str(objects[path])]
+            for path, flags in sources.items()
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        library = Path(scratch, target.name)
+        _run([compiler, "-shared", "-pthread", *map(str, objects.values()), "-o", str(library)])
+        library.rename(target)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
+        raise Unavailable(f"{command[0]} failed with exit code {done.returncode}: {lines[0].strip()}")
+
+
+def _check_version(loaded: ctypes.CDLL) -> None:
+    """XLA refuses a handler of another version, and then its whole CPU backend does not start: so look first."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text(encoding="utf-8")
+    wanted = tuple(
+        int(match[1]) if (match := re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)) else -1
+        for part in ("MAJOR", "MINOR")
+    )
+    made = (loaded.phi3_ffi_api_major(), loaded.phi3_ffi_api_minor())
+    if made != wanted:
+        raise Unavailable(f"they were compiled for version {made} of XLA's interface, but jaxlib has {wanted}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits until no other process is inside."""
+    import fcntl  # not on Windows
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _note(text: str) -> None:
+    # Said by a library, because silence of ten seconds, or a run that is many times slower, would be worse.
+    print(f"phi3_jax: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,45 @@
+"""Which implementation runs, and why another does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from phi3_jax.kernels.attention import why_not_cpu
+from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.packed import PackedTensor
+
+
+def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") -> dict[str, str]:
+    """What `linear` and `attention` come to on this machine: a line for each.
+
+    Args:
+      params: the parameter tree that `linear` is asked about; None asks about packed weights.
+      cache_dtype: of the keys and values that `attention` is asked about.
+    """
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return dict.fromkeys(("linear", "attention"), f"xla, because there are no kernels for platform {platform} yet")
+    loaded = library()
+    if isinstance(loaded, Unavailable):
+        return dict.fromkeys(("linear", "attention"), f"xla, because the CPU kernels cannot be used: {loaded}")
+    kernels = f"cpu kernels ({isa()})"
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
+    packed = params is None or any(isinstance(leaf, PackedTensor) for leaf in leaves)
+    problem = why_not_cpu(cache_dtype)
+    return {
+        "linear": kernels if packed else "xla, because the weights are not packed (load them with layout='packed')",
+        "attention": kernels if problem is None else f"xla, because {problem}",
+    }
+
+
+def isa() -> str | None:
+    """The instruction set of the loaded kernels: "avx512", "avx2", "neon" or "portable"; None without kernels."""
+    import ctypes
+
+    loaded = library()
+    if isinstance(loaded, Unavailable):
+        return None
+    loaded.phi3_isa.restype = ctypes.c_char_p
+    return loaded.phi3_isa().decode()

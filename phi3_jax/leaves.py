@@ -1,0 +1,139 @@
+"""Leaves of the parameter tree while a checkpoint is read into them: floats, integers, or either packed for kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from phi3_jax.gguf_blocks import IntegerForm, IntegerRows, with_mins
+from phi3_jax.kernels.packed import Packing, aligned_empty
+from phi3_jax.quantization import Format, QuantizedTensor
+from phi3_jax.rounding import quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSource:
+    """One named tensor of a checkpoint, not yet read.
+
+    Attributes:
+      shape: as Hugging Face has it: [out, in] or [D].
+      dtype: name of the dtype that `read` gives.
+      read: reads the tensor (dequantising, fusing, permuting as its format needs); nothing is kept between calls.
+      form: of the integers that the file holds; None where it holds floats, or integers that are not used as they are.
+      quantized: reads those; None where some weights could not be expressed exactly: then `read` the floats.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+    form: IntegerForm | None = None
+    quantized: Callable[[], IntegerRows | None] | None = None
+
+
+class Leaf(Protocol):
+    """One leaf, filled by one call of `put` for each layer, in any order and from several threads."""
+
+    def put(self, layer: int | None, source: TensorSource) -> None:
+        """Reads a tensor into its place; layer is None where the leaf is not a stack. Raises ValueError."""
+
+    def finish(self) -> Any:
+        """The leaf as JAX has it; the memory is given up."""
+
+
+class Floats:
+    """An array of floats."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Room for a leaf of this shape."""
+        self._array: np.ndarray | None = aligned_empty(shape, dtype)
+
+    def put(self, layer: int | None, source: TensorSource) -> None:
+        """See `Leaf`."""
+        assert self._array is not None  # `finish` comes last
+        slot = self._array if layer is None else self._array[layer]
+        tensor = source.read()
+        if tensor.dtype == slot.dtype:
+            # As raw integers: numpy copies those at memory speed, but extension dtypes element by element.
+            raw = np.dtype(f"u{slot.dtype.itemsize}")
+            np.copyto(slot.view(raw), tensor.view(raw))
+            return
+        with np.errstate(over="ignore"):
+            np.copyto(slot, tensor, casting="unsafe")
+        if slot.dtype == np.float16 and not np.isfinite(slot).all() and np.isfinite(tensor.astype(np.float32)).all():
+            raise ValueError("there are values beyond float16's largest, 65504: load it as bfloat16 or float32")
+
+    def finish(self) -> jax.Array:
+        """See `Leaf`."""
+        array, self._array = self._array, None
+        return jax.device_put(array)
+
+
+class PackedFloats:
+    """bfloat16 for the kernels."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Room for a leaf of this shape."""
+        self._packing = Packing(shape, "bfloat16")
+
+    def put(self, layer: int | None, source: TensorSource) -> None:
+        """See `Leaf`."""
+        self._packing.put_floats(layer or 0, source.read())
+
+    def finish(self) -> Any:
+        """See `Leaf`."""
+        return self._packing.finish()
+
+
+class Integers:
+    """Integers in groups, packed for the kernels or not."""
+
+    def __init__(self, shape: tuple[int, ...], form: Format, packed: bool) -> None:
+        """Room for a leaf of this shape."""
+        self._form, self._shape = form, shape
+        self._packing = (
+            Packing(shape, "int8" if form.bits == 8 else "int4", form.group, form.symmetric) if packed else None
+        )
+        if packed:
+            return
+        *outputs, inputs = shape
+        groups = -(-inputs // form.group)
+        self._values = aligned_empty((*outputs, groups * form.group * form.bits // 8), np.dtype(np.uint8))
+        self._scales = aligned_empty((*outputs, groups), np.dtype(np.float16))
+        self._mins = None if form.symmetric else aligned_empty((*outputs, groups), np.dtype(np.float16))
+
+    def put(self, layer: int | None, source: TensorSource) -> None:
+        """See `Leaf`."""
+        rows = self._stored(source)
+        if rows is None:
+            tensor = quantize(source.read(), self._form)
+            mins = None if tensor.mins is None else np.asarray(tensor.mins)
+            rows = IntegerRows(np.asarray(tensor.values), np.asarray(tensor.scales), mins, tensor.bits)
+        if self._packing is not None:
+            self._packing.put_integers(layer or 0, rows.values, rows.scales, rows.mins)
+            return
+        for ours, theirs in zip((self._values, self._scales, self._mins), rows[:3], strict=True):
+            if ours is not None and theirs is not None:
+                (ours if layer is None else ours[layer])[...] = theirs
+
+    def finish(self) -> Any:
+        """See `Leaf`."""
+        if self._packing is not None:
+            return self._packing.finish()
+        values, scales = jax.device_put(self._values), jax.device_put(self._scales)
+        mins = None if self._mins is None else jax.device_put(self._mins)
+        del self._values, self._scales, self._mins
+        return QuantizedTensor(values, scales, mins, self._form.bits, self._shape[-1])
+
+    def _stored(self, source: TensorSource) -> IntegerRows | None:
+        """The file's own integers, where they are of our form."""
+        theirs = source.form
+        if theirs is None or source.quantized is None or (theirs.bits, 32) != (self._form.bits, self._form.group):
+            return None
+        if theirs.has_mins and self._form.symmetric:
+            return None
+        rows = source.quantized()
+        return rows if rows is None or self._form.symmetric else with_mins(rows)

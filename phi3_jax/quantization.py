@@ -1,0 +1,157 @@
+"""Weights as small integers: groups of neighbouring inputs share a scale, and perhaps an offset.
+
+What a weight can become (`Format`), which of a model's weights become what (`formats`), and what they are then
+(`QuantizedTensor`). How the integers are found is in rounding.py and, with a text, in calibration.py.
+
+Axis letters: L layer, O outputs, I inputs, J inputs rounded up to whole groups, A = J / group groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+GROUPS = (32, 64, 128)  # how many inputs may share a scale
+ZERO = {8: 128, 4: 8}  # the integer that means 0 where there is no offset
+SMALLEST, LARGEST = {8: 1, 4: 0}, {8: 255, 4: 15}  # the integers that there are
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight [O, I], or a stack [L, O, I], of integers q: weight = (q - ZERO[bits]) * scale, or q * scale + min.
+
+    Attributes:
+      values: uint8 [..., O, J] (8 bits, 1 to 255) or [..., O, J / 2] (4 bits, 0 to 15: the lower half of byte i is
+        input 2 i, the upper half 2 i + 1). Inputs beyond I mean nothing.
+      scales: float16 [..., O, A].
+      mins: float16 [..., O, A], or None where q is symmetric around its zero.
+      bits: 8 or 4.
+      columns: I.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    mins: jax.Array | None
+    bits: int = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that this stands for: [..., O, I]."""
+        return (*self.values.shape[:-1], self.columns)
+
+    @property
+    def dtype(self) -> Any:
+        """What a model computes in with such an embedding."""
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def group(self) -> int:
+        """How many inputs share a scale."""
+        return self.values.shape[-1] * (8 // self.bits) // self.scales.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def layer(self, index: jax.Array) -> QuantizedTensor:
+        """One layer of a stack."""
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """The rows of these outputs, ids int [...]: float32 [..., I]. An id that is not there gives NaN."""
+        there = (ids >= 0) & (ids < self.values.shape[0])
+        taken = jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), self)
+        return jnp.where(there[..., None], taken.dequantize(), jnp.nan)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """The weight as floats [..., O, I], computed in float32."""
+        values = self.values
+        if self.bits == 4:
+            values = jnp.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+        q = values.reshape(*self.scales.shape, self.group).astype(jnp.float32)
+        scales = self.scales[..., None].astype(jnp.float32)
+        if self.mins is None:
+            floats = (q - ZERO[self.bits]) * scales
+        else:
+            floats = q * scales + self.mins[..., None].astype(jnp.float32)
+        return floats.reshape(*values.shape)[..., : self.columns].astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What a matrix of floats becomes.
+
+    Attributes:
+      bits: 8 or 4.
+      group: how many inputs share a scale: 32, 64 or 128.
+      symmetric: no offsets; with 4 bits an offset buys more than a smaller group does, with 8 bits nothing.
+    """
+
+    bits: int
+    group: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in ZERO or self.group not in GROUPS:
+            raise ValueError(f"there are {[*ZERO]} bits and groups of {[*GROUPS]}, not {self.bits} bits, {self.group}")
+
+    def __str__(self) -> str:
+        """The name that `parse_format` reads."""
+        return f"int{self.bits}-g{self.group}" + ("" if self.symmetric else "-asymmetric")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What a weight takes, scales and offsets included."""
+        return self.bits + (16 if self.symmetric else 32) / self.group
+
+
+_NAME = re.compile(r"int(4|8)(?:-g(32|64|128))?(-asymmetric)?")
+
+
+def parse_format(name: str) -> Format:
+    """Reads "int8" or "int4", with details where they are not the usual ones: "int4-g64", "int4-g32-asymmetric".
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if not (match := _NAME.fullmatch(name)):
+        raise ValueError(
+            f"there is no quantisation {name!r}: name int4-mixed, or int8 or int4, perhaps with a group of 32, 64 or "
+            "128 and with offsets, as in int4-g64-asymmetric"
+        )
+    bits, group, asymmetric = match.groups()
+    return Format(int(bits), int(group or 32), asymmetric is None)
+
+
+def formats(policy: str, paths: Iterable[str]) -> dict[str, Format | None]:
+    """What each leaf of a parameter tree becomes, by path ("layers/mlp/down_proj/weight"); None where it stays.
+
+    Args:
+      policy: a name that `parse_format` knows, for all matrices; or "int4-mixed".
+      paths: of the whole tree, which tells whether the embedding is the output head, too.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
+    paths = list(paths)
+    is_mixed = policy == "int4-mixed"
+    usual, fine = parse_format("int4" if is_mixed else policy), Format(8)
+    kinds: dict[str, Format | None] = {
+        "embed_tokens": fine,  # one row is read for each token: 8 bits take no time
+        "lm_head": fine if is_mixed else usual,
+        "qkv_proj": fine if is_mixed else usual,  # what 4 bits do here costs the most, for the memory that it takes
+        "o_proj": usual,
+        "gate_up_proj": usual,
+        "down_proj": usual,
+    }
+    if "lm_head/weight" not in paths:
+        kinds["embed_tokens"] = kinds["lm_head"]
+    return {path: kinds.get(path.split("/")[-2]) for path in paths}

@@ -1,0 +1,112 @@
+"""Compiling the CPU kernels: once for all processes, never half-written, and with one clear line where it fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phi3_jax.kernels import Unavailable, native
+from phi3_jax.kernels.native import build
+
+SOURCES = Path(native.__file__).parent
+needs_kernels = pytest.mark.skipif(isinstance(build.library(), Unavailable), reason=f"no kernels: {build.library()}")
+SCRIPT = "from phi3_jax.kernels import status; print(status()['attention'])"
+
+
+@pytest.fixture
+def one_source(tmp_path, monkeypatch):
+    """A library of one small file, so that compiling takes no time, and a cache folder of its own."""
+    source = tmp_path / "sources" / "version_ffi.cpp"
+    source.parent.mkdir()
+    for name in ("version_ffi.cpp", "isa.h"):
+        (source.parent / name).write_text((SOURCES / name).read_text())
+    monkeypatch.setattr(build, "_SOURCES", source.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("PHI3_JAX_NATIVE", raising=False)
+    return source
+
+
+@needs_kernels
+def test_a_library_is_made_once_and_again_when_a_source_changes(one_source, capsys):
+    first = build._build()
+    assert "compiling the CPU kernels" in capsys.readouterr().err
+    made = first.stat().st_mtime_ns
+    assert build._build() == first
+    assert first.stat().st_mtime_ns == made
+    assert capsys.readouterr().err == ""
+    one_source.write_text(one_source.read_text() + "\n// changed\n")
+    assert build._build() != first
+    assert sorted(path.name for path in first.parent.iterdir()) == ["libphi3_jax.so", "lock"]
+
+
+@needs_kernels
+def test_two_processes_at_once_make_one_library(one_source, tmp_path):
+    script = (
+        "import sys, pathlib; from phi3_jax.kernels.native import build;"
+        "build._SOURCES = pathlib.Path(sys.argv[1]); print(build._build())"
+    )
+    command = [sys.executable, "-c", script, str(one_source.parent)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert answers[0][0] == answers[1][0] != ""
+    assert sum("compiling" in err for _, err in answers) == 1
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_says_what_it_said(one_source):
+    one_source.write_text("this is not C++\n")
+    with pytest.raises(Unavailable, match="failed with exit code 1: .*error"):
+        build._build()
+    assert not list(build.cache_folder().rglob("*.so"))
+    assert not list(build.cache_folder().rglob("*.o"))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(one_source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(Unavailable, match="could not be written to .*set XDG_CACHE_HOME"):
+        build._build()
+
+
+@needs_kernels
+def test_a_library_for_another_version_of_the_interface_is_not_registered(one_source):
+    one_source.write_text(one_source.read_text().replace("return XLA_FFI_API_MINOR", "return XLA_FFI_API_MINOR + 1"))
+    import ctypes
+
+    with pytest.raises(Unavailable, match="compiled for version"):
+        build._check_version(ctypes.CDLL(str(build._build())))
+
+
+def run(tmp_path, **variables):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **variables}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def test_without_a_compiler_one_line_says_what_to_install(tmp_path):
+    out, err = run(tmp_path, PATH=str(tmp_path), CXX="")
+    assert (
+        out
+        == "xla, because the CPU kernels cannot be used: there is no C++ compiler; install one, for instance with: apt install g++"
+    )
+    assert err.splitlines() == [err]
+    assert err.startswith("phi3_jax: the compiled CPU kernels cannot be used, and XLA alone is slower: there is no C++")
+
+
+def test_they_can_be_switched_off(tmp_path):
+    assert "switched off by PHI3_JAX_NATIVE=0" in run(tmp_path, PHI3_JAX_NATIVE="0")[0]
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "portable"])
+def test_the_environment_chooses_the_instruction_set(isa):
+    from phi3_jax.kernels.report import isa as best
+
+    order = ["avx512", "avx2", "neon", "portable"]
+    family = ["avx512", "avx2"] if best() in ("avx512", "avx2") else ["neon"]
+    expected = isa if isa == "portable" or (isa in family and order.index(isa) >= order.index(best())) else "portable"
+    environment = {**os.environ, "PHI3_JAX_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.strip() == f"cpu kernels ({expected})", done.stderr
