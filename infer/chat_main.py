@@ -26,9 +26,7 @@ from . import program_flags as common
 from .conversation import ContextFullError, Conversation, load_messages, save_messages
 from .program import interruptible, run_program
 
-_VERBOSE = flags.DEFINE_bool("verbose", False, "After each answer, on standard error: tokens read and written, time.")
-
-_TOPICS = {"Conversation": [common.SYSTEM, _VERBOSE], **common.TOPICS}
+_TOPICS = {"Conversation": [common.SYSTEM], **common.TOPICS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +199,7 @@ def main() -> int:
         common.grammar(),
         common.options(checkpoint),
     )
-    chat = Chat(conversation, sys.stdin.isatty(), _VERBOSE.value)
+    chat = Chat(conversation, sys.stdin.isatty(), common.VERBOSE.value)
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = chat.warn
     if isinstance(sys.stdin, io.TextIOWrapper):

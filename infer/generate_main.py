@@ -67,7 +67,9 @@ _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 }
 _TOPICS["Speed and memory"].append(_SAVE_PROMPT_CACHE)
 # The shared flags that change no answer: a run that was interrupted may go on with others.
-_ONLY_SPEED = [flag.name for flag in (common.PREFILL_CHUNK, common.SPECULATE, common.GUESSES, common.PROMPT_CACHE)]
+_ONLY_SPEED = [
+    flag.name for flag in (common.PREFILL_CHUNK, common.SPECULATE, common.GUESSES, common.PROMPT_CACHE, common.VERBOSE)
+]
 _FOR_BEAMS = ("Model", "Speed and memory")  # the shared topics that beam search knows, and --max_new_tokens
 
 

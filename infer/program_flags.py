@@ -42,7 +42,11 @@ QUANTIZE = flags.DEFINE_string(
     "Keep weights as integers: int8, int4, int4-mixed (the head and the most sensitive matrices at 8 bits), or with "
     "details such as int4-g64-asymmetric; stored keeps those of a GGUF file.",
 )
-VERBOSE = flags.DEFINE_bool("verbose", False, "Say on standard error which implementation runs, and why not another.")
+VERBOSE = flags.DEFINE_bool(
+    "verbose",
+    False,
+    "Say on standard error which implementation runs and why not another; in a chat also where the time went.",
+)
 
 SYSTEM = flags.DEFINE_string("system", None, "A system message at the beginning of a chat.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens of an answer.", lower_bound=1)

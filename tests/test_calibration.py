@@ -205,6 +205,12 @@ def test_a_table_that_is_the_head_too_is_rounded_plainly(tiny: Checkpoint) -> No
     assert result.keys() == tied.keys()
     plain = quantize(tied["embed_tokens"]["weight"], Format(4))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), result["embed_tokens"]["weight"], plain))
+    # The first layer is rounded for rows that are.
+    x = rms_norm(plain.rows(text()), tied["layers"]["input_layernorm"]["weight"][0], config.rms_norm_eps)
+    weight = tied["layers"]["self_attn"]["qkv_proj"]["weight"][0]
+    expected = gptq.gptq(weight, jnp.einsum("BTI,BTJ->IJ", x, x), Format(4))
+    found = result["layers"]["self_attn"]["qkv_proj"]["weight"].layer(0)
+    assert np.isclose(found.dequantize(), expected.dequantize(), atol=1e-3).mean() > 0.97
 
 
 def test_texts_that_are_none(tiny: Checkpoint) -> None:

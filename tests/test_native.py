@@ -1,4 +1,4 @@
-"""The C++ tests of the kernels: every instruction set of this processor against float64, with guard pages around buffers.
+"""The C++ tests of the kernels: every instruction set of this processor against float64, with guard pages.
 
 They run without Python and XLA, so that they can be compiled with sanitizers, and for other processors.
 """
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from phi3_jax.kernels import native
 from phi3_jax.kernels.native import build
 

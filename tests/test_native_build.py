@@ -56,7 +56,7 @@ def test_two_processes_at_once_make_one_library(one_source, tmp_path):
 
 def test_a_compiler_that_fails_leaves_nothing_and_says_what_it_said(one_source):
     one_source.write_text("this is not C++\n")
-    with pytest.raises(Unavailable, match="failed with exit code 1: .*error"):
+    with pytest.raises(Unavailable, match=r"failed with exit code 1: .*error"):
         build._build()
     assert not list(build.cache_folder().rglob("*.so"))
     assert not list(build.cache_folder().rglob("*.o"))
@@ -65,7 +65,7 @@ def test_a_compiler_that_fails_leaves_nothing_and_says_what_it_said(one_source):
 def test_a_cache_folder_that_cannot_be_written_is_named(one_source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(Unavailable, match="could not be written to .*set XDG_CACHE_HOME"):
+    with pytest.raises(Unavailable, match=r"could not be written to .*set XDG_CACHE_HOME"):
         build._build()
 
 
@@ -87,10 +87,8 @@ def run(tmp_path, **variables):
 
 def test_without_a_compiler_one_line_says_what_to_install(tmp_path):
     out, err = run(tmp_path, PATH=str(tmp_path), CXX="")
-    assert (
-        out
-        == "xla, because the CPU kernels cannot be used: there is no C++ compiler; install one, for instance with: apt install g++"
-    )
+    reason = "there is no C++ compiler; install one, for instance with: apt install g++"
+    assert out == f"xla, because the CPU kernels cannot be used: {reason}"
     assert err.splitlines() == [err]
     assert err.startswith("phi3_jax: the compiled CPU kernels cannot be used, and XLA alone is slower: there is no C++")
 
