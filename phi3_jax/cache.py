@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.attention import cpu, why_not_cpu
 from phi3_jax.kernels.attention.context import Keys
+from phi3_jax.kernels.dispatch import on_cpu
 
 _INT8_MAX = 127
 _TPU_LANES = 128
@@ -85,13 +86,7 @@ class KVCache:
         if implementation == "xla" or why_not_cpu(self.k.dtype) is not None:
             return self._scatter(layer, positions, k, v)
 
-        def by_kernel(cache: KVCache, *new: jax.Array) -> KVCache:
-            keys = cpu.write(cache.keys(layer), *new)
-            return dataclasses.replace(cache, k=keys.k, v=keys.v, k_scale=keys.k_scale, v_scale=keys.v_scale)
-
-        return jax.lax.platform_dependent(
-            self, positions, k, v, cpu=by_kernel, default=lambda cache, *new: cache._scatter(layer, *new)
-        )
+        return on_cpu(_write_by_kernel, KVCache._scatter)(self, layer, positions, k, v)
 
     def _scatter(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
         rows, slots = self._slots(positions)
@@ -121,6 +116,11 @@ class KVCache:
         rows = jnp.arange(positions.shape[0])[:, None]
         # A slot past the end is dropped by the scatter: that is how padding is skipped.
         return rows, jnp.where(positions >= 0, positions % self.capacity, self.capacity)
+
+
+def _write_by_kernel(cache: KVCache, layer: jax.Array, *new: jax.Array) -> KVCache:
+    keys = cpu.write(cache.keys(layer), *new)
+    return dataclasses.replace(cache, k=keys.k, v=keys.v, k_scale=keys.k_scale, v_scale=keys.v_scale)
 
 
 def slots_needed(config: Phi3Config, tokens: int, chunk: int) -> int:

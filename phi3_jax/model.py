@@ -99,7 +99,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
         """x [B, T, D] -> (output [B, T, D], cache, probabilities [B, N, T, S] if they are wanted)."""
         N, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        # Gradients, which only XLA's operations have, are asked of whole texts and of slices.
+        # Without a cache gradients may be wanted, and the kernels would compute twice for them.
         implementation: Literal["xla"] | None = "xla" if layer is None or cache is None else None
         qkv = linear(x, self.qkv_proj(), layer)
         qkv = qkv.reshape(*x.shape[:2], N + 2 * K, self.config.head_dim)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from phi3_jax.kernels.attention import cpu, xla
 from phi3_jax.kernels.attention.context import Context, Keys
+from phi3_jax.kernels.dispatch import on_cpu
 from phi3_jax.kernels.native.build import Unavailable, library
 
 Implementation = Literal["xla", "cpu"]
@@ -44,9 +45,7 @@ def attention(q: jax.Array, keys: Keys, context: Context, implementation: Implem
         return xla.attention(q, keys, context)[0]
     if implementation == "cpu":
         return cpu.attention(q, keys, context)
-    return jax.lax.platform_dependent(
-        q, keys, context, cpu=cpu.attention, default=lambda *arguments: xla.attention(*arguments)[0]
-    )
+    return on_cpu(cpu.attention, lambda *arguments: xla.attention(*arguments)[0])(q, keys, context)
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> ValueError | Unavailable | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 
+from phi3_jax.kernels.dispatch import on_cpu
 from phi3_jax.kernels.linear import cpu, xla
 from phi3_jax.kernels.native.build import Unavailable, library
 from phi3_jax.kernels.packed import PackedTensor
@@ -45,4 +46,4 @@ def linear(
     if implementation == "cpu":
         return cpu.linear(x, weight, layer, dtype)
     by_kernel, by_xla = (functools.partial(module.linear, dtype=dtype) for module in (cpu, xla))
-    return jax.lax.platform_dependent(x, weight, layer, cpu=by_kernel, default=by_xla)
+    return on_cpu(by_kernel, by_xla)(x, weight, layer)
