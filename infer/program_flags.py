@@ -132,17 +132,16 @@ def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
             bar.total = total
             bar.update(done - bar.n)
 
-        checkpoint = phi3_jax.load(path, dtype, quantize=QUANTIZE.value, layout=_layout(dtype), on_progress=on_progress)
+        checkpoint = phi3_jax.load(path, dtype, quantize=QUANTIZE.value, layout=_layout(), on_progress=on_progress)
     if VERBOSE.value:
         for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():
             print(f"{operation}: {answer}", file=sys.stderr)
     return checkpoint
 
 
-def _layout(dtype: str) -> Layout:
-    """Packed where the CPU kernels take it."""
-    wanted = jax.default_backend() == "cpu" and (dtype == "bfloat16" or QUANTIZE.value is not None)
-    return "packed" if wanted and not isinstance(library(), Unavailable) else "rows"
+def _layout() -> Layout:
+    """Packed where there are CPU kernels that read it."""
+    return "packed" if jax.default_backend() == "cpu" and not isinstance(library(), Unavailable) else "rows"
 
 
 def require_tokenizer(checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Tokenizer:

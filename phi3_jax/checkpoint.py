@@ -87,8 +87,8 @@ def load(
       dtype: "float32", "bfloat16" or "float16": what the parameters become, whatever the file has.
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization.py, by which matrices become integers
         instead; "stored" keeps the integers of a GGUF file.
-      layout: "packed" puts matrices into the order in which the CPU kernels read them, as bfloat16 or as integers;
-        "rows" is for everything else, such as training. A file that is packed already stays so.
+      layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
+        stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Raises:

@@ -69,7 +69,7 @@ def assemble(
       on_progress: called with (bytes done, bytes in all) after each tensor.
       quantize: a policy of quantization.py, by which matrices become integers; "stored" keeps the integers that the
         file has, as far as there are such ones here, and 8 bits otherwise; None makes floats.
-      layout: "packed" puts matrices into the order in which the CPU kernels read them, as bfloat16 or integers; "rows"
+      layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; "rows"
         is Hugging Face's order.
 
     Raises:
@@ -140,7 +140,7 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | Non
     if form is not None:
         return Integers(shape, form, packed=layout == "packed")
     is_matrix = len(shape) - path.startswith("layers/") == 2
-    if layout == "packed":
+    if layout == "packed" and dtype == DTYPES["bfloat16"]:
         return PackedFloats(shape) if is_matrix else Floats(shape, DTYPES["float32"])
     return Floats(shape, dtype)
 

@@ -38,12 +38,18 @@ def test_quantised_weights_come_back_bit_for_bit(tiny_folder, tmp_path, policy):
 @needs_kernels
 @pytest.mark.parametrize("policy", [None, "int8", "int4-asymmetric"])
 def test_packed_weights_are_the_same_by_each_way(tiny_folder, tmp_path, policy):
-    packed = phi3_jax.load(tiny_folder, quantize=policy, layout="packed")
+    dtype = "bfloat16" if policy is None else "float32"
+    packed = phi3_jax.load(tiny_folder, dtype, quantize=policy, layout="packed")
     phi3_jax.save(packed, tmp_path / "packed")
     same(phi3_jax.load(tmp_path / "packed").params, packed.params)
     if policy is not None:
-        phi3_jax.save(phi3_jax.load(tiny_folder, quantize=policy), tmp_path / "rows")
+        phi3_jax.save(phi3_jax.load(tiny_folder, dtype, quantize=policy), tmp_path / "rows")
         same(phi3_jax.load(tmp_path / "rows", layout="packed").params, packed.params)
+
+
+@needs_kernels
+def test_floats_that_the_kernels_do_not_read_are_not_rounded_by_packing(tiny_folder):
+    same(phi3_jax.load(tiny_folder, layout="packed").params, phi3_jax.load(tiny_folder).params)
 
 
 @needs_kernels

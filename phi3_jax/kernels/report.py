@@ -29,7 +29,9 @@ def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") ->
     packed = params is None or any(isinstance(leaf, PackedTensor) for leaf in leaves)
     problem = why_not_cpu(cache_dtype)
     return {
-        "linear": kernels if packed else "xla, because the weights are not packed (load them with layout='packed')",
+        "linear": kernels
+        if packed
+        else "xla, because no weights are packed: that takes bfloat16 or integers, and layout='packed'",
         "attention": kernels if problem is None else f"xla, because {problem}",
     }
 

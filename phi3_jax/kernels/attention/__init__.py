@@ -5,7 +5,6 @@ Axis letters: L layer, B batch, T query, S key, N query heads, K key-value heads
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import jax
@@ -52,10 +51,5 @@ def why_not_cpu(dtype: jax.typing.DTypeLike) -> ValueError | Unavailable | None:
     """Why the CPU kernels cannot read keys and values of this dtype; None if they can."""
     if jnp.dtype(dtype) not in cpu.CACHE_DTYPES:
         return ValueError(f"the CPU kernels read keys of {cpu.CACHE_DTYPES}, not {jnp.dtype(dtype)}")
-    return _library_problem()
-
-
-@functools.cache
-def _library_problem() -> Unavailable | None:
     loaded = library()
     return loaded if isinstance(loaded, Unavailable) else None
