@@ -21,9 +21,8 @@ import phi3_jax
 from phi3_jax import safetensors_io
 from phi3_jax.checkpoint import resolve
 from phi3_jax.gguf_export import GgufType, save_gguf
+from phi3_jax.program import run_program
 from phi3_jax.weights import DTYPES, OnProgress
-
-from .program import run_program
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

@@ -17,6 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
+from phi3_jax.program import interruptible, run_program
 
 from . import program_flags as common
 from .answer import Answer, Generation, write_answers
@@ -26,7 +27,6 @@ from .beam import beam_search
 from .generate import generate
 from .logprobs import TokenLogprob
 from .options import Options
-from .program import interruptible, run_program
 from .prompts import check_prompt
 from .run import Run
 from .sampling import Sampling, SamplingParams

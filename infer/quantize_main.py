@@ -20,9 +20,9 @@ from tqdm import tqdm
 import phi3_jax
 from phi3_jax.calibration import calibrate
 from phi3_jax.kernels.packed import pack
+from phi3_jax.program import run_program
 from phi3_jax.weights import Layout, OnProgress
 
-from .program import run_program
 from .program_flags import CHECKPOINT, QUANTIZE, read_text, require_tokenizer
 
 _CALIBRATION = flags.DEFINE_string(

@@ -1,4 +1,4 @@
-"""What the programs have in common: --help by topic, errors as one line, Ctrl-C, the compilation cache."""
+"""What all programs have in common: --help by topic, errors as one line, Ctrl-C, the compilation cache."""
 
 from __future__ import annotations
 

@@ -1,0 +1,158 @@
+"""What a training run is told, in one place: a recipe is one of these, and `--set name=value` changes a field."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
+Schedule = Literal["cosine", "linear", "constant"]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A training run. Data sizes are in tokens, steps are optimizer steps.
+
+    Attributes:
+      checkpoint: what the run starts from, as for `phi3_jax.load`.
+      output: the run's folder: checkpoints, metrics, the picture, and at the end the adapter or the model.
+      train_file, eval_file: JSON lines (data.py); without the second nothing is evaluated.
+      method: "sft" learns texts, "dpo" learns preferences between a chosen and a rejected answer.
+      dpo_beta: how closely DPO keeps to the model that it started from; larger is closer.
+      loss_on: what of a chat is learned: answers with their end token, or everything.
+      on_bad_line: what a line that cannot be used does to the run.
+      sequence_length: tokens of a row.
+      pack: put several texts into a row; else each has a row of its own, with padding.
+      batch_size: rows that go through the model at a time, over all devices.
+      accumulation: how many such batches make a step.
+      seed: of the order of the data, of new weights and of dropout.
+      train: which weights change: "all", or those of a low-rank adapter ("lora").
+      lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (lora.py).
+      dtype: in which the trained weights, and the base that is not quantised, are kept.
+      compute_dtype: in which they are multiplied; float32 weights with "bfloat16" here are master weights.
+      quantize: a policy of quantization.py for the base under an adapter (QLoRA).
+      neftune_alpha: strength of the noise on embeddings (arXiv:2310.05914); 0 is none.
+      optimizer, lr, schedule, warmup_steps, final_lr, weight_decay, beta1, beta2, epsilon: the update rule
+        (optimizer.py); final_lr is the fraction of `lr` at the end.
+      clip_norm: the greatest global norm of a gradient; 0 is any.
+      loss_chunk: tokens whose logits are held at a time; 0 is all.
+      z_loss, label_smoothing: weights of these two terms.
+      remat: what the backward pass computes again: nothing, all but matrix products, or everything in a layer.
+      shard_weights: spread the weights over the devices as well as the batch.
+      steps: optimizer steps of the run.
+      log_every, eval_every, save_every: in steps.
+      keep_last, keep_best: how many checkpoints stay; the best are those of lowest evaluation loss.
+      max_bad_steps: after so many steps in a row with an infinite or undefined gradient the run ends.
+    """
+
+    checkpoint: str = "demo"
+    output: str = "runs/train"
+    train_file: str = ""
+    eval_file: str = ""
+    method: Literal["sft", "dpo"] = "sft"
+    dpo_beta: float = 0.1
+    loss_on: Literal["assistant", "all"] = "assistant"
+    on_bad_line: Literal["stop", "skip"] = "stop"
+    sequence_length: int = 512
+    pack: bool = True
+    batch_size: int = 8
+    accumulation: int = 1
+    seed: int = 0
+    train: Literal["all", "lora"] = "lora"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    lora_rslora: bool = False
+    lora_dropout: float = 0.0
+    dora: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: str = ""
+    neftune_alpha: float = 0.0
+    optimizer: Optimizer = "adamw"
+    lr: float = 1e-4
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 10
+    final_lr: float = 0.1
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    loss_chunk: int = 1024
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    remat: Remat = "none"
+    shard_weights: bool = False
+    steps: int = 100
+    log_every: int = 1
+    eval_every: int = 50
+    save_every: int = 50
+    keep_last: int = 2
+    keep_best: int = 1
+    max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: a value that no run can have, or two that contradict one another."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name), hints[field.name])
+        if self.quantize and self.train == "all":
+            raise ValueError("quantize: integers cannot be trained; train an adapter on them with train=lora")
+        if self.dora and self.quantize:
+            raise ValueError("dora: needs the base as floats; leave quantize out")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
+        if self.method == "dpo" and self.pack:
+            raise ValueError("method=dpo compares single texts: set pack=false")
+
+
+_AT_LEAST_ONE = {
+    "sequence_length", "batch_size", "accumulation", "lora_rank", "steps", "log_every", "eval_every", "save_every",
+    "keep_last", "max_bad_steps",
+}  # fmt: skip
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(typing.get_args(hint))}")
+    elif hint in (int, float) and not isinstance(value, bool) and isinstance(value, int | float):
+        least = 1 if name in _AT_LEAST_ONE else 0
+        if not value >= least or value == float("inf"):
+            raise ValueError(f"{name}={value}: must be at least {least}")
+
+
+def change(settings: Settings, changes: Sequence[str]) -> Settings:
+    """Settings with some fields changed, each given as "name=value"; a tuple's elements have commas between.
+
+    Raises:
+      ValueError: an unknown name, or a value that the field cannot have.
+    """
+    hints = typing.get_type_hints(Settings)
+    values: dict[str, Any] = {}
+    for text in changes:
+        name, equals, value = text.partition("=")
+        if not equals or name not in hints:
+            raise ValueError(f"--set {text}: give name=value, with one of {', '.join(hints)}")
+        values[name] = _parse(name, value, hints[name])
+    return dataclasses.replace(settings, **values)
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    if isinstance(hint, types.GenericAlias):
+        return tuple(text.split(","))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name}={text}: must be true or false")
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ValueError(f"{name}={text}: must be {'a whole number' if hint is int else 'a number'}") from None
+    return text
