@@ -4,6 +4,7 @@ A template is a jinja2 program from a file that somebody else wrote: it runs in 
 What a message says is text: a `<|end|>` in it stays plain text and never ends the turn.
 """
 
+import itertools
 import json
 import re
 import warnings
@@ -20,6 +21,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from phi3_jax.tokenizer import Tokenizer
+from phi3_jax.tokenizer_spans import Span, encode_spans
 
 Message = Mapping[str, str]
 
@@ -57,10 +59,65 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
     """
     plain = _validated(messages)
     mark = _unused_noncharacter(tokenizer, plain)
-    defused = [{key: _defuse(tokenizer, value, mark) for key, value in message.items()} for message in plain]
-    text = _render(tokenizer, defused, add_generation_prompt)
+    text = _render(tokenizer, [_defused(tokenizer, message, mark) for message in plain], add_generation_prompt)
     _warn_if_system_is_dropped(tokenizer, plain, add_generation_prompt)
     return tokenizer.encode(text, parse_special=True, add_bos=False, literal_mark=mark)
+
+
+def encode_answers(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
+    """Token ids of a conversation up to its last answer, and which of them the assistant says: what training learns.
+
+    The ids are those of `encode_chat` without a generation prompt. An answer is what an assistant's message says with
+    the special token that ends its turn; the role's header before it and a newline behind it are not part of it.
+
+    Returns:
+      ids, and the range [begin, end) of indices into them for each message of an assistant.
+
+    Raises:
+        ValueError: as in `encode_chat`; or there is no answer, the template ends answers with no special token or
+            rewrites them, or the tokenizer makes one token of a header's end and an answer's beginning.
+
+    Warns:
+        UserWarning: the template drops the system message.
+    """
+    plain = _validated(messages)
+    last = max((i for i, message in enumerate(plain) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError('no message has the role "assistant", so that there is no answer to learn.')
+    plain = plain[: last + 1]
+    mark = _unused_noncharacter(tokenizer, plain)
+    text, spans = _find_answers(tokenizer, [_defused(tokenizer, message, mark) for message in plain], mark)
+    _warn_if_system_is_dropped(tokenizer, plain, generation_prompt=False)
+    return encode_spans(tokenizer, text, spans, parse_special=True, add_bos=False, literal_mark=mark)
+
+
+def _find_answers(tokenizer: Tokenizer, messages: list[dict[str, str]], mark: str) -> tuple[str, list[Span]]:
+    """The rendered conversation, which ends with an answer, and the characters of its answers with their end tokens."""
+    text = _render(tokenizer, messages, add_generation_prompt=False)
+    border = _unused_noncharacter(tokenizer, [*messages, {"content": mark}])
+    for prepare in (str, str.strip):  # the template may strip what is said
+        bordered = [
+            m | {"content": border + prepare(m["content"]) + border} if m["role"] == "assistant" else m
+            for m in messages
+        ]
+        pieces = _render(tokenizer, bordered, add_generation_prompt=False).split(border)
+        if "".join(pieces) == text and len(pieces) == 1 + 2 * sum(m["role"] == "assistant" for m in messages):
+            break
+    else:
+        raise ValueError(f"{tokenizer.source}: the chat template does not write answers as they are said.")
+    specials = [token.content for token in tokenizer.added_tokens if token.special]
+    ending = re.match(rf"\s*({'|'.join(map(re.escape, sorted(specials, key=len, reverse=True)))})", pieces[-1])
+    if not specials or ending is None or not all(piece.startswith(ending[0]) for piece in pieces[2::2]):
+        raise ValueError(
+            f"{tokenizer.source}: the chat template does not end every answer with one and the same special token, so "
+            "a model could not learn to stop; use a template that does, or learn all of the text."
+        )
+    starts = list(itertools.accumulate(map(len, pieces), initial=0))
+    return text, [(starts[i], starts[i + 1] + len(ending[0])) for i in range(1, len(pieces), 2)]
+
+
+def _defused(tokenizer: Tokenizer, message: dict[str, str], mark: str) -> dict[str, str]:
+    return {key: _defuse(tokenizer, value, mark) for key, value in message.items()}
 
 
 def _validated(messages: Sequence[Message]) -> list[dict[str, str]]:

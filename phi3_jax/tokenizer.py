@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import sentencepiece
 
@@ -43,6 +43,14 @@ _WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u300
     chr(c) for c in range(0x2000, 0x200B)
 }
 _WORD_CATEGORIES = frozenset(["Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"])
+
+
+class Part(NamedTuple):
+    """A part of a text: where it starts, what it is ("" for an added token), and its ids."""
+
+    start: int
+    text: str
+    ids: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,23 +113,29 @@ class Tokenizer:
         Raises:
             ValueError: the text holds a lone surrogate, or bos is asked for and the vocabulary has none.
         """
+        parts = self.parts(text, parse_special=parse_special, literal_mark=literal_mark)
+        return self.with_bos([token_id for part in parts for token_id in part.ids], add_bos)
+
+    def parts(self, text: str, *, parse_special: bool = False, literal_mark: str | None = None) -> Iterator["Part"]:
+        """What `encode` joins: the text as it is cut at added tokens, in order. Arguments and errors as in `encode`."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"The text is not valid Unicode ({error}); remove the lone surrogates.") from error
-        ids: list[int] = []
-        for part, at_start in self._cut(text, self._special_pattern if parse_special else self._plain_pattern):
+        for part, start in self._cut(text, self._special_pattern if parse_special else self._plain_pattern):
             if isinstance(part, AddedToken):
-                ids.append(part.id)
-                continue
-            if literal_mark is not None:
-                part = part.replace(literal_mark, "")
-            ids += self.encoder.encode(part, at_start=at_start)
+                yield Part(start, "", [part.id])
+            else:
+                plain = part if literal_mark is None else part.replace(literal_mark, "")
+                yield Part(start, part, self.encoder.encode(plain, at_start=start == 0))
+
+    def with_bos(self, ids: list[int], add_bos: bool | None = None) -> list[int]:
+        """The ids with bos in front where it is wanted (see `encode`) and is not there yet."""
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_id is None:
                 raise ValueError(f"{self.source}: the vocabulary names no bos token; pass add_bos=False.")
             if ids[:1] != [self.bos_id]:
-                ids.insert(0, self.bos_id)
+                return [self.bos_id, *ids]
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
@@ -166,8 +180,8 @@ class Tokenizer:
     def _plain_pattern(self) -> re.Pattern[str]:
         return _longest_first(token.content for token in self.added_tokens if not token.special)
 
-    def _cut(self, text: str, pattern: re.Pattern[str]) -> Iterator[tuple[str | AddedToken, bool]]:
-        """Yields the text's pieces and added tokens in order; the flag marks what opens the text."""
+    def _cut(self, text: str, pattern: re.Pattern[str]) -> Iterator[tuple[str | AddedToken, int]]:
+        """Yields the text's pieces and added tokens in order, and where each starts."""
         position = 0
         for match in pattern.finditer(text):
             token = self._by_content[match[0]]
@@ -179,11 +193,11 @@ class Tokenizer:
             while token.rstrip and end < len(text) and text[end] in _WHITE_SPACE:
                 end += 1
             if position < start:
-                yield text[position:start], position == 0
-            yield token, start == 0
+                yield text[position:start], position
+            yield token, start
             position = end
         if position < len(text):
-            yield text[position:], position == 0
+            yield text[position:], position
 
 
 def _longest_first(contents: Iterable[str]) -> re.Pattern[str]:
