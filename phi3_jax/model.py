@@ -30,6 +30,7 @@ from phi3_jax.rope import cos_sin, rotate
 
 Walk = Literal["slice", "index"]
 Capture = Literal["hidden_states", "attention"]
+Remat = Literal["none", "dots", "full"]
 
 
 @jax.tree_util.register_dataclass
@@ -169,12 +170,13 @@ class Phi3(nn.Module):
       config: the sizes.
       walk: how the stack of layer weights is read: "slice" (training), "index" (inference), or None: "index" when there
         is a cache, else "slice", through which gradients are cheap. The numbers are the same.
-      remat: recompute each layer's inside in the backward pass instead of keeping it.
+      remat: what the backward pass computes again instead of keeping it: nothing, everything in a layer but products
+        with weights ("dots"), or everything in a layer ("full").
     """
 
     config: Phi3Config
     walk: Walk | None = None
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -227,8 +229,12 @@ class Phi3(nn.Module):
         cache: KVCache | None = None,
         rope_lengths: jax.Array | None = None,
         capture: Sequence[Capture] = (),
+        embedded: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
-        """Everything before the output head, arguments as in `__call__` -> (x [B, T, D], cache, captured values)."""
+        """Everything before the output head -> (x [B, T, D], cache, captured values).
+
+        Arguments are those of `__call__`, and `embedded` [B, T, D]: what goes in instead of the tokens' embeddings.
+        """
         _check(tokens, segments, cache, capture)
         if positions is None:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -239,7 +245,7 @@ class Phi3(nn.Module):
         if rope_lengths is None:
             rope_lengths = sequence_lengths(k_positions, segments)
 
-        x = self.embed(tokens)
+        x = self.embed(tokens) if embedded is None else embedded
         cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
         visible = Context(positions, k_positions, segments, segments, self.config.sliding_window)
         layers = self._layers(cache, tuple(capture))
@@ -269,7 +275,11 @@ class Phi3(nn.Module):
         walk = self.walk or ("slice" if cache is None else "index")
         if self.is_initializing():
             walk = "slice"  # only slices have the shapes that are declared for one layer
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        layer = DecoderLayer
+        if self.remat != "none":
+            # Scores of attention have batch axes, and are computed again: they take far more memory than the others.
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            layer = nn.remat(DecoderLayer, prevent_cse=False, policy=kept)
         scan = nn.scan(
             layer,
             variable_axes={"params": 0} if walk == "slice" else {},

@@ -20,7 +20,7 @@ def tokens():
     return jnp.asarray(np.random.default_rng(5).integers(0, 97, (B, T)), jnp.int32)
 
 
-def apply(checkpoint, tokens, *, walk=None, remat=False, **arguments):
+def apply(checkpoint, tokens, *, walk=None, remat="none", **arguments):
     model = phi3_jax.Phi3(checkpoint.config, walk=walk, remat=remat)
     return model.apply({"params": checkpoint.params}, tokens, **arguments)
 
@@ -93,7 +93,9 @@ def test_capture_costs_nothing_when_off(tiny, tokens):
     assert not any(shape in off for shape in stacked)
 
 
-@pytest.mark.parametrize("options", [{"walk": "index"}, {"remat": True}, {"walk": "index", "remat": True}])
+@pytest.mark.parametrize(
+    "options", [{"walk": "index"}, {"remat": "dots"}, {"remat": "full"}, {"walk": "index", "remat": "full"}]
+)
 def test_gradients_do_not_depend_on_walk_or_remat(tiny, tokens, options):
     def loss(params, **options):
         logits = apply(dataclasses.replace(tiny, params=params), tokens, **options)

@@ -1,0 +1,99 @@
+"""From what is trained and a batch to the sums that a loss is made of.
+
+Axis letters: B rows, T tokens, D model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.lora import LoraConfig, attach
+from phi3_jax.masks import sequence_lengths
+from phi3_jax.model import Phi3
+from phi3_jax.quantization import QuantizedTensor
+
+from .batch import Batch, Pair
+from .dpo import interleave, preference_sums
+from .loss import RowSums, row_sums
+from .settings import Settings
+
+Params = dict[str, Any]
+
+
+def batch_sums(
+    settings: Settings,
+    config: Phi3Config,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch | Pair,
+    key: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """The sums of a batch, float32 scalars: "loss", by what it is divided ("weight"), "correct" and "tokens".
+
+    For texts all of them are over learned tokens; for preferences see `preference_sums`.
+
+    Args:
+      trainable, frozen: see `step.start`.
+      key: of the random numbers of training: dropout, noise. None computes the plain loss, without these and without
+        z-loss and label smoothing.
+    """
+    if isinstance(batch, Batch):
+        sums = _row_sums(settings, config, parameters(settings, trainable, frozen, key), batch, key)
+        loss, weight, correct = sums.loss.sum(), sums.weight.sum(), sums.correct.sum()
+        return {"loss": loss, "weight": weight, "correct": correct, "tokens": weight}
+    both = interleave(batch)
+    ours = _row_sums(settings, config, parameters(settings, trainable, frozen, key), both, key)
+    # What is frozen is the model at the start: an adapter begins as no change.
+    theirs = jax.lax.stop_gradient(_row_sums(settings, config, _cast(frozen, settings.compute_dtype), both, None))
+    return preference_sums(-ours.loss, -theirs.loss, ours.weight, settings.dpo_beta)
+
+
+def adapter_config(settings: Settings) -> LoraConfig:
+    """The adapter that these settings train."""
+    s = settings
+    return LoraConfig(s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_rslora, s.lora_dropout, s.dora)
+
+
+def parameters(settings: Settings, trainable: Params, frozen: Params, key: jax.Array | None) -> Params:
+    """What the model is applied with, in `compute_dtype`."""
+    trainable = _cast(trainable, settings.compute_dtype)
+    if settings.train == "all":
+        return trainable
+    dropout_key = None if key is None else jax.random.fold_in(key, 0)
+    return attach(_cast(frozen, settings.compute_dtype), trainable, adapter_config(settings), dropout_key)
+
+
+def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> jax.Array:
+    """Embeddings [B, T, D] with uniform noise of +- alpha / sqrt(a text's own length * D) (arXiv:2310.05914)."""
+    lengths = sequence_lengths(batch.positions, batch.segments)[..., None].astype(jnp.float32)  # 0 in rows of padding
+    bound = alpha * jax.lax.rsqrt(jnp.maximum(lengths, 1) * embedded.shape[-1])
+    noise = bound * jax.random.uniform(key, embedded.shape, jnp.float32, -1, 1)
+    return embedded + noise.astype(embedded.dtype)
+
+
+def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Batch, key: jax.Array | None) -> RowSums:
+    s = settings
+    # Phi3's methods, with these parameters.
+    run: Any = functools.partial(Phi3(config, walk="slice", remat=s.remat).apply, {"params": params})
+    x = run(batch.tokens, method="embed").astype(s.compute_dtype)  # of integers it is float32
+    if key is not None and s.neftune_alpha:
+        x = neftune(x, batch, s.neftune_alpha, jax.random.fold_in(key, 1))
+    x, _, _ = run(batch.tokens, batch.positions, batch.segments, embedded=x, method="hidden")
+    # Log-probabilities are what preferences are made of, and what an evaluation is for.
+    plain = key is None or s.method == "dpo"
+    z_loss, label_smoothing = (0.0, 0.0) if plain else (s.z_loss, s.label_smoothing)
+    return row_sums(functools.partial(run, method="unembed"), x, batch, s.loss_chunk, z_loss, label_smoothing)
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    """Floats of this dtype; integers, and the scales that belong to them, stay as they are."""
+
+    def of_leaf(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, QuantizedTensor) else leaf.astype(dtype)
+
+    return jax.tree.map(of_leaf, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))

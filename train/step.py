@@ -1,0 +1,178 @@
+"""One step of training, as a pure compiled function: state and batch in, state and metrics out.
+
+Axis letters: A batches of a step (accumulation), B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.lora import init_adapter, merge
+from phi3_jax.quantization import QuantizedTensor
+
+from . import sharding
+from .batch import Batch, Pair
+from .forward import Params, adapter_config, batch_sums
+from .optimizer import make_optimizer, schedule
+from .settings import Settings
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: int32, the steps taken, skipped ones included.
+      trainable: the parameters in `Settings.dtype`, or an adapter in float32.
+      opt_state: the optimizer's, float32 or what its rule says.
+      bad_steps: int32, steps that were skipped because the loss or the gradient was not finite.
+      bad_in_row: int32, how many of them are the latest ones.
+    """
+
+    step: jax.Array
+    trainable: Params
+    opt_state: Any
+    bad_steps: jax.Array
+    bad_in_row: jax.Array
+
+
+def start(settings: Settings, config: Phi3Config, params: Params) -> tuple[TrainState, Params]:
+    """The state before the first step, and what stays frozen, each on its devices.
+
+    Args:
+      params: the weights to begin with; an adapter can be on integers, too.
+
+    Returns:
+      (state, frozen): frozen is the base of an adapter; where all weights are trained it is empty, except for
+      preferences, which are compared with the weights at the start. The state has arrays of its own.
+
+    Raises:
+      ValueError: integers are to be trained.
+    """
+    optimizer, dtype, mesh = make_optimizer(settings), settings.dtype, sharding.make_mesh()
+    if settings.train == "all" and any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
+        raise ValueError("train=all: the checkpoint's weights are integers: load it as floats, or train=lora")
+    base = jax.tree.map(lambda w: w if _is_quantized(w) else w.astype(dtype), params, is_leaf=_is_quantized)
+
+    def state(base: Params) -> TrainState:
+        if settings.train == "all":
+            trainable = jax.tree.map(jnp.copy, base)  # or the caller's own would be donated
+        else:
+            trainable = init_adapter(config, adapter_config(settings), jax.random.key(settings.seed), base)
+        opt_state = optimizer.init(_float32(trainable))
+        return TrainState(jnp.int32(0), trainable, opt_state, jnp.int32(0), jnp.int32(0))
+
+    places = sharding.of_state(mesh, jax.eval_shape(state, base), settings.shard_weights)
+    frozen = base if settings.train == "lora" or settings.method == "dpo" else {}
+    frozen = jax.device_put(frozen, sharding.of_state(mesh, frozen, settings.shard_weights))
+    return jax.jit(state, out_shardings=places)(base), frozen
+
+
+def make_train_step(
+    settings: Settings, config: Phi3Config
+) -> Callable[[TrainState, Params, Batch | Pair], tuple[TrainState, Metrics]]:
+    """(state, frozen, batch [A, B, T]) -> (state, metrics); the state that goes in is used up.
+
+    The gradient is that of the loss summed over all A batches, divided once by the sum of their weights. A step whose
+    loss or gradient is not finite changes only the counters. Random numbers depend on (seed, step, batch of A) alone.
+
+    Metrics are float32 scalars: "loss", what is minimised, per learned token or pair; "accuracy" of tokens or of
+    preferences; "tokens", the sum of weights; "grad_norm" before clipping; "lr"; "finite", 1 or 0; and of preferences
+    "margin", the rewards' mean difference.
+
+    Raises:
+      ValueError: `batch_size` cannot be shared out evenly among the devices.
+    """
+    optimizer, rate, mesh = make_optimizer(settings), schedule(settings), sharding.make_mesh()
+
+    def placed(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, sharding.of_state(mesh, tree, settings.shard_weights))
+
+    def gradient_and_sums(state: TrainState, frozen: Params, batch: Batch | Pair) -> tuple[Params, Metrics]:
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+
+        def loss(trainable: Params, part: Batch | Pair, number: jax.Array) -> tuple[jax.Array, Metrics]:
+            sums = batch_sums(settings, config, trainable, frozen, part, jax.random.fold_in(key, number))
+            return sums["loss"], sums
+
+        def add(so_far: Any, part: tuple[Batch | Pair, jax.Array]) -> tuple[Any, None]:
+            gradient, sums = jax.grad(loss, has_aux=True)(state.trainable, *part)
+            return jax.tree.map(jnp.add, so_far, (_float32(gradient), sums)), None
+
+        parts = (batch, jnp.arange(settings.accumulation))
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        shapes = jax.eval_shape(lambda: jax.grad(loss, has_aux=True)(state.trainable, *first))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+        return jax.lax.scan(add, (placed(zeros[0]), zeros[1]), parts)[0]
+
+    def step(state: TrainState, frozen: Params, batch: Batch | Pair) -> tuple[TrainState, Metrics]:
+        gradient, sums = gradient_and_sums(state, frozen, batch)
+        per_weight = jnp.where(sums["weight"] > 0, 1 / sums["weight"], 0)
+        norm = optax.global_norm(gradient) * per_weight
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        # As torch's clip_grad_norm_.
+        clip = jnp.minimum(1, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1
+        gradient = jax.tree.map(lambda leaf: leaf * (per_weight * clip), gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, _float32(state.trainable))
+        trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+        )
+        bad = 1 - finite.astype(jnp.int32)
+        done = TrainState(
+            state.step + 1, trainable, opt_state, state.bad_steps + bad, jnp.where(finite, 0, state.bad_in_row + 1)
+        )
+        means = {name: sums[name] * per_weight for name in sums.keys() - {"weight", "tokens", "correct"}}
+        metrics = means | {
+            "accuracy": sums["correct"] * per_weight,
+            "tokens": sums["tokens"],
+            "grad_norm": norm,
+            "lr": rate(state.step - state.bad_steps),
+            "finite": finite.astype(jnp.float32),
+        }
+        return placed(done), metrics
+
+    rows = sharding.of_rows(mesh, settings.batch_size, axes_before=1)
+    return jax.jit(step, in_shardings=(None, None, rows), donate_argnums=0)
+
+
+def make_eval_step(settings: Settings, config: Phi3Config) -> Callable[[Params, Params, Batch | Pair], Metrics]:
+    """(trainable, frozen, batch [B, T]) -> the sums of `forward.batch_sums`, without what is for training only.
+
+    Raises:
+      ValueError: `batch_size` cannot be shared out evenly among the devices.
+    """
+
+    def evaluate(trainable: Params, frozen: Params, batch: Batch | Pair) -> Metrics:
+        return batch_sums(settings, config, trainable, frozen, batch)
+
+    rows = sharding.of_rows(sharding.make_mesh(), settings.batch_size)
+    return jax.jit(evaluate, in_shardings=(None, None, rows))
+
+
+def weights(settings: Settings, trainable: Params, frozen: Params) -> Params:
+    """The whole model for export, an adapter merged into its base; a base of integers becomes floats before."""
+    if settings.train == "all":
+        return trainable
+    floats = jax.tree.map(
+        lambda w: w.dequantize(settings.dtype) if _is_quantized(w) else w, frozen, is_leaf=_is_quantized
+    )
+    return merge(floats, trainable, adapter_config(settings))
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedTensor)
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
