@@ -45,6 +45,7 @@ _PHI_4 = dataclasses.replace(
 )
 
 PRESETS: dict[str, Phi3Config] = {
+    "phi-3-mini": _MINI,  # short for the next
     "phi-3-mini-4k": _MINI,
     "phi-3-mini-128k": _MINI_LONG,
     "phi-3.5-mini": _MINI_LONG,

@@ -10,7 +10,7 @@ from phi3_jax.tokenizer import Tokenizer
 from phi3_jax.tokenizer_backends import SPACE_MARK, AddedToken, TokenizersEncoder, decoder_for
 
 # tokenizer.ggml.token_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -43,7 +43,7 @@ class _Pre:
     ignore_merges: bool = False  # a word that is a token as a whole needs no merges
 
 
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": _Pre([_BYTE_LEVEL]),
     "smollm": _Pre([_DIGITS, _BYTE_LEVEL]),
     "dbrx": _Pre(_CL100K),  # Phi-4
@@ -75,7 +75,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     return Tokenizer(
         encoder=TokenizersEncoder(spec, added, path),
         new_decoder=decoder_for(spec["decoder"], path),
-        pieces=tuple(None if t == _UNUSED else token for token, t in zip(tokens, types, strict=True)),
+        pieces=tuple(None if t == UNUSED else token for token, t in zip(tokens, types, strict=True)),
         added_tokens=added,
         bos_id=bos_id,
         eos_id=_token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens), path),
@@ -149,11 +149,11 @@ def _vocabulary(metadata: Mapping[str, Any], path: str) -> tuple[list[str], list
     types = _column(metadata, "token_type", len(tokens), path)
     if not tokens:
         raise ValueError(f"{path}: tokenizer.ggml.tokens is empty; convert the model to GGUF again.")
-    if unknown := sorted(set(types) - {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE}):
+    if unknown := sorted(set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}):
         raise ValueError(f"{path}: unknown values {unknown} in tokenizer.ggml.token_type; known are 1 to 6.")
     seen: dict[str, int] = {}
     for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
-        if token_type != _UNUSED and seen.setdefault(token, token_id) != token_id:
+        if token_type != UNUSED and seen.setdefault(token, token_id) != token_id:
             raise ValueError(
                 f"{path}: token {token!r} has two ids, {seen[token]} and {token_id}; convert the model to GGUF again."
             )
@@ -172,10 +172,10 @@ def _added_tokens(
             id=token_id,
             content=token,
             rstrip=phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
-            special=token_type != _USER_DEFINED or token_id in named,
+            special=token_type != USER_DEFINED or token_id in named,
         )
         for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True))
-        if token and token_type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        if token and token_type in (UNKNOWN, CONTROL, USER_DEFINED)
     )
 
 
@@ -189,7 +189,7 @@ def _token_id(metadata: Mapping[str, Any], key: str, rows: int, path: str) -> in
 
 
 def _model(tokens: Sequence[str], types: Sequence[int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
-    vocab = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t != _UNUSED}
+    vocab = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t != UNUSED}
     return {"type": "BPE", "vocab": vocab, "merges": merges, **settings}
 
 
@@ -198,14 +198,14 @@ def _llama_spec(
 ) -> tuple[dict[str, Any], bool]:
     """Sentencepiece BPE: any two pieces that spell a third may merge, the best score of the result first."""
     scores = _column(metadata, "scores", len(tokens), path)
-    ids = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t == _NORMAL}
+    ids = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t == NORMAL}
     ranked = [
         (-scores[token_id], token_id, ids[token[:cut]], ids[token[cut:]], [token[:cut], token[cut:]])
         for token, token_id in ids.items()
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
     ]
-    unknown = next((token for token, t in zip(tokens, types, strict=True) if t == _UNKNOWN), None)
+    unknown = next((token for token, t in zip(tokens, types, strict=True) if t == UNKNOWN), None)
     merges = [merge for *_, merge in sorted(ranked)]
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
@@ -228,9 +228,9 @@ def _gpt2_spec(
 ) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE with the file's own merges; the file names the way words are split."""
     name = _need(metadata, "tokenizer.ggml.pre", path)
-    if name not in _PRE_TOKENIZERS:
-        raise ValueError(f"{path}: tokenizer.ggml.pre is {name!r}; known are {sorted(_PRE_TOKENIZERS)}.")
-    pre = _PRE_TOKENIZERS[name]
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(f"{path}: tokenizer.ggml.pre is {name!r}; known are {sorted(PRE_TOKENIZERS)}.")
+    pre = PRE_TOKENIZERS[name]
     merges = [merge.split(" ") for merge in _need(metadata, "tokenizer.ggml.merges", path)]
     if odd := [merge for merge in merges if len(merge) != 2]:
         raise ValueError(f"{path}: tokenizer.ggml.merges holds {odd[:3]}, not pairs; convert the model to GGUF again.")

@@ -13,13 +13,13 @@ from phi3_jax.tokenizer import Tokenizer
 from phi3_jax.tokenizer_backends import SPACE_MARK, ByteLevelDecoder
 from phi3_jax.tokenizer_files import read_json
 from phi3_jax.tokenizer_gguf import (
-    _BYTE,
-    _CONTROL,
-    _NORMAL,
-    _PRE_TOKENIZERS,
-    _UNKNOWN,
-    _UNUSED,
-    _USER_DEFINED,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
     tokenizer_from_gguf,
 )
 
@@ -87,15 +87,15 @@ def _vocabulary(tokenizer: Tokenizer, rows: int, unknown: str | None, byte_level
     taken, tokens, types = set(pieces), [], []
     for token_id, piece in enumerate(pieces):
         if piece is None:
-            piece, kind = f"[PAD{token_id}]", _UNUSED  # llama.cpp needs names that are all different
+            piece, kind = f"[PAD{token_id}]", UNUSED  # llama.cpp needs names that are all different
             while piece in taken:
                 piece = f"[{piece}]"
         elif piece == unknown:
-            kind = _UNKNOWN
+            kind = UNKNOWN
         elif token_id in added:
-            kind = _CONTROL if added[token_id].special else _USER_DEFINED
+            kind = CONTROL if added[token_id].special else USER_DEFINED
         else:
-            kind = _BYTE if not byte_level and _BYTE_PIECE.fullmatch(piece) else _NORMAL
+            kind = BYTE if not byte_level and _BYTE_PIECE.fullmatch(piece) else NORMAL
         tokens.append(piece)
         types.append(kind)
     return tokens, types
@@ -107,13 +107,13 @@ def _byte_level_keys(tokenizer: Tokenizer) -> dict[str, Any]:
     merges_first = not model.get("ignore_merges", False)
     names = [
         name
-        for name, pre in _PRE_TOKENIZERS.items()
+        for name, pre in PRE_TOKENIZERS.items()
         if _steps({"type": "Sequence", "pretokenizers": pre.steps}) == steps and pre.ignore_merges != merges_first
     ]
     if not names or spec.get("normalizer") is not None:
         raise ValueError(
             f"{tokenizer.source}: words are split in a way that has no name in GGUF; known are "
-            f"{sorted(_PRE_TOKENIZERS)}. Export without the tokenizer"
+            f"{sorted(PRE_TOKENIZERS)}. Export without the tokenizer"
         )
     return {"pre": names[0], "merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]}
 

@@ -4,6 +4,7 @@ They run without Python and XLA, so that they can be compiled with sanitizers, a
 """
 
 import os
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -41,13 +42,15 @@ def compile_and_run(name, compiler, sources, folder, flags=(), runner=()):
 
 
 ARGUMENTS = {"linear_test": ["quick"], "attention_test": []}
+FAMILY = ["portable", "avx2", "avx512", "avx512_bf16"] if platform.machine() == "x86_64" else ["portable", "neon"]
 PARTS = {"linear_test": ("linear", "pack"), "attention_test": ("attention",)}
 
 
-def sources_of(name):
+def sources_of(name, instruction_sets):
     return {
         path: flags
-        for path, flags in build._sources().items()
+        for isa in instruction_sets
+        for path, flags in build._sources(isa).items()
         if path.stem.startswith(PARTS[name]) and not path.stem.endswith("_ffi")
     }
 
@@ -55,7 +58,7 @@ def sources_of(name):
 @pytest.mark.parametrize("flags", [[], SANITIZERS], ids=["optimised", "sanitizers"])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_instruction_set_of_this_processor(name, flags, tmp_path):
-    out = compile_and_run(name, "g++", sources_of(name), tmp_path, flags)
+    out = compile_and_run(name, "g++", sources_of(name, FAMILY), tmp_path, flags)
     assert "portable" in out
 
 
@@ -63,10 +66,7 @@ def test_every_instruction_set_of_this_processor(name, flags, tmp_path):
 def test_neon_under_an_emulator(name, tmp_path):
     if not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"):
         pytest.skip("needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user")
-    sources = {
-        path: () for path in SOURCES.glob("*.cpp") if path.stem.startswith(PARTS[name]) and "_avx" not in path.stem
-    }
-    sources = {path: () for path in sources if not path.stem.endswith("_ffi")}
+    sources = sources_of(name, ["portable", "neon"])
     out = compile_and_run(
         name, "aarch64-linux-gnu-g++", sources, tmp_path, runner=("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
     )

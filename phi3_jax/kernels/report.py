@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,11 +38,6 @@ def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") ->
 
 
 def isa() -> str | None:
-    """The instruction set of the loaded kernels: "avx512", "avx2", "neon" or "portable"; None without kernels."""
-    import ctypes
-
+    """The instruction set of the loaded kernels: "avx512_bf16", "avx2" or the like; None without kernels."""
     loaded = library()
-    if isinstance(loaded, Unavailable):
-        return None
-    loaded.phi3_isa.restype = ctypes.c_char_p
-    return loaded.phi3_isa().decode()
+    return None if isinstance(loaded, Unavailable) else Path(loaded._name).stem

@@ -6,7 +6,8 @@
 #include <tuple>
 
 #include "attention.h"
-#include "attention_guard.h"
+#include "guarded.h"
+#include "tables.h"
 
 using phi3::AttentionKernels;
 using phi3::AttentionTask;
@@ -223,7 +224,7 @@ void run(const AttentionKernels& kernels, const Case& c, Guard guard, unsigned s
       if (c.poison == Poison::kFuture && g < c.group && visible(c, p, t, latest)) continue;
       const int64_t row = t * c.group + g,
                     block = std::min<int64_t>(phi3::kBlockRows, c.tokens * c.group - row / 64 * 64);
-      const bool rounded = kernels.isa == phi3::Isa::kAvx512 && c.type != CacheType::kFloat32 && block > 4;
+      const bool rounded = !std::strcmp(kernels.name, "avx512_bf16") && c.type != CacheType::kFloat32 && block > 4;
       if (g < c.group)
         naive(c, p, cache, &q[(t * heads + g) * c.head_dim], rounded, t, expected, spread);
       else
@@ -234,7 +235,7 @@ void run(const AttentionKernels& kernels, const Case& c, Guard guard, unsigned s
             spread[h] * (rounded ? 1. / 200 : 2e-5 * std::max(1.f, c.magnitude * c.magnitude)) + 1e-30;
         if (std::isnan(want) ? std::isnan(got) : std::abs(got - want) <= allowed) continue;
         if (++failures <= 20)
-          std::printf("FAILED %s%s: t=%ld g=%ld h=%ld: %g, not %g\n", phi3::name(kernels.isa), c.text().c_str(),
+          std::printf("FAILED %s%s: t=%ld g=%ld h=%ld: %g, not %g\n", kernels.name, c.text().c_str(),
                       long(t), long(g), long(h), got, want);
         return;
       }
@@ -294,11 +295,11 @@ void test_attend(const AttentionKernels& kernels) {
     both(Case{type, 1, 2600, 2, 16, 0, 0, 3});
     both(Case{type, 2, 50, 71, 16});
   }
-  std::printf("%s: %d attention cases\n", phi3::name(kernels.isa), cases);
+  std::printf("%s: %d attention cases\n", kernels.name, cases);
 }
 
 void expect(bool ok, const AttentionKernels& kernels, const char* what, int64_t n) {
-  if (!ok && ++failures <= 20) std::printf("FAILED %s: %s, n=%ld\n", phi3::name(kernels.isa), what, long(n));
+  if (!ok && ++failures <= 20) std::printf("FAILED %s: %s, n=%ld\n", kernels.name, what, long(n));
 }
 
 void test_store(const AttentionKernels& kernels) {
@@ -339,10 +340,9 @@ void test_store(const AttentionKernels& kernels) {
 }  // namespace
 
 int main() {
-  for (phi3::Isa isa : {phi3::Isa::kPortable, phi3::Isa::kNeon, phi3::Isa::kAvx2, phi3::Isa::kAvx512}) {
-    if (!phi3::supported(isa)) continue;
-    const AttentionKernels& kernels = phi3::attention_kernels(isa);
-    expect(kernels.isa == isa, kernels, "the table of another instruction set", 0);
+  for (const AttentionKernels* table : PHI3_TABLES(attention)) {
+    if (!phi3::supported(table->name)) continue;
+    const AttentionKernels& kernels = *table;
     test_attend(kernels);
     test_store(kernels);
   }

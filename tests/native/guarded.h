@@ -6,13 +6,17 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <utility>
+#include <vector>
 
-// `count` elements, against the page behind them or, if `at_front`, against the page before them.
+enum class Guard { kBehind, kBefore };
+
+// `count` elements, right before the page behind them or right behind the page before them.
 template <class T>
 class Guarded {
  public:
-  explicit Guarded(int64_t count, bool at_front = false) : count_(count) {
+  explicit Guarded(int64_t count, Guard guard = Guard::kBehind) : count_(count) {
     const int64_t page = sysconf(_SC_PAGESIZE), bytes = count * static_cast<int64_t>(sizeof(T));
     const int64_t inside = (bytes + page - 1) / page * page;
     size_ = inside + 2 * page;
@@ -21,7 +25,10 @@ class Guarded {
       std::perror("guarded memory");
       std::exit(2);
     }
-    data_ = reinterpret_cast<T*>(whole_ + page + (at_front ? 0 : inside - bytes));
+    data_ = reinterpret_cast<T*>(whole_ + page + (guard == Guard::kBehind ? inside - bytes : 0));
+  }
+  Guarded(const std::vector<T>& values, Guard guard) : Guarded(static_cast<int64_t>(values.size()), guard) {
+    if (count_) std::memcpy(static_cast<void*>(data_), values.data(), count_ * sizeof(T));
   }
   Guarded(Guarded&& other) noexcept { *this = std::move(other); }
   Guarded& operator=(Guarded&& other) noexcept {

@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "guarded.h"
-#include "isa.h"
 #include "linear_panels.h"
 #include "numbers.h"
 #include "pack.h"
+#include "tables.h"
 
 using namespace phi3;
 
@@ -52,8 +52,8 @@ float value_of(Kind kind) {
   }
 }
 
-Guarded<float> rows_of(Kind kind, int64_t count, bool front) {
-  Guarded<float> x(count, front);
+Guarded<float> rows_of(Kind kind, int64_t count, Guard guard) {
+  Guarded<float> x(count, guard);
   for (float& value : x) value = value_of(kind);
   return x;
 }
@@ -117,10 +117,10 @@ constexpr int64_t kLayers = 3, kLayer = 1;  // the layers around the one that is
 void test_bf16(const LinearKernels& kernels, int64_t m, int64_t n, int64_t k, Kind kind, Kind weight_kind,
                bool spoiled) {
   const std::string where = describe((std::string(kernels.name) + " bf16").c_str(), m, n, k, kind);
-  const bool front = below(2);
+  const Guard guard = below(2) ? Guard::kBefore : Guard::kBehind;
   Bf16Matrix matrix = {nullptr, n, k};
   const int64_t pairs = matrix.pairs(), layer_size = matrix.count() * pairs * 128;
-  Guarded<uint16_t> weights(n * k, front), stack(kLayers * layer_size, front);
+  Guarded<uint16_t> weights(n * k, guard), stack(kLayers * layer_size, guard);
   std::fill(stack.begin(), stack.end(), 0xffff);
   for (uint16_t& weight : weights) weight = to_bf16(value_of(weight_kind));
   uint16_t* layer = stack.data() + kLayer * layer_size;
@@ -137,16 +137,16 @@ void test_bf16(const LinearKernels& kernels, int64_t m, int64_t n, int64_t k, Ki
         }
   matrix.panels = layer;
 
-  Guarded<float> x = rows_of(kind, m * k, front);
+  Guarded<float> x = rows_of(kind, m * k, guard);
   auto run = [&] {
     const int64_t stride = matrix.x_stride(kernels), row_bytes = stride * kernels.rounded_bytes;
-    Guarded<char> rounded(m * row_bytes, front);
+    Guarded<char> rounded(m * row_bytes, guard);
     std::fill(rounded.begin(), rounded.end(), char(0xff));
     for (int64_t r = 0; r < m; ++r) kernels.round_row(x.data() + r * k, k, rounded.data() + r * row_bytes);
-    Guarded<float> y(m * n, front);
+    Guarded<float> y(m * n, guard);
     std::fill(y.begin(), y.end(), std::nanf(""));
     divided(m, matrix.count(), [&](int64_t row, int64_t last_row, int64_t first, int64_t last) {
-      Guarded<float> edge((last_row - row) * kBf16Panel, front);
+      Guarded<float> edge((last_row - row) * kBf16Panel, guard);
       bf16_panels(kernels, matrix, rounded.data(), row, last_row, first, last, edge.data(), y.data());
     });
     return y;
@@ -203,15 +203,15 @@ void test_quantized(const LinearKernels& kernels, const Format& f, int64_t m, in
   const std::string format =
       " " + std::to_string(f.bits) + " bits, groups of " + std::to_string(f.group) + (f.has_mins ? ", mins," : "");
   const std::string where = describe((kernels.name + format).c_str(), m, n, k, kind);
-  const bool front = below(2);
+  const Guard guard = below(2) ? Guard::kBefore : Guard::kBehind;
   QuantizedMatrix matrix = {{nullptr, nullptr, nullptr, f.bits}, n, k, f.group};
   const int64_t groups = matrix.groups(), padded = groups * f.group, row_bytes = padded * f.bits / 8,
                 zero = f.bits == 8 ? 128 : 8;
   const int64_t layer_bytes = matrix.count() * matrix.panel_bytes(), layer_scales = matrix.count() * groups * 32;
-  Guarded<uint8_t> values(n * row_bytes, front), stack(kLayers * layer_bytes, front);
-  Guarded<uint16_t> scales(n * groups, front), mins(f.has_mins ? n * groups : 0, front),
-      scale_stack(kLayers * layer_scales, front);
-  Guarded<uint16_t> min_stack(f.has_mins ? kLayers * layer_scales : 0, front);
+  Guarded<uint8_t> values(n * row_bytes, guard), stack(kLayers * layer_bytes, guard);
+  Guarded<uint16_t> scales(n * groups, guard), mins(f.has_mins ? n * groups : 0, guard),
+      scale_stack(kLayers * layer_scales, guard);
+  Guarded<uint16_t> min_stack(f.has_mins ? kLayers * layer_scales : 0, guard);
   for (auto* all : {&scale_stack, &min_stack}) std::fill(all->begin(), all->end(), 0xffff);
   std::fill(stack.begin(), stack.end(), 0xff);
   const int extreme = static_cast<int>(below(3));  // all weights at one end of their range, at the other, or anywhere
@@ -259,19 +259,19 @@ void test_quantized(const LinearKernels& kernels, const Format& f, int64_t m, in
       return fail("%s: packed into another layer", where.c_str());
   matrix.layer = {data, layer_scale, layer_min, f.bits};
 
-  Guarded<float> x = rows_of(kind, m * k, front);
-  Guarded<int8_t> q(m * matrix.x_stride(), front);
-  Guarded<float> x_scales(m * groups, front), sums(m * groups, front);
-  Guarded<int32_t> starts(m * groups, front);
+  Guarded<float> x = rows_of(kind, m * k, guard);
+  Guarded<int8_t> q(m * matrix.x_stride(), guard);
+  Guarded<float> x_scales(m * groups, guard), sums(m * groups, guard);
+  Guarded<int32_t> starts(m * groups, guard);
   const QuantizedRows rows = {q.data(),          x_scales.data(), sums.data(), starts.data(),
                               matrix.x_stride(), groups,          f.group};
   auto run = [&] {
     std::fill(q.begin(), q.end(), 0x7f);
     for (int64_t r = 0; r < m; ++r) kernels.quantize_row(x.data() + r * k, k, f.bits, f.has_mins, rows, r);
-    Guarded<float> y(m * n, front);
+    Guarded<float> y(m * n, guard);
     std::fill(y.begin(), y.end(), std::nanf(""));
     divided(m, matrix.count(), [&](int64_t row, int64_t last_row, int64_t first, int64_t last) {
-      Guarded<float> edge((last_row - row) * kQuantizedPanel, front);
+      Guarded<float> edge((last_row - row) * kQuantizedPanel, guard);
       quantized_panels(kernels, matrix, rows, row, last_row, first, last, edge.data(), y.data());
     });
     return y;
@@ -392,8 +392,8 @@ void test_table(const LinearKernels& kernels, bool quick) {
 
 // With an argument: fewer sizes, for an emulator.
 int main(int count, char**) {
-  for (Isa each : {Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kPortable})
-    if (supported(each)) test_table(linear_kernels(each), count > 1);
+  for (const LinearKernels* table : PHI3_TABLES(linear))
+    if (phi3::supported(table->name)) test_table(*table, count > 1);
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }

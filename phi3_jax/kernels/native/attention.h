@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "isa.h"
-
 namespace phi3 {
 
 enum class CacheType { kFloat32, kBfloat16, kInt8 };
@@ -50,7 +48,7 @@ inline int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 inline int64_t partial_size(int64_t rows, int64_t head_dim) { return (rows + 3) / 4 * 4 * padded(head_dim) + 2 * rows; }
 
 struct AttentionKernels {
-  Isa isa;
+  const char* name;
 
   // Shrinks [slot_begin, slot_end) to the smallest range that holds every slot which some query of the task may see.
   void (*narrow)(AttentionTask& task);
@@ -70,22 +68,6 @@ struct AttentionKernels {
   void (*store)(CacheType type, const float* x, int64_t head_dim, int64_t row_length, void* row, float* scale);
 };
 
-extern const AttentionKernels attention_portable;
-#if defined(__x86_64__)
-extern const AttentionKernels attention_avx2, attention_avx512;
-#elif defined(__aarch64__)
-extern const AttentionKernels attention_neon;
-#endif
-
-inline const AttentionKernels& attention_kernels(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return attention_avx512;
-  if (isa == Isa::kAvx2) return attention_avx2;
-#elif defined(__aarch64__)
-  if (isa == Isa::kNeon) return attention_neon;
-#endif
-  static_cast<void>(isa);
-  return attention_portable;
-}
+extern const AttentionKernels attention_avx512_bf16, attention_avx512, attention_avx2, attention_neon, attention_portable;
 
 }  // namespace phi3

@@ -48,5 +48,5 @@ inline unsigned bits(I mask) { return _mm256_movemask_ps(reinterpret_cast<__m256
 }  // namespace
 
 namespace phi3 {
-const AttentionKernels attention_avx2 = {Isa::kAvx2, narrow, scratch_bytes, attend, finish, store_row};
+const AttentionKernels attention_avx2 = {"avx2", narrow, scratch_bytes, attend, finish, store_row};
 }

@@ -142,7 +142,7 @@ ffi::Error cache_write(ffi::ThreadPool pool, ffi::AnyBuffer k_in, ffi::AnyBuffer
     chosen.insert(chosen.end(), chosen_of_row.begin(), chosen_of_row.end());
   }
   const char* written = chosen.data();
-  const AttentionKernels& kernels = attention_kernels(isa());
+  const AttentionKernels& kernels = PHI3_OF_CHOSEN(attention);
   const auto write_head = [&, written](int64_t i) {
     const int64_t b = i / cache.K, head = cache.head(b, i % cache.K);
     for (int64_t t = 0; t < T; ++t) {
@@ -225,7 +225,7 @@ ffi::Error check_queries(const std::string& who, Operands& o) {
 // Runs all tasks: heads, blocks of query rows and, where these are too few for the threads, parts of the slots.
 // Returns false if there was no memory.
 bool attend_all(ffi::ThreadPool& pool, const Operands& o) {
-  const AttentionKernels& kernels = attention_kernels(isa());
+  const AttentionKernels& kernels = PHI3_OF_CHOSEN(attention);
   const int64_t heads = o.cache.B * o.cache.K, rows = o.T * o.group(), blocks = (rows + kBlockRows - 1) / kBlockRows;
   const int64_t tasks = heads * blocks, wanted = kTasksPerThread * std::max<int64_t>(1, pool.num_threads());
 

@@ -47,5 +47,5 @@ inline unsigned bits(I mask) {
 }  // namespace
 
 namespace phi3 {
-const AttentionKernels attention_neon = {Isa::kNeon, narrow, scratch_bytes, attend, finish, store_row};
+const AttentionKernels attention_neon = {"neon", narrow, scratch_bytes, attend, finish, store_row};
 }

@@ -51,5 +51,5 @@ inline unsigned bits(I mask) { return (mask[0] & 1) | (mask[1] & 2) | (mask[2] &
 }  // namespace
 
 namespace phi3 {
-const AttentionKernels attention_portable = {Isa::kPortable, narrow, scratch_bytes, attend, finish, store_row};
+const AttentionKernels attention_portable = {"portable", narrow, scratch_bytes, attend, finish, store_row};
 }

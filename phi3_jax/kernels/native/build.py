@@ -1,7 +1,7 @@
 """Compiles the C++ kernels when they are first needed, into the user's cache folder, and loads them.
 
 The folder's name says what the library was made from: the sources, the compiler, the flags and jaxlib's headers. When
-one of them changes, another library is made.
+one of them changes, another library is made. A library is for one instruction set; isa.cpp says which is best here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,11 +30,13 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-tree-vectorize"),
 )
-# By the end of a file's name: the machines that compile it, and the flags.
+# The flags of the files whose names end so; kernels exist once for each instruction set.
 _INSTRUCTION_SETS = {
-    "_avx512": (("x86_64", "AMD64"), ("-march=skylake-avx512", "-mavx512vnni", "-mavx512bf16")),
-    "_avx2": (("x86_64", "AMD64"), ("-mavx2", "-mfma", "-mf16c")),
-    "_neon": (("aarch64", "arm64"), ()),
+    "avx512_bf16": ("-march=skylake-avx512", "-mavx512vnni", "-mavx512bf16"),
+    "avx512": ("-march=skylake-avx512", "-mavx512vnni"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "neon": (),
+    "portable": (),
 }
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
 _HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_attention", "phi3_cache_write")
@@ -70,20 +72,35 @@ def _build() -> Path:
     if os.name != "posix":
         raise Unavailable(f"they are compiled on Linux and macOS only, not on {platform.system()}")
     compiler = _compiler()
-    sources = _sources()
-    folder = cache_folder() / _key(compiler, sources)
-    target = folder / "libphi3_jax.so"
-    if target.exists():
-        return target
+    folder = cache_folder() / _key(compiler)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
-            if not target.exists():  # another process may have been first
-                _note("compiling the CPU kernels for this machine, once (about ten seconds)")
-                _compile(compiler, sources, target)
+        isa = _choose(_made(folder / "isa.so", lambda path: _compile(compiler, {_SOURCES / "isa.cpp": ()}, path)))
+        return _made(folder / f"{isa}.so", lambda path: _compile(compiler, _sources(isa), path, isa))
     except OSError as error:
         raise Unavailable(f"they could not be written to {folder} ({error}); set XDG_CACHE_HOME elsewhere") from None
+
+
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """The file, which is made if it is not there; by one process, if several come at the same time."""
+    if not target.exists():
+        with _locked(target.parent / "lock"):
+            if not target.exists():  # another process may have been first
+                make(target)
     return target
+
+
+def _choose(asked: Path) -> str:
+    """The instruction set that PHI3_JAX_ISA names, or the best one of this processor."""
+    loaded = ctypes.CDLL(str(asked))
+    loaded.phi3_best_isa.restype = ctypes.c_char_p
+    wanted = os.environ.get("PHI3_JAX_ISA")
+    if not wanted:
+        return loaded.phi3_best_isa().decode()
+    here = [name for name in _INSTRUCTION_SETS if loaded.phi3_supports_isa(name.encode())]
+    if wanted not in here:
+        raise Unavailable(f"PHI3_JAX_ISA={wanted}, but this processor has {', '.join(here)}")
+    return wanted
 
 
 def _compiler() -> str:
@@ -93,35 +110,30 @@ def _compiler() -> str:
     raise Unavailable("there is no C++ compiler; install one, for instance with: apt install g++")
 
 
-def _sources() -> dict[Path, tuple[str, ...]]:
-    """The files that this machine compiles, each with its own flags."""
+def _sources(isa: str) -> dict[Path, tuple[str, ...]]:
+    """The files of a library for an instruction set, each with its own flags."""
     found = {}
     for path in sorted(_SOURCES.glob("*.cpp")):
-        ending = next((end for end in _INSTRUCTION_SETS if path.stem.endswith(end)), None)
-        machines, flags = _INSTRUCTION_SETS[ending] if ending else ((platform.machine(),), ())
-        if platform.machine() in machines:
-            found[path] = flags
+        own = next((name for name in _INSTRUCTION_SETS if path.stem.endswith(f"_{name}")), None)
+        if own in (None, isa) and path.stem != "isa":
+            found[path] = _INSTRUCTION_SETS[own] if own else (f"-DPHI3_CHOSEN={isa}",)
     return found
 
 
-def _key(compiler: str, sources: dict[Path, tuple[str, ...]]) -> str:
+def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    for text in (
-        jaxlib.version.__version__,
-        platform.machine(),
-        compiler,
-        version,
-        repr(_FLAGS),
-        repr(_INSTRUCTION_SETS),
-    ):
+    settings = (repr(_FLAGS), repr(_INSTRUCTION_SETS))
+    for text in (jaxlib.version.__version__, platform.machine(), compiler, version, *settings):
         digest.update(text.encode() + b"\0")
-    for path in sorted([*sources, *_SOURCES.glob("*.h"), *_SOURCES.glob("*.inc")]):
+    for path in sorted(path for end in ("cpp", "h", "inc") for path in _SOURCES.glob(f"*.{end}")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: str, sources: dict[Path, tuple[str, ...]], target: Path) -> None:
+def _compile(compiler: str, sources: dict[Path, tuple[str, ...]], target: Path, isa: str | None = None) -> None:
+    if isa is not None:
+        _note(f"compiling the CPU kernels for this machine ({isa}), once (about ten seconds)")
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         headers = ("-isystem", jax.ffi.include_dir())
         objects = {path: Path(scratch, f"{path.stem}.o") for path in sources}

@@ -15,8 +15,6 @@
 
 namespace phi3 {
 
-enum class Isa;
-
 constexpr int64_t kBf16Panel = 64;       // outputs
 constexpr int64_t kQuantizedPanel = 32;  // outputs
 constexpr int64_t kMaxGroup = 128;       // inputs that share a scale
@@ -56,9 +54,6 @@ struct LinearKernels {
                           float* y, int64_t stride);
 };
 
-extern const LinearKernels linear_avx512, linear_avx2, linear_neon, linear_portable;
-
-// The kernels of an instruction set that this library was compiled for and this processor has.
-const LinearKernels& linear_kernels(Isa isa);
+extern const LinearKernels linear_avx512_bf16, linear_avx512, linear_avx2, linear_neon, linear_portable;
 
 }  // namespace phi3

@@ -106,7 +106,7 @@ ffi::Error linear_bf16(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
     return invalid(std::string(name) + ": the weights have " + std::to_string(shape[2]) +
                    " pairs of inputs, but x has " + std::to_string(sizes.inputs) + " inputs, which make " +
                    std::to_string(matrix.pairs()));
-  const LinearKernels& kernels = linear_kernels(isa());
+  const LinearKernels& kernels = PHI3_OF_CHOSEN(linear);
   const int64_t row_bytes = matrix.x_stride(kernels) * kernels.rounded_bytes,
                 panel_elements = matrix.pairs() * 2 * kBf16Panel;
   matrix.panels += sizes.layer * matrix.count() * panel_elements;
@@ -174,7 +174,7 @@ ffi::Error linear_quantized(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
   if (ffi::Error error = check(name, x, data.dimensions(), kQuantizedPanel, layer, *y, &sizes); error.failure())
     return error;
   if (ffi::Error error = check_quantized(name, data, scales, mins, bits, sizes, &matrix); error.failure()) return error;
-  const LinearKernels& kernels = linear_kernels(isa());
+  const LinearKernels& kernels = PHI3_OF_CHOSEN(linear);
   static thread_local Scratch integers, numbers;
   for (int64_t begin = 0; begin < sizes.rows; begin += kRowBlock) {
     const int64_t rows = std::min(kRowBlock, sizes.rows - begin), scales_of_rows = rows * matrix.groups();

@@ -1,5 +1,4 @@
 // Plain C++ with the vectors of GCC and clang, for any processor; and the choice between the instruction sets.
-#include "isa.h"
 #include "linear.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -106,17 +105,5 @@ void V::dot32(Ints (&dots)[kRows][kVectors], const uint8_t* w, const int8_t* q, 
 namespace phi3 {
 
 const LinearKernels linear_portable = {"portable", 4, round_row, bf16_panel, quantize_row, quantized_panel};
-
-const LinearKernels& linear_kernels(Isa isa) {
-  switch (isa) {
-#if defined(__x86_64__)
-    case Isa::kAvx512: return linear_avx512;
-    case Isa::kAvx2: return linear_avx2;
-#elif defined(__aarch64__)
-    case Isa::kNeon: return linear_neon;
-#endif
-    default: return linear_portable;
-  }
-}
 
 }  // namespace phi3
