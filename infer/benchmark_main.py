@@ -25,6 +25,7 @@ from absl import flags
 import phi3_jax
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.machine import Machine
 from phi3_jax.program import run_program
 
 from . import benchmark_processes as processes
@@ -33,7 +34,6 @@ from .benchmark import Case, Result, Side, run_case, why_not
 from .benchmark_chart import save_chart
 from .benchmark_model import ModelSpec
 from .benchmark_peers import FLASH_ATTENTION, open_peer, parse_peers, rate_of
-from .benchmark_roofline import Machine
 
 _RANDOM = flags.DEFINE_enum(
     "random", None, sorted(phi3_jax.PRESETS), "In place of a checkpoint: random weights of this size."

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from phi3_jax import safetensors_io
 from phi3_jax.checkpoint import resolve
 from phi3_jax.gguf_header import read_header
+from phi3_jax.machine import Rate, threads
 
 from . import benchmark_processes as processes
 from .benchmark import Side
 from .benchmark_model import ModelSpec
-from .benchmark_roofline import Rate, threads
 
 Program = Literal["llama_cpp", "transformers"]
 FLASH_ATTENTION = ("best", "on", "off")

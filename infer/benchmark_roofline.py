@@ -1,4 +1,4 @@
-"""What the machine can do, measured, and how long a model's work must take at least (the roofline).
+"""How long a model's work must take at least on this machine (the roofline).
 
 S. Williams, A. Waterman, D. Patterson: Roofline, an insightful visual performance model (2009): work takes at least as
 long as its bytes take to be read, and as its operations take to be computed.
@@ -6,16 +6,10 @@ long as its bytes take to be read, and as its operations take to be computed.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import os
-from typing import Literal
 
 from phi3_jax.config import Phi3Config
-
-Rate = Literal["float32", "bfloat16", "int8"]  # kinds of arithmetic, in the order of native/machine.cpp
-_RATES: tuple[Rate, ...] = ("float32", "bfloat16", "int8")
-_BYTES = 1 << 28  # read over and over; far beyond every cache but small beside a model
+from phi3_jax.machine import Rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,28 +25,6 @@ class Work:
     bytes: float
     linear: float
     attention: float
-
-
-class Machine:
-    """Measures this machine with the functions of native/machine.cpp, on all processors that this process may use."""
-
-    def __init__(self, library: ctypes.CDLL, seconds: float = 0.3) -> None:
-        """Measures the rates, `seconds` each; the bandwidth is measured anew by each call of `bandwidth`."""
-        self.threads, self._seconds = threads(), seconds
-        self._read, peak = library.phi3_read_bandwidth, library.phi3_peak_rate
-        self._read.restype = peak.restype = ctypes.c_double
-        self._read.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_double]
-        peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
-        self.rates: dict[str, float] = {name: peak(kind, self.threads, seconds) for kind, name in enumerate(_RATES)}
-
-    def bandwidth(self) -> float:
-        """Bytes per second that can be read from memory now."""
-        return self._read(_BYTES, self.threads, self._seconds)
-
-
-def threads() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prefill_work(config: Phi3Config, length: int, weight_bytes: float) -> Work:

@@ -20,9 +20,10 @@ from phi3_jax.infer.benchmark_model import random_checkpoint
 from phi3_jax.infer.benchmark_ours import Case as OurCase
 from phi3_jax.infer.benchmark_peers import Peer, parse_peers
 from phi3_jax.infer.benchmark_processes import Process, ours
-from phi3_jax.infer.benchmark_roofline import Machine, Work, decode_work, least_seconds, prefill_work
+from phi3_jax.infer.benchmark_roofline import Work, decode_work, least_seconds, prefill_work
 
 import phi3_jax
+from phi3_jax.machine import Machine
 
 CONFIG = phi3_jax.Phi3Config(
     vocab_size=101,
