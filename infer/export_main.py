@@ -2,6 +2,7 @@
 
 phi3-export --checkpoint demo --format gguf --type q8_0 --output demo-q8_0.gguf
 phi3-export --checkpoint model.gguf --format safetensors --type bf16 --output model
+phi3-export --checkpoint demo --adapter runs/train/adapter --format safetensors --output tuned
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "demo",
     "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
 )
+_ADAPTER = flags.DEFINE_string("adapter", None, "A folder of a LoRA adapter in PEFT's format, added to the weights.")
 _FORMAT = flags.DEFINE_enum(
     "format", "gguf", ["gguf", "safetensors"], "One file for llama.cpp (needs the extra gguf), or a folder."
 )
@@ -55,7 +57,7 @@ def main() -> int:
         raise ValueError("--notokenizer is for --format gguf")
     with _progress("loading") as on_progress:
         dtype = _DTYPES.get(kind) or _stored_dtype(_CHECKPOINT.value)
-        checkpoint = phi3_jax.load(_CHECKPOINT.value, dtype, on_progress=on_progress)
+        checkpoint = phi3_jax.load(_CHECKPOINT.value, dtype, adapter=_ADAPTER.value, on_progress=on_progress)
     if _FORMAT.value == "safetensors":
         phi3_jax.save(checkpoint, output)
         return 0
@@ -89,7 +91,7 @@ def _progress(what: str) -> Iterator[OnProgress]:
 
 def run() -> None:
     """The console script."""
-    run_program("phi3-export", main, {"What to write": [_CHECKPOINT, _FORMAT, _TYPE, _OUTPUT, _TOKENIZER]})
+    run_program("phi3-export", main, {"What to write": [_CHECKPOINT, _ADAPTER, _FORMAT, _TYPE, _OUTPUT, _TOKENIZER]})
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ QUANTIZE = flags.DEFINE_string(
     "Keep weights as integers: int8, int4, int4-mixed (the head and the most sensitive matrices at 8 bits), or with "
     "details such as int4-g64-asymmetric; stored keeps those of a GGUF file.",
 )
+ADAPTER = flags.DEFINE_string(
+    "adapter",
+    None,
+    "A folder of a LoRA adapter in PEFT's format, which is added to the weights before they are rounded.",
+)
 VERBOSE = flags.DEFINE_bool(
     "verbose",
     False,
@@ -104,7 +109,7 @@ PROMPT_CACHE = flags.DEFINE_string(
 )
 
 TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "Model": [CHECKPOINT, DTYPE, QUANTIZE, VERBOSE],
+    "Model": [CHECKPOINT, ADAPTER, DTYPE, QUANTIZE, VERBOSE],
     "Length of an answer": [MAX_NEW_TOKENS, MIN_NEW_TOKENS, STOP, DEADLINE],
     "Drawing tokens": [TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED],
     "Changing how likely tokens are": [
@@ -122,7 +127,8 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 
 
 def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
-    """The checkpoint, or another one, with a progress bar on the terminal where loading takes more than a second."""
+    """The checkpoint with its adapter, or another one, with a progress bar where loading takes more than a second."""
+    adapter = ADAPTER.value if path is None else None
     path, dtype = path or CHECKPOINT.value, DTYPE.value
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -132,7 +138,9 @@ def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
             bar.total = total
             bar.update(done - bar.n)
 
-        checkpoint = phi3_jax.load(path, dtype, quantize=QUANTIZE.value, layout=_layout(), on_progress=on_progress)
+        checkpoint = phi3_jax.load(
+            path, dtype, quantize=QUANTIZE.value, layout=_layout(), adapter=adapter, on_progress=on_progress
+        )
     if VERBOSE.value:
         for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():
             print(f"{operation}: {answer}", file=sys.stderr)

@@ -23,7 +23,7 @@ from phi3_jax.kernels.packed import pack
 from phi3_jax.program import run_program
 from phi3_jax.weights import Layout, OnProgress
 
-from .program_flags import CHECKPOINT, QUANTIZE, read_text, require_tokenizer
+from .program_flags import ADAPTER, CHECKPOINT, QUANTIZE, read_text, require_tokenizer
 
 _CALIBRATION = flags.DEFINE_string(
     "calibration",
@@ -52,7 +52,14 @@ def main() -> int:
         checkpoint = (
             _calibrated(read_text(_CALIBRATION.value), on_progress)
             if _CALIBRATION.value
-            else phi3_jax.load(CHECKPOINT.value, "bfloat16", quantize=_policy(), layout=layout, on_progress=on_progress)
+            else phi3_jax.load(
+                CHECKPOINT.value,
+                "bfloat16",
+                quantize=_policy(),
+                layout=layout,
+                adapter=ADAPTER.value,
+                on_progress=on_progress,
+            )
         )
     phi3_jax.save(checkpoint, _OUTPUT.value)
     leaves = jax.tree.leaves(checkpoint.params)
@@ -65,7 +72,7 @@ def _policy() -> str:
 
 
 def _calibrated(text: str, on_progress: OnProgress) -> phi3_jax.Checkpoint:
-    checkpoint = phi3_jax.load(CHECKPOINT.value, "float32")
+    checkpoint = phi3_jax.load(CHECKPOINT.value, "float32", adapter=ADAPTER.value)
     ids = require_tokenizer(checkpoint).encode(text)[: _CALIBRATION_TOKENS.value]
     window = min(_WINDOW, len(ids))
     if window < 2:
@@ -79,7 +86,7 @@ def _calibrated(text: str, on_progress: OnProgress) -> phi3_jax.Checkpoint:
 
 def run() -> None:
     """The console script."""
-    topics = {"What to write": [CHECKPOINT, QUANTIZE, _CALIBRATION, _CALIBRATION_TOKENS, _LAYOUT, _OUTPUT]}
+    topics = {"What to write": [CHECKPOINT, ADAPTER, QUANTIZE, _CALIBRATION, _CALIBRATION_TOKENS, _LAYOUT, _OUTPUT]}
     run_program("phi3-quantize", main, topics)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,8 @@ import numpy as np
 
 from phi3_jax import quantized_files, safetensors_io, tokenizer_files
 from phi3_jax.config import Phi3Config
+from phi3_jax.folders import new_folder
+from phi3_jax.lora_files import merged_sources
 from phi3_jax.tokenizer import Tokenizer, load_tokenizer
 from phi3_jax.tokenizer_gguf import write_tokenizer
 from phi3_jax.weights import Layout, OnProgress, Params, assemble, named_tensors
@@ -77,6 +76,7 @@ def load(
     *,
     quantize: str | None = None,
     layout: Layout = "rows",
+    adapter: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:
     """Loads a checkpoint.
@@ -89,6 +89,8 @@ def load(
         instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
+      adapter: a folder of PEFT's that is added to the weights (lora_files.py) while they are floats, before they are
+        rounded to what `dtype` or `quantize` say.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Raises:
@@ -96,11 +98,14 @@ def load(
       ValueError: a file is damaged, or describes something that this decoder does not compute.
     """
     place = resolve(path)
+    if adapter is not None and quantize == "stored":
+        raise ValueError("quantize='stored' keeps a file's integers, which an adapter changes: name another policy")
     if place.suffix == ".gguf":
         from phi3_jax.gguf_import import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
-        params = assemble(gguf.tensors, gguf.config, dtype, str(place), on_progress, quantize, layout)
+        sources = merged_sources(gguf.tensors, adapter, gguf.config)
+        params = assemble(sources, gguf.config, dtype, str(place), on_progress, quantize, layout)
         return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
     described = settings.get("quantization_config")
@@ -114,9 +119,12 @@ def load(
     if ours:
         if quantize is not None:
             raise ValueError(f"{place}: the weights are quantised already: leave quantize={quantize!r} out")
+        if adapter is not None:
+            raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
         params = quantized_files.read(place, described, config, packed=layout == "packed")
     else:
-        params = assemble(safetensors_io.read_folder(place), config, dtype, str(place), on_progress, quantize, layout)
+        sources = merged_sources(safetensors_io.read_folder(place), adapter, config)
+        params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
     return Checkpoint(config, params, tokenizer, generation, place)
 
 
@@ -133,7 +141,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size:
     target, params = Path(folder), checkpoint.params
     quantized = quantized_files.is_quantized(params)
     settings = checkpoint.config.to_hf()
-    with _new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:
+    with new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:
         if quantized:
             quantized_files.write(partial, params)
             settings |= {"quantization_config": quantized_files.describe(params)}
@@ -212,24 +220,6 @@ def _download(hub_id: str) -> Path:
             f"{hub_id}: no such folder here, and the hub gave no such model ({str(error).splitlines()[0]}). Without a "
             f"network, fetch these files elsewhere, put them into one folder and name that: {', '.join(HUB_FILES)}"
         ) from None
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder to fill that becomes `target` if all goes well, and vanishes otherwise."""
-    if target.exists():
-        raise FileExistsError(f"{target}: exists already; name a new folder, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if size > free:
-        raise OSError(f"{target}: the weights take {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

@@ -89,19 +89,20 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        _write(folder / SINGLE, shards[0])
+        write_file(folder / SINGLE, shards[0])
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / file, shard)
+        write_file(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes tensors as one file."""
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # the package makes files that only their owner can read
 

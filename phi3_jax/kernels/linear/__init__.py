@@ -8,13 +8,14 @@ from typing import Any, Literal
 import jax
 
 from phi3_jax.kernels.dispatch import on_cpu
-from phi3_jax.kernels.linear import cpu, xla
+from phi3_jax.kernels.linear import cpu, low_rank, xla
+from phi3_jax.kernels.linear.low_rank import LoraTensor
 from phi3_jax.kernels.native.build import Unavailable, library
 from phi3_jax.kernels.packed import PackedTensor
 from phi3_jax.quantization import QuantizedTensor
 
 Implementation = Literal["xla", "cpu"]
-Weight = jax.Array | QuantizedTensor | PackedTensor
+Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
 
 
 def linear(
@@ -35,6 +36,9 @@ def linear(
       ValueError: `implementation` is "cpu" and the weight is not packed.
       Unavailable: `implementation` is "cpu" and there is no library of kernels.
     """
+    if isinstance(weight, LoraTensor):
+        product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)
+        return low_rank.linear(x, weight, layer, product)
     if implementation == "xla" or (implementation is None and not isinstance(weight, PackedTensor)):
         return xla.linear(x, weight, layer, dtype)
     if not isinstance(weight, PackedTensor):

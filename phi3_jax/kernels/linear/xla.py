@@ -13,11 +13,15 @@ from phi3_jax.quantization import QuantizedTensor
 
 def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
     """See `kernels.linear`."""
-    if isinstance(weight, PackedTensor):
-        weight = weight.dequantize(layer).astype(x.dtype)
-    elif isinstance(weight, QuantizedTensor):
-        weight = (weight if layer is None else weight.layer(layer)).dequantize(x.dtype)
-    elif layer is not None:
-        weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    floats = dense(weight, layer, x.dtype)
     # Without HIGHEST, accelerators multiply float32 matrices with the precision of bfloat16 or TF32.
-    return jnp.einsum("...i,oi->...o", x, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+    return jnp.einsum("...i,oi->...o", x, floats, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def dense(weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
+    """A weight as floats [out, in], of this dtype where it was integers or packed."""
+    if isinstance(weight, PackedTensor):
+        return weight.dequantize(layer).astype(dtype)
+    if isinstance(weight, QuantizedTensor):
+        return (weight if layer is None else weight.layer(layer)).dequantize(dtype)
+    return weight if layer is None else jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)

@@ -1,0 +1,69 @@
+"""The product with a weight that has a low-rank update (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353).
+
+Axis letters: L layer, O outputs, I inputs, R rank of the update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.kernels.linear import xla
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraTensor:
+    """A weight [O, I], or a stack [L, O, I], that stands for gain * (base + scaling * b @ a).
+
+    The update is computed in the dtype of a and b, as PEFT does, and the sum cast back to that of the base's product:
+    an adapter of float32 over a base of bfloat16 loses nothing before that.
+
+    Attributes:
+      base: any other weight that `kernels.linear` takes.
+      a: float [L, R, I].
+      b: float [L, O, R].
+      gain: float [L, O], DoRA's magnitudes by the norms of the weight's rows; None is 1.
+      keys: [L] random keys for dropout; None: no dropout.
+      scaling: of the update.
+      dropout: the fraction of the inputs that the update does not see (with DoRA the gain neither, as in PEFT).
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    gain: jax.Array | None
+    keys: jax.Array | None
+    scaling: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that this stands for."""
+        return self.base.shape
+
+
+def linear(
+    x: jax.Array, weight: LoraTensor, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """See `kernels.linear`; `product` is that with the weight's base."""
+    base = product(x)
+    seen = x.astype(weight.a.dtype)
+    if weight.keys is not None:
+        kept = jax.random.bernoulli(_of(weight.keys, layer), 1 - weight.dropout, x.shape)
+        seen = jnp.where(kept, seen / (1 - weight.dropout), 0)
+    update = weight.scaling * xla.linear(xla.linear(seen, weight.a, layer, None), weight.b, layer, None)
+    if weight.gain is None:
+        return (base + update).astype(base.dtype)
+    gain = _of(weight.gain, layer)
+    # PEFT's form, which with dropout is not gain * (base + update): the input itself passes through at gain 1.
+    scaled = base if weight.keys is None else product(seen.astype(x.dtype))
+    return (base + (gain - 1) * scaled + gain * update).astype(base.dtype)
+
+
+def _of(stack: jax.Array, layer: jax.Array | None) -> jax.Array:
+    return stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
