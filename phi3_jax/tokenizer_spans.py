@@ -59,6 +59,6 @@ def _tokens_of_left(tokenizer: Tokenizer, ids: Sequence[int], left: str, right: 
             return index
         spelled += tokenizer.token_bytes(token_id)
     raise ValueError(
-        f"the tokenizer makes one token of the end of {left[-20:]!r} and the beginning of {right[:20]!r}, of which only "
-        "one is to be learned; remove the white space between them, or move it from the one to the other"
+        f"the tokenizer makes one token of the end of {left[-20:]!r} and the beginning of {right[:20]!r}, of which "
+        "only one is to be learned; remove the white space between them, or move it from the one to the other"
     )

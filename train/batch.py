@@ -28,3 +28,12 @@ class Batch:
     weights: Any
     positions: Any
     segments: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Preferences: in each row of `chosen` a text that is better than that in the same row of `rejected`."""
+
+    chosen: Batch
+    rejected: Batch

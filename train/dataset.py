@@ -1,0 +1,131 @@
+"""Texts in token ids as files that are mapped, not read: rows of them are put together when they are asked for.
+
+    tokens.bin        int32, the texts one after the other
+    learned.bin       bool, one for each token
+    text_starts.bin   int64 [texts + 1], where in the two files above each text begins
+    row_texts.bin     int64 [texts], texts in the order of the rows that they are in
+    row_starts.bin    int64 [rows + 1], where in the file above each row begins
+    header.json       the report, and how long the others are
+
+Axis letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .batch import Batch, Pair
+
+DTYPES: dict[str, type] = {
+    "tokens": np.int32,
+    "learned": np.bool_,
+    "text_starts": np.int64,
+    "row_texts": np.int64,
+    "row_starts": np.int64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of a data file.
+
+    Attributes:
+      texts, rows, tokens: how many; of a preference both answers count.
+      learned_tokens: of the tokens, those that the model is to predict.
+      efficiency: the share of the rows that is not padding.
+      bad_lines: how many lines were left out.
+      reasons: (line number, what is wrong with it) of the first of them.
+      ignored_fields: names of fields in the file that mean nothing here.
+    """
+
+    texts: int
+    rows: int
+    tokens: int
+    learned_tokens: int
+    efficiency: float
+    bad_lines: int
+    reasons: tuple[tuple[int, str], ...]
+    ignored_fields: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Rows to train on; `len` is their number.
+
+    Attributes:
+      report: what became of the file.
+      fingerprint: of the file and of all that decides what the rows are; a run that goes on needs the same one.
+      sequence_length: T.
+      preferences: whether each row is a pair of answers ("dpo").
+    """
+
+    report: Report
+    fingerprint: str
+    sequence_length: int
+    preferences: bool
+    _arrays: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return self.report.rows
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> Batch | Pair:
+        """The rows with these indices, in this order: arrays of numpy [B, T]. An index of -1 gives a row of padding."""
+        texts = [self._texts_of(int(index)) for index in indices]
+        if self.preferences:
+            return Pair(self._lay_out([each[:1] for each in texts]), self._lay_out([each[1:] for each in texts]))
+        return self._lay_out(texts)
+
+    def _texts_of(self, row: int) -> np.ndarray:
+        if row == -1:
+            return np.zeros(0, np.int64)
+        begin, end = self._arrays["row_starts"][row : row + 2]
+        return self._arrays["row_texts"][begin:end]
+
+    def _lay_out(self, rows: Sequence[np.ndarray]) -> Batch:
+        shape = (len(rows), self.sequence_length)
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weights, positions = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
+        for row, texts in enumerate(rows):
+            at = 0
+            for segment, text in enumerate(texts):
+                begin, end = self._arrays["text_starts"][text : text + 2]
+                place = row, slice(at, at + end - begin)
+                tokens[place] = self._arrays["tokens"][begin:end]
+                weights[place] = self._arrays["learned"][begin:end]
+                positions[place] = np.arange(end - begin)
+                segments[place] = segment
+                at += end - begin
+        return Batch(tokens, weights, positions, segments)
+
+
+def write_header(folder: Path, report: Report, sizes: dict[str, int]) -> None:
+    """The last file of a dataset: `sizes` are the numbers of elements of the others."""
+    content = {"report": dataclasses.asdict(report), "sizes": sizes}
+    (folder / "header.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def open_dataset(folder: Path, fingerprint: str, sequence_length: int, preferences: bool) -> Dataset | None:
+    """The dataset in a folder, mapped; None if it is not there or not whole."""
+    try:
+        header: dict[str, Any] = json.loads((folder / "header.json").read_bytes())
+        fields, sizes = header["report"], header["sizes"]
+        arrays: dict[str, np.ndarray] = {}
+        for name, dtype in DTYPES.items():
+            path = folder / f"{name}.bin"
+            if path.stat().st_size != sizes[name] * np.dtype(dtype).itemsize:
+                return None
+            arrays[name] = np.memmap(path, dtype, mode="r")
+        fields |= {
+            "reasons": tuple((line, reason) for line, reason in fields["reasons"]),
+            "ignored_fields": tuple(fields["ignored_fields"]),
+        }
+        report = Report(**fields)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return Dataset(report, fingerprint, sequence_length, preferences, arrays)

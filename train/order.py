@@ -1,0 +1,71 @@
+"""In which order rows are trained on, a function of the seed and the step alone: to go on with a run is to count on.
+
+Axis letters: A accumulated batches, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from .batch import Batch, Pair
+from .dataset import Dataset
+from .settings import Settings
+
+
+def batches(dataset: Dataset, settings: Settings, start_step: int = 0) -> Iterator[Batch | Pair]:
+    """The batches of the steps from `start_step` on, without end; their leaves are numpy's, [A, B, T].
+
+    Every epoch has every row once, in a new order; a batch may end one epoch and begin the next. With several
+    processes, B is this process's share: the batches of all of them, side by side along B, are those of one.
+
+    Raises:
+      ValueError: the batch does not divide into equal shares.
+    """
+    share = _share(settings)
+    step = start_step
+    while True:
+        rows = rows_of_step(len(dataset), settings, step)[:, share]
+        flat = dataset.rows(rows.reshape(-1))
+        yield jax.tree.map(lambda leaf: leaf.reshape(*rows.shape, -1), flat)  # noqa: B023 (called at once)
+        step += 1
+
+
+def eval_batches(dataset: Dataset, settings: Settings) -> Iterator[Batch | Pair]:
+    """Every row once, in the file's order; leaves [B, T]. The last batch is filled up with rows of padding.
+
+    Shares and errors as in `batches`.
+    """
+    share = _share(settings)
+    for begin in range(0, len(dataset), settings.batch_size):
+        rows = np.arange(begin, begin + settings.batch_size)
+        yield dataset.rows(np.where(rows < len(dataset), rows, -1)[share])
+
+
+def rows_of_step(count: int, settings: Settings, step: int) -> np.ndarray:
+    """Which of `count` rows a step is given, over all processes: int64 [A, B]."""
+    each = settings.accumulation * settings.batch_size
+    places = np.arange(step * each, (step + 1) * each)
+    rows = [_shuffled(count, settings.seed, int(place // count))[place % count] for place in places]
+    return np.array(rows).reshape(settings.accumulation, settings.batch_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, int64 [count]: rows sorted by random numbers.
+
+    numpy keeps the numbers of Philox (Salmon et al., SC 2011) the same for ever, but not those of its shuffles.
+    """
+    keys = np.random.Philox(key=[seed, epoch]).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+def _share(settings: Settings) -> slice:
+    processes = jax.process_count()
+    if settings.batch_size % processes:
+        raise ValueError(f"batch_size={settings.batch_size} does not divide among {processes} processes")
+    size = settings.batch_size // processes
+    return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
