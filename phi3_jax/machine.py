@@ -12,7 +12,7 @@ from phi3_jax.kernels.native.build import Unavailable, library
 
 Rate = Literal["float32", "bfloat16", "int8"]  # kinds of arithmetic, in the order of native/machine.cpp
 _RATES: tuple[Rate, ...] = ("float32", "bfloat16", "int8")
-_BYTES = 1 << 28  # read over and over; far beyond every cache but small beside a model
+_BYTES = 1 << 30  # read over and over; far beyond every cache, of which servers have some hundred megabytes
 
 # Operations per second of matrix products of bfloat16 without sparsity, by what jax's `device_kind` begins with: from
 # the makers' data sheets. The first that fits counts.
