@@ -172,6 +172,8 @@ def _adapted(settings: Mapping[str, Any], config: Phi3Config, path: Path) -> dic
     asked, layers = settings.get("target_modules"), settings.get("layers_to_transform")
     if asked != "all-linear" and not (isinstance(asked, list) and all(isinstance(name, str) for name in asked)):
         raise ValueError(f"{path}: target_modules={asked!r} must be a list of names, or 'all-linear'")
+    if not (layers is None or isinstance(layers, int | list)):
+        raise ValueError(f"{path}: layers_to_transform={layers!r} must be a layer's number, or a list of them")
     chosen = [layers] if isinstance(layers, int) else layers or range(config.num_hidden_layers)
     lora = LoraConfig(1, 1)
     found: dict[str, list[int]] = {}
@@ -182,7 +184,9 @@ def _adapted(settings: Mapping[str, Any], config: Phi3Config, path: Path) -> dic
             if matches and i in chosen:
                 found.setdefault(place.split("/")[-1], []).append(i)
     if not found:
-        raise ValueError(f"{path}: target_modules={asked!r} has none of {', '.join(TARGETS)}: not an adapter of Phi-3")
+        raise ValueError(
+            f"{path}: target_modules={asked!r} names none of {', '.join(TARGETS)} in any layer that it is for"
+        )
     return found
 
 

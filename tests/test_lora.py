@@ -47,9 +47,25 @@ def run(config: Any, params: Any, tokens: Any, walk: Any = None, remat: bool = F
     return phi3_jax.Phi3(config, walk, remat).apply({"params": params}, tokens, **kwargs)
 
 
-def mean_loss(config: Any, params: Any, tokens: jax.Array) -> jax.Array:
-    logits = run(config, params, tokens, remat=True)[:, :-1]
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
+@functools.partial(jax.jit, static_argnames=("config", "lora", "multiplied_out", "walk"))
+def loss_and_gradient(
+    config: Any,
+    params: Any,
+    adapter: Any,
+    lora: LoraConfig,
+    tokens: Any,
+    key: Any = None,
+    walk: Any = "slice",
+    multiplied_out: bool = False,
+) -> Any:
+    """Of the mean cross-entropy of the next tokens, by the adapter; through slices with remat, as in training."""
+
+    def mean_loss(adapter: Any) -> jax.Array:
+        adapted = dense(params, adapter, lora, lora.scaling) if multiplied_out else attach(params, adapter, lora, key)
+        logits = run(config, adapted, tokens, walk, remat=walk == "slice")[:, :-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
+
+    return jax.value_and_grad(mean_loss)(adapter)
 
 
 def tokens_for(config: phi3_jax.Phi3Config, *shape: int) -> jax.Array:
@@ -76,11 +92,8 @@ def test_logits_are_those_of_peft(kind):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_gradients_are_those_of_peft(kind):
-    """Through slices of the layers with remat, as in training."""
     lora, adapter = load_adapter(RECORDED / kind, base().config)
-    tokens = jnp.asarray(recorded(kind)["tokens"])
-    loss = lambda adapter: mean_loss(base().config, attach(base().params, adapter, lora), tokens)  # noqa: E731
-    gradient = jax.jit(jax.grad(loss))(adapter)
+    _, gradient = loss_and_gradient(base().config, base().params, adapter, lora, recorded(kind)["tokens"])
     names = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
     compared = 0
     for path, leaf in flax.traverse_util.flatten_dict(gradient).items():
@@ -94,43 +107,54 @@ def test_gradients_are_those_of_peft(kind):
 # --------------------------------------------------------------------------------------- against multiplied-out weights
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora"])
-def test_losses_and_gradients_are_those_of_multiplied_out_weights(tiny, kind):
+def integers_and_their_meaning(params: Any) -> tuple[Any, Any]:
+    """Matrices of random integers in the shapes of these parameters' layers, and the floats that they stand for."""
+    rng, floats, integers = np.random.default_rng(4), {}, {}
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        floats[path] = integers[path] = leaf
+        if leaf.ndim == 3:
+            groups = -(-leaf.shape[2] // 32)
+            values = jnp.asarray(rng.integers(0, 256, (*leaf.shape[:2], 16 * groups), dtype=np.uint8))
+            scales = jnp.asarray(rng.uniform(0.05, 0.1, (*leaf.shape[:2], groups)), jnp.float16)
+            integers[path] = QuantizedTensor(values, scales, None, bits=4, columns=leaf.shape[2])
+            floats[path] = integers[path].dequantize()
+    return flax.traverse_util.unflatten_dict(integers), flax.traverse_util.unflatten_dict(floats)
+
+
+@pytest.mark.parametrize(("kind", "over"), [("dora", "floats"), ("rslora", "integers")])
+def test_losses_and_gradients_are_those_of_multiplied_out_weights(tiny, kind, over):
     lora = CONFIGS[kind]
     adapter, tokens = random_adapter(tiny.config, lora), tokens_for(tiny.config, 2, 13)
-
-    @functools.partial(jax.jit, static_argnames="as_params")
-    def ours_or_theirs(adapter: Any, as_params: Any) -> Any:
-        return jax.value_and_grad(lambda adapter: mean_loss(tiny.config, as_params(adapter), tokens))(adapter)
-
-    ours = ours_or_theirs(adapter, lambda adapter: attach(tiny.params, adapter, lora))
-    theirs = ours_or_theirs(adapter, lambda adapter: dense(tiny.params, adapter, lora, lora.scaling))
+    integers, floats = integers_and_their_meaning(tiny.params)
+    ours = loss_and_gradient(tiny.config, floats if over == "floats" else integers, adapter, lora, tokens)
+    theirs = loss_and_gradient(tiny.config, floats, adapter, lora, tokens, multiplied_out=True)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(theirs))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-3), ours, theirs)
 
 
-def test_generation_reads_the_adapter_with_a_cache(tiny):
-    lora = CONFIGS["dora"]
-    adapter, tokens = random_adapter(tiny.config, lora), tokens_for(tiny.config, 2, 15)
-    params = attach(tiny.params, adapter, lora)
-    whole = run(tiny.config, params, tokens)
-    cache = phi3_jax.KVCache.create(tiny.config, 2, 16, jnp.float32)
-    first, cache = run(tiny.config, params, tokens[:, :11], cache=cache)
-    rest = []
-    for t in range(11, 15):
-        logits, cache = run(tiny.config, params, tokens[:, t : t + 1], cache=cache)
-        rest.append(logits)
-    np.testing.assert_allclose(jnp.concatenate([first, *rest], 1), whole, atol=1e-4)
+def test_integers_are_not_merged_with(tiny):
+    lora = CONFIGS["lora"]
+    with pytest.raises(ValueError, match="is a QuantizedTensor already: load the model as floats"):
+        merge(integers_and_their_meaning(tiny.params)[0], random_adapter(tiny.config, lora), lora)
 
 
-def test_a_new_adapter_changes_nothing(tiny):
-    params, tokens, lora = tiny.params, tokens_for(tiny.config, 2, 9), CONFIGS["lora"]
-    attached = attach(params, init_adapter(tiny.config, lora, jax.random.key(1)), lora)
-    np.testing.assert_array_equal(run(tiny.config, attached, tokens), run(tiny.config, params, tokens))
-    merged = merge(params, init_adapter(tiny.config, lora, jax.random.key(1)), lora)
-    jax.tree.map(np.testing.assert_array_equal, merged, params)
-    dora = CONFIGS["dora"]
-    adapter = init_adapter(tiny.config, dora, jax.random.key(1), params)
+def test_generation_reads_the_adapter_with_a_cache():
+    lora, adapter = load_adapter(RECORDED / "dora", base().config)
+    params, tokens = attach(base().params, adapter, lora), recorded("dora")["tokens"]
+    cache = phi3_jax.KVCache.create(base().config, 2, 16, jnp.float32)
+    logits = []
+    for start, end in ((0, 9), (9, 10), (10, 11)):
+        each, cache = run(base().config, params, tokens[:, start:end], cache=cache)
+        logits.append(each)
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), recorded("dora")["logits"], atol=1e-4)
+
+
+def test_a_new_adapter_changes_nothing():
+    config, params, tokens = base().config, base().params, recorded("lora")["tokens"]
+    lora, dora = LoraConfig(3, 7), CONFIGS["dora"]
+    attached = attach(params, init_adapter(config, lora, jax.random.key(1)), lora)
+    np.testing.assert_array_equal(run(config, attached, tokens, walk="slice"), run(config, params, tokens))
+    adapter = init_adapter(config, dora, jax.random.key(1), params)
     norms = np.linalg.norm(np.asarray(params["layers"]["mlp"]["down_proj"]["weight"], np.float64), axis=-1)
     np.testing.assert_allclose(adapter["layers"]["mlp"]["down_proj"]["magnitude"], norms, rtol=1e-6)
     gains = attach(params, adapter, dora)["layers"]["mlp"]["down_proj"]["weight"].gain
@@ -183,27 +207,6 @@ def test_an_adapter_adds_the_same_to_a_rounded_base(kind):
     expected = 0.7 * np.einsum("bti,ri,or->bto", *(np.asarray(each, np.float64) for each in (x, tensor.a, tensor.b)))
     np.testing.assert_allclose(added, expected, atol=1e-4)
     np.testing.assert_allclose(linear(x, tensor) - linear(x, weight), expected, atol=1e-4)
-
-
-def test_an_adapter_on_integers_is_one_on_the_floats_that_they_mean(tiny):
-    lora = CONFIGS["dora"]
-    adapter, tokens = random_adapter(tiny.config, lora), tokens_for(tiny.config, 2, 13)
-    rng, floats, integers = np.random.default_rng(4), {}, {}
-    for path, leaf in flax.traverse_util.flatten_dict(tiny.params).items():
-        floats[path] = integers[path] = leaf
-        if leaf.ndim == 3:
-            values = jnp.asarray(rng.integers(0, 256, (*leaf.shape[:2], 32), dtype=np.uint8))
-            scales = jnp.asarray(rng.uniform(0.05, 0.1, (*leaf.shape[:2], 2)), jnp.float16)
-            integers[path] = QuantizedTensor(values, scales, None, bits=4, columns=leaf.shape[2])
-            floats[path] = integers[path].dequantize()
-    floats, integers = (flax.traverse_util.unflatten_dict(each) for each in (floats, integers))
-    step = jax.jit(
-        jax.value_and_grad(lambda adapter, params: mean_loss(tiny.config, attach(params, adapter, lora), tokens))
-    )
-    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3)
-    jax.tree.map(close, step(adapter, integers), step(adapter, floats))
-    with pytest.raises(ValueError, match="is a QuantizedTensor already: load the model as floats"):
-        merge(integers, adapter, lora)
 
 
 def test_a_float32_adapter_is_computed_in_float32_over_bfloat16():
@@ -265,17 +268,19 @@ def test_each_matrix_and_layer_drops_its_own_inputs(tiny):
 
 
 def test_dropout_in_the_model(tiny):
-    """The same in both walks and with remat; another key's is another; without a key there is none."""
+    """The same in both walks, and in gradients through remat; another key's is another; without a key there is none."""
     lora = LoraConfig(3, 7, dropout=0.4)
     adapter, tokens = random_adapter(tiny.config, lora), tokens_for(tiny.config, 2, 9)
-    dropped = attach(tiny.params, adapter, lora, jax.random.key(4))
-    sliced = run(tiny.config, dropped, tokens, walk="slice")
-    np.testing.assert_allclose(run(tiny.config, dropped, tokens, walk="index"), sliced, atol=2e-4)
-    np.testing.assert_allclose(run(tiny.config, dropped, tokens, remat=True), sliced, atol=2e-4)
-    whole = run(tiny.config, attach(tiny.params, adapter, lora), tokens, walk="slice")
-    np.testing.assert_allclose(whole, run(tiny.config, merge(tiny.params, adapter, lora), tokens), atol=2e-4)
-    other = run(tiny.config, attach(tiny.params, adapter, lora, jax.random.key(5)), tokens, walk="slice")
-    assert min(np.abs(sliced - whole).max(), np.abs(sliced - other).max()) > 0.1
+    step = functools.partial(loss_and_gradient, tiny.config, tiny.params, adapter, lora, tokens)
+    loss, gradient = step(jax.random.key(4))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-2),
+        (loss, gradient),
+        step(jax.random.key(4), walk="index"),
+    )
+    assert abs(step(jax.random.key(5))[0] - loss) > 1e-2
+    undropped = attach(tiny.params, adapter, lora)["layers"]["mlp"]["down_proj"]["weight"]
+    assert undropped.keys is None
 
 
 def test_dropout_keeps_the_expectation():
