@@ -118,7 +118,7 @@ def make_train_step(
     def step(state: TrainState, frozen: Params, batch: Batch | Pair) -> tuple[TrainState, Metrics]:
         gradient, sums = gradient_and_sums(state, frozen, batch)
         per_weight = jnp.where(sums["weight"] > 0, 1 / sums["weight"], 0)
-        norm = optax.global_norm(gradient) * per_weight
+        norm = optax.tree.norm(gradient) * per_weight
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         # As torch's clip_grad_norm_.
         clip = jnp.minimum(1, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1
