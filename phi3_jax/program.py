@@ -68,8 +68,11 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C does not raise: it makes the function that is yielded say True. A second Ctrl-C raises."""
+def interruptible(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C does not raise: it makes the function that is yielded say True. A second Ctrl-C raises.
+
+    So do other signals, of which SIGTERM is how a scheduler asks a program to end.
+    """
     pressed = threading.Event()
 
     def on_interrupt(number: int, frame: Any) -> None:
@@ -77,11 +80,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed.set()
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, *others)}
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _help(title: str, topics: Topics) -> str:

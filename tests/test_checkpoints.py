@@ -1,0 +1,192 @@
+"""Checkpoints: which ones stay, that they are what was saved, and that broken ones are never taken."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from batches import read_only, small_disk
+from phi3_jax.train.checkpoints import Checkpoints
+
+RUN = {"settings": {"lr": 1e-4, "lora_targets": ["a", "b"]}, "data": "x"}
+
+
+def make_state(seed: int) -> Any:
+    """Some of all that a training state has: nested tuples with empty ones, dtypes, scalars."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "x": jax.random.normal(keys[0], (31, 3)),
+        "y": {"z": jax.random.normal(keys[1], (7,), jnp.bfloat16), "q": jax.random.bits(keys[2], (5, 2), jnp.uint8)},
+    }
+    optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale(-1.0))
+    return jnp.int32(seed), params, optimizer.init({"x": params["x"]})
+
+
+def like(state: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def equal(one: Any, other: Any) -> bool:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in leaves)
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the checkpoints 3 (the best), 5 and 6."""
+    with Checkpoints(tmp_path / "kept", keep_last=2, keep_best=1) as checkpoints:
+        for step, loss in ((1, 3.0), (3, 1.0), (4, None), (5, 2.0), (6, float("nan"))):
+            checkpoints.save(step, make_state(step), RUN, loss)
+    return tmp_path / "kept"
+
+
+def test_the_last_and_the_best_stay(saved):
+    assert names(saved) == {"3", "5", "6"}
+    with Checkpoints(saved, 2, 2) as checkpoints:  # which knows the losses of before
+        assert checkpoints.steps == [3, 5, 6]
+        # The two best have 1 and 2.
+        assert [checkpoints.is_among_best(loss) for loss in (0.5, 1.5, 2.0, float("nan"), float("inf"))] == [
+            True, True, False, False, False,
+        ]  # fmt: skip
+        for step, loss in ((7, 1.5), (8, 9.0), (9, None)):
+            checkpoints.save(step, make_state(step), RUN, loss)
+    assert names(saved) == {"3", "7", "8", "9"}
+    with Checkpoints(saved, 1, 0) as checkpoints:
+        assert not checkpoints.is_among_best(0.0)
+        checkpoints.save(10, make_state(10), RUN, 0.0)
+    assert names(saved) == {"10"}
+
+
+def test_what_is_restored_is_what_was_saved(saved):
+    with Checkpoints(saved, 2, 1) as checkpoints:
+        assert checkpoints.about() == RUN
+        restored = checkpoints.restore(like(make_state(0)))
+    assert (restored.step, restored.skipped) == (6, ())
+    assert equal(restored.state, make_state(6))
+
+
+def test_the_state_may_be_used_up_while_it_is_written(tmp_path):
+    add_one = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
+    state = {"x": jax.random.normal(jax.random.key(0), (1500, 1500))}
+    expected = []
+    with Checkpoints(tmp_path / "kept", 3, 0) as checkpoints:
+        for step in range(3):
+            expected.append(np.array(state["x"]))
+            checkpoints.save(step, state, RUN)
+            state = add_one(add_one(state))
+    for step in (2, 1, 0):
+        with Checkpoints(tmp_path / "kept", 3, 0) as checkpoints:
+            restored = checkpoints.restore(like(state))
+        assert restored.step == step
+        np.testing.assert_array_equal(restored.state["x"], expected[step])
+        shutil.rmtree(tmp_path / "kept" / str(step))
+
+
+def test_remains_of_saves_and_removals_vanish(saved):
+    shutil.copytree(saved / "6", saved / "7.orbax-checkpoint-tmp")
+    shutil.copytree(saved / "5", saved / "removed" / "4")
+    (saved / "removed" / "4" / "about" / "metadata").unlink()
+    with Checkpoints(saved, 2, 1) as checkpoints:
+        assert checkpoints.steps == [3, 5, 6]
+        checkpoints.save(7, make_state(7), RUN)
+    assert names(saved) == {"3", "6", "7"}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_data(checkpoint: Path) -> None:
+    cut(max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+
+
+def damage_metadata(checkpoint: Path) -> None:
+    cut(checkpoint / "state" / "_METADATA")
+
+
+def remove_manifest(checkpoint: Path) -> None:
+    (checkpoint / "state" / "manifest.ocdbt").unlink()
+
+
+def remove_state(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "state")
+
+
+# Orbax leaves work behind when a file cannot be read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("damage", [damage_data, damage_metadata, remove_manifest, remove_state])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken(saved, damage):
+    damage(saved / "6")
+    with Checkpoints(saved, 2, 1) as checkpoints:
+        restored = checkpoints.restore(like(make_state(0)))
+        assert restored.step == 5
+        assert equal(restored.state, make_state(5))
+        (text,) = restored.skipped
+        assert text.startswith("checkpoint 6 cannot be read: ")
+        assert "\n" not in text
+        assert len(text) < 400
+        assert checkpoints.steps == [3, 5]
+        checkpoints.save(6, make_state(16), RUN)
+    assert names(saved) == {"3", "5", "6", "unreadable-6"}
+    with Checkpoints(saved, 2, 1) as checkpoints:
+        assert equal(checkpoints.restore(like(make_state(0))).state, make_state(16))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+def test_nothing_is_set_aside_where_nothing_can_be_read(saved):
+    for step in (3, 5, 6):
+        remove_manifest(saved / str(step))
+    with Checkpoints(saved, 2, 1) as checkpoints, pytest.raises(
+        ValueError, match=r"kept: none of the checkpoints 3, 5, 6 can be read .*name another output"
+    ):
+        checkpoints.restore(like(make_state(0)))
+    assert names(saved) == {"3", "5", "6"}
+
+
+def test_what_a_run_is_known_by_is_read_from_an_older_one_if_need_be(saved):
+    cut(saved / "6" / "about" / "metadata")
+    with Checkpoints(saved, 2, 1) as checkpoints:
+        assert checkpoints.about() == RUN
+    for step in (3, 5):
+        (saved / str(step) / "about" / "metadata").write_text(json.dumps({}) if step == 3 else "")
+    with Checkpoints(saved, 2, 1) as checkpoints, pytest.raises(ValueError, match="none of the checkpoints"):
+        checkpoints.about()
+    with Checkpoints(saved.parent / "empty", 2, 1) as checkpoints:
+        assert checkpoints.about() is None
+
+
+# The thread that fails is asked for its fault.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+def test_a_full_disk_is_one_error_and_spares_what_was_there(tmp_path):
+    state = {"x": jax.random.normal(jax.random.key(0), (500, 500))}  # a megabyte
+    with small_disk(tmp_path / "disk", 2_500_000) as disk:
+
+        def save_all() -> None:
+            with Checkpoints(disk / "kept", 9, 0) as checkpoints:
+                for step in range(5):
+                    checkpoints.save(step, state, RUN)
+
+        with pytest.raises(OSError, match=r"kept: a checkpoint could not be written \(.*\); when that is mended"):
+            save_all()
+        with Checkpoints(disk / "kept", 9, 0) as checkpoints:
+            restored = checkpoints.restore(like(state))
+            assert restored.step == 1
+            assert equal(restored.state, state)
+            assert names(disk / "kept") == {"0", "1"}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "fixed").mkdir()
+    with read_only(tmp_path / "fixed"), pytest.raises(OSError, match="a checkpoint could not be written"):
+        Checkpoints(tmp_path / "fixed" / "kept", 1, 1)

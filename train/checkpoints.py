@@ -1,0 +1,216 @@
+"""A run's checkpoints, by Orbax: written beside the training, each whole or not there, the last and the best kept.
+
+A checkpoint `checkpoints/STEP/` holds the training state and what `Checkpoints.save` is told about the run. Batches and
+random numbers depend on (seed, step) alone, so that the state's step is all that is to be known of the data's order.
+
+Orbax writes into a folder of another name and renames it. It removes checkpoints file by file, though, and a kill in
+between would leave half of one: they are renamed, too, and then removed here. It has no checksums of what it
+compresses: a file that was cut off or is missing is noticed, a flipped bit is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+try:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext
+except ImportError as error:
+    raise ImportError(f"training needs more packages ({error}): pip install 'phi3_jax[train]'") from None
+
+_REMOVED = "removed"  # a folder beside the checkpoints: what is in it waits for its end
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+      step: its name.
+      state: arrays, as they were saved.
+      skipped: newer ones that could not be read, each with the reason.
+    """
+
+    step: int
+    state: Any
+    skipped: tuple[str, ...]
+
+
+class Checkpoints:
+    """The checkpoints in a folder, which is made if it is not there. To be closed, or used in a `with`."""
+
+    def __init__(self, folder: Path, keep_last: int, keep_best: int):
+        """Opens a folder; remains of saves and removals that were cut off vanish.
+
+        Args:
+          keep_last: how many of the newest stay.
+          keep_best: how many of those with the lowest evaluation loss stay, besides.
+
+        Raises:
+          OSError: the folder cannot be written.
+        """
+        self._folder, self._keep_best = folder.absolute(), keep_best
+        self._losses: dict[int, float] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LastAndBest(keep_last, keep_best, self._losses),
+            cleanup_tmp_directories=True,
+            todelete_subdir=_REMOVED,
+            lightweight_initialize=True,
+        )
+        with self._explained():
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._remove()
+        for step in self.steps:
+            found = self._about(step)
+            if found is not None and found[1] is not None and math.isfinite(found[1]):
+                self._losses[step] = found[1]
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The steps of all, rising."""
+        return sorted(self._manager.all_steps())
+
+    def about(self) -> dict[str, Any] | None:
+        """What the newest checkpoint that can be read was told about its run; None if there is no checkpoint.
+
+        Raises:
+          ValueError: there are checkpoints, but none of them can be read.
+        """
+        for step in reversed(self.steps):
+            if (found := self._about(step)) is not None:
+                return found[0]
+        if self.steps:
+            raise self._unreadable("what they say about their run is missing or damaged")
+        return None
+
+    def restore(self, like: Any) -> Restored:
+        """The newest checkpoint that can be read. Newer ones are set aside under another name.
+
+        Args:
+          like: a tree of `jax.ShapeDtypeStruct` with shardings: what the state looks like.
+
+        Raises:
+          ValueError: none can be read.
+        """
+        leaves, structure = jax.tree.flatten(like)
+        names = _names(like)
+        skipped: dict[int, str] = {}
+        for step in reversed(self.steps):
+            wanted = ocp.args.StandardRestore(dict(zip(names, leaves, strict=True)))
+            try:
+                found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
+            except Exception as error:  # Orbax raises no particular one
+                skipped[step] = _first_words(error)
+                continue
+            for broken in skipped:
+                aside = self._folder / f"unreadable-{broken}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._folder / str(broken)).rename(aside)
+                self._losses.pop(broken, None)
+            self._manager.reload()
+            state = jax.tree.unflatten(structure, [found[name] for name in names])
+            reasons = tuple(f"checkpoint {broken} cannot be read: {why}" for broken, why in skipped.items())
+            return Restored(step, state, reasons)
+        raise self._unreadable(next(iter(skipped.values())))
+
+    def is_among_best(self, eval_loss: float) -> bool:
+        """Whether a checkpoint of this evaluation loss would be one of the best that are kept."""
+        better = sum(loss <= eval_loss for loss in self._losses.values())
+        return math.isfinite(eval_loss) and better < self._keep_best
+
+    def save(self, step: int, state: Any, run: Mapping[str, Any], eval_loss: float | None = None) -> None:
+        """Begins to write a checkpoint, when the one before is done; the state may be used up meanwhile.
+
+        Args:
+          run: what `about` tells; JSON.
+          eval_loss: of this very state, if it was evaluated.
+
+        Raises:
+          OSError: this one or the one before could not be written.
+        """
+        about = {"run": dict(run), "eval_loss": eval_loss}
+        leaves = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
+        with self._explained():
+            self._manager.wait_until_finished()
+            self._remove()
+            if eval_loss is not None and math.isfinite(eval_loss):
+                self._losses[step] = eval_loss
+            args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about))
+            self._manager.save(step, args=args, force=True)
+
+    def close(self) -> None:
+        """Waits until all is written. Raises OSError if it could not be."""
+        with self._explained():
+            self._manager.close()
+            self._remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # the first fault is the one to be told
+            self.close()
+
+    def _about(self, step: int) -> tuple[dict[str, Any], float | None] | None:
+        """What was saved of the run, and the evaluation loss; None if that cannot be read."""
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            return found["run"], found["eval_loss"]
+        except Exception:  # see `restore`
+            return None
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
+
+    def _unreadable(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self._folder}: none of the checkpoints {', '.join(map(str, self.steps))} can be read ({why}); to begin "
+            "anew, name another output or remove the folder"
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Faults of writing, which come as many kinds of exceptions from below, as one."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"{self._folder}: a checkpoint could not be written ({_first_words(error)}); when that is mended, the "
+                "same command goes on from the last one"
+            ) from error
+
+
+class _LastAndBest:
+    """Which checkpoints stay; an orbax.checkpoint.checkpoint_managers.PreservationPolicy."""
+
+    def __init__(self, last: int, best: int, losses: Mapping[int, float]):
+        self._last, self._best, self._losses = last, best, losses
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        known = [step for step in steps if step in self._losses]
+        best = sorted(known, key=lambda step: (self._losses[step], step))[: self._best]
+        return [step in steps[-self._last :] or step in best for step in steps]
+
+
+def _names(tree: Any) -> list[str]:
+    """The leaves' names in a checkpoint: "trainable/layers/mlp/down_proj/weight"."""
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _first_words(error: Exception) -> str:
+    """TensorStore's messages go on for pages."""
+    return str(error).split(" [tensorstore")[0].splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,148 @@
+"""Perplexity of texts, and accuracy on questions with several answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.tokenizer import Tokenizer
+
+from .evaluate_files import Question
+from .score import OnProgress, Request, score
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """How surprising texts are.
+
+    Attributes:
+      tokens: how many were predicted.
+      loss: the mean of -log p over them, in nats.
+      perplexity: its exponential.
+      bits_per_byte: the loss by byte of text, which other vocabularies can be compared with.
+    """
+
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How often the right choice is the likeliest.
+
+    Attributes:
+      questions: how many.
+      accuracy: by the choice's log-probability.
+      accuracy_normalised: by its log-probability by character, which is fair to long choices.
+      standard_error: of `accuracy`.
+    """
+
+    questions: int
+    accuracy: float
+    accuracy_normalised: float
+    standard_error: float
+
+
+def perplexity(
+    checkpoint: Checkpoint,
+    texts: Sequence[str],
+    window: int | None = None,
+    stride: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Perplexity:
+    """Of all tokens of all texts; of the first one of each only if the vocabulary puts a bos token before it.
+
+    A text that is longer than a window is read in windows that begin every `stride` tokens; each token is predicted
+    once, in the first window that has it, from at least window - stride tokens before it where there are so many. These
+    are the windows of transformers' guide on perplexity, and the mean is over tokens, not over windows.
+
+    Args:
+      window: tokens; by default the model's context, 2048 at most.
+      stride: by default half the window.
+
+    Raises:
+      ValueError: window or stride make no sense; the checkpoint has no tokenizer; there is nothing to predict.
+    """
+    limit = checkpoint.config.max_position_embeddings
+    window = min(2048, limit) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    if not 2 <= window <= limit or not 1 <= stride < window:
+        raise ValueError(
+            f"window={window}, stride={stride}: needs 1 <= stride < window <= {limit}, the model's context"
+        )
+    tokenizer = _tokenizer(checkpoint)
+    requests = [piece for text in texts if text for piece in windows(tokenizer.encode(text), window, stride)]
+    scores = score(checkpoint, requests, on_progress)
+    tokens = sum(len(each.logprobs) for each in scores)
+    if tokens == 0:
+        raise ValueError("there is nothing to predict: the texts have less than two tokens")
+    total = -math.fsum(float(each.logprobs.sum(dtype=np.float64)) for each in scores)
+    size = sum(len(text.encode()) for text in texts)
+    return Perplexity(tokens, total / tokens, math.exp(total / tokens), total / size / math.log(2))
+
+
+def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Request]:
+    """The windows of a text, each with where its own tokens begin."""
+    end = 0
+    for begin in range(0, len(ids), stride):
+        new_end = min(begin + window, len(ids))
+        yield Request(ids[begin:new_end], end - begin)
+        end = new_end
+        if end == len(ids):
+            return
+
+
+def accuracy(checkpoint: Checkpoint, questions: Sequence[Question], on_progress: OnProgress | None = None) -> Accuracy:
+    """Of questions whose choices are scored as they would stand after the question, with a space between.
+
+    Raises:
+      ValueError: a choice is longer than the model's context; the checkpoint has no tokenizer.
+    """
+    tokenizer, limit = _tokenizer(checkpoint), checkpoint.config.max_position_embeddings
+    pairs = [(question.context, f" {choice}") for question in questions for choice in question.choices]
+    requests = [continuation(tokenizer, context, choice, limit) for context, choice in pairs]
+    totals = iter([float(each.logprobs.sum(dtype=np.float64)) for each in score(checkpoint, requests, on_progress)])
+    right = right_normalised = 0
+    for question in questions:
+        each = np.array([next(totals) for _ in question.choices])
+        sizes = np.array([len(choice) for choice in question.choices])
+        right += int(each.argmax() == question.answer)
+        right_normalised += int((each / sizes).argmax() == question.answer)
+    count = len(questions)
+    rate = right / count
+    error = math.sqrt(rate * (1 - rate) / (count - 1)) if count > 1 else math.nan
+    return Accuracy(count, rate, right_normalised / count, error)
+
+
+def continuation(tokenizer: Tokenizer, context: str, text: str, limit: int) -> Request:
+    """A text after a context, as one text; where there is too much, the context's beginning is left out.
+
+    As in lm-evaluation-harness, white space at the context's end belongs to the text, the border between tokens is
+    where the context's own tokens end, and without a context bos or eos stands there.
+
+    Raises:
+      ValueError: the text alone is longer than `limit` tokens.
+    """
+    stripped = context.rstrip()
+    context, text = stripped, context[len(stripped) :] + text
+    ids, before = tokenizer.encode(context + text), tokenizer.encode(context)
+    if not before:
+        before = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
+        ids = before + ids
+    begin = len(before)
+    if len(ids) - begin >= limit:
+        raise ValueError(f"a text to be scored has {len(ids) - begin} tokens; the model's context is {limit}")
+    dropped = max(0, len(ids) - limit)
+    return Request(ids[dropped:], begin - dropped)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    if checkpoint.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer.json or tokenizer.model; put one of them beside the weights")
+    return checkpoint.tokenizer

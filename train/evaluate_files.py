@@ -1,0 +1,86 @@
+"""The files that a model is evaluated on: texts, and questions with several answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What stands before the answer, the possible answers, and which of them is right."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The texts of a file: of .jsonl the field "text" of every line, of any other file all of it.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is not UTF-8, or a line is not as it should be.
+    """
+    if Path(path).suffix != ".jsonl":
+        return [_decoded(path)]
+    texts = []
+    for place, record in _records(path):
+        if not isinstance(record.get("text"), str):
+            raise ValueError(f'{place}: has no string "text"')
+        texts.append(record["text"])
+    return texts
+
+
+def read_questions(path: str | os.PathLike[str]) -> list[Question]:
+    """The questions of a file of JSON lines {"question" or "context": ..., "choices": [...], "answer": ...}.
+
+    The answer is the number of a choice, from 0, or the choice itself.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is not UTF-8, has no lines, or one that is not as it should be.
+    """
+    questions = [_question(place, record) for place, record in _records(path)]
+    if not questions:
+        raise ValueError(f"{path}: there are no questions in it")
+    return questions
+
+
+def _question(place: str, record: Mapping[str, Any]) -> Question:
+    contexts = [record[name] for name in ("question", "context") if name in record]
+    choices, answer = record.get("choices"), record.get("answer")
+    if len(contexts) != 1 or not isinstance(contexts[0], str):
+        raise ValueError(f'{place}: needs one string "question" or "context"')
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError(f'{place}: "choices" must be a list of at least two texts')
+    if isinstance(answer, str) and choices.count(answer) == 1:
+        answer = choices.index(answer)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f'{place}: "answer" must be one of the choices, or its number from 0 on')
+    return Question(contexts[0], tuple(choices), answer)
+
+
+def _records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, the object) of every line that is not blank."""
+    for number, line in enumerate(_decoded(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        yield f"{path}, line {number}", record
+
+
+def _decoded(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None

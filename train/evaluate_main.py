@@ -1,0 +1,129 @@
+"""phi3-evaluate: how surprising texts are to a model, and how often it picks the right one of several answers.
+
+phi3-evaluate --checkpoint demo --text held-out.txt --stride 512
+phi3-evaluate --checkpoint demo --adapter runs/train/adapter --questions quiz.jsonl --json figures.json
+
+A text is a file as it is, or JSON lines {"text": ...}, each a text of its own. Questions are JSON lines
+{"question": ..., "choices": [..., ...], "answer": NUMBER}, the first choice being 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+import phi3_jax
+from phi3_jax.kernels import Unavailable
+from phi3_jax.kernels.native.build import library
+from phi3_jax.program import run_program
+from phi3_jax.weights import OnProgress
+
+from .evaluate import Accuracy, Perplexity, accuracy, perplexity
+from .evaluate_files import read_questions, read_texts
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    "demo",
+    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
+)
+_ADAPTER = flags.DEFINE_string("adapter", None, "A folder of a LoRA adapter in PEFT's format, added to the weights.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "What weights become that are not quantised."
+)
+_QUANTIZE = flags.DEFINE_string(
+    "quantize", None, "Make weights integers first: int8, int4, int4-mixed, ...; stored keeps those of a GGUF file."
+)
+_TEXT = flags.DEFINE_string("text", None, "A text, or .jsonl with many, whose perplexity is wanted.")
+_WINDOW = flags.DEFINE_integer("window", None, "Tokens that are read at a time; by default the context, 2048 at most.")
+_STRIDE = flags.DEFINE_integer(
+    "stride",
+    None,
+    "A window begins so many tokens after the one before; by default half of it. Less is slower, and fair.",
+)
+_QUESTIONS = flags.DEFINE_string("questions", None, "A .jsonl of questions with choices.")
+_JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+
+
+def main() -> int:
+    """Reads the files, loads, evaluates and tells."""
+    if not _TEXT.value and not _QUESTIONS.value:
+        raise ValueError("give --text, or --questions, or both")
+    texts = read_texts(_TEXT.value) if _TEXT.value else []
+    questions = read_questions(_QUESTIONS.value) if _QUESTIONS.value else []
+    checkpoint = _load()
+    figures: dict[str, Any] = {}
+    if _TEXT.value:
+        with _progress("texts") as on_progress:
+            surprise = perplexity(checkpoint, texts, _WINDOW.value, _STRIDE.value, on_progress)
+        print(f"{_TEXT.value}: {_tell_perplexity(surprise)}", flush=True)
+        figures["text"] = {"file": _TEXT.value, **dataclasses.asdict(surprise)}
+    if questions:
+        with _progress("questions") as on_progress:
+            right = accuracy(checkpoint, questions, on_progress)
+        print(f"{_QUESTIONS.value}: {_tell_accuracy(right)}", flush=True)
+        figures["questions"] = {"file": _QUESTIONS.value, **dataclasses.asdict(right)}
+    if _JSON.value:
+        partial = Path(f"{_JSON.value}.partial")
+        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        partial.replace(_JSON.value)
+    return 0
+
+
+def _load() -> phi3_jax.Checkpoint:
+    has_kernels = jax.default_backend() == "cpu" and not isinstance(library(), Unavailable)
+    with _progress("loading") as on_progress:
+        return phi3_jax.load(
+            _CHECKPOINT.value,
+            _DTYPE.value,
+            quantize=_QUANTIZE.value,
+            layout="packed" if has_kernels else "rows",
+            adapter=_ADAPTER.value,
+            on_progress=on_progress,
+        )
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[OnProgress]:
+    """A bar on the terminal where it takes more than a second."""
+    with tqdm(desc=what, delay=1, disable=None, unit_scale=True, leave=False) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_progress
+
+
+def _tell_perplexity(found: Perplexity) -> str:
+    return (
+        f"perplexity {found.perplexity:.4f}, loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte, "
+        f"{found.tokens} tokens"
+    )
+
+
+def _tell_accuracy(found: Accuracy) -> str:
+    return (
+        f"accuracy {found.accuracy:.4f} +- {found.standard_error:.4f}, by character {found.accuracy_normalised:.4f}, "
+        f"{found.questions} questions"
+    )
+
+
+def run() -> None:
+    """The console script."""
+    topics: dict[str, list[flags.FlagHolder[Any]]] = {
+        "Model": [_CHECKPOINT, _ADAPTER, _DTYPE, _QUANTIZE],
+        "What is measured": [_TEXT, _WINDOW, _STRIDE, _QUESTIONS, _JSON],
+    }
+    run_program("phi3-evaluate", main, topics)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,227 @@
+"""A training run from its settings to files, top to bottom: `train`.
+
+A run's folder (`Settings.output`) holds data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/, loss.png, and at
+the end adapter/ or model/. The same settings in the same folder go on with the run, wherever it was stopped or killed,
+and its weights and metrics are bit for bit those of a run that was not.
+
+Axis letters: A batches of a step, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import phi3_jax
+from phi3_jax.lora_files import save_adapter
+
+from . import sharding
+from .checkpoints import Checkpoints
+from .curve import save_curve
+from .data import Dataset, batches, eval_batches, prepare
+from .forward import adapter_config
+from .memory import estimate, require_fit
+from .metrics import MetricsWriter, Record, read
+from .observer import Observer, Outcome
+from .run_folder import alone, check_data, check_settings, describe, export_folder
+from .settings import Settings
+from .step import TrainState, make_eval_step, make_train_step, start, weights
+from .window import Window, with_perplexity
+
+
+def train(
+    settings: Settings, observer: Observer | None = None, interrupt: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Trains.
+
+    Args:
+      interrupt: asked after each step; True saves and ends the run.
+
+    Raises:
+      FileNotFoundError: a file or the checkpoint is not there.
+      ValueError: settings that cannot be followed, or not those that the folder's run began with; data that cannot be
+        used; too little memory; too many steps in a row that were not finite.
+      OSError: the folder cannot be written, or another process writes it.
+    """
+    observer, folder = observer or Observer(), Path(settings.output)
+    if not settings.train_file:
+        raise ValueError("train_file: not given; name a file of JSON lines")
+    with alone(folder), Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints:
+        recorded = checkpoints.about()
+        check_settings(recorded, settings)
+
+        # ---- the model and the data ----
+        checkpoint = _load(settings, observer)
+        data = _prepare(settings.train_file, checkpoint, settings, observer)
+        held_out = _prepare(settings.eval_file, checkpoint, settings, observer) if settings.eval_file else None
+        check_data(recorded, settings, data.fingerprint)
+
+        # ---- does it fit? ----
+        like = _start_like(settings, checkpoint)
+        jitted = typing.cast(jax.stages.Wrapped, make_train_step(settings, checkpoint.config))
+        step = jitted.lower(*like, next(batches(data, settings))).compile()
+        memory = estimate(step, *like)
+        observer.note(str(memory))
+        require_fit(memory, settings)
+
+        # ---- begin, or go on ----
+        state, frozen = start(settings, checkpoint.config, checkpoint.params)
+        checkpoint = dataclasses.replace(checkpoint, params={})  # there may not be room for them twice
+        is_new = recorded is None
+        if not is_new:
+            del state
+            state = _restore(checkpoints, like[0], observer)
+
+        # ---- the steps ----
+        evaluate = None if held_out is None else _evaluation(settings, checkpoint, frozen, held_out, observer)
+        about, window = describe(settings, data.fingerprint), Window(settings, checkpoint.config)
+        with MetricsWriter(folder, -1 if is_new else int(state.step)) as metrics:
+            run = _Run(settings, data, evaluate, window, metrics, checkpoints, about, observer, interrupt)
+            state = run.go_on(step, state, frozen, is_new)
+
+        # ---- the end ----
+        exported = export_folder(settings) if int(state.step) == settings.steps else None
+        if exported is not None and not exported.exists():
+            _export(settings, checkpoint, state, frozen, exported)
+        save_curve(read(folder / "metrics.jsonl"), folder / "loss.png", str(folder))
+    return Outcome(int(state.step), exported)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The steps of a run: what they are computed from, and what hears of them."""
+
+    settings: Settings
+    data: Dataset
+    evaluate: Callable[[TrainState], Record] | None
+    window: Window
+    metrics: MetricsWriter
+    checkpoints: Checkpoints
+    about: dict[str, Any]
+    observer: Observer
+    interrupt: Callable[[], bool]
+
+    def go_on(self, step: Callable[..., Any], state: TrainState, frozen: Any, is_new: bool) -> TrainState:
+        """All the steps that are left, or those until the run is interrupted."""
+        s, done, bad_in_row = self.settings, int(state.step), int(state.bad_in_row)
+        self.observer.begin(done, s.steps)
+        if is_new and self.evaluate is not None:
+            self._write([{"step": 0, **self.evaluate(state)}])
+        stream = batches(self.data, s, done)
+        batch = next(stream)
+        self.window.restart()
+        is_last = done == s.steps
+        while not is_last:
+            state, metrics = step(state, frozen, batch)
+            done += 1
+            self.window.add(done, metrics, batch)
+            batch = next(stream)  # while the devices compute
+            is_last = self.interrupt() or done == s.steps
+            saves = is_last or done % s.save_every == 0
+            evaluates = done % s.eval_every == 0 or done == s.steps
+            if saves or evaluates or done % s.log_every == 0:
+                records = self.window.records()
+                bad_in_row = self._count_bad(records, bad_in_row)
+                if evaluates and self.evaluate is not None:
+                    records[-1] |= self.evaluate(state)
+                eval_loss = records[-1].get("eval_loss")
+                self._write(records)
+                if saves or (eval_loss is not None and self.checkpoints.is_among_best(eval_loss)):
+                    self.checkpoints.save(done, state, self.about, eval_loss)
+                self.window.restart()
+        return state
+
+    def _write(self, records: list[Record]) -> None:
+        for record in records:
+            self.metrics.write(record)
+            self.observer.record(record)
+
+    def _count_bad(self, records: list[Record], in_row: int) -> int:
+        """How many steps in a row were skipped at last. Raises ValueError if these are too many."""
+        for number, record in enumerate(records):
+            in_row = 0 if record["finite"] else in_row + 1
+            if in_row >= self.settings.max_bad_steps:
+                self._write(records[: number + 1])
+                kept = ", ".join(map(str, self.checkpoints.steps)) or "none yet"
+                raise ValueError(
+                    f"step {record['step']}: for {in_row} steps in a row (max_bad_steps) the loss or the gradient was "
+                    "not finite; a new run with a lower lr or a longer warmup_steps may do better. Checkpoints in "
+                    f"{self.settings.output}: {kept}"
+                )
+        return in_row
+
+
+def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
+    def on_progress(done: int, total: int) -> None:
+        observer.progress("loading", done, total)
+
+    quantize = settings.quantize or None
+    checkpoint = phi3_jax.load(settings.checkpoint, settings.dtype, quantize=quantize, on_progress=on_progress)
+    if checkpoint.tokenizer is None:
+        raise ValueError(f"{settings.checkpoint}: no tokenizer.json or tokenizer.model there; put one of them there")
+    return checkpoint
+
+
+def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, observer: Observer) -> Dataset:
+    def on_progress(done: int, total: int) -> None:
+        observer.progress("preparing", done, total)
+
+    assert checkpoint.tokenizer is not None  # `_load` looks
+    data = prepare(path, checkpoint.tokenizer, settings, Path(settings.output) / "data", on_progress)
+    report = data.report
+    text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
+    text += f"{len(data)} rows that are {report.efficiency:.0%} full"
+    if report.bad_lines:
+        line, reason = report.reasons[0]
+        text += f"; {report.bad_lines} lines left out, as line {line}: {reason}"
+    observer.note(text)
+    return data
+
+
+def _start_like(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tuple[Any, Any]:
+    """What `start` will give, (state, frozen), as shapes and places."""
+    shapes = jax.eval_shape(lambda params: start(settings, checkpoint.config, params), checkpoint.params)
+    places = sharding.of_state(sharding.make_mesh(), shapes, settings.shard_weights)
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
+
+
+def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> TrainState:
+    restored = checkpoints.restore(like)
+    for text in restored.skipped:
+        observer.note(text)
+    observer.note(f"going on after step {restored.step}, from the checkpoint of this run")
+    return restored.state
+
+
+def _evaluation(
+    settings: Settings, checkpoint: phi3_jax.Checkpoint, frozen: Any, held_out: Dataset, observer: Observer
+) -> Callable[[TrainState], Record]:
+    """A function that computes the means over all that is held out, under names that begin with eval_."""
+    step = make_eval_step(settings, checkpoint.config)
+    total = -(-len(held_out) // settings.batch_size)
+
+    def evaluate(state: TrainState) -> Record:
+        sums: dict[str, float] = {}
+        for number, batch in enumerate(eval_batches(held_out, settings)):
+            observer.progress("evaluating", number, total)
+            for name, value in jax.device_get(step(state.trainable, frozen, batch)).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        observer.progress("evaluating", total, total)
+        means = {"loss": sums["loss"] / sums["weight"], "accuracy": sums["correct"] / sums["weight"]}
+        return {f"eval_{name}": value for name, value in with_perplexity(means, settings).items()}
+
+    return evaluate
+
+
+def _export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, frozen: Any, folder: Path) -> None:
+    """The adapter in PEFT's format, or the model in Hugging Face's."""
+    if settings.train == "lora":
+        save_adapter(folder, state.trainable, adapter_config(settings), checkpoint.config, settings.checkpoint)
+    else:
+        params = weights(settings, state.trainable, frozen)
+        phi3_jax.save(dataclasses.replace(checkpoint, params=params), folder)

@@ -1,0 +1,128 @@
+"""How much memory a step takes, before there are steps, and whether there is so much.
+
+The numbers are the compiler's own: it has laid out every array of the compiled step. Analytic formulas of activations
+would have to know what it fuses, computes again and overlaps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .settings import Settings
+
+_GB = 1e9
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on each device while a step runs; on the CPU all devices are one memory.
+
+    Attributes:
+      state: what is trained, and the optimizer's state.
+      frozen: weights that stay as they are.
+      working: gradients, activations and the batch.
+      saving: a second state, while a checkpoint is written; only where device and host are one memory.
+      available: what there is; None if it is not known.
+    """
+
+    state: int
+    frozen: int
+    working: int
+    saving: int
+    available: int | None
+
+    @property
+    def needed(self) -> int:
+        """All of it."""
+        return self.state + self.frozen + self.working + self.saving
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough, as far as is known."""
+        return self.available is None or self.needed <= self.available
+
+    def __str__(self) -> str:
+        parts = {"state": self.state, "frozen": self.frozen, "working": self.working, "saving": self.saving}
+        told = ", ".join(f"{name} {size / _GB:.2f}" for name, size in parts.items() if size)
+        if self.available is None:
+            return f"needs {self.needed / _GB:.2f} GB ({told})"
+        verdict = "fits" if self.fits else "does not fit"
+        return f"needs {self.needed / _GB:.2f} GB ({told}) of {self.available / _GB:.2f}: {verdict}"
+
+
+def estimate(compiled: jax.stages.Compiled, state: Any, frozen: Any) -> Estimate:
+    """The memory of a compiled train step.
+
+    Args:
+      compiled: of arguments (state, frozen, batch), the state donated.
+      state, frozen: trees of arrays or `jax.ShapeDtypeStruct` with shardings: the step's arguments.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    devices = jax.device_count() if on_cpu else 1
+    stats = compiled.memory_analysis()
+    state_bytes, frozen_bytes = (_bytes_of_device(tree) * devices for tree in (state, frozen))
+    whole = 0 if stats is None else stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    if stats is not None:  # of what the step returns, the new state lies where the old one was
+        whole += stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    working = max(0, whole * devices - state_bytes - frozen_bytes)
+    return Estimate(state_bytes, frozen_bytes, working, state_bytes if on_cpu else 0, _available())
+
+
+def require_fit(found: Estimate, settings: Settings) -> None:
+    """Raises ValueError if there is not enough memory, with what of the settings to change."""
+    if found.fits:
+        return
+    raise ValueError(f"the run {found}; {_remedies(found, settings)}")
+
+
+def _remedies(found: Estimate, settings: Settings) -> str:
+    """What would help, what saves most first."""
+    s = settings
+    working = [
+        ("remat=full", s.remat != "full"),
+        (f"batch_size={max(1, s.batch_size // 2)} with accumulation={2 * s.accumulation}", s.batch_size > 1),
+        (f"sequence_length={s.sequence_length // 2}", s.sequence_length > 1),
+        ("loss_chunk=1024", s.loss_chunk == 0 or s.loss_chunk > 1024),
+    ]
+    weights = [
+        ("train=lora", s.train == "all"),
+        ("quantize=int4", s.train == "lora" and not s.quantize and not s.dora),
+        ("dtype=bfloat16", s.dtype == "float32" and not s.quantize),
+        ("optimizer=adamw8bit", s.train == "all" and s.optimizer == "adamw"),
+        ("shard_weights=true", not s.shard_weights and jax.device_count() > 1),
+    ]
+    largest_first = working + weights if found.working > found.state + found.frozen else weights + working
+    helping = [change for change, helps in largest_first if helps]
+    return "these take less, the first ones most: " + ", ".join(helping) if helping else "take a smaller checkpoint"
+
+
+def _bytes_of_device(tree: Any) -> int:
+    """What one device holds of a tree."""
+
+    def of_leaf(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(of_leaf, jax.tree.leaves(tree)))
+
+
+def _available() -> int | None:
+    """The memory of one device, or on the CPU the machine's, as far as this process may use it."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats.get("bytes_limit")
+    limits = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in map(Path, _CGROUPS):
+        text = path.read_text().strip() if path.exists() else ""
+        limits += [int(text)] if text.isdecimal() else []
+    return min(limits) if limits else None

@@ -1,0 +1,83 @@
+"""What a run measures, written down while it goes on: a line of JSON for each step, and TensorBoard's events.
+
+Both can be cut at a step and gone on with, so that those of a run that was killed are those of one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from .tensorboard import EventFile
+
+Record = dict[str, Any]
+# What is not the same each time: it says how fast the machine was.
+TIMES = frozenset({"seconds", "tokens_per_second", "mfu"})
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` and `tensorboard/` in a run's folder. To be closed, or used in a `with`."""
+
+    def __init__(self, folder: Path, step: int):
+        """Opens both for what comes after a step.
+
+        Args:
+          step: lines of later steps, which are to be done again, vanish; -1 begins anew.
+
+        Raises:
+          OSError: the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        kept = [record for record in read(self._path) if record["step"] <= step]
+        # All of the file that is kept appears at once: a kill leaves the old one.
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = EventFile(folder / "tensorboard", step + 1)
+
+    def write(self, record: Record) -> None:
+        """Adds the record of a step, which has "step" and numbers; one that is not finite becomes null.
+
+        Raises:
+          OSError: there is no room.
+        """
+        try:
+            self._file.write(_line(record))
+            self._file.flush()
+            finite = {name: value for name, value in record.items() if value is not None and math.isfinite(value)}
+            self._events.write(finite.pop("step"), finite)
+        except OSError as error:
+            raise OSError(f"{self._path}: cannot be written ({error.strerror}); make room there") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # every line was written before; what could not be was told
+            self._file.close()
+        self._events.close()
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a metrics file up to the first line that is not whole; none where there is no file."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            record = json.loads(line)
+            record["step"] += 0
+        except (ValueError, TypeError, KeyError):
+            break
+        records.append(record)
+    return records
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    finite = {name: value if math.isfinite(value or 0) else None for name, value in record.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,75 @@
+"""The folder of a run: whose it is, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .settings import Settings
+
+# What may differ when a run goes on. Of the file trained on the contents are compared, not the name.
+_FREE = {
+    "output", "train_file", "eval_file", "log_every", "eval_every", "save_every", "keep_last", "keep_best",
+    "max_bad_steps",
+}  # fmt: skip
+_REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
+
+
+def export_folder(settings: Settings) -> Path:
+    """Where the adapter or the model is written at the end."""
+    return Path(settings.output) / ("adapter" if settings.train == "lora" else "model")
+
+
+def describe(settings: Settings, data: str) -> dict[str, Any]:
+    """What is kept with a checkpoint to know its run by, as JSON has it; `data` is the fingerprint of the dataset."""
+    fields = dataclasses.asdict(settings)
+    return {"settings": {name: _listed(value) for name, value in fields.items()}, "data": data}
+
+
+def check_settings(recorded: Mapping[str, Any] | None, settings: Settings) -> None:
+    """Raises ValueError if the folder is another run's.
+
+    Args:
+      recorded: what `describe` gave to the newest checkpoint there; None if there is none.
+    """
+    if recorded is None:
+        if (exported := export_folder(settings)).exists():
+            raise ValueError(f"{exported}: from an earlier run; name another output, or remove it")
+        return
+    defaults = describe(Settings(), "")["settings"]
+    there, here = defaults | recorded["settings"], describe(settings, "")["settings"]
+    if other := [name for name in here if name not in _FREE and there[name] != here[name]]:
+        told = "; ".join(f"{name}={there[name]} there, {here[name]} here" for name in other)
+        raise ValueError(f"{settings.output} has checkpoints of a run with other settings ({told}): {_REMEDY}")
+
+
+def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str) -> None:
+    """Raises ValueError if the run in the folder began with other data."""
+    if recorded is not None and recorded["data"] != data:
+        raise ValueError(
+            f"{settings.train_file}: has changed, or moved, since the run in {settings.output} began: {_REMEDY}"
+        )
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains into the folder, which is made if need be; a kill leaves no lock.
+
+    Raises:
+      OSError: another process does, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{folder}: another process is training there; name another output") from None
+        yield
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,64 @@
+"""The steps whose metrics are still on the devices: to fetch them is to wait for them.
+
+Axis letters: A batches of a step, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.machine import peak_rate
+
+from .batch import Batch, Pair
+from .flops import step_flops
+from .metrics import Record
+from .settings import Settings
+
+
+class Window:
+    """Collects the steps since the last time that metrics were written."""
+
+    def __init__(self, settings: Settings, config: Phi3Config):
+        """Begins at the first step."""
+        self._settings, self._config = settings, config
+        self._peak = peak_rate(settings.compute_dtype)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the steps, and the time since the last one, which was for something else."""
+        self._steps: list[tuple[int, Any]] = []
+        self._tokens, self._flops, self._since = 0, 0.0, time.perf_counter()
+
+    def add(self, step: int, metrics: Any, batch: Batch | Pair) -> None:
+        """Notes a step that is being computed on numpy's arrays [A, B, T]."""
+        parts = jax.tree.leaves(batch, is_leaf=lambda leaf: isinstance(leaf, Batch))
+        self._tokens += sum(int(np.count_nonzero(part.positions >= 0)) for part in parts)
+        self._flops += step_flops(self._settings, self._config, batch)
+        self._steps.append((step, metrics))
+
+    def records(self) -> list[Record]:
+        """What is written down of each step, when all are computed; their speed is that of all together."""
+        fetched = jax.device_get([metrics for _, metrics in self._steps])
+        seconds = time.perf_counter() - self._since
+        times = {"seconds": seconds / len(fetched), "tokens_per_second": self._tokens / seconds}
+        if self._peak:
+            times["mfu"] = self._flops / seconds / self._peak
+        records = []
+        for (step, _), metrics in zip(self._steps, fetched, strict=True):
+            numbers = {name: float(value) for name, value in sorted(metrics.items())}
+            records.append({"step": step, **with_perplexity(numbers, self._settings), **times})
+        return records
+
+
+def with_perplexity(means: Record, settings: Settings) -> Record:
+    """Adds what follows from "loss", where that is the mean over tokens."""
+    if settings.method == "dpo":
+        return means
+    loss = means["loss"]
+    return {**means, "perplexity": math.exp(loss) if loss < 700 else math.inf}
