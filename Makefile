@@ -10,7 +10,7 @@ TESTS := tests --ignore=tests/parity --ignore=tests/accelerators
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
-	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "What is the capital of France?"
+	$(BIN)/phi3-generate --checkpoint demo --quantize stored --chat --prompt "What is the capital of France?"
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TESTS)
