@@ -43,7 +43,7 @@ def recorded(kind: str) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "walk", "remat"))
-def run(config: Any, params: Any, tokens: Any, walk: Any = None, remat: bool = False, **kwargs: Any) -> Any:
+def run(config: Any, params: Any, tokens: Any, walk: Any = None, remat: Any = "none", **kwargs: Any) -> Any:
     return phi3_jax.Phi3(config, walk, remat).apply({"params": params}, tokens, **kwargs)
 
 
@@ -62,7 +62,7 @@ def loss_and_gradient(
 
     def mean_loss(adapter: Any) -> jax.Array:
         adapted = dense(params, adapter, lora, lora.scaling) if multiplied_out else attach(params, adapter, lora, key)
-        logits = run(config, adapted, tokens, walk, remat=walk == "slice")[:, :-1]
+        logits = run(config, adapted, tokens, walk, remat="full" if walk == "slice" else "none")[:, :-1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
 
     return jax.value_and_grad(mean_loss)(adapter)
