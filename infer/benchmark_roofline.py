@@ -58,7 +58,7 @@ def least_seconds(work: Work, bandwidth: float, rates: dict[str, float], kind: R
 
     Attention is taken to run at the faster one of the two rates for floats, whatever a program makes of it.
     """
-    linear = rates[kind] or rates["float32"]
+    linear = max(rates[kind], rates["float32"])  # what a type has no fast instructions for is multiplied as float32
     computing = work.linear / linear + work.attention / max(rates["float32"], rates["bfloat16"])
     return max(work.bytes / bandwidth, computing)
 
