@@ -99,7 +99,7 @@ def test_int8_keys_and_values_are_within_half_a_step(tiny, implementation):
     assert not cache.k[1, 1, :, :3].any()
 
 
-@pytest.mark.parametrize("drafter", [None, LookupDrafter(PromptLookup(3))])
+@pytest.mark.parametrize("drafter", [None, pytest.param(LookupDrafter(PromptLookup(3)), marks=pytest.mark.slow)])
 def test_decoding_updates_the_cache_in_place(tiny, drafter):
     """The compiled loop's output is its input's memory, and nothing copies the cache."""
 

@@ -77,6 +77,7 @@ def test_in_a_pipe_every_line_is_a_message_or_a_command(demo, reference):
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_each_and_the_session_goes_on(small, tmp_path):
     """With a template that drops the system message."""
     phi3_jax.save(small, tmp_path / "small")
@@ -186,6 +187,7 @@ class Terminal:
         return self._process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_on_a_terminal(demo, reference, tmp_path):
     path, story = tmp_path / "chat.json", "Tell me a long story about the sea."
     with Terminal("--checkpoint", "demo", "--max_new_tokens", "64") as terminal:

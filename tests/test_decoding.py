@@ -59,6 +59,7 @@ def test_unrolled_steps_can_be_mapped(short):
     assert not (alone[0] == alone[1]).all()
 
 
+@pytest.mark.slow
 def test_gradients_of_unrolled_steps_are_those_of_the_whole_text(short):
     """A policy gradient: the log-probability of what was drawn, through the cache or by one call over all tokens."""
     settings = settings_of(jnp.asarray([4, 5, 6], jnp.uint32))

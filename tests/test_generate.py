@@ -57,6 +57,7 @@ def test_reading_prompts_in_chunks_through_a_ring_changes_nothing(tiny, greedy, 
     assert [result.token_ids for result in got] == expected
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_close_enough_for_the_same_words(demo):
     prompts = ["The capital of France is", "Water boils at", "The opposite of hot is"]
     exact = generate(demo, prompts, max_new_tokens=8)

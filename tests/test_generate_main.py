@@ -166,6 +166,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts(program, demo, batch, tmp_path):
     assert program(*batch, "--batch_size", "2", "--logprobs", "2", "--echo") == ""
     lines = lines_of(tmp_path / "out.jsonl")
@@ -254,6 +255,7 @@ def run_program(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_a_second_start_does_not_compile_again(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", own_cache(tmp_path))
     compiled = tmp_path / "phi3_jax" / "compiled"
@@ -329,7 +331,7 @@ def test_help_is_grouped_by_topic():
     own = {
         flag.name
         for module, module_flags in flags.FLAGS.flags_by_module_dict().items()
-        if module.startswith("phi3_jax.infer") and not any(other in module for other in OTHERS)
+        if module.startswith(("phi3_jax.infer", "phi3_jax.program")) and not any(other in module for other in OTHERS)
         for flag in module_flags
     }
     assert own == shown

@@ -107,6 +107,7 @@ def test_the_environment_chooses_the_instruction_set(one_source, monkeypatch):
         build._build()
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_the_chosen_instruction_set_is_what_runs():
     assert run_here({"PHI3_JAX_ISA": "portable"}) == "cpu kernels (portable)"

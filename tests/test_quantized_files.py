@@ -87,6 +87,7 @@ def test_what_does_not_fit_the_description_is_refused(tiny_folder, tmp_path):
         phi3_jax.load(tmp_path / "q")
 
 
+@pytest.mark.slow
 def test_a_quantised_model_answers_like_the_floats_it_stands_for(tiny_folder):
     model = phi3_jax.load(tiny_folder, quantize="int8")
     floats = jax.tree.map(

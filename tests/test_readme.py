@@ -1,11 +1,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import phi3_jax
 
 ROOT = Path(phi3_jax.__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 5

@@ -70,7 +70,7 @@ def finish(run, steps=3):
     return rows
 
 
-@pytest.mark.parametrize("kind", ["lookup", "draft"])
+@pytest.mark.parametrize("kind", ["lookup", pytest.param("draft", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [19, 7])
 def test_greedy_answers_are_the_same(tiny, other, kind, window):
     """Across LongRoPE's border and around the ring, ragged, each row alone and all together."""
@@ -86,6 +86,7 @@ def test_greedy_answers_are_the_same(tiny, other, kind, window):
         assert finish(Run(model, PROMPTS[:1], [30], options=options)) == expected[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_draws_and_everything_else_are_the_same(tiny, other, kind):
     """The same random numbers, penalties, limits, end ids and log-probabilities, guessed or not."""
@@ -106,6 +107,7 @@ def test_draws_and_everything_else_are_the_same(tiny, other, kind):
         np.testing.assert_allclose(*values, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["length", "capacity"])
 def test_guesses_that_cross_the_border(tiny, greedy, policy):
     """A perfect draft model, prompts of every length around the border: guesses beyond it must not be believed."""

@@ -66,6 +66,7 @@ def devices(count: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_eight_devices_equal_one(results, number):
     many, one = (result[number] for result in results)
