@@ -1,7 +1,10 @@
 """Checkpoints: which ones stay, that they are what was saved, and that broken ones are never taken."""
 
+import gc
 import json
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import pytest
 from batches import read_only, small_disk
 from phi3_jax.train.checkpoints import Checkpoints
 
+# When a file cannot be read, Orbax leaves others' reading behind.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 RUN = {"settings": {"lr": 1e-4, "lora_targets": ["a", "b"]}, "data": "x"}
 
 
@@ -48,6 +53,14 @@ def saved(tmp_path: Path) -> Path:
         for step, loss in ((1, 3.0), (3, 1.0), (4, None), (5, 2.0), (6, float("nan"))):
             checkpoints.save(step, make_state(step), RUN, loss)
     return tmp_path / "kept"
+
+
+@pytest.fixture
+def _settled() -> Iterator[None]:
+    """What was left behind ends here, and not in another test."""
+    yield
+    time.sleep(0.1)
+    gc.collect()
 
 
 def test_the_last_and_the_best_stay(saved):
@@ -122,8 +135,7 @@ def remove_state(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "state")
 
 
-# Orbax leaves work behind when a file cannot be read.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+@pytest.mark.usefixtures("_settled")
 @pytest.mark.parametrize("damage", [damage_data, damage_metadata, remove_manifest, remove_state])
 def test_a_checkpoint_that_cannot_be_read_is_not_taken(saved, damage):
     damage(saved / "6")
@@ -142,17 +154,19 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken(saved, damage):
         assert equal(checkpoints.restore(like(make_state(0))).state, make_state(16))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+@pytest.mark.usefixtures("_settled")
 def test_nothing_is_set_aside_where_nothing_can_be_read(saved):
     for step in (3, 5, 6):
         remove_manifest(saved / str(step))
-    with Checkpoints(saved, 2, 1) as checkpoints, pytest.raises(
-        ValueError, match=r"kept: none of the checkpoints 3, 5, 6 can be read .*name another output"
+    with (
+        Checkpoints(saved, 2, 1) as checkpoints,
+        pytest.raises(ValueError, match=r"kept: none of the checkpoints 3, 5, 6 can be read .*name another output"),
     ):
         checkpoints.restore(like(make_state(0)))
     assert names(saved) == {"3", "5", "6"}
 
 
+@pytest.mark.usefixtures("_settled")
 def test_what_a_run_is_known_by_is_read_from_an_older_one_if_need_be(saved):
     cut(saved / "6" / "about" / "metadata")
     with Checkpoints(saved, 2, 1) as checkpoints:
@@ -167,7 +181,7 @@ def test_what_a_run_is_known_by_is_read_from_an_older_one_if_need_be(saved):
 
 # The thread that fails is asked for its fault.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+@pytest.mark.usefixtures("_settled")
 def test_a_full_disk_is_one_error_and_spares_what_was_there(tmp_path):
     state = {"x": jax.random.normal(jax.random.key(0), (500, 500))}  # a megabyte
     with small_disk(tmp_path / "disk", 2_500_000) as disk:

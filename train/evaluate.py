@@ -76,7 +76,7 @@ def perplexity(
         raise ValueError(
             f"window={window}, stride={stride}: needs 1 <= stride < window <= {limit}, the model's context"
         )
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = require_tokenizer(checkpoint)
     requests = [piece for text in texts if text for piece in windows(tokenizer.encode(text), window, stride)]
     scores = score(checkpoint, requests, on_progress)
     tokens = sum(len(each.logprobs) for each in scores)
@@ -104,7 +104,7 @@ def accuracy(checkpoint: Checkpoint, questions: Sequence[Question], on_progress:
     Raises:
       ValueError: a choice is longer than the model's context; the checkpoint has no tokenizer.
     """
-    tokenizer, limit = _tokenizer(checkpoint), checkpoint.config.max_position_embeddings
+    tokenizer, limit = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
     pairs = [(question.context, f" {choice}") for question in questions for choice in question.choices]
     requests = [continuation(tokenizer, context, choice, limit) for context, choice in pairs]
     totals = iter([float(each.logprobs.sum(dtype=np.float64)) for each in score(checkpoint, requests, on_progress)])
@@ -142,7 +142,8 @@ def continuation(tokenizer: Tokenizer, context: str, text: str, limit: int) -> R
     return Request(ids[dropped:], begin - dropped)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def require_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises ValueError if it has none."""
     if checkpoint.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer.json or tokenizer.model; put one of them beside the weights")
     return checkpoint.tokenizer

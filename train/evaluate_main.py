@@ -64,12 +64,12 @@ def main() -> int:
         with _progress("texts") as on_progress:
             surprise = perplexity(checkpoint, texts, _WINDOW.value, _STRIDE.value, on_progress)
         print(f"{_TEXT.value}: {_tell_perplexity(surprise)}", flush=True)
-        figures["text"] = {"file": _TEXT.value, **dataclasses.asdict(surprise)}
+        figures["text"] = {"file": _TEXT.value, "measured": dataclasses.asdict(surprise)}
     if questions:
         with _progress("questions") as on_progress:
             right = accuracy(checkpoint, questions, on_progress)
         print(f"{_QUESTIONS.value}: {_tell_accuracy(right)}", flush=True)
-        figures["questions"] = {"file": _QUESTIONS.value, **dataclasses.asdict(right)}
+        figures["questions"] = {"file": _QUESTIONS.value, "measured": dataclasses.asdict(right)}
     if _JSON.value:
         partial = Path(f"{_JSON.value}.partial")
         partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,213 @@
+"""Evaluation against the obvious computation: every token by a run of the model on what stands before it."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import without_cache
+from phi3_jax.train import score as scoring
+from phi3_jax.train.evaluate import Accuracy, Perplexity, accuracy, continuation, perplexity, windows
+from phi3_jax.train.evaluate_files import Question, read_questions, read_texts
+from phi3_jax.train.score import Request, score
+from test_chat import PHI4_MINI, small_tokenizer
+from training_runs import CONFIG, write_model
+
+import phi3_jax
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TEXT = (
+    "Es war einmal ein kleines Mädchen, dem war Vater und Mutter gestorben, und es war so arm, daß es kein Kämmerchen"
+)
+QUESTIONS = [
+    Question("2+2 is", ("4", "five", "so much that nobody knows it"), 0),
+    Question("", ("yes", "no"), 1),
+    Question("Who said so? ", ("he", "she", "they all", "nobody"), 2),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> phi3_jax.Checkpoint:
+    return phi3_jax.Checkpoint(
+        CONFIG, phi3_jax.random_params(CONFIG), small_tokenizer(PHI4_MINI), phi3_jax.GenerationSettings()
+    )
+
+
+def logprob(model: phi3_jax.Checkpoint, ids: list[int], place: int) -> float:
+    """Of the token at a place, after all those before it. LongRoPE goes by the length of the whole text."""
+    row = np.asarray(without_cache.logits(model, ids)[place - 1], np.float64)
+    return float(row[ids[place]] - math.log(np.exp(row).sum()))
+
+
+def test_scores_of_many_lengths(model, monkeypatch):
+    monkeypatch.setattr(scoring, "_LOGITS", 32)  # so that there are several chunks
+    monkeypatch.setattr(scoring, "_BATCH_TOKENS", 64)
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(rng.integers(0, 263, n).tolist(), begin) for n, begin in [(5, 2), (40, 0), (17, 16), (1, 0), (33, 9)]
+    ]
+    told: list[tuple[int, int]] = []
+    scores = score(model, requests, lambda done, total: told.append((done, total)))
+    for request, found in zip(requests, scores, strict=True):
+        places = range(max(1, request.begin), len(request.ids))
+        expected = [logprob(model, list(request.ids), place) for place in places]
+        np.testing.assert_allclose(found.logprobs, expected, atol=2e-4)
+        best = [int(without_cache.logits(model, request.ids)[place - 1].argmax()) for place in places]
+        assert found.greedy == (best == [request.ids[place] for place in places])
+    assert told[-1] == (5, 5)
+    # An answer that the model would give itself.
+    ids = [5, 9, 100]
+    ids += without_cache.greedy(model, ids, 4, lambda n: 7)
+    assert score(model, [Request(ids, 3), Request([*ids[:-1], (ids[-1] + 1) % 263], 3)])[0].greedy
+
+
+def test_windows_are_those_of_transformers_guide():
+    """The loop of https://huggingface.co/docs/transformers/perplexity, in words of its own."""
+    for count, window, stride in ((50, 16, 5), (16, 16, 3), (3, 16, 8), (47, 10, 9), (1, 4, 2)):
+        found = list(windows(range(count), window, stride))
+        reached = 0
+        for number, request in enumerate(found):
+            first, last = number * stride, min(number * stride + window, count)
+            assert list(request.ids) == list(range(first, last))
+            assert first + request.begin == reached
+            reached = last
+        assert reached == count
+        # Only the last one ends at the end.
+        assert all(request.ids[-1] < count - 1 for request in found[:-1])
+
+
+def test_perplexity(model):
+    window, stride = 20, 7
+    texts = [TEXT, "kurz", "", TEXT[:19]]
+    total, count = 0.0, 0
+    for text in texts[:2] + texts[3:]:
+        ids = model.tokenizer.encode(text)
+        for place in range(1, len(ids)):
+            # The first window that has the token.
+            begin = 0 if place < window else stride * math.ceil((place - window + 1) / stride)
+            total -= logprob(model, ids[begin : begin + window], place - begin)
+            count += 1
+    size = sum(len(text.encode()) for text in texts)
+    found = perplexity(model, texts, window, stride)
+    assert found.tokens == count
+    assert found.loss == pytest.approx(total / count, abs=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(total / size / math.log(2), abs=1e-5)
+    # By default the whole context of 64, and half of it.
+    assert perplexity(model, texts) == perplexity(model, texts, 64, 32)
+
+
+def test_accuracy(model):
+    right = right_normalised = 0
+    for question in QUESTIONS:
+        sums, means = [], []
+        for choice in question.choices:
+            stem = question.context.rstrip()
+            ids = model.tokenizer.encode(stem + question.context[len(stem) :] + " " + choice)
+            begin = len(model.tokenizer.encode(stem))
+            sums.append(sum(logprob(model, ids, place) for place in range(begin, len(ids))))
+            means.append(sums[-1] / len(choice))
+        right += sums.index(max(sums)) == question.answer
+        right_normalised += means.index(max(means)) == question.answer
+    found = accuracy(model, QUESTIONS)
+    assert (found.questions, found.accuracy, found.accuracy_normalised) == (3, right / 3, right_normalised / 3)
+    assert found.standard_error == pytest.approx(math.sqrt(right / 3 * (1 - right / 3) / 2))
+    # Every choice in its turn as the answer: exactly one is the likeliest.
+    turns = [Question(QUESTIONS[2].context, QUESTIONS[2].choices, i) for i in range(4)]
+    assert accuracy(model, turns).accuracy == 0.25
+
+
+def test_continuations(model):
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode("ab  cd")
+    assert continuation(tokenizer, "ab ", " cd", 64) == Request(ids, 3)
+    assert continuation(tokenizer, "", "cd", 64) == Request(tokenizer.encode("cd"), 1)
+    assert continuation(tokenizer, "ab ", " cd", 5) == Request(ids[-5:], 1)
+    with pytest.raises(ValueError, match="a text to be scored has 4 tokens; the model's context is 4"):
+        continuation(tokenizer, "ab ", " cd", 4)
+
+
+def test_what_cannot_be_computed(model):
+    for window, stride in ((65, 3), (1, 1), (8, 8), (8, 0)):
+        with pytest.raises(ValueError, match=f"window={window}, stride={stride}: needs 1 <= stride < window <= 64"):
+            perplexity(model, [TEXT], window, stride)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        perplexity(model, ["", ""])
+    with pytest.raises(ValueError, match="a text has 65 tokens, more than the model's 64"):
+        score(model, [Request([1] * 65, 1)])
+    with pytest.raises(ValueError, match="outside of the vocabulary of 263"):
+        score(model, [Request([1, 263], 1)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2: not JSON"),
+        ("[]", r"line 2: not a JSON object"),
+        ('{"choices": ["a", "b"], "answer": 0}', r'needs one string "question" or "context"'),
+        ('{"question": "q", "context": "c", "choices": ["a", "b"], "answer": 0}', r'needs one string "question"'),
+        ('{"question": "q", "choices": ["a"], "answer": 0}', r'"choices" must be a list of at least two texts'),
+        ('{"question": "q", "choices": ["a", ""], "answer": 0}', r'"choices" must be'),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r'"answer" must be one of the choices'),
+        ('{"question": "q", "choices": ["a", "b"], "answer": true}', r'"answer" must be'),
+        ('{"question": "q", "choices": ["a", "a"], "answer": "a"}', r'"answer" must be'),
+    ],
+)
+def test_lines_that_are_no_questions(tmp_path, line, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"context": "c", "choices": ["a", "b"], "answer": "b"}\n' + line)
+    with pytest.raises(ValueError, match=rf"q\.jsonl, line 2: .*{message}|q\.jsonl, {message}"):
+        read_questions(path)
+
+
+def test_files(tmp_path):
+    (tmp_path / "q.jsonl").write_text('\n{"context": "c", "choices": ["a", "b"], "answer": "b"}\n\n')
+    assert read_questions(tmp_path / "q.jsonl") == [Question("c", ("a", "b"), 1)]
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: there are no questions"):
+        read_questions(tmp_path / "empty.jsonl")
+    (tmp_path / "t.txt").write_text("a\nb\u2028", encoding="utf-8")
+    assert read_texts(tmp_path / "t.txt") == ["a\nb\u2028"]
+    (tmp_path / "t.jsonl").write_text('{"text": "a\u2028"}\n{"text": "", "more": 1}\n', encoding="utf-8")
+    assert read_texts(tmp_path / "t.jsonl") == ["a\u2028", ""]
+    (tmp_path / "t.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(ValueError, match=r't\.jsonl, line 1: has no string "text"'):
+        read_texts(tmp_path / "t.jsonl")
+    (tmp_path / "t.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match=r"t\.txt: not a text in UTF-8 .* at byte 2"):
+        read_texts(tmp_path / "t.txt")
+
+
+def test_the_program(model, tmp_path):
+    folder = write_model(tmp_path / "model")
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    lines = [{"question": q.context, "choices": q.choices, "answer": q.answer} for q in QUESTIONS]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "phi3_jax.train.evaluate_main", "--checkpoint", str(folder)]
+    command += ["--compilation_cache_dir", str(tmp_path / "compiled")]
+    files = ["--text", "t.txt", "--stride", "7", "--window", "20", "--questions", "q.jsonl", "--json", "figures.json"]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    surprise, right = Perplexity(**figures["text"]["measured"]), Accuracy(**figures["questions"]["measured"])
+    assert done.stdout.splitlines() == [
+        f"t.txt: perplexity {surprise.perplexity:.4f}, loss {surprise.loss:.4f}, {surprise.bits_per_byte:.4f} bits per "
+        f"byte, {surprise.tokens} tokens",
+        f"q.jsonl: accuracy {right.accuracy:.4f} +- {right.standard_error:.4f}, by character "
+        f"{right.accuracy_normalised:.4f}, 3 questions",
+    ]
+    # Compiled with all optimisations, which round otherwise.
+    assert dataclasses.astuple(surprise) == pytest.approx(
+        dataclasses.astuple(perplexity(model, [TEXT], 20, 7)), rel=1e-5
+    )
+    assert right == accuracy(model, QUESTIONS)
+    assert not (tmp_path / "figures.json.partial").exists()
+    for more, message in (
+        ([], "give --text, or --questions, or both"),
+        (["--text", "nowhere.txt"], "[Errno 2] No such file or directory: 'nowhere.txt'"),
+    ):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stderr) == (1, f"phi3-evaluate: {message}\n")

@@ -1,0 +1,119 @@
+"""The numbers of a run: memory, operations, metrics files, TensorBoard's events, the curve."""
+
+import dataclasses
+import os
+import struct
+import time
+
+import jax
+import numpy as np
+import pytest
+from phi3_jax.train import memory, tensorboard
+from phi3_jax.train.batch import Batch, Pair
+from phi3_jax.train.curve import moving_mean, save_curve, series
+from phi3_jax.train.flops import step_flops
+from phi3_jax.train.metrics import MetricsWriter, read
+from phi3_jax.train.settings import Settings
+from phi3_jax.train.step import make_train_step, start
+from training_runs import CONFIG
+
+import phi3_jax
+
+
+def test_memory_is_what_the_compiled_step_says():
+    settings = Settings(train="all", batch_size=2, accumulation=2, sequence_length=32)
+    params = phi3_jax.random_params(CONFIG)
+    state, frozen = start(settings, CONFIG, params)
+    leaf = np.zeros((2, 2, 32), np.int32)
+    batch = Batch(leaf, leaf.astype(np.float32), leaf, leaf)
+    compiled = make_train_step(settings, CONFIG).lower(state, frozen, batch).compile()
+    found = memory.estimate(compiled, state, frozen)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert found.state == 3 * weights + 5 * 4  # both moments, and five counters
+    assert found.frozen == 0
+    assert found.saving == found.state
+    assert found.working > weights  # the gradient is a part of it
+    stats = compiled.memory_analysis()
+    assert found.needed - found.saving == pytest.approx(
+        found.state + stats.temp_size_in_bytes + 4 * leaf.nbytes + stats.generated_code_size_in_bytes, abs=4096
+    )
+    assert found.available == pytest.approx(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), rel=1)  # or less
+    assert memory.Estimate(4, 3, 2, 1, 10).fits
+    assert not memory.Estimate(4, 3, 2, 1, 9).fits
+    assert memory.Estimate(4, 3, 2, 1, None).fits
+
+
+def test_operations_are_counted_token_by_token():
+    T = 25
+    positions = np.full((3, 2, T), -1)
+    positions[0, 0, :11] = np.arange(11)
+    positions[1, 1, :25] = np.arange(25)
+    positions[2, 0, 3:20] = np.arange(17)
+    blank = np.zeros_like(positions)
+    batch = Batch(blank, blank, positions, blank)
+    shapes = jax.tree.leaves_with_path(phi3_jax.random_params(CONFIG))
+    matrices = sum(
+        leaf.size for path, leaf in shapes if leaf.ndim > 1 and "embed" not in str(path) and "norm" not in str(path)
+    )
+    adapter = 3 * 5 * sum(sum(size) for size in ((24, 80), (48, 24), (24, 80), (40, 24)))
+    linear = attention = 0
+    for position in positions.reshape(-1).tolist():
+        if position >= 0:
+            linear += 1
+            attention += 4 * 3 * 6 * 8 * min(position + 1, CONFIG.sliding_window)
+    full, lora = Settings(train="all"), Settings(lora_rank=5)
+    assert step_flops(full, CONFIG, batch) == 6 * matrices * linear + 3 * attention
+    assert step_flops(lora, CONFIG, batch) == (4 * matrices + 6 * adapter) * linear + 3 * attention
+    dpo = dataclasses.replace(full, method="dpo", pack=False)
+    assert step_flops(dpo, CONFIG, Pair(batch, batch)) == pytest.approx(2 * (8 * matrices * linear + 4 * attention))
+
+
+def test_metrics_are_cut_at_a_step(tmp_path):
+    with MetricsWriter(tmp_path, -1) as metrics:
+        for step in range(5):
+            metrics.write({"step": step, "loss": float("inf") if step == 1 else step / 7})
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert read(path) == [{"step": step, "loss": None if step == 1 else step / 7} for step in range(5)]
+    with MetricsWriter(tmp_path, 3) as metrics:
+        metrics.write({"step": 4, "loss": 0.5})
+    assert path.read_text().splitlines() == [
+        '{"step": 0, "loss": 0.0}',
+        '{"step": 1, "loss": null}',
+        f'{{"step": 2, "loss": {2 / 7}}}',
+        f'{{"step": 3, "loss": {3 / 7}}}',
+        '{"step": 4, "loss": 0.5}',
+    ]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_events_are_those_of_tensorboard(tmp_path, monkeypatch):
+    """Recorded with tensorboardX 2.6.5: record_writer.RecordWriter with Event protocol buffers."""
+    monkeypatch.setattr(time, "time", lambda: 1.5)
+    events = tensorboard.EventFile(tmp_path, 300)
+    events.write(300, {"loss": 0.25, "é": -3e9})
+    events.close()
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("events.out.tfevents.1.500000.")
+    assert path.read_bytes().hex() == (
+        "1800000000000000a37f4b2209000000000000f83f1a0d627261696e2e4576656e743a322a28646c"
+        "100000000000000095fbfe1809000000000000f83f10ac023a020801713b788a"
+        "2600000000000000734fe30009000000000000f83f10ac022a180a0b0a046c6f7373150000803e0a090a02c3a9155ed032cf546385d2"
+    )
+
+
+def test_the_curve(tmp_path):
+    records = [
+        {"step": 0, "eval_loss": 3.0},
+        {"step": 1, "loss": 4.0},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 2.0},
+    ]
+    assert series(records, "loss") == ([1, 3], [4.0, 2.0])
+    assert moving_mean([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 1.5, 3.0, 4.0]
+    save_curve(records, tmp_path / "loss.png", "a run")
+    content = (tmp_path / "loss.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert struct.unpack(">II", content[16:24]) == (1200, 672)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
