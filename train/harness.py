@@ -53,7 +53,8 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability, and whether it is the greedy answer."""
-        pairs = [continuation(self._tokenizer, *request.args, self._limit) for request in requests]
+        texts = [request.args for request in requests]
+        pairs = [continuation(self._tokenizer, context, text, self._limit) for context, text in texts]
         return [(_total(each), each.greedy) for each in score(self._checkpoint, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
