@@ -1,0 +1,31 @@
+"""A model of 3 million weights, with a vocabulary of its own, learns from nothing to write like the Bible.
+
+    python -m phi3_jax.train.recipes.fetch_main --data bible
+    phi3-train --recipe phi3_jax.train.recipes.full_tiny
+    phi3-generate --checkpoint runs/full_tiny/model --prompt "And it came to pass" --temperature 0.7
+
+Hardware: two cores of a CPU.
+Memory: 0.6 GB.
+Time: 0.6 s a step (Xeon of the Sapphire Rapids generation), 10 minutes in all.
+Expect: held-out loss 7.67 before; training loss 4.80 after 200 steps. It was not run to its end.
+"""
+
+from ..settings import Settings
+
+SETTINGS = Settings(
+    checkpoint="data/bible/model",
+    output="runs/full_tiny",
+    train_file="data/bible/train.jsonl",
+    eval_file="data/bible/held_out.jsonl",
+    train="all",
+    sequence_length=256,
+    batch_size=8,
+    lr=3e-3,
+    warmup_steps=30,
+    weight_decay=0.1,
+    beta2=0.95,
+    steps=350,
+    log_every=10,
+    eval_every=70,
+    save_every=70,
+)
