@@ -14,7 +14,7 @@ Memory: 10.3 GB by XLA's compiler for an H100 (jax 0.10.2), which nothing was ru
 Time: a step of 8 x 2048 tokens takes 6 operations for each weight and token, two of them for remat: 3.7e14, or 7 s at
     50 TFLOP/s and 1 s at 400. Not measured.
 Expect: at first the loss of the model as it is, on its own kind of chats about 1; with a style of your own it falls
-    most in the first hundred steps. What to do then is up to the held-out loss; where it was lowest, a checkpoint stays.
+    most in the first hundred steps. What to do then is up to the held-out loss; where it was lowest, a checkpoint is.
 """
 
 from ..settings import Settings

@@ -13,7 +13,7 @@ Memory: 13.0 GB by XLA's compiler for an H100 (jax 0.10.2), which nothing was ru
     the logits of 1024 tokens are 0.41 GB, with their gradient 0.82 GB; the adapter's gradient is 0.22 GB.
 Time: a step of 8 x 2048 tokens takes 6 operations for each weight and token, two for remat: 1.4e15, or 29 s at
     50 TFLOP/s and 4 s at 400, and somewhat more to make floats of integers. Not measured.
-Expect: at first the loss of the rounded model, a little above that of the model as it is; the adapter makes up for it in
+Expect: at first the loss of the rounded model, a little above that of the model itself; the adapter makes up for it in
     the first steps. What to do then is up to the held-out loss.
 """
 
