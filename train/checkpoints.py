@@ -26,6 +26,7 @@ try:
 except ImportError as error:
     raise ImportError(f"training needs more packages ({error}): pip install 'phi3_jax[train]'") from None
 
+_OVERHEAD = 1 << 20  # bytes of a checkpoint besides its arrays
 _REMOVED = "removed"  # a folder beside the checkpoints: what is in it waits for its end
 
 
@@ -57,7 +58,7 @@ class Checkpoints:
         Raises:
           OSError: the folder cannot be written.
         """
-        self._folder, self._keep_best = folder.absolute(), keep_best
+        self._folder, self._keep_last, self._keep_best = folder.absolute(), keep_last, keep_best
         self._losses: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep_last, keep_best, self._losses),
@@ -90,6 +91,21 @@ class Checkpoints:
         if self.steps:
             raise self._unreadable("what they say about their run is missing or damaged")
         return None
+
+    def require_room(self, like: Any) -> None:
+        """Raises OSError if the disk is too small for as many checkpoints as are kept, and one that is written.
+
+        Args:
+          like: a tree of arrays, or of what has their shapes.
+        """
+        size = _size(like)
+        count = max(1, self._keep_last + self._keep_best + 1 - len(self.steps))
+        free = shutil.disk_usage(self._folder).free
+        if count * size > free:
+            raise OSError(
+                f"{self._folder}: takes up to {count} more checkpoints of {size / 1e9:.3f} GB, and {free / 1e9:.3f} GB "
+                "are free; make room, or lower keep_last and keep_best"
+            )
 
     def restore(self, like: Any) -> Restored:
         """The newest checkpoint that can be read. Newer ones are set aside under another name.
@@ -141,6 +157,9 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
             self._remove()
+            # Orbax would notice, too, but its threads would print what they think of it.
+            if (size := _size(state)) > (free := shutil.disk_usage(self._folder).free):
+                raise OSError(f"it takes {size / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free")
             if eval_loss is not None and math.isfinite(eval_loss):
                 self._losses[step] = eval_loss
             args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about))
@@ -209,6 +228,11 @@ class _LastAndBest:
 def _names(tree: Any) -> list[str]:
     """The leaves' names in a checkpoint: "trainable/layers/mlp/down_proj/weight"."""
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _size(tree: Any) -> int:
+    """The bytes of a checkpoint at most."""
+    return _OVERHEAD + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _first_words(error: Exception) -> str:

@@ -46,7 +46,7 @@ def train(
       FileNotFoundError: a file or the checkpoint is not there.
       ValueError: settings that cannot be followed, or not those that the folder's run began with; data that cannot be
         used; too little memory; too many steps in a row that were not finite.
-      OSError: the folder cannot be written, or another process writes it.
+      OSError: the folder cannot be written, has too little room, or is another process's.
     """
     observer, folder = observer or Observer(), Path(settings.output)
     if not settings.train_file:
@@ -68,6 +68,7 @@ def train(
         memory = estimate(step, *like)
         observer.note(str(memory))
         require_fit(memory, settings)
+        checkpoints.require_room(like[0])
 
         # ---- begin, or go on ----
         state, frozen = start(settings, checkpoint.config, checkpoint.params)

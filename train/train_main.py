@@ -81,7 +81,7 @@ class Screen(Observer):
 def main() -> int:
     """Trains, and says where the result is."""
     settings = _settings()
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of its work
+    logging.set_verbosity(logging.FATAL)  # Orbax reports its work, and its faults, which are also raised
     from .loop import train  # needs the extra `train`; --help does not
 
     begun = time.perf_counter()
