@@ -2,12 +2,13 @@
 
     python -m phi3_jax.train.recipes.fetch_main --data bible
     phi3-train --recipe phi3_jax.train.recipes.full_tiny
-    phi3-generate --checkpoint runs/full_tiny/model --prompt "And it came to pass" --temperature 0.7
+    phi3-generate --checkpoint runs/full_tiny/model --prompt "Jesus said to them," --temperature 0.7
 
 Hardware: two cores of a CPU.
-Memory: 0.6 GB.
-Time: 0.6 s a step (Xeon of the Sapphire Rapids generation), 10 minutes in all.
-Expect: held-out loss 7.67 before; training loss 4.80 after 200 steps. It was not run to its end.
+Memory: 0.5 GB.
+Time: 4 minutes, of 350 steps of 0.5 to 0.9 s (Xeon of the Sapphire Rapids generation).
+Expect: held-out loss 7.67 before (that of guessing among 2048 tokens is 7.62), 4.98 after 140 steps, 4.52 at the end: it
+    writes pieces of biblical sentences. The text is gone through two thirds of one time; with steps=2000 it is four.
 """
 
 from ..settings import Settings
