@@ -116,6 +116,32 @@ def test_a_signal_saves_and_ends(program, whole, tmp_path, number):
 
 
 @pytest.mark.slow
+def test_eight_devices(program, whole, tmp_path, monkeypatch):
+    """Weights spread over them, too; stopped and gone on with."""
+    base = dataclasses.replace(whole, batch_size=8, accumulation=1, lora_dropout=0.0, save_every=3)
+    one, eight = (dataclasses.replace(base, output=str(tmp_path / name)) for name in ("one", "eight"))
+    eight = dataclasses.replace(eight, shard_weights=True)
+    parts = dataclasses.replace(eight, output=str(tmp_path / "parts"))
+    assert program.run(*arguments(one))[0] == 0
+    monkeypatch.setitem(program.env, "XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert program.run(*arguments(eight))[0] == 0
+    with program.start(*arguments(parts)) as process:
+        while process.poll() is None and not steps_of(parts):
+            time.sleep(0.002)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    code, _, err = program.run(*arguments(parts))
+    assert code == 0, err
+    assert "going on after step" in err
+    require_equal(parts, eight)
+    losses = [
+        [record.get("eval_loss") for record in read(Path(each.output) / "metrics.jsonl")] for each in (one, eight)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+@pytest.mark.slow
 def test_kills_at_random_moments(program, whole, tmp_path):
     settings = dataclasses.replace(whole, output=str(tmp_path / "run"), save_every=1, eval_every=2)
     expected = dataclasses.replace(settings, output=str(tmp_path / "whole"))

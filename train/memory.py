@@ -28,7 +28,8 @@ class Estimate:
       state: what is trained, and the optimizer's state.
       frozen: weights that stay as they are.
       working: gradients, activations and the batch.
-      saving: a second state, while a checkpoint is written; only where device and host are one memory.
+      saving: the state that is written and what it is compressed to, while a checkpoint is written; only where device
+        and host are one memory.
       available: what there is; None if it is not known.
     """
 
@@ -72,7 +73,7 @@ def estimate(compiled: jax.stages.Compiled, state: Any, frozen: Any) -> Estimate
     if stats is not None:  # of what the step returns, the new state lies where the old one was
         whole += stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     working = max(0, whole * devices - state_bytes - frozen_bytes)
-    return Estimate(state_bytes, frozen_bytes, working, state_bytes if on_cpu else 0, _available())
+    return Estimate(state_bytes, frozen_bytes, working, 2 * state_bytes if on_cpu else 0, _available())
 
 
 def require_fit(found: Estimate, settings: Settings) -> None:
