@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.attention import attention, xla
+from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.context import Context, Keys
 from phi3_jax.kernels.linear import linear
 from phi3_jax.kernels.packed import PackedTensor
@@ -100,8 +100,8 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
         """x [B, T, D] -> (output [B, T, D], cache, probabilities [B, N, T, S] if they are wanted)."""
         N, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        # Without a cache gradients may be wanted, and the kernels would compute twice for them.
-        implementation: Literal["xla"] | None = "xla" if layer is None or cache is None else None
+        # Gradients may be wanted, and the kernels would compute twice for them.
+        implementation: Literal["xla"] | None = "xla" if layer is None else None
         qkv = linear(x, self.qkv_proj(), layer)
         qkv = qkv.reshape(*x.shape[:2], N + 2 * K, self.config.head_dim)
         q, k, v = jnp.split(qkv, [N, N + K], axis=2)  # [B, T, N | K | K, H]
@@ -114,6 +114,8 @@ class Attention(nn.Module):
         probs = None
         if self.wants_probs:
             out, probs = xla.attention(q, keys, shared.visible)
+        elif cache is None:
+            out = training.attention(q, keys, shared.visible)
         else:
             out = attention(q, keys, shared.visible, implementation)
         return linear(out.reshape(*x.shape[:2], -1), self.o_proj(), layer), cache, probs
@@ -170,8 +172,8 @@ class Phi3(nn.Module):
       config: the sizes.
       walk: how the stack of layer weights is read: "slice" (training), "index" (inference), or None: "index" when there
         is a cache, else "slice", through which gradients are cheap. The numbers are the same.
-      remat: what the backward pass computes again instead of keeping it: nothing, everything in a layer but products
-        with weights ("dots"), or everything in a layer ("full").
+      remat: what the backward pass computes again instead of keeping it: nothing but attention's probabilities, all
+        of a layer but products with weights and what attention gives ("dots"), or all of it ("full").
     """
 
     config: Phi3Config
@@ -277,9 +279,11 @@ class Phi3(nn.Module):
             walk = "slice"  # only slices have the shapes that are declared for one layer
         layer = DecoderLayer
         if self.remat != "none":
-            # Scores of attention have batch axes, and are computed again: they take far more memory than the others.
-            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            layer = nn.remat(DecoderLayer, prevent_cse=False, policy=kept)
+            policies = jax.checkpoint_policies
+            dots = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(training.KEPT)
+            )
+            layer = nn.remat(DecoderLayer, prevent_cse=False, policy=dots if self.remat == "dots" else None)
         scan = nn.scan(
             layer,
             variable_axes={"params": 0} if walk == "slice" else {},

@@ -111,6 +111,9 @@ def make_train_step(
 
         parts = (batch, jnp.arange(settings.accumulation))
         first = jax.tree.map(lambda leaf: leaf[0], parts)
+        if settings.accumulation == 1:  # without zeros to add to, which take memory and time
+            gradient, sums = jax.grad(loss, has_aux=True)(state.trainable, *first)
+            return _float32(gradient), sums
         shapes = jax.eval_shape(lambda: jax.grad(loss, has_aux=True)(state.trainable, *first))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         return jax.lax.scan(add, (placed(zeros[0]), zeros[1]), parts)[0]

@@ -56,13 +56,31 @@ def linear(
     if weight.keys is not None:
         kept = jax.random.bernoulli(_of(weight.keys, layer), 1 - weight.dropout, x.shape)
         seen = jnp.where(kept, seen / (1 - weight.dropout), 0)
-    update = weight.scaling * xla.linear(xla.linear(seen, weight.a, layer, None), weight.b, layer, None)
+    # Scaled where it is narrow.
+    update = _widen(weight.scaling * xla.linear(seen, weight.a, layer, None), xla.dense(weight.b, layer, None))
     if weight.gain is None:
         return (base + update).astype(base.dtype)
     gain = _of(weight.gain, layer)
     # PEFT's form, which with dropout is not gain * (base + update): the input itself passes through at gain 1.
     scaled = base if weight.keys is None else product(seen.astype(x.dtype))
     return (base + (gain - 1) * scaled + gain * update).astype(base.dtype)
+
+
+@jax.custom_vjp
+def _widen(x: jax.Array, b: jax.Array) -> jax.Array:
+    """x @ b.T: [..., R], [O, R] -> [..., O]."""
+    return xla.linear(x, b, None, None)
+
+
+def _widen_backward(kept: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, b = kept
+    exact = jax.lax.Precision.HIGHEST
+    # XLA's CPU backend transposes the first factor in memory, and its own derivative has d_out there, which is wide.
+    d_b = jnp.einsum("...r,...o->ro", x, d_out, precision=exact).T
+    return jnp.einsum("...o,or->...r", d_out, b, precision=exact), d_b
+
+
+_widen.defvjp(lambda x, b: (_widen(x, b), (x, b)), _widen_backward)
 
 
 def _of(stack: jax.Array, layer: jax.Array | None) -> jax.Array:
