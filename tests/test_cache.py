@@ -67,7 +67,7 @@ def test_a_ring_of_just_the_window_serves_decoding_and_one_slot_less_does_not(lo
         cache = phi3_jax.KVCache.create(config, 1, slots)
         for i in range(40):
             logits, cache = extend(config, params, tokens[:, i : i + 1], cache)
-        assert np.allclose(logits[:, 0], whole[:, -1], atol=1e-5) == same
+        assert np.allclose(logits[:, 0], whole[:, -1], atol=1e-4) == same
 
 
 def test_a_ring_does_not_grow_with_the_text(long_run):

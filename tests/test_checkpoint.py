@@ -10,9 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from adapters import random_adapter
 
 import phi3_jax
 from phi3_jax import checkpoint as checkpoint_module
+from phi3_jax.lora import LoraConfig
+from phi3_jax.lora_files import save_adapter
 from phi3_jax.safetensors_io import read_file
 from phi3_jax.weights import named_tensors
 
@@ -318,6 +321,19 @@ def test_a_hub_id_fetches_weights_and_data_but_never_code(hub, tiny, tmp_path):
     fetched = {Path(path).name for path in hub.asked if "/resolve/" in path}
     assert fetched == {"config.json", "generation_config.json", "model.safetensors"}
     assert not [path for path in tmp_path.rglob("*.py") if "home" in path.parts]
+
+
+def test_an_adapter_by_hub_id_is_its_two_files(hub, tiny_folder, tiny, tmp_path):
+    lora = LoraConfig(3, 6)
+    save_adapter(tmp_path / "adapter", random_adapter(tiny.config, lora), lora, tiny.config, "tiny")
+    for path in (tmp_path / "adapter").iterdir():
+        shutil.copy(path, hub.folder)
+    loaded = phi3_jax.load(tiny_folder, adapter="microsoft/tiny")
+    assert_same_tree(loaded.params, phi3_jax.load(tiny_folder, adapter=tmp_path / "adapter").params)
+    fetched = {Path(path).name for path in hub.asked if "/resolve/" in path}
+    assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(FileNotFoundError, match=r"gave no such model .*: adapter_config\.json, "):
+        phi3_jax.load(tiny_folder, adapter="microsoft/absent")
 
 
 def test_a_hub_id_without_a_hub_says_what_to_fetch(hub):

@@ -47,7 +47,7 @@ def test_unrolled_steps_are_those_of_the_loop(short):
         end = len(prompt) + STEPS + 1
         assert state.tokens[row, :end].tolist() == prompt + result.token_ids
         values = [entry.logprob for entry in result.logprobs]
-        np.testing.assert_allclose(state.logprobs.chosen[row, len(prompt) : end], values, atol=1e-5)
+        np.testing.assert_allclose(state.logprobs.chosen[row, len(prompt) : end], values, atol=5e-5)
 
 
 def test_unrolled_steps_can_be_mapped(short):

@@ -1,5 +1,6 @@
 """Adapters in PEFT's files: read, written, refused; and added to checkpoints while those are loaded."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from phi3_jax.infer import program_flags
 
 import phi3_jax
 from phi3_jax.gguf_export import save_gguf
-from phi3_jax.lora import TARGETS, LoraConfig, merge
+from phi3_jax.lora import TARGETS, LoraConfig, attach, merge
 from phi3_jax.lora_files import load_adapter, save_adapter
 from phi3_jax.rounding import quantize_params
 
@@ -257,6 +258,15 @@ def test_programs_load_the_adapter_but_not_into_a_draft_model(monkeypatch):
         program_flags.load_checkpoint()
         program_flags.load_checkpoint("draft")
     assert asked == [("base", "mine"), ("draft", None)]
+
+
+def test_weights_with_an_adapter_attached_are_not_saved(tmp_path):
+    checkpoint = phi3_jax.load(BASE)
+    lora, adapter = load_adapter(RECORDED / "lora", CONFIG)
+    attached = dataclasses.replace(checkpoint, params=attach(checkpoint.params, adapter, lora))
+    with pytest.raises(ValueError, match="an adapter is attached to the weights: `merge` it into them"):
+        phi3_jax.save(attached, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("program", ["export", "quantize"])

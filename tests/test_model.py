@@ -158,7 +158,7 @@ def test_long_and_short_are_decided_as_asked(tiny):
     assert jnp.abs(as_long - as_short).max() > 1e-2
     np.testing.assert_array_equal(as_long, apply(tiny, tokens, rope_lengths=jnp.asarray([[17]])))
     # The reference's rule for a batch: its longest row decides for all.
-    np.testing.assert_allclose(apply(tiny, tokens[:, :9], rope_lengths=jnp.asarray([[20]])), as_long[:, :9], atol=1e-5)
+    np.testing.assert_allclose(apply(tiny, tokens[:, :9], rope_lengths=jnp.asarray([[20]])), as_long[:, :9], atol=5e-5)
 
 
 def test_rotating_cached_keys_anew_would_not_do(tiny):

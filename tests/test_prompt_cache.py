@@ -21,6 +21,8 @@ from phi3_jax import KVCache
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+ROUNDING = 5e-5  # of logits near 3 in float32, whose sums run over other slots; what is wrong is off by 1e-2 or more
+
 # window, prefix, of which placed, question, slots and rows when taken, slots and rows when placed
 CASES = {
     "full, short factors": (19, 11, 11, 5, (29, 3), (31, 2)),
@@ -44,7 +46,7 @@ def test_a_placed_prefix_gives_the_logits_of_reading_everything(tiny, case):
     assert prompt.cache.k.shape == (3, 1, 2, min(16 if n <= 16 else 32, take_slots), 8)
     assert prompt.usable(config, [*prefix[:count], 1, 2], length > BORDER) == count
     logits, expected = ask(config, tiny.params, prompt, count, prefix, length, slots, rows)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, atol=ROUNDING)
 
 
 def test_a_ring_that_is_one_key_short_is_not_usable_and_would_be_wrong(tiny):
@@ -53,7 +55,7 @@ def test_a_ring_that_is_one_key_short_is_not_usable_and_would_be_wrong(tiny):
     for count, usable in ((18, 18), (17, 0)):
         assert prompt.usable(config, [*prefix[:count], 1], True) == usable
         logits, expected = ask(config, tiny.params, prompt, count, prefix, 27, 10, 3)
-        assert np.allclose(logits, expected, atol=1e-5) == bool(usable)
+        assert np.abs(logits - expected).max() < ROUNDING if usable else np.abs(logits - expected).max() > 1e-2
 
 
 def test_factors_of_the_other_kind_are_not_usable_and_would_be_wrong(tiny):
@@ -66,7 +68,7 @@ def test_factors_of_the_other_kind_are_not_usable_and_would_be_wrong(tiny):
 
 
 # Sums over fewer slots are rounded elsewhere. In a low precision that can move a later layer's keys by a whole step.
-STEP = {"float32": 1e-5, "bfloat16": 3e-3, "int8": 6e-3}
+STEP = {"float32": ROUNDING, "bfloat16": 3e-3, "int8": 6e-3}
 
 
 @pytest.mark.parametrize("dtype", STEP)
@@ -153,7 +155,7 @@ def test_heads_padded_for_a_tpu_come_and_go(tiny, monkeypatch, tmp_path, take_on
         placed = one.place(KVCache.create(tiny.config, 2, 31, dtype), 13)
         assert placed.k.shape[-1] == (128 if place_on == "tpu" else 8)
         logits, _ = read(tiny.config, tiny.params, question, placed, 16)
-        np.testing.assert_allclose(logits, expected[[1, 1]], atol=1e-5)
+        np.testing.assert_allclose(logits, expected[[1, 1]], atol=ROUNDING)
 
 
 def test_usable_is_what_an_obvious_check_says(tiny):

@@ -53,7 +53,7 @@ def test_the_file_holds_taken_slots_only_in_the_order_of_positions(tiny, tmp_pat
         assert tensors["tokens"].tolist() == prefix.tolist()
         for name in "kv":
             expected = np.asarray(getattr(full, name))[:, 0, :, 23 - kept : 23]
-            np.testing.assert_allclose(tensors[name], expected, atol=1e-5)
+            np.testing.assert_allclose(tensors[name], expected, atol=5e-5)
 
 
 @pytest.fixture

@@ -150,3 +150,20 @@ def test_a_run_in_parts_is_the_whole(whole, tmp_path):
     before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     assert train(settings).exported == tmp_path / "run" / "adapter"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_is_written_too_where_it_is_not_the_last(tmp_path):
+    settings = write_run(tmp_path, lr=0.3, schedule="constant", warmup_steps=0, steps=2, eval_every=1)
+    # Words are held out, and digits are learned.
+    chat = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "three and some"}]
+    Path(settings.eval_file).write_text(json.dumps({"messages": chat}) + "\n")
+    heard = Heard()
+    train(settings, heard)
+    assert heard.records[1]["eval_loss"] < heard.records[2]["eval_loss"]
+    best = tmp_path / "run" / "adapter-best"
+    assert heard.notes[-1] == f"{best}: of step 1, whose held-out loss is the lowest of those kept"
+    alone = dataclasses.replace(settings, output=str(tmp_path / "alone"), steps=1)
+    train(alone)
+    assert not (tmp_path / "alone" / "adapter-best").exists()
+    ours, theirs = tensors(best), tensors(tmp_path / "alone" / "adapter")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

@@ -79,6 +79,12 @@ class Checkpoints:
         """The steps of all, rising."""
         return sorted(self._manager.all_steps())
 
+    @property
+    def best(self) -> int | None:
+        """The step of lowest evaluation loss of those that are kept; None if none was evaluated."""
+        known = [step for step in self.steps if step in self._losses]
+        return min(known, key=lambda step: (self._losses[step], step), default=None)
+
     def about(self) -> dict[str, Any] | None:
         """What the newest checkpoint that can be read was told about its run; None if there is no checkpoint.
 
@@ -116,15 +122,12 @@ class Checkpoints:
         Raises:
           ValueError: none can be read.
         """
-        leaves, structure = jax.tree.flatten(like)
-        names = _names(like)
         skipped: dict[int, str] = {}
         for step in reversed(self.steps):
-            wanted = ocp.args.StandardRestore(dict(zip(names, leaves, strict=True)))
             try:
-                found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
-            except Exception as error:  # Orbax raises no particular one
-                skipped[step] = _first_words(error)
+                state = self.read(step, like)
+            except ValueError as error:
+                skipped[step] = str(error)
                 continue
             for broken in skipped:
                 aside = self._folder / f"unreadable-{broken}"
@@ -132,10 +135,21 @@ class Checkpoints:
                 (self._folder / str(broken)).rename(aside)
                 self._losses.pop(broken, None)
             self._manager.reload()
-            state = jax.tree.unflatten(structure, [found[name] for name in names])
             reasons = tuple(f"checkpoint {broken} cannot be read: {why}" for broken, why in skipped.items())
             return Restored(step, state, reasons)
         raise self._unreadable(next(iter(skipped.values())))
+
+    def read(self, step: int, like: Any) -> Any:
+        """The state of one checkpoint; for `like` see `restore`. Raises ValueError if it cannot be read."""
+        self._manager.wait_until_finished()
+        leaves, structure = jax.tree.flatten(like)
+        names = _names(like)
+        wanted = ocp.args.StandardRestore(dict(zip(names, leaves, strict=True)))
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
+        except Exception as error:  # Orbax raises no particular one
+            raise ValueError(_first_words(error)) from error
+        return jax.tree.unflatten(structure, [found[name] for name in names])
 
     def is_among_best(self, eval_loss: float) -> bool:
         """Whether a checkpoint of this evaluation loss would be one of the best that are kept."""

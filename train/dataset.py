@@ -5,7 +5,7 @@
     text_starts.bin   int64 [texts + 1], where in the two files above each text begins
     row_texts.bin     int64 [texts], texts in the order of the rows that they are in
     row_starts.bin    int64 [rows + 1], where in the file above each row begins
-    header.json       the report, and how long the others are
+    header.json       the report, how long the others are, and the fingerprint of all of them
 
 Axis letters: B rows, T tokens.
 """
@@ -60,7 +60,7 @@ class Dataset:
 
     Attributes:
       report: what became of the file.
-      fingerprint: of the file and of all that decides what the rows are; a run that goes on needs the same one.
+      fingerprint: of what the rows hold; a run that goes on needs the same one.
       sequence_length: T.
       preferences: whether each row is a pair of answers ("dpo").
     """
@@ -104,17 +104,17 @@ class Dataset:
         return Batch(tokens, weights, positions, segments)
 
 
-def write_header(folder: Path, report: Report, sizes: dict[str, int]) -> None:
+def write_header(folder: Path, report: Report, sizes: dict[str, int], fingerprint: str) -> None:
     """The last file of a dataset: `sizes` are the numbers of elements of the others."""
-    content = {"report": dataclasses.asdict(report), "sizes": sizes}
+    content = {"report": dataclasses.asdict(report), "sizes": sizes, "fingerprint": fingerprint}
     (folder / "header.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def open_dataset(folder: Path, fingerprint: str, sequence_length: int, preferences: bool) -> Dataset | None:
+def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Dataset | None:
     """The dataset in a folder, mapped; None if it is not there or not whole."""
     try:
         header: dict[str, Any] = json.loads((folder / "header.json").read_bytes())
-        fields, sizes = header["report"], header["sizes"]
+        fields, sizes, fingerprint = header["report"], header["sizes"], header["fingerprint"]
         arrays: dict[str, np.ndarray] = {}
         for name, dtype in DTYPES.items():
             path = folder / f"{name}.bin"

@@ -1,8 +1,9 @@
 """A training run from its settings to files, top to bottom: `train`.
 
 A run's folder (`Settings.output`) holds data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/, loss.png, and at
-the end adapter/ or model/. The same settings in the same folder go on with the run, wherever it was stopped or killed,
-and its weights and metrics are bit for bit those of a run that was not.
+the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is adapter-best/ or
+model-best/. The same settings in the same folder go on with the run, wherever it was stopped or killed, and its weights
+and metrics are bit for bit those of a run that was not.
 
 Axis letters: A batches of a step, B rows, T tokens.
 """
@@ -28,7 +29,7 @@ from .forward import adapter_config
 from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
-from .run_folder import alone, check_data, check_settings, describe, export_folder
+from .run_folder import alone, best_folder, check_data, check_settings, describe, export_folder
 from .settings import Settings
 from .step import TrainState, make_eval_step, make_train_step, start, weights
 from .window import Window, with_perplexity
@@ -86,11 +87,19 @@ def train(
             state = run.go_on(step, state, frozen, is_new)
 
         # ---- the end ----
-        exported = export_folder(settings) if int(state.step) == settings.steps else None
-        if exported is not None and not exported.exists():
+        done, exported = int(state.step), None
+        if done == settings.steps:
+            exported = export_folder(settings)
             _export(settings, checkpoint, state, frozen, exported)
+            if (best := checkpoints.best) is not None and best != done:
+                del state  # there may not be room for two
+                state = checkpoints.read(best, like[0])
+                _export(settings, checkpoint, state, frozen, best_folder(settings))
+                observer.note(
+                    f"{best_folder(settings)}: of step {best}, whose held-out loss is the lowest of those kept"
+                )
         save_curve(read(folder / "metrics.jsonl"), folder / "loss.png", str(folder))
-    return Outcome(int(state.step), exported)
+    return Outcome(done, exported)
 
 
 @dataclasses.dataclass
@@ -220,7 +229,9 @@ def _evaluation(
 
 
 def _export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, frozen: Any, folder: Path) -> None:
-    """The adapter in PEFT's format, or the model in Hugging Face's."""
+    """The adapter in PEFT's format, or the model in Hugging Face's, where that is not done already."""
+    if folder.exists():
+        return
     if settings.train == "lora":
         save_adapter(folder, state.trainable, adapter_config(settings), checkpoint.config, settings.checkpoint)
     else:

@@ -24,7 +24,7 @@ from .packing import FirstFit
 from .settings import Settings
 
 OnProgress = Callable[[int, int], None]
-_VERSION = 1  # of how lines become rows: a new one makes old datasets useless
+_VERSION = 2  # of how lines become rows: a new one makes old datasets useless
 _READ_BY_DATA = ("method", "loss_on", "on_bad_line", "sequence_length", "pack")  # what decides what the rows are
 _REASONS_KEPT = 1000
 
@@ -52,12 +52,11 @@ def prepare(
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; give one of JSON lines")
-    fingerprint = _fingerprint(source, tokenizer, settings)
-    target = Path(folder) / fingerprint[:16]
+    target = Path(folder) / _key(source, tokenizer, settings)[:16]
     shape = (settings.sequence_length, settings.method == "dpo")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target.with_suffix(".lock")):
-        dataset = open_dataset(target, fingerprint, *shape)
+        dataset = open_dataset(target, *shape)
         if dataset is None:
             partial = target.with_suffix(".partial")
             for stale in (target, partial):
@@ -68,13 +67,14 @@ def prepare(
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            dataset = open_dataset(target, fingerprint, *shape)
+            dataset = open_dataset(target, *shape)
     if dataset is None:
         raise OSError(f"{target}: what was just written there is not there any more")
     return dataset
 
 
-def _fingerprint(source: Path, tokenizer: Tokenizer, settings: Settings) -> str:
+def _key(source: Path, tokenizer: Tokenizer, settings: Settings) -> str:
+    """By which what is kept is found again, without reading the file."""
     status = source.stat()
     document = {
         "version": _VERSION,
@@ -103,6 +103,7 @@ class _Writer:
         self._fit = FirstFit(settings.sequence_length) if settings.pack else None
         self._starts, self._rows = array("q", [0]), array("q")  # of each text: where it ends, and its row
         self._learned = 0
+        self._hash = hashlib.sha256()
         self._bad_lines = 0
         self._reasons: list[tuple[int, str]] = []
         self._ignored: set[str] = set()
@@ -144,8 +145,9 @@ class _Writer:
         """The texts of one line, of which preferences share a row and others need not."""
         alone = self._rows[-1] + 1 if self._rows else 0
         for index, text in enumerate(texts):
-            tokens.write(text.tokens.tobytes())
-            learned.write(text.learned.tobytes())
+            for file, values in ((tokens, text.tokens), (learned, text.learned)):
+                file.write(values.tobytes())
+                self._hash.update(values.tobytes())
             self._learned += int(text.learned.sum())
             self._starts.append(self._starts[-1] + len(text.tokens))
             if self._fit is not None:
@@ -163,7 +165,9 @@ class _Writer:
             "row_starts": np.concatenate([[0], np.cumsum(counts)]),
         }
         for name, values in index.items():
-            (self._folder / f"{name}.bin").write_bytes(np.ascontiguousarray(values, DTYPES[name]).tobytes())
+            content = np.ascontiguousarray(values, DTYPES[name]).tobytes()
+            (self._folder / f"{name}.bin").write_bytes(content)
+            self._hash.update(content)
         tokens, texts, rows = self._starts[-1], len(row_of), len(counts)
         places = rows * self._settings.sequence_length * (2 if self._settings.method == "dpo" else 1)
         report = Report(
@@ -177,4 +181,4 @@ class _Writer:
             ignored_fields=tuple(sorted(self._ignored)),
         )
         sizes = {name: len(values) for name, values in index.items()}
-        write_header(self._folder, report, sizes | {"tokens": tokens, "learned": tokens})
+        write_header(self._folder, report, sizes | {"tokens": tokens, "learned": tokens}, self._hash.hexdigest())

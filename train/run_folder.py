@@ -24,6 +24,12 @@ def export_folder(settings: Settings) -> Path:
     return Path(settings.output) / ("adapter" if settings.train == "lora" else "model")
 
 
+def best_folder(settings: Settings) -> Path:
+    """Where that of the lowest held-out loss is written, if it is not the last."""
+    last = export_folder(settings)
+    return last.with_name(f"{last.name}-best")
+
+
 def describe(settings: Settings, data: str) -> dict[str, Any]:
     """What is kept with a checkpoint to know its run by, as JSON has it; `data` is the fingerprint of the dataset."""
     fields = dataclasses.asdict(settings)
@@ -37,8 +43,9 @@ def check_settings(recorded: Mapping[str, Any] | None, settings: Settings) -> No
       recorded: what `describe` gave to the newest checkpoint there; None if there is none.
     """
     if recorded is None:
-        if (exported := export_folder(settings)).exists():
-            raise ValueError(f"{exported}: from an earlier run; name another output, or remove it")
+        for exported in (export_folder(settings), best_folder(settings)):
+            if exported.exists():
+                raise ValueError(f"{exported}: from an earlier run; name another output, or remove it")
         return
     defaults = describe(Settings(), "")["settings"]
     there, here = defaults | recorded["settings"], describe(settings, "")["settings"]
@@ -51,7 +58,7 @@ def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str
     """Raises ValueError if the run in the folder began with other data."""
     if recorded is not None and recorded["data"] != data:
         raise ValueError(
-            f"{settings.train_file}: has changed, or moved, since the run in {settings.output} began: {_REMEDY}"
+            f"{settings.train_file}: gives other rows than when the run in {settings.output} began: {_REMEDY}"
         )
 
 
