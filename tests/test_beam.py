@@ -298,6 +298,7 @@ def test_no_prompts_give_no_answers(tiny):
 # ------------------------------------------------------------------------------------------ real words
 
 
+@pytest.mark.slow
 def test_finds_a_more_likely_answer_than_greedy_decoding(demo):
     prompt = "The best thing about the sea is"
     greedy = generate(demo, prompt, 12, options=Options(logprobs=0))[0]

@@ -51,6 +51,7 @@ def read_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow
 def test_a_second_answer_depends_on_the_first_turn_which_is_not_read_again(demo, reference, read_sizes):
     conversation = Conversation(demo, max_new_tokens=24)
     first = ask(conversation, FRANCE)

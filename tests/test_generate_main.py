@@ -42,6 +42,7 @@ def program(demo, monkeypatch, capfd):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option",
     [
@@ -127,6 +128,7 @@ def test_a_prompt_cache_is_made_and_used(program, demo, tmp_path, capfd):
     assert int(err[: err.index(" tokens from the prompt cache")]) > 30
 
 
+@pytest.mark.slow
 def test_guessing_is_reported_and_changes_nothing(program, capfd):
     text = [
         "--chat",
@@ -295,6 +297,7 @@ def test_program_errors_are_one_line(demo, args, message):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_what_there_is(demo):
     """On a real terminal: the interrupt comes in the middle of a long answer."""
     leader, follower = pty.openpty()

@@ -14,9 +14,12 @@ from phi3_jax.kernels.native import build
 from phi3_jax.kernels.packed import Packing, pack
 from phi3_jax.quantization import QuantizedTensor
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build.library(), Unavailable), reason=f"there are no kernels here: {build.library()}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        isinstance(build.library(), Unavailable), reason=f"there are no kernels here: {build.library()}"
+    ),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 SHAPES = [(3, 37, 29), (2, 129, 96), (2, 64, 131)]
 KINDS = [(bits, group, symmetric) for bits in (8, 4) for group in (32, 64, 128) for symmetric in (True, False)]
 

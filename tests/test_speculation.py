@@ -71,7 +71,7 @@ def finish(run, steps=3):
 
 
 @pytest.mark.parametrize("kind", ["lookup", pytest.param("draft", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("window", [19, 7])
+@pytest.mark.parametrize("window", [19, pytest.param(7, marks=pytest.mark.slow)])
 def test_greedy_answers_are_the_same(tiny, other, kind, window):
     """Across LongRoPE's border and around the ring, ragged, each row alone and all together."""
     model = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, sliding_window=window))

@@ -75,6 +75,7 @@ def test_eight_devices_equal_one(results, number):
         np.testing.assert_allclose(many[name], one[name], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_spread_weights_and_their_optimizer_state_take_an_eighth_on_each_device(results):
     whole, spread, adapter = results[0]
     assert whole["bytes_here"] == whole["bytes"]
