@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import without_cache
 from phi3_jax.train import score as scoring
-from phi3_jax.train.evaluate import Accuracy, Perplexity, accuracy, continuation, perplexity, windows
-from phi3_jax.train.evaluate_files import Question, read_questions, read_texts
+from phi3_jax.train.evaluate import Accuracy, Learned, Perplexity, accuracy, continuation, learned, perplexity, windows
+from phi3_jax.train.evaluate_files import Question, read_data, read_questions, read_texts
 from phi3_jax.train.score import Request, score
 from test_chat import PHI4_MINI, small_tokenizer
-from training_runs import CONFIG, write_model
+from training_runs import CONFIG, write_data, write_model
 
 import phi3_jax
 
@@ -100,6 +100,36 @@ def test_perplexity(model):
     assert perplexity(model, texts) == perplexity(model, texts, 64, 32)
 
 
+def test_learned_tokens_of_data_as_for_training(model, tmp_path):
+    """Two answers of a chat, and a completion: each token by a run on what stands before it."""
+    asked, said = [{"role": "user", "content": "ab"}], {"role": "assistant", "content": "cde"}
+    more = [*asked, said, {"role": "user", "content": "f"}]
+    path = tmp_path / "data.jsonl"
+    lines = [{"messages": [*more, {"role": "assistant", "content": "gh"}]}, {"prompt": "2+2=", "completion": "4"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    tokenizer = model.tokenizer
+    chat, end = phi3_jax.encode_chat(tokenizer, more), 261  # <|end|>
+    first, prompt = phi3_jax.encode_chat(tokenizer, asked), tokenizer.encode("2+2=")
+    # The template ends with eos, which is not learned; the 17th token, it takes the text across LongRoPE's border.
+    ids = [*chat, *tokenizer.encode("gh", add_bos=False), end, tokenizer.eos_id]
+    assert len(ids) == CONFIG.long_rope.original_max_position_embeddings + 1
+    places = [*range(len(first), len(first) + 4), *range(len(chat), len(ids) - 1)]
+    assert ids[len(first) + 3] == end
+    other = [*prompt, *tokenizer.encode("4", add_bos=False), tokenizer.eos_id]
+    expected = [logprob(model, ids, place) for place in places]
+    expected += [logprob(model, other, place) for place in range(len(prompt), len(other))]
+    found = learned(model, read_data(path, tokenizer, 64))
+    assert found.tokens == len(expected) == 9
+    assert found.loss == pytest.approx(-np.mean(expected), abs=1e-5)
+    assert found.perplexity == math.exp(found.loss)
+    for text, message in (("\n{}", r"line 2: it has the fields \[\]"), ("\n", "there are no lines in it")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"data\.jsonl[,:] {message}"):
+            read_data(path, tokenizer, 64)
+    with pytest.raises(ValueError, match="no text has tokens that training would learn"):
+        learned(model, [])
+
+
 def test_accuracy(model):
     right = right_normalised = 0
     for question in QUESTIONS:
@@ -174,7 +204,7 @@ def test_files(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a\u2028"}\n{"text": "", "more": 1}\n', encoding="utf-8")
     assert read_texts(tmp_path / "t.jsonl") == ["a\u2028", ""]
     (tmp_path / "t.jsonl").write_text('{"text": 1}\n')
-    with pytest.raises(ValueError, match=r't\.jsonl, line 1: has no string "text"'):
+    with pytest.raises(ValueError, match=r't\.jsonl, line 1: has no string "text"; --data measures chats'):
         read_texts(tmp_path / "t.jsonl")
     (tmp_path / "t.txt").write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match=r"t\.txt: not a text in UTF-8 .* at byte 2"):
@@ -188,14 +218,18 @@ def test_the_program(model, tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [sys.executable, "-m", "phi3_jax.train.evaluate_main", "--checkpoint", str(folder)]
     command += ["--compilation_cache_dir", str(tmp_path / "compiled")]
-    files = ["--text", "t.txt", "--stride", "7", "--window", "20", "--questions", "q.jsonl", "--json", "figures.json"]
+    write_data(tmp_path / "d.jsonl", 7, 2)
+    files = ["--text", "t.txt", "--stride", "7", "--window", "20", "--data", "d.jsonl", "--questions", "q.jsonl"]
+    files += ["--json", "figures.json"]
     done = subprocess.run([*command, *files], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     surprise, right = Perplexity(**figures["text"]["measured"]), Accuracy(**figures["questions"]["measured"])
+    answers = Learned(**figures["data"]["measured"])
     assert done.stdout.splitlines() == [
         f"t.txt: perplexity {surprise.perplexity:.4f}, loss {surprise.loss:.4f}, {surprise.bits_per_byte:.4f} bits per "
         f"byte, {surprise.tokens} tokens",
+        f"d.jsonl: loss {answers.loss:.4f}, perplexity {answers.perplexity:.4f}, {answers.tokens} learned tokens",
         f"q.jsonl: accuracy {right.accuracy:.4f} +- {right.standard_error:.4f}, by character "
         f"{right.accuracy_normalised:.4f}, 3 questions",
     ]
@@ -203,10 +237,11 @@ def test_the_program(model, tmp_path):
     assert dataclasses.astuple(surprise) == pytest.approx(
         dataclasses.astuple(perplexity(model, [TEXT], 20, 7)), rel=1e-5
     )
+    assert answers.loss == pytest.approx(learned(model, read_data(tmp_path / "d.jsonl", model.tokenizer, 64)).loss)
     assert right == accuracy(model, QUESTIONS)
     assert not (tmp_path / "figures.json.partial").exists()
     for more, message in (
-        ([], "give --text, or --questions, or both"),
+        ([], "give --text, --data or --questions, or several of them"),
         (["--text", "nowhere.txt"], "[Errno 2] No such file or directory: 'nowhere.txt'"),
     ):
         done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, check=False)

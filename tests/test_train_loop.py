@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import without_cache
 from phi3_jax.train.checkpoints import Checkpoints
+from phi3_jax.train.evaluate import learned
+from phi3_jax.train.evaluate_files import read_data
 from phi3_jax.train.loop import train
 from phi3_jax.train.metrics import TIMES, read
 from phi3_jax.train.observer import Observer
@@ -121,6 +123,9 @@ def test_evaluation_is_what_single_tokens_give(whole):
             count += 1
     last = heard.records[-1]
     assert last["eval_loss"] == pytest.approx(total / count, abs=2e-5)
+    assert learned(checkpoint, read_data(settings.eval_file, checkpoint.tokenizer, 64)).loss == pytest.approx(
+        last["eval_loss"], abs=2e-5
+    )
     assert last["eval_accuracy"] == pytest.approx(correct / count)
     assert last["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 

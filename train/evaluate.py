@@ -1,4 +1,4 @@
-"""Perplexity of texts, and accuracy on questions with several answers."""
+"""Perplexity of texts, the loss of data as training has it, and accuracy on questions with several answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.tokenizer import Tokenizer
 
 from .evaluate_files import Question
+from .examples import Text
 from .score import OnProgress, Request, score
 
 
@@ -30,6 +31,21 @@ class Perplexity:
     loss: float
     perplexity: float
     bits_per_byte: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """How surprising those tokens are that training would learn, as the held-out loss of a run.
+
+    Attributes:
+      tokens: how many.
+      loss: the mean of -log p over them, in nats.
+      perplexity: its exponential.
+    """
+
+    tokens: int
+    loss: float
+    perplexity: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +101,24 @@ def perplexity(
     total = -math.fsum(float(each.logprobs.sum(dtype=np.float64)) for each in scores)
     size = sum(len(text.encode()) for text in texts)
     return Perplexity(tokens, total / tokens, math.exp(total / tokens), total / size / math.log(2))
+
+
+def learned(checkpoint: Checkpoint, texts: Sequence[Text], on_progress: OnProgress | None = None) -> Learned:
+    """Of the learned tokens of all texts, each with all that stands before it in its text.
+
+    Raises:
+      ValueError: a text is longer than the model's context; none has learned tokens.
+    """
+    texts = [text for text in texts if text.learned.any()]
+    begins = [int(text.learned.argmax()) for text in texts]
+    requests = [Request(text.tokens.tolist(), begin) for text, begin in zip(texts, begins, strict=True)]
+    scores = score(checkpoint, requests, on_progress)
+    logprobs = [each.logprobs[text.learned[begin:]] for text, begin, each in zip(texts, begins, scores, strict=True)]
+    tokens = sum(map(len, logprobs))
+    if tokens == 0:
+        raise ValueError("no text has tokens that training would learn")
+    loss = -math.fsum(float(each.sum(dtype=np.float64)) for each in logprobs) / tokens
+    return Learned(tokens, loss, math.exp(loss))
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Request]:

@@ -1,4 +1,4 @@
-"""The files that a model is evaluated on: texts, and questions with several answers."""
+"""The files that a model is evaluated on: texts, data as for training, and questions with several answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from phi3_jax.tokenizer import Tokenizer
+
+from .examples import Text, read_line
+from .settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,30 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     texts = []
     for place, record in _records(path):
         if not isinstance(record.get("text"), str):
-            raise ValueError(f'{place}: has no string "text"')
+            raise ValueError(f'{place}: has no string "text"; --data measures chats')
         texts.append(record["text"])
+    return texts
+
+
+def read_data(path: str | os.PathLike[str], tokenizer: Tokenizer, longest: int) -> list[Text]:
+    """The texts of a file of JSON lines as training has it (examples.py), with which of their tokens are learned.
+
+    Args:
+      longest: tokens of a text.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it has no lines, or one that cannot be used.
+    """
+    settings, texts = Settings(sequence_length=longest), []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                texts += read_line(line, tokenizer, settings)[0]
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not texts:
+        raise ValueError(f"{path}: there are no lines in it")
     return texts
 
 

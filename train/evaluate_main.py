@@ -1,9 +1,11 @@
-"""phi3-evaluate: how surprising texts are to a model, and how often it picks the right one of several answers.
+"""phi3-evaluate: how surprising texts or answers are to a model, and how often it picks the right one of several.
 
 phi3-evaluate --checkpoint demo --text held-out.txt --stride 512
-phi3-evaluate --checkpoint demo --adapter runs/train/adapter --questions quiz.jsonl --json figures.json
+phi3-evaluate --checkpoint demo --adapter runs/train/adapter --data held_out.jsonl
+phi3-evaluate --checkpoint demo --questions quiz.jsonl --json figures.json
 
-A text is a file as it is, or JSON lines {"text": ...}, each a text of its own. Questions are JSON lines
+A text is a file as it is, or JSON lines {"text": ...}, each a text of its own. Data are JSON lines as for phi3-train,
+of chats for instance, and measured on what that would learn: the answers. Questions are JSON lines
 {"question": ..., "choices": [..., ...], "answer": NUMBER}, the first choice being 0.
 """
 
@@ -26,8 +28,8 @@ from phi3_jax.kernels.native.build import library
 from phi3_jax.program import run_program
 from phi3_jax.weights import OnProgress
 
-from .evaluate import Accuracy, Perplexity, accuracy, perplexity
-from .evaluate_files import read_questions, read_texts
+from .evaluate import Accuracy, Learned, Perplexity, accuracy, learned, perplexity, require_tokenizer
+from .evaluate_files import read_data, read_questions, read_texts
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -48,23 +50,31 @@ _STRIDE = flags.DEFINE_integer(
     None,
     "A window begins so many tokens after the one before; by default half of it. Less is slower, and fair.",
 )
+_DATA = flags.DEFINE_string("data", None, "A .jsonl as for phi3-train, whose held-out loss is wanted.")
 _QUESTIONS = flags.DEFINE_string("questions", None, "A .jsonl of questions with choices.")
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 
 
 def main() -> int:
     """Reads the files, loads, evaluates and tells."""
-    if not _TEXT.value and not _QUESTIONS.value:
-        raise ValueError("give --text, or --questions, or both")
+    if not (_TEXT.value or _DATA.value or _QUESTIONS.value):
+        raise ValueError("give --text, --data or --questions, or several of them")
     texts = read_texts(_TEXT.value) if _TEXT.value else []
     questions = read_questions(_QUESTIONS.value) if _QUESTIONS.value else []
     checkpoint = _load()
+    limit = checkpoint.config.max_position_embeddings
+    data = read_data(_DATA.value, require_tokenizer(checkpoint), limit) if _DATA.value else []
     figures: dict[str, Any] = {}
     if _TEXT.value:
         with _progress("texts") as on_progress:
             surprise = perplexity(checkpoint, texts, _WINDOW.value, _STRIDE.value, on_progress)
         print(f"{_TEXT.value}: {_tell_perplexity(surprise)}", flush=True)
         figures["text"] = {"file": _TEXT.value, "measured": dataclasses.asdict(surprise)}
+    if data:
+        with _progress("data") as on_progress:
+            found = learned(checkpoint, data, on_progress)
+        print(f"{_DATA.value}: {_tell_learned(found)}", flush=True)
+        figures["data"] = {"file": _DATA.value, "measured": dataclasses.asdict(found)}
     if questions:
         with _progress("questions") as on_progress:
             right = accuracy(checkpoint, questions, on_progress)
@@ -109,6 +119,10 @@ def _tell_perplexity(found: Perplexity) -> str:
     )
 
 
+def _tell_learned(found: Learned) -> str:
+    return f"loss {found.loss:.4f}, perplexity {found.perplexity:.4f}, {found.tokens} learned tokens"
+
+
 def _tell_accuracy(found: Accuracy) -> str:
     return (
         f"accuracy {found.accuracy:.4f} +- {found.standard_error:.4f}, by character {found.accuracy_normalised:.4f}, "
@@ -120,7 +134,7 @@ def run() -> None:
     """The console script."""
     topics: dict[str, list[flags.FlagHolder[Any]]] = {
         "Model": [_CHECKPOINT, _ADAPTER, _DTYPE, _QUANTIZE],
-        "What is measured": [_TEXT, _WINDOW, _STRIDE, _QUESTIONS, _JSON],
+        "What is measured": [_TEXT, _WINDOW, _STRIDE, _DATA, _QUESTIONS, _JSON],
     }
     run_program("phi3-evaluate", main, topics)
 
