@@ -30,7 +30,9 @@ _CHECKPOINT = flags.DEFINE_string(
     "demo",
     "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
 )
-_ADAPTER = flags.DEFINE_string("adapter", None, "A folder of a LoRA adapter in PEFT's format, added to the weights.")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "A folder, or a hub id, of a LoRA adapter in PEFT's format, which is added to the weights."
+)
 _FORMAT = flags.DEFINE_enum(
     "format", "gguf", ["gguf", "safetensors"], "One file for llama.cpp (needs the extra gguf), or a folder."
 )

@@ -45,7 +45,7 @@ QUANTIZE = flags.DEFINE_string(
 ADAPTER = flags.DEFINE_string(
     "adapter",
     None,
-    "A folder of a LoRA adapter in PEFT's format, which is added to the weights before they are rounded.",
+    "A folder, or a hub id, of a LoRA adapter in PEFT's format, which is added to the weights before they are rounded.",
 )
 VERBOSE = flags.DEFINE_bool(
     "verbose",

@@ -17,6 +17,7 @@ from phi3_jax import quantized_files, safetensors_io, tokenizer_files
 from phi3_jax.config import Phi3Config
 from phi3_jax.folders import new_folder
 from phi3_jax.hub import download, is_hub_id
+from phi3_jax.lora import require_merged
 from phi3_jax.lora_files import merged_sources
 from phi3_jax.tokenizer import Tokenizer, load_tokenizer
 from phi3_jax.tokenizer_gguf import write_tokenizer
@@ -139,6 +140,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size:
       ValueError: an adapter is attached to the weights (lora.py).
     """
     target, params = Path(folder), checkpoint.params
+    require_merged(params)
     quantized = quantized_files.is_quantized(params)
     settings = checkpoint.config.to_hf()
     with new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:

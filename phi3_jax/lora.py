@@ -139,6 +139,16 @@ def merge(params: Params, adapter: Adapter, lora: LoraConfig) -> Params:
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
+def require_merged(params: Params) -> None:
+    """Raises ValueError if an adapter is attached."""
+
+    def is_one(leaf: Any) -> bool:
+        return isinstance(leaf, LoraTensor)
+
+    if any(map(is_one, jax.tree.leaves(params, is_leaf=is_one))):
+        raise ValueError("an adapter is attached to the weights: `merge` it into them, or write it by `save_adapter`")
+
+
 @functools.partial(jax.jit, static_argnames="scaling")
 def merged(weight: jax.Array, parts: Mapping[str, jax.Array], scaling: float) -> jax.Array:
     """One matrix [O, I] with its part of an adapter (a, b, perhaps magnitude) added, in float32."""

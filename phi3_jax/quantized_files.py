@@ -18,7 +18,6 @@ import numpy as np
 
 from phi3_jax import safetensors_io
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.linear.low_rank import LoraTensor
 from phi3_jax.kernels.packed import PackedTensor, Packing, arrays_of
 from phi3_jax.quantization import GROUPS, QuantizedTensor
 from phi3_jax.weights import Params, parameter_shapes
@@ -30,8 +29,12 @@ _ALIGNMENT = 64  # bytes: where a mapped array begins, so that JAX takes it as i
 
 
 def is_quantized(params: Params) -> bool:
-    """Whether some weights are not plain arrays."""
-    return any(not isinstance(leaf, jax.Array) for leaf in _flat(params).values())
+    """Whether some weights are integers or packed, be it under an adapter."""
+
+    def is_one(leaf: Any) -> bool:
+        return isinstance(leaf, QuantizedTensor | PackedTensor)
+
+    return any(map(is_one, jax.tree.leaves(params, is_leaf=is_one)))
 
 
 def describe(params: Params) -> dict[str, Any]:
@@ -89,10 +92,7 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool) -> Para
 
 
 def _flat(params: Params) -> dict[str, Any]:
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    if any(isinstance(leaf, LoraTensor) for leaf in flat.values()):
-        raise ValueError("an adapter is attached to the weights: `merge` it into them, or write it by `save_adapter`")
-    return flat
+    return flax.traverse_util.flatten_dict(params, sep="/")
 
 
 def _entry(leaf: Any) -> dict[str, Any]:

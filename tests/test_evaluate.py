@@ -242,6 +242,7 @@ def test_the_program(model, tmp_path):
     assert not (tmp_path / "figures.json.partial").exists()
     for more, message in (
         ([], "give --text, --data or --questions, or several of them"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file; give one of JSON lines"),
         (["--text", "nowhere.txt"], "[Errno 2] No such file or directory: 'nowhere.txt'"),
     ):
         done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -15,7 +15,7 @@ import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
 from adapters import BASE, RECORDED, random_adapter
-from phi3_jax.infer import program_flags
+from phi3_jax.infer import generate, program_flags
 
 import phi3_jax
 from phi3_jax.gguf_export import save_gguf
@@ -260,10 +260,13 @@ def test_programs_load_the_adapter_but_not_into_a_draft_model(monkeypatch):
     assert asked == [("base", "mine"), ("draft", None)]
 
 
-def test_weights_with_an_adapter_attached_are_not_saved(tmp_path):
+def test_weights_with_an_adapter_attached_generate_but_are_not_saved(tmp_path):
     checkpoint = phi3_jax.load(BASE)
     lora, adapter = load_adapter(RECORDED / "lora", CONFIG)
     attached = dataclasses.replace(checkpoint, params=attach(checkpoint.params, adapter, lora))
+    added = dataclasses.replace(checkpoint, params=merge(checkpoint.params, adapter, lora))
+    ours, theirs, without = (generate(each, [[3, 4, 5]], 6)[0].token_ids for each in (attached, added, checkpoint))
+    assert ours == theirs != without
     with pytest.raises(ValueError, match="an adapter is attached to the weights: `merge` it into them"):
         phi3_jax.save(attached, tmp_path / "model")
     assert not list(tmp_path.iterdir())

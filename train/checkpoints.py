@@ -135,8 +135,7 @@ class Checkpoints:
                 (self._folder / str(broken)).rename(aside)
                 self._losses.pop(broken, None)
             self._manager.reload()
-            reasons = tuple(f"checkpoint {broken} cannot be read: {why}" for broken, why in skipped.items())
-            return Restored(step, state, reasons)
+            return Restored(step, state, tuple(skipped.values()))
         raise self._unreadable(next(iter(skipped.values())))
 
     def read(self, step: int, like: Any) -> Any:
@@ -148,7 +147,7 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
         except Exception as error:  # Orbax raises no particular one
-            raise ValueError(_first_words(error)) from error
+            raise ValueError(f"checkpoint {step} cannot be read: {_first_words(error)}") from error
         return jax.tree.unflatten(structure, [found[name] for name in names])
 
     def is_among_best(self, eval_loss: float) -> bool:

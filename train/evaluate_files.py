@@ -52,12 +52,13 @@ def read_data(path: str | os.PathLike[str], tokenizer: Tokenizer, longest: int) 
       ValueError: it has no lines, or one that cannot be used.
     """
     settings, texts = Settings(sequence_length=longest), []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                texts += read_line(line, tokenizer, settings)[0]
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    texts += read_line(line, tokenizer, settings)[0]
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
     if not texts:
         raise ValueError(f"{path}: there are no lines in it")
     return texts

@@ -36,7 +36,9 @@ _CHECKPOINT = flags.DEFINE_string(
     "demo",
     "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
 )
-_ADAPTER = flags.DEFINE_string("adapter", None, "A folder of a LoRA adapter in PEFT's format, added to the weights.")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "A folder, or a hub id, of a LoRA adapter in PEFT's format, which is added to the weights."
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "What weights become that are not quantised."
 )
@@ -61,6 +63,8 @@ def main() -> int:
         raise ValueError("give --text, --data or --questions, or several of them")
     texts = read_texts(_TEXT.value) if _TEXT.value else []
     questions = read_questions(_QUESTIONS.value) if _QUESTIONS.value else []
+    if _DATA.value and not Path(_DATA.value).is_file():  # the tokenizer that reads it takes the model's time to load
+        raise FileNotFoundError(f"{_DATA.value}: no such file; give one of JSON lines")
     checkpoint = _load()
     limit = checkpoint.config.max_position_embeddings
     data = read_data(_DATA.value, require_tokenizer(checkpoint), limit) if _DATA.value else []

