@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 # Trains an adapter for the demo model on questions about countries, and asks one before and after.
 finetune-demo: $(VENV)/.demo
 	$(BIN)/pip install -q -e '.[train]'
-	$(BIN)/python -m phi3_jax.train.recipes.fetch_main --data factbook
+	$(BIN)/phi3-fetch-data --data factbook
 	$(BIN)/phi3-generate --checkpoint demo --chat --prompt "$(QUESTION)" --max_new_tokens 32
 	$(BIN)/phi3-train --recipe phi3_jax.train.recipes.lora_demo
 	rm -rf runs/lora_demo/merged

@@ -32,9 +32,10 @@ TEXT = (
 def one_start(batch: int) -> None:
     """In a process of its own: loads, answers `batch` prompts, prints figures as JSON."""
     import jax
-    from phi3_jax.infer import Run, decoding
 
     import phi3_jax
+    from phi3_jax.infer import Run
+    from phi3_jax.infer.engine import decoding
 
     jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -99,9 +100,8 @@ def starts() -> None:
 
 def guessing() -> None:
     """The second table."""
-    from phi3_jax.infer import Options, PromptLookup, Run
-
     import phi3_jax
+    from phi3_jax.infer import Options, PromptLookup, Run
 
     checkpoint = phi3_jax.load("demo", "float32")
     tasks = {

@@ -30,10 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax
-from phi3_jax.calibration import calibrate
-from phi3_jax.model import Phi3
-from phi3_jax.quantization import Format, QuantizedTensor, formats
-from phi3_jax.rounding import quantize, quantize_params
+from phi3_jax.kernels.linear.quantized import Format, QuantizedTensor, formats
+from phi3_jax.model.decoder import Phi3
+from phi3_jax.quantization.calibration import calibrate
+from phi3_jax.quantization.rounding import quantize, quantize_params
 
 Params = dict[str, Any]
 T = 512

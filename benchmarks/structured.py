@@ -12,9 +12,9 @@ import json
 import time
 
 import jsonschema
-from phi3_jax.infer import Grammar, Sampling, generate
 
 import phi3_jax
+from phi3_jax.infer import Grammar, Sampling, generate
 
 ANSWERS, BATCH, LIMIT = 100, 20, 120
 SCHEMAS = {

@@ -30,16 +30,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from phi3_jax.infer.benchmark_peer import serve
-from phi3_jax.infer.benchmark_processes import Process
-from phi3_jax.infer.benchmark_roofline import parameters
-from phi3_jax.train.batch import Batch
-from phi3_jax.train.settings import Settings
-from phi3_jax.train.step import make_train_step, start
 
 import phi3_jax
+from phi3_jax.infer.benchmark.peer_process import serve
+from phi3_jax.infer.benchmark.processes import Process
+from phi3_jax.infer.benchmark.roofline import parameters
+from phi3_jax.kernels.machine import Machine, threads
 from phi3_jax.kernels.native.build import Unavailable, library
-from phi3_jax.machine import Machine, threads
+from phi3_jax.train.data.batch import Batch
+from phi3_jax.train.settings import Settings
+from phi3_jax.train.step import make_train_step, start
 
 RANK, ALPHA, LR = 16, 32.0, 1e-4
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

@@ -48,8 +48,8 @@ class Torch:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    place = Path(__file__).parents[1] / "infer" / "benchmark_peer.py"
-    spec = importlib.util.spec_from_file_location("benchmark_peer", place)
+    place = Path(__file__).parents[1] / "infer" / "benchmark" / "peer_process.py"
+    spec = importlib.util.spec_from_file_location("peer_process", place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import jax
 import training
-from phi3_jax.infer.benchmark_roofline import parameters
-from phi3_jax.train.settings import Settings
-from phi3_jax.train.step import make_train_step, start
 
 import phi3_jax
+from phi3_jax.infer.benchmark.roofline import parameters
+from phi3_jax.kernels.machine import Machine
 from phi3_jax.kernels.native.build import Unavailable, library
-from phi3_jax.machine import Machine
+from phi3_jax.train.settings import Settings
+from phi3_jax.train.step import make_train_step, start
 
 # The first whose pattern is in an operation's name, as JAX gives it.
 _KINDS = {

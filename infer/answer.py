@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.load_save import Checkpoint
 
-from .logprobs import TokenLogprob
-from .run import NewTokens, Run
-from .stopping import StopWatch
+from .engine.run import NewTokens, Run
+from .sampling.logprobs import TokenLogprob
+from .sampling.stop_strings import StopWatch
 
 FinishReason = Literal["stop", "length", "deadline", "interrupt"]
 

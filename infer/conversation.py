@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.chat import encode_chat
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.text.chat import encode_chat
 
 from .answer import Answer, Generation, Piece, write_answers
-from .grammar import Grammar
-from .options import Options
-from .prompt_cache import PromptCache
-from .room import room_for
-from .run import Run
-from .sampling import Sampling
+from .engine.buckets import room_for
+from .engine.options import Options
+from .engine.prompt_cache import PromptCache
+from .engine.run import Run
+from .sampling.grammar import Grammar
+from .sampling.pick import Sampling
 
 _SMALLEST_ROOM = 512  # tokens
 

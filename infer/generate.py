@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.load_save import Checkpoint
 
 from .answer import Answer, Generation, Piece, write_answers
-from .grammar import Grammar
-from .options import Options
+from .engine.options import Options
+from .engine.run import Run
 from .prompts import Prompt, as_list, encode_prompt, for_each
-from .run import Run
-from .sampling import Sampling
+from .sampling.grammar import Grammar
+from .sampling.pick import Sampling
 
 # Steps per call of the compiled loop where nobody waits for single tokens.
 _STEPS = 32

@@ -3,21 +3,21 @@
 import importlib
 from typing import Any
 
-from phi3_jax.checkpoint import Checkpoint as Checkpoint
-from phi3_jax.checkpoint import GenerationSettings as GenerationSettings
-from phi3_jax.checkpoint import load as load
-from phi3_jax.checkpoint import save as save
+from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
+from phi3_jax.checkpoint.load_save import GenerationSettings as GenerationSettings
+from phi3_jax.checkpoint.load_save import load as load
+from phi3_jax.checkpoint.load_save import save as save
 from phi3_jax.config import LongRope as LongRope
 from phi3_jax.config import Phi3Config as Phi3Config
 from phi3_jax.presets import PRESETS as PRESETS
-from phi3_jax.tokenizer import Tokenizer as Tokenizer
-from phi3_jax.tokenizer import load_tokenizer as load_tokenizer
-from phi3_jax.chat import encode_chat as encode_chat
-from phi3_jax.chat import render_chat as render_chat
-from phi3_jax.model import Phi3 as Phi3
-from phi3_jax.cache import KVCache as KVCache
-from phi3_jax.masks import positions_from_mask as positions_from_mask
-from phi3_jax.weights import random_params as random_params
+from phi3_jax.text.tokenizer import Tokenizer as Tokenizer
+from phi3_jax.text.tokenizer import load_tokenizer as load_tokenizer
+from phi3_jax.text.chat import encode_chat as encode_chat
+from phi3_jax.text.chat import render_chat as render_chat
+from phi3_jax.model.decoder import Phi3 as Phi3
+from phi3_jax.model.cache import KVCache as KVCache
+from phi3_jax.kernels.attention.masks import positions_from_mask as positions_from_mask
+from phi3_jax.checkpoint.assemble import random_params as random_params
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax
-from phi3_jax.lora import Adapter, LoraConfig, adapter_shapes
+from phi3_jax.adapters import Adapter, LoraConfig, adapter_shapes
 
 RECORDED = Path(__file__).parent / "goldens_training"
 BASE = Path(__file__).parent / "goldens" / "gqa"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import without_cache
-from phi3_jax.infer import Options, Sampling, generate
-from phi3_jax.infer.conversation import Conversation
 from vocabularies import byte_level_spec, write
 
 import phi3_jax
+from phi3_jax.infer import Options, Sampling, generate
+from phi3_jax.infer.conversation import Conversation
 
 FRANCE, ITALY = "What is the capital of France?", "And of Italy?"
 CONTEXT = 600  # of the tiny model, LongRoPE's border is at 16 and the window 19

@@ -1,9 +1,9 @@
 """What the tests of grammar.py share."""
 
 import numpy as np
-from phi3_jax.infer.grammar import Grammar, GrammarMasks
 
-from phi3_jax.tokenizer import Tokenizer
+from phi3_jax.infer.sampling.grammar import Grammar, GrammarMasks
+from phi3_jax.text.tokenizer import Tokenizer
 
 
 def allowed(masks: GrammarMasks, vocab_size: int, row: int = 0) -> np.ndarray:

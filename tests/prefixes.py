@@ -6,10 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from phi3_jax.infer.prompt_cache import PromptCache
 
 import phi3_jax
 from phi3_jax import KVCache
+from phi3_jax.infer.engine.prompt_cache import PromptCache
 
 DTYPES = ["float32", "bfloat16", "float16", "int8"]
 BORDER = 16  # of the tiny model's LongRoPE

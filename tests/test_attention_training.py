@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phi3_jax.kernels.attention import training, xla
-from phi3_jax.kernels.attention.context import Context, Keys
+from phi3_jax.kernels.attention.arguments import Context, Keys
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

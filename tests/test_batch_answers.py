@@ -16,9 +16,10 @@ from batches import (
     read_only,
     run,
 )
-from phi3_jax.infer.batch_answers import AnswerFile
-from phi3_jax.infer.batch_requests import Request
-from phi3_jax.infer.sampling import Sampling
+
+from phi3_jax.infer.programs.answer_file import AnswerFile
+from phi3_jax.infer.programs.requests import Request
+from phi3_jax.infer.sampling.pick import Sampling
 
 
 @pytest.fixture

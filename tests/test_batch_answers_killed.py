@@ -25,7 +25,8 @@ from batches import (
     run,
     small_disk,
 )
-from phi3_jax.infer.batch_answers import AnswerFile
+
+from phi3_jax.infer.programs.answer_file import AnswerFile
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from phi3_jax.infer import DraftModel, Options, PromptCache, PromptLookup, generate
-from phi3_jax.infer.beam import beam_search, search_on
 
 import phi3_jax
-from phi3_jax.cache import KVCache, slots_needed
+from phi3_jax.infer import DraftModel, Options, PromptCache, PromptLookup, generate
+from phi3_jax.infer.beam import beam_search, search_on
+from phi3_jax.model.cache import KVCache, slots_needed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from phi3_jax.infer import benchmark_main
-from phi3_jax.infer.benchmark import Case, Result, Side, Spread, memory_needed, run_case, why_not
-from phi3_jax.infer.benchmark_chart import save_chart
-from phi3_jax.infer.benchmark_model import random_checkpoint
-from phi3_jax.infer.benchmark_ours import Case as OurCase
-from phi3_jax.infer.benchmark_peers import Peer, parse_peers
-from phi3_jax.infer.benchmark_processes import Process, ours
-from phi3_jax.infer.benchmark_roofline import Work, decode_work, least_seconds, prefill_work
 
 import phi3_jax
-from phi3_jax.machine import Machine
+from phi3_jax.infer.benchmark.chart import save_chart
+from phi3_jax.infer.benchmark.model import random_checkpoint
+from phi3_jax.infer.benchmark.ours import Case as OurCase
+from phi3_jax.infer.benchmark.peers import Peer, parse_peers
+from phi3_jax.infer.benchmark.processes import Process, ours
+from phi3_jax.infer.benchmark.roofline import Work, decode_work, least_seconds, prefill_work
+from phi3_jax.infer.benchmark.rounds import Case, Result, Side, Spread, memory_needed, run_case, why_not
+from phi3_jax.infer.programs import benchmark_main
+from phi3_jax.kernels.machine import Machine
 
 CONFIG = phi3_jax.Phi3Config(
     vocab_size=101,
@@ -159,7 +159,7 @@ def test_cases_that_do_not_fit_are_left_out(monkeypatch):
     assert memory_needed(Case("decode", 10, 4, 2), [side, side], CONFIG) == 2 * 4 * 12 * 96 * 2.0
     assert why_not(Case("decode", 250, 1, 5), [side], CONFIG) is None
     assert "context is 256" in why_not(Case("decode", 250, 1, 6), [side], CONFIG)
-    monkeypatch.setattr("phi3_jax.infer.benchmark.available_memory", lambda: 9000.0)
+    monkeypatch.setattr("phi3_jax.infer.benchmark.rounds.available_memory", lambda: 9000.0)
     assert "GB are free" in why_not(Case("decode", 10, 4, 2), [side], CONFIG)
 
 

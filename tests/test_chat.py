@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from phi3_jax import chat
-from phi3_jax.chat import encode_chat, render_chat
-from phi3_jax.tokenizer import Tokenizer, load_tokenizer
-from phi3_jax.tokenizer_gguf import tokenizer_from_gguf
+from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
+from phi3_jax.text import chat
+from phi3_jax.text.chat import encode_chat, render_chat
+from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello"}

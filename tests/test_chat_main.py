@@ -51,7 +51,7 @@ def reference(demo: phi3_jax.Checkpoint) -> Callable[..., str]:
     return answers_without_memory(demo)
 
 
-COMMAND = [sys.executable, "-m", "phi3_jax.infer.chat_main"]
+COMMAND = [sys.executable, "-m", "phi3_jax.infer.programs.chat_main"]
 
 
 def run_program(lines: Sequence[str], *args: str) -> subprocess.CompletedProcess:

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 from batches import read_only, small_disk
-from phi3_jax.train.checkpoints import Checkpoints
+
+from phi3_jax.train.run.checkpoints import Checkpoints
 
 # When a file cannot be read, Orbax leaves others' reading behind.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")

@@ -8,7 +8,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.config import FIXED_KEYS, LongRope, Phi3Config
-from phi3_jax.rope import attention_factor
+from phi3_jax.model.rope import attention_factor
 
 SOURCE = Path(phi3_jax.__file__).parent
 
@@ -150,7 +150,7 @@ def test_what_is_not_understood_is_refused_by_name(raw, message):
 
 def test_every_field_is_read_outside_of_this_file():
     """An option that nothing reads would be dropped silently: the numbers would be wrong and nobody would know."""
-    readers = [p for folder in (SOURCE, SOURCE.parent / "infer") for p in folder.glob("*.py") if p.name != "config.py"]
+    readers = [p for folder in (SOURCE, SOURCE.parent / "infer") for p in folder.rglob("*.py") if p.name != "config.py"]
     read = {
         node.attr
         for path in readers

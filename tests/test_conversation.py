@@ -19,10 +19,11 @@ from chats import (
     greedy,
     small_chat,
 )
-from phi3_jax.infer import Grammar, Options, Run, decoding, generate
-from phi3_jax.infer.conversation import ContextFullError, Conversation, load_messages, save_messages
 
 import phi3_jax
+from phi3_jax.infer import Grammar, Options, Run, generate
+from phi3_jax.infer.conversation import ContextFullError, Conversation, load_messages, save_messages
+from phi3_jax.infer.engine import decoding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from phi3_jax.infer import Options, Sampling, decoding, generate
-from phi3_jax.infer.sampling import SamplingParams
 
 import phi3_jax
+from phi3_jax.infer import Options, Sampling, generate
+from phi3_jax.infer.engine import decoding
+from phi3_jax.infer.sampling.pick import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11, 11, 11, 2, 31, 8], [90, 4, 77, 15, 60]]

@@ -9,14 +9,23 @@ import sys
 import numpy as np
 import pytest
 import without_cache
-from phi3_jax.train import score as scoring
-from phi3_jax.train.evaluate import Accuracy, Learned, Perplexity, accuracy, continuation, learned, perplexity, windows
-from phi3_jax.train.evaluate_files import Question, read_data, read_questions, read_texts
-from phi3_jax.train.score import Request, score
 from test_chat import PHI4_MINI, small_tokenizer
 from training_runs import CONFIG, write_data, write_model
 
 import phi3_jax
+from phi3_jax.train.evaluation import score as scoring
+from phi3_jax.train.evaluation.evaluate import (
+    Accuracy,
+    Learned,
+    Perplexity,
+    accuracy,
+    continuation,
+    learned,
+    perplexity,
+    windows,
+)
+from phi3_jax.train.evaluation.files import Question, read_data, read_questions, read_texts
+from phi3_jax.train.evaluation.score import Request, score
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = (
@@ -216,7 +225,7 @@ def test_the_program(model, tmp_path):
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
     lines = [{"question": q.context, "choices": q.choices, "answer": q.answer} for q in QUESTIONS]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [sys.executable, "-m", "phi3_jax.train.evaluate_main", "--checkpoint", str(folder)]
+    command = [sys.executable, "-m", "phi3_jax.train.programs.evaluate_main", "--checkpoint", str(folder)]
     command += ["--compilation_cache_dir", str(tmp_path / "compiled")]
     write_data(tmp_path / "d.jsonl", 7, 2)
     files = ["--text", "t.txt", "--stride", "7", "--window", "20", "--data", "d.jsonl", "--questions", "q.jsonl"]

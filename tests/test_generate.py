@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import without_cache
-from phi3_jax.infer import Options, Run, Sampling, generate, stream
-from phi3_jax.infer.stopping import StopWatch
 
 import phi3_jax
+from phi3_jax.infer import Options, Run, Sampling, generate, stream
+from phi3_jax.infer.sampling.stop_strings import StopWatch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8], [90, 4, 77, 15, 60, 3, 22, 9, 41, 13, 58, 6, 70]]
@@ -133,7 +133,7 @@ def test_one_seed_reproduces_and_another_differs(tiny):
 
 
 def test_one_bucket_compiles_once(tiny):
-    from phi3_jax.infer import decoding
+    from phi3_jax.infer.engine import decoding
 
     generate(tiny, [7] * 9, max_new_tokens=3)
     programs = (decoding.read, decoding.answer, decoding.decode)

@@ -12,9 +12,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from cache_folders import own_cache
-from phi3_jax.infer import Options, generate, generate_main
 
 import phi3_jax
+from phi3_jax.infer import Options, generate
+from phi3_jax.infer.programs import generate_main
 
 PROMPT = "The capital of France is"
 CHAT = ["--chat", "--prompt", "What is the capital of France?"]
@@ -253,7 +254,7 @@ def test_flags_that_contradict(program, args, message):
 
 
 def run_program(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "phi3_jax.infer.generate_main", *args]
+    command = [sys.executable, "-m", "phi3_jax.infer.programs.generate_main", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
@@ -303,7 +304,7 @@ def test_ctrl_c_prints_what_there_is(demo):
     leader, follower = pty.openpty()
     args = ["--checkpoint", "demo", "--prompt", "Once upon a time", "--max_new_tokens", "2000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "phi3_jax.infer.generate_main", *args],
+        [sys.executable, "-m", "phi3_jax.infer.programs.generate_main", *args],
         stdout=follower,
         stderr=subprocess.PIPE,
         text=True,
@@ -334,7 +335,8 @@ def test_help_is_grouped_by_topic():
     own = {
         flag.name
         for module, module_flags in flags.FLAGS.flags_by_module_dict().items()
-        if module.startswith(("phi3_jax.infer", "phi3_jax.program")) and not any(other in module for other in OTHERS)
+        if module.startswith(("phi3_jax.infer", "phi3_jax.command_line"))
+        and not any(other in module for other in OTHERS)
         for flag in module_flags
     }
     assert own == shown

@@ -7,8 +7,8 @@ import pytest
 from gguf_files import TYPES, as_llama, as_phi3, split, variant, write
 
 import phi3_jax
-from phi3_jax.gguf_import import read_gguf
-from phi3_jax.weights import named_tensors
+from phi3_jax.checkpoint.assemble import named_tensors
+from phi3_jax.checkpoint.gguf.reader import read_gguf
 
 
 def assert_same(loaded: phi3_jax.Checkpoint, expected: phi3_jax.Checkpoint) -> None:

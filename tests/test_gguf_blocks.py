@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gguf_files import TYPES, as_llama, as_phi3, split, variant, write
 
-from phi3_jax.checkpoint import resolve
-from phi3_jax.gguf_blocks import FORMS, IntegerForm, IntegerRows, fuse, fused_form, unpack, with_mins
-from phi3_jax.gguf_import import read_gguf
-from phi3_jax.quantization import QuantizedTensor
+from phi3_jax.checkpoint.gguf.blocks import FORMS, IntegerForm, IntegerRows, fuse, fused_form, unpack, with_mins
+from phi3_jax.checkpoint.gguf.reader import read_gguf
+from phi3_jax.checkpoint.load_save import resolve
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
 
 
 def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -47,7 +47,7 @@ def test_the_weights_are_exactly_the_files(kind, monkeypatch):
     assert (rows.bits, rows.mins is not None) == FORMS[kind]
     assert rows.scales.shape == (37, 5)
     np.testing.assert_array_equal(floats(rows), expected(kind, raw))
-    monkeypatch.setattr("phi3_jax.gguf_blocks._CHUNK", 4 * raw.shape[1])  # nine full chunks and a short one
+    monkeypatch.setattr("phi3_jax.checkpoint.gguf.blocks._CHUNK", 4 * raw.shape[1])  # nine full chunks and a short one
     np.testing.assert_array_equal(floats(unpack(kind, raw)), expected(kind, raw))
 
 

@@ -15,15 +15,15 @@ import sentencepiece
 import vocabularies
 
 import phi3_jax
-from phi3_jax import gguf_export
-from phi3_jax.gguf_export import save_gguf
-from phi3_jax.gguf_header import read_header
-from phi3_jax.quantization import QuantizedTensor
-from phi3_jax.rope import attention_factor
-from phi3_jax.tokenizer import load_tokenizer
-from phi3_jax.tokenizer_gguf import tokenizer_from_gguf
-from phi3_jax.tokenizer_to_gguf import tokenizer_metadata
-from phi3_jax.weights import named_tensors
+from phi3_jax.checkpoint.assemble import named_tensors
+from phi3_jax.checkpoint.gguf import writer
+from phi3_jax.checkpoint.gguf.header import read_header
+from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
+from phi3_jax.checkpoint.gguf.tokenizer_writer import tokenizer_metadata
+from phi3_jax.checkpoint.gguf.writer import save_gguf
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.model.rope import attention_factor
+from phi3_jax.text.tokenizer import load_tokenizer
 
 CONFIGS = {
     "window": {"sliding_window": 5},
@@ -117,7 +117,7 @@ def test_a_bfloat16_model_is_quantised_from_what_it_has(plain, tmp_path):
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_quantised_types_are_the_gguf_packages(plain, tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(gguf_export, "_ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(writer, "_ROWS_AT_A_TIME", 7)
     remarks = save_gguf(plain, tmp_path / "x.gguf", kind)
     assert remarks == ["rows of ffn_down are no whole number of 32-value blocks: stored as bf16"]
     number = gguf.GGMLQuantizationType[kind.upper()]
@@ -179,7 +179,7 @@ def test_refusals_leave_nothing_behind(plain, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_export, "_encode", full)
+        patch.setattr(writer, "_encode", full)
         with pytest.raises(OSError, match="no space left"):
             save_gguf(plain, tmp_path / "x.gguf")
     usage = type("Usage", (), {"free": 1000})
@@ -265,7 +265,7 @@ def test_a_turns_end_comes_right_behind_the_texts(sentencepiece_folder, plain):
     tokenizer = load_tokenizer(sentencepiece_folder)
     end = tokenizer.pieces.index("<|end|>")
     several = dataclasses.replace(plain, tokenizer=tokenizer, generation=phi3_jax.GenerationSettings((7, 5, end)))
-    assert gguf_export._end_ids(several) == [2, 7, end, 5]  # the tokenizer's, the configuration's, a turn's
+    assert writer._end_ids(several) == [2, 7, end, 5]  # the tokenizer's, the configuration's, a turn's
 
 
 def test_scores_made_from_merges_order_them_alike(sentencepiece_folder):
@@ -350,7 +350,7 @@ def test_flags_of_added_tokens_that_are_lost_are_named(tmp_path, plain):
 
 
 def export(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "phi3_jax.infer.export_main", *arguments]
+    command = [sys.executable, "-m", "phi3_jax.infer.programs.export_main", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 

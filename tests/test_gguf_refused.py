@@ -9,8 +9,8 @@ import pytest
 from gguf_files import as_llama, as_phi3, split, variant, write
 
 import phi3_jax
-from phi3_jax.gguf_header import read_header
-from phi3_jax.gguf_import import read_gguf
+from phi3_jax.checkpoint.gguf.header import read_header
+from phi3_jax.checkpoint.gguf.reader import read_gguf
 
 
 @pytest.mark.parametrize(

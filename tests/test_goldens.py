@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import phi3_jax
-from phi3_jax.rope import attention_factor, cos_sin, inverse_frequencies, rotate
+from phi3_jax.model.rope import attention_factor, cos_sin, inverse_frequencies, rotate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import sentencepiece
 from grammars import accepts, allowed
-from phi3_jax.infer.grammar import Grammar, GrammarMasks, unpack
 from vocabularies import byte_level_spec, train_sentencepiece, write
 
-from phi3_jax.tokenizer import Tokenizer, load_tokenizer
-from phi3_jax.tokenizer_gguf import tokenizer_from_gguf
+from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
+from phi3_jax.infer.sampling.grammar import Grammar, GrammarMasks, unpack
+from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 llguidance = pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
 

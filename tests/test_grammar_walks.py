@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from grammars import accepts
-from phi3_jax.infer.grammar import Grammar, GrammarMasks
 
 import phi3_jax
-from phi3_jax.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.infer.sampling.grammar import Grammar, GrammarMasks
+from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
 

@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import without_cache
-from phi3_jax.train.evaluate import accuracy
-from phi3_jax.train.evaluate_files import Question
 from test_chat import PHI4_MINI, small_tokenizer
 from training_runs import CONFIG
 
 import phi3_jax
+from phi3_jax.train.evaluation.evaluate import accuracy
+from phi3_jax.train.evaluation.files import Question
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -34,7 +34,7 @@ def checkpoint() -> phi3_jax.Checkpoint:
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    from phi3_jax.train.harness import HarnessModel
+    from phi3_jax.train.evaluation.harness import HarnessModel
 
     return HarnessModel(checkpoint, phi3_jax.infer.generate)
 

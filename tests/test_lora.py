@@ -13,14 +13,14 @@ import safetensors.numpy
 from adapters import BASE, RECORDED, dense, random_adapter
 
 import phi3_jax
+from phi3_jax.adapters import TARGETS, LoraConfig, LoraTensor, adapter_shapes, attach, init_adapter, merge
+from phi3_jax.checkpoint.peft_files import load_adapter
 from phi3_jax.kernels import Unavailable
 from phi3_jax.kernels.linear import linear
+from phi3_jax.kernels.linear.packed import pack
+from phi3_jax.kernels.linear.quantized import QuantizedTensor, parse_format
 from phi3_jax.kernels.native.build import library
-from phi3_jax.kernels.packed import pack
-from phi3_jax.lora import TARGETS, LoraConfig, LoraTensor, adapter_shapes, attach, init_adapter, merge
-from phi3_jax.lora_files import load_adapter
-from phi3_jax.quantization import QuantizedTensor, parse_format
-from phi3_jax.rounding import quantize
+from phi3_jax.quantization.rounding import quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

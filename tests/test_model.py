@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import phi3_jax
-from phi3_jax import rope
+from phi3_jax.model import rope
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -3,8 +3,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from phi3_jax.infer import DraftModel, Options, PromptLookup, Run, Sampling, generate
 from without_cache import greedy, logits
+
+from phi3_jax.infer import DraftModel, Options, PromptLookup, Run, Sampling, generate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8], [90, 4, 77, 15, 60, 3, 22, 9, 41, 13, 58, 6, 70]]
@@ -18,7 +19,7 @@ def test_capacity_decides_by_what_a_row_may_grow_to(tiny, monkeypatch):
     """Rows of 3 + 9, 8 + 9 and 13 + 9 tokens: the first stays short, the others are long from the first token on."""
     expected = [greedy(tiny, p, 9, lambda n, p=p: len(p) + 9) for p in PROMPTS]
     assert expected != [greedy(tiny, p, 9) for p in PROMPTS]
-    from phi3_jax.infer import decoding
+    from phi3_jax.infer.engine import decoding
 
     monkeypatch.setattr(decoding, "restart", None)  # nothing is read again
     assert token_ids(generate(tiny, PROMPTS, 9, options=Options(rope_policy="capacity"))) == expected
@@ -74,7 +75,7 @@ def test_log_probabilities_end_with_a_stop_string(demo):
 
 
 def test_room_lets_runs_share_programs(tiny):
-    from phi3_jax.infer import decoding
+    from phi3_jax.infer.engine import decoding
 
     generate(tiny, [7] * 9, 3, options=Options(room=300))
     before = decoding.decode._cache_size()

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import phi3_jax
-from phi3_jax import model
-from phi3_jax.kernels import PackedTensor, Unavailable, packed
-from phi3_jax.kernels.linear import linear
+from phi3_jax.kernels import PackedTensor, Unavailable
+from phi3_jax.kernels.linear import linear, packed
+from phi3_jax.kernels.linear.packed import Packing, pack
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native import build
-from phi3_jax.kernels.packed import Packing, pack
-from phi3_jax.quantization import QuantizedTensor
+from phi3_jax.model import decoder
 
 pytestmark = [
     pytest.mark.skipif(
@@ -171,7 +171,7 @@ def test_a_packed_model_gives_the_logits_of_its_weights(tiny, monkeypatch):
     def rounded(leaf):
         return leaf.astype(jnp.bfloat16).astype(jnp.float32)
 
-    monkeypatch.setattr(model, "linear", lambda x, *rest, **named: linear(rounded(x), *rest, **named))
+    monkeypatch.setattr(decoder, "linear", lambda x, *rest, **named: linear(rounded(x), *rest, **named))
     weights = jax.tree.map(
         lambda leaf: rounded(leaf) if leaf.shape[-2:] != (3, 24) and leaf.ndim > 1 else leaf, tiny.params
     )

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from phi3_jax.infer import prompt_cache
-from phi3_jax.infer.prompt_cache import PromptCache, fingerprint
 from prefixes import BORDER, ask, ids, read, read_prefix, take_prefix, with_window
 
 import phi3_jax
 from phi3_jax import KVCache
+from phi3_jax.infer.engine import prompt_cache
+from phi3_jax.infer.engine.prompt_cache import PromptCache, fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

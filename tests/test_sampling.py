@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from phi3_jax.infer import processors, sampling
-from phi3_jax.infer.sampling_params import Sampling, SamplingParams
+
+from phi3_jax.infer.sampling import pick as sampling
+from phi3_jax.infer.sampling import processors
+from phi3_jax.infer.sampling.params import Sampling, SamplingParams
 
 GOLDENS = Path(__file__).parent / "goldens_sampling" / "expected.safetensors"
 TENSORS = safetensors.numpy.load_file(GOLDENS)

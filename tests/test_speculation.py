@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import without_cache
-from phi3_jax.infer import DraftModel, Options, PromptLookup, Run, Sampling, generate
-from phi3_jax.infer.speculation import look_up
 
 import phi3_jax
+from phi3_jax.infer import DraftModel, Options, PromptLookup, Run, Sampling, generate
+from phi3_jax.infer.engine.speculation import look_up
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # The first two repeat themselves, so that a lookup finds something. LongRoPE's border is at 16, the window is 19.

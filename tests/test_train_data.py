@@ -13,15 +13,15 @@ import threading
 import jax
 import numpy as np
 import pytest
-from phi3_jax.train import prepare as preparation
-from phi3_jax.train.data import batches, eval_batches, prepare
-from phi3_jax.train.order import rows_of_step
-from phi3_jax.train.packing import FirstFit
-from phi3_jax.train.settings import Settings
 from test_chat import PHI4_MINI, small_tokenizer
 
 import phi3_jax
-from phi3_jax.model import Phi3
+from phi3_jax.model.decoder import Phi3
+from phi3_jax.train.data import batches, eval_batches, prepare
+from phi3_jax.train.data import prepare as preparation
+from phi3_jax.train.data.order import rows_of_step
+from phi3_jax.train.data.packing import FirstFit
+from phi3_jax.train.settings import Settings
 
 TOKENIZER = small_tokenizer(PHI4_MINI)
 T = 17

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import dense, random_adapter
-from phi3_jax.train.batch import Pair
-from phi3_jax.train.forward import adapter_config, batch_sums
-from phi3_jax.train.settings import Settings
-from phi3_jax.train.step import make_train_step, start
 from training_batches import close, rows, stack, text_loss, texts
 
 import phi3_jax
+from phi3_jax.train.data.batch import Pair
+from phi3_jax.train.forward import adapter_config, batch_sums
+from phi3_jax.train.settings import Settings
+from phi3_jax.train.step import make_train_step, start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

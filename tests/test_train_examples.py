@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from phi3_jax.train.examples import read_line
-from phi3_jax.train.settings import Settings
 from test_chat import PHI4_MINI, small_tokenizer
+
+from phi3_jax.train.data.examples import read_line
+from phi3_jax.train.settings import Settings
 
 TOKENIZER = small_tokenizer(PHI4_MINI)  # one token per byte; <s> is bos, <|endoftext|> eos
 BOS, EOS, USER, END, ASSISTANT = (

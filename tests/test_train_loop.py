@@ -11,17 +11,17 @@ import jax
 import numpy as np
 import pytest
 import without_cache
-from phi3_jax.train.checkpoints import Checkpoints
-from phi3_jax.train.evaluate import learned
-from phi3_jax.train.evaluate_files import read_data
-from phi3_jax.train.loop import train
-from phi3_jax.train.metrics import TIMES, read
-from phi3_jax.train.observer import Observer
-from phi3_jax.train.settings import Settings
-from phi3_jax.train.step import start
 from training_runs import tensors, write_run
 
 import phi3_jax
+from phi3_jax.train.evaluation.evaluate import learned
+from phi3_jax.train.evaluation.files import read_data
+from phi3_jax.train.run.checkpoints import Checkpoints
+from phi3_jax.train.run.loop import train
+from phi3_jax.train.run.metrics import TIMES, read
+from phi3_jax.train.run.observer import Observer
+from phi3_jax.train.settings import Settings
+from phi3_jax.train.step import start
 
 
 @pytest.fixture(scope="module", autouse=True)

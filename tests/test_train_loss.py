@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from phi3_jax.train.batch import Batch
+from training_batches import close, rows, slow_loss
+
+from phi3_jax.train.data.batch import Batch
 from phi3_jax.train.forward import batch_sums, neftune
 from phi3_jax.train.loss import cross_entropy, row_sums
 from phi3_jax.train.settings import Settings
-from training_batches import close, rows, slow_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -17,10 +17,11 @@ from absl import flags
 from absl.testing import flagsaver
 from batches import read_only, small_disk
 from cache_folders import own_cache
-from phi3_jax.train import train_main
-from phi3_jax.train.metrics import TIMES, read
-from phi3_jax.train.settings import Settings
 from training_runs import tensors, write_run
+
+from phi3_jax.train.programs import train_main
+from phi3_jax.train.run.metrics import TIMES, read
+from phi3_jax.train.settings import Settings
 
 STEPS = 12
 
@@ -42,7 +43,7 @@ class Program:
         self.env = {**os.environ, "XDG_CACHE_HOME": own_cache(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def start(self, *args: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "phi3_jax.train.train_main", *args]
+        command = [sys.executable, "-m", "phi3_jax.train.programs.train_main", *args]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.env, cwd=cwd
         )

@@ -8,16 +8,16 @@ import time
 import jax
 import numpy as np
 import pytest
-from phi3_jax.train import memory, tensorboard
-from phi3_jax.train.batch import Batch, Pair
-from phi3_jax.train.curve import moving_mean, save_curve, series
-from phi3_jax.train.flops import step_flops
-from phi3_jax.train.metrics import MetricsWriter, read
-from phi3_jax.train.settings import Settings
-from phi3_jax.train.step import make_train_step, start
 from training_runs import CONFIG
 
 import phi3_jax
+from phi3_jax.train.data.batch import Batch, Pair
+from phi3_jax.train.run import memory, tensorboard
+from phi3_jax.train.run.curve import moving_mean, save_curve, series
+from phi3_jax.train.run.flops import step_flops
+from phi3_jax.train.run.metrics import MetricsWriter, read
+from phi3_jax.train.settings import Settings
+from phi3_jax.train.step import make_train_step, start
 
 
 def test_memory_is_what_the_compiled_step_says():

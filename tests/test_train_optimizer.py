@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+
+from phi3_jax.adapters import init_adapter
 from phi3_jax.train.adam8bit import BLOCK, decode, encode
 from phi3_jax.train.forward import adapter_config
 from phi3_jax.train.optimizer import decayed, make_optimizer, schedule
 from phi3_jax.train.settings import Settings
-
-from phi3_jax.lora import init_adapter
 
 RATES = safetensors.numpy.load_file(Path(__file__).parent / "goldens_training" / "schedules" / "expected.safetensors")
 

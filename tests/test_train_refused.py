@@ -8,15 +8,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from phi3_jax.train import memory
-from phi3_jax.train.data import batches, prepare
-from phi3_jax.train.loop import train
-from phi3_jax.train.metrics import read
-from phi3_jax.train.observer import Observer
-from phi3_jax.train.step import make_train_step, start
 from training_runs import write_data, write_run
 
 import phi3_jax
+from phi3_jax.train.data import batches, prepare
+from phi3_jax.train.run import memory
+from phi3_jax.train.run.loop import train
+from phi3_jax.train.run.metrics import read
+from phi3_jax.train.run.observer import Observer
+from phi3_jax.train.step import make_train_step, start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

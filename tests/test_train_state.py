@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from phi3_jax.train.step import make_eval_step, make_train_step, start, weights
 from training_batches import PARTS, close, run, settings, slow_loss, stack, train_step
 
-from phi3_jax.quantization import QuantizedTensor
-from phi3_jax.rounding import quantize_params
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.quantization.rounding import quantize_params
+from phi3_jax.train.step import make_eval_step, make_train_step, start, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,12 +10,12 @@ import optax
 import pytest
 import safetensors.numpy
 from adapters import BASE, RECORDED
-from phi3_jax.train.batch import Batch
-from phi3_jax.train.settings import Settings
 from training_batches import PARTS, PLAIN, close, run, settings, stack, texts
 
 import phi3_jax
-from phi3_jax.lora_files import load_adapter
+from phi3_jax.checkpoint.peft_files import load_adapter
+from phi3_jax.train.data.batch import Batch
+from phi3_jax.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

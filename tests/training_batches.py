@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from phi3_jax.train.batch import Batch
-from phi3_jax.train.settings import Settings
-from phi3_jax.train.step import make_train_step, start
 
 import phi3_jax
+from phi3_jax.train.data.batch import Batch
+from phi3_jax.train.settings import Settings
+from phi3_jax.train.step import make_train_step, start
 
 PLAIN: dict[str, Any] = {"train": "all", "schedule": "constant", "warmup_steps": 0, "beta2": 0.95, "loss_chunk": 0}
 train_step = functools.cache(make_train_step)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from phi3_jax.train.settings import Settings
 from test_chat import PHI4_MINI, small_tokenizer
 
 import phi3_jax
+from phi3_jax.train.settings import Settings
 
 CONFIG = phi3_jax.Phi3Config(
     vocab_size=263,

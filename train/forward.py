@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from phi3_jax.adapters import LoraConfig, attach
 from phi3_jax.config import Phi3Config
-from phi3_jax.lora import LoraConfig, attach
-from phi3_jax.masks import sequence_lengths
-from phi3_jax.model import Phi3
-from phi3_jax.quantization import QuantizedTensor
+from phi3_jax.kernels.attention.masks import sequence_lengths
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.model.decoder import Phi3
 
-from .batch import Batch, Pair
+from .data.batch import Batch, Pair
 from .dpo import interleave, preference_sums
 from .loss import RowSums, row_sums
 from .settings import Settings

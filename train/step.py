@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from phi3_jax.adapters import init_adapter, merge
 from phi3_jax.config import Phi3Config
-from phi3_jax.lora import init_adapter, merge
-from phi3_jax.quantization import QuantizedTensor
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
 
 from . import sharding
-from .batch import Batch, Pair
+from .data.batch import Batch, Pair
 from .forward import Params, adapter_config, batch_sums
 from .optimizer import make_optimizer, schedule
 from .settings import Settings

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .benchmark import Result
+from .rounds import Result
 
 _OURS, _PEERS = "#1f5fa8", ("#b9b4a7", "#d0ccc2", "#e2dfd8", "#96918a")
 _INK, _LIMIT, _FAINT = "#26251f", "#c2452d", "#6f6b62"

@@ -10,12 +10,12 @@ import ml_dtypes
 import numpy as np
 
 import phi3_jax
+from phi3_jax.checkpoint.assemble import Layout, assemble, parameter_shapes, tensor_names
+from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows
+from phi3_jax.checkpoint.leaves import TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.gguf_blocks import IntegerForm, IntegerRows
+from phi3_jax.kernels.linear.quantized import ZERO, Format, formats
 from phi3_jax.kernels.native.build import Unavailable, library
-from phi3_jax.leaves import TensorSource
-from phi3_jax.quantization import ZERO, Format, formats
-from phi3_jax.weights import Layout, assemble, parameter_shapes, tensor_names
 
 _NOISE_BYTES = (1 << 20) + 7  # odd, so that a row of a matrix never repeats the one above
 _GROUP = 32

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax
-from phi3_jax.cache import slots_needed
+from phi3_jax.model.cache import slots_needed
 
-from . import decoding
-from .benchmark_model import ModelSpec, load_model
-from .benchmark_peer import Reply, Rows, serve
-from .options import Options
-from .room import own_cache_dtype, piece_length, room_for
-from .sampling import Sampling, SamplingParams
+from ..engine import decoding
+from ..engine.buckets import own_cache_dtype, piece_length, room_for
+from ..engine.options import Options
+from ..sampling.pick import Sampling, SamplingParams
+from .model import ModelSpec, load_model
+from .peer_process import Reply, Rows, serve
 
 
 class Ours:
@@ -52,7 +52,7 @@ class Ours:
         if kind == "folder":
             phi3_jax.save(checkpoint, path)
             return {}
-        from phi3_jax.gguf_export import save_gguf  # needs the extra `gguf`
+        from phi3_jax.checkpoint.gguf.writer import save_gguf  # needs the extra `gguf`
 
         save_gguf(checkpoint, path, kind)  # type: ignore[arg-type]  # it says itself which types there are
         return {}

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3_jax import safetensors_io
-from phi3_jax.checkpoint import resolve
-from phi3_jax.gguf_header import read_header
-from phi3_jax.machine import Rate, threads
+from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.gguf.header import read_header
+from phi3_jax.checkpoint.load_save import resolve
+from phi3_jax.kernels.machine import Rate, threads
 
-from . import benchmark_processes as processes
-from .benchmark import Side
-from .benchmark_model import ModelSpec
+from . import processes as processes
+from .model import ModelSpec
+from .rounds import Side
 
 Program = Literal["llama_cpp", "transformers"]
 FLASH_ATTENTION = ("best", "on", "off")
@@ -137,7 +137,7 @@ def _stored(spec: ModelSpec) -> str:
     if spec.is_random:
         return "bfloat16"
     place = resolve(spec.checkpoint)
-    found = {source.dtype for source in safetensors_io.read_folder(place).values()} if place.is_dir() else set()
+    found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
     return found.pop() if len(found) == 1 and found <= set(_BY_US.values()) else "float32"
 
 

@@ -69,7 +69,7 @@ class Process:
 @contextlib.contextmanager
 def ours(name: str = "phi3_jax") -> Iterator[Process]:
     """Our own process (benchmark_ours.py), in this Python."""
-    with contextlib.closing(Process(name, [sys.executable, "-m", "phi3_jax.infer.benchmark_ours"])) as process:
+    with contextlib.closing(Process(name, [sys.executable, "-m", "phi3_jax.infer.benchmark.ours"])) as process:
         yield process
 
 
@@ -77,6 +77,6 @@ def ours(name: str = "phi3_jax") -> Iterator[Process]:
 def peer(name: str, program: str, python: str | None) -> Iterator[Process]:
     """A peer's process; program is "llama_cpp" or "transformers", python another Python's path."""
     # -P: or the modules beside the script would hide others of the same names.
-    script = str(Path(__file__).with_name("benchmark_peer.py"))
+    script = str(Path(__file__).with_name("peer_process.py"))
     with contextlib.closing(Process(name, [python or sys.executable, "-P", script, program])) as process:
         yield process

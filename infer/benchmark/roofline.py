@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.machine import Rate
+from phi3_jax.kernels.machine import Rate
 
 
 @dataclasses.dataclass(frozen=True)

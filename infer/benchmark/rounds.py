@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.machine import Rate
+from phi3_jax.kernels.machine import Rate
 
-from .benchmark_roofline import decode_work, least_seconds, prefill_work
+from .roofline import decode_work, least_seconds, prefill_work
 
 _SETTLE = 0.1  # seconds before each measurement, in which the others' threads stop waiting for work
 

@@ -19,13 +19,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.cache import KVCache
 from phi3_jax.config import Phi3Config
-from phi3_jax.model import Phi3
+from phi3_jax.model.cache import KVCache
+from phi3_jax.model.decoder import Phi3
 
-from .grammar import unpack
-from .logprobs import LogprobRecord
-from .sampling import SamplingParams, pick
+from ..sampling.grammar import unpack
+from ..sampling.logprobs import LogprobRecord
+from ..sampling.pick import SamplingParams, pick
 
 Params = dict[str, Any]
 RopePolicy = Literal["length", "capacity", "batch"]

@@ -20,9 +20,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from phi3_jax.cache import KVCache
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
+from phi3_jax.model.cache import KVCache
 
 _KIND = "phi3_jax prompt cache"
 _VERSION = "1"

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.cache import slots_needed
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.model.cache import slots_needed
 
+from ..prompts import check_batch
+from ..sampling.grammar import Grammar, GrammarMasks
+from ..sampling.logprobs import TokenLogprob
+from ..sampling.pick import Sampling, SamplingParams
 from . import decoding
-from .grammar import Grammar, GrammarMasks
-from .logprobs import TokenLogprob
+from .buckets import own_cache_dtype, piece_length, room_for
 from .options import Options
 from .prompt_cache import PromptCache, fingerprint
-from .prompts import check_batch
-from .room import own_cache_dtype, piece_length, room_for
-from .sampling import Sampling, SamplingParams
 from .speculation import DraftModel, LookupDrafter, ModelDrafter, PromptLookup
 
 

@@ -20,7 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from .batch_requests import FORMS, Request, parse_object
+from .requests import FORMS, Request, parse_object
 
 _HEADER_BEGIN = b'{"phi3_jax_batch": '
 _VERSION = 1

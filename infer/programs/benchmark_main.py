@@ -23,17 +23,17 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
+from phi3_jax.command_line.program import run_program
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels.machine import Machine
 from phi3_jax.kernels.native.build import Unavailable, library
-from phi3_jax.machine import Machine
-from phi3_jax.program import run_program
 
-from . import benchmark_processes as processes
-from . import program_flags as common
-from .benchmark import Case, Result, Side, run_case, why_not
-from .benchmark_chart import save_chart
-from .benchmark_model import ModelSpec
-from .benchmark_peers import FLASH_ATTENTION, open_peer, parse_peers, rate_of
+from ..benchmark import processes as processes
+from ..benchmark.chart import save_chart
+from ..benchmark.model import ModelSpec
+from ..benchmark.peers import FLASH_ATTENTION, open_peer, parse_peers, rate_of
+from ..benchmark.rounds import Case, Result, Side, run_case, why_not
+from . import flags as common
 
 _RANDOM = flags.DEFINE_enum(
     "random", None, sorted(phi3_jax.PRESETS), "In place of a checkpoint: random weights of this size."

@@ -22,10 +22,10 @@ from typing import TextIO
 
 from absl import flags
 
-from phi3_jax.program import interruptible, run_program
+from phi3_jax.command_line.program import interruptible, run_program
 
-from . import program_flags as common
-from .conversation import ContextFullError, Conversation, load_messages, save_messages
+from ..conversation import ContextFullError, Conversation, load_messages, save_messages
+from . import flags as common
 
 _TOPICS = {"Conversation": [common.SYSTEM], **common.TOPICS}
 

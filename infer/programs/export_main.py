@@ -19,11 +19,11 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax import safetensors_io
-from phi3_jax.checkpoint import resolve
-from phi3_jax.gguf_export import GgufType, save_gguf
-from phi3_jax.program import run_program
-from phi3_jax.weights import DTYPES, OnProgress
+from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.assemble import DTYPES, OnProgress
+from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
+from phi3_jax.checkpoint.load_save import resolve
+from phi3_jax.command_line.program import run_program
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -75,7 +75,7 @@ def main() -> int:
 def _stored_dtype(path: str) -> str:
     """What to load as before rounding to integers: sixteen bits, if the weights have no more, take half the memory."""
     place = resolve(path)
-    found = {source.dtype for source in safetensors_io.read_folder(place).values()} if place.is_dir() else set()
+    found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
     return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
 
 

@@ -12,17 +12,17 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
+from phi3_jax.checkpoint.assemble import Layout
 from phi3_jax.kernels import Unavailable, status
 from phi3_jax.kernels.native.build import library
-from phi3_jax.weights import Layout
 
-from .decoding import RopePolicy
-from .grammar import Grammar
-from .options import CACHE_DTYPES, Options
-from .prompt_cache import PromptCache
-from .room import own_cache_dtype
-from .sampling import Sampling
-from .speculation import DraftModel, PromptLookup
+from ..engine.buckets import own_cache_dtype
+from ..engine.decoding import RopePolicy
+from ..engine.options import CACHE_DTYPES, Options
+from ..engine.prompt_cache import PromptCache
+from ..engine.speculation import DraftModel, PromptLookup
+from ..sampling.grammar import Grammar
+from ..sampling.pick import Sampling
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

@@ -17,19 +17,19 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax.program import interruptible, run_program
+from phi3_jax.command_line.program import interruptible, run_program
 
-from . import program_flags as common
-from .answer import Answer, Generation, write_answers
-from .batch_answers import AnswerFile
-from .batch_requests import Request, read_requests
-from .beam import beam_search
-from .generate import generate
-from .logprobs import TokenLogprob
-from .options import Options
-from .prompts import check_prompt
-from .run import Run
-from .sampling import Sampling, SamplingParams
+from ..answer import Answer, Generation, write_answers
+from ..beam import beam_search
+from ..engine.options import Options
+from ..engine.run import Run
+from ..generate import generate
+from ..prompts import check_prompt
+from ..sampling.logprobs import TokenLogprob
+from ..sampling.pick import Sampling, SamplingParams
+from . import flags as common
+from .answer_file import AnswerFile
+from .requests import Request, read_requests
 
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")

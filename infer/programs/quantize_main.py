@@ -18,12 +18,12 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax.calibration import calibrate
-from phi3_jax.kernels.packed import pack
-from phi3_jax.program import run_program
-from phi3_jax.weights import Layout, OnProgress
+from phi3_jax.checkpoint.assemble import Layout, OnProgress
+from phi3_jax.command_line.program import run_program
+from phi3_jax.kernels.linear.packed import pack
+from phi3_jax.quantization.calibration import calibrate
 
-from .program_flags import ADAPTER, CHECKPOINT, QUANTIZE, read_text, require_tokenizer
+from .flags import ADAPTER, CHECKPOINT, QUANTIZE, read_text, require_tokenizer
 
 _CALIBRATION = flags.DEFINE_string(
     "calibration",

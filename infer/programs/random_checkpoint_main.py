@@ -10,7 +10,7 @@ import dataclasses
 from absl import flags
 
 import phi3_jax
-from phi3_jax.program import run_program
+from phi3_jax.command_line.program import run_program
 
 _PRESET = flags.DEFINE_enum("preset", "phi-3-mini-4k", sorted(phi3_jax.PRESETS), "Which size.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write, which must not exist yet.", required=True)

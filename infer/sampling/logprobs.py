@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .sampling import top_logprobs
+from .pick import top_logprobs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from . import processors
-from .sampling_params import Sampling as Sampling
-from .sampling_params import SamplingParams as SamplingParams
+from .params import Sampling as Sampling
+from .params import SamplingParams as SamplingParams
 
 
 def pick(

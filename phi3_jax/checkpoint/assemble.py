@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from phi3_jax.checkpoint.leaves import Floats, Integers, Leaf, PackedFloats
+from phi3_jax.checkpoint.leaves import TensorSource as TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.leaves import Floats, Integers, Leaf, PackedFloats
-from phi3_jax.leaves import TensorSource as TensorSource
-from phi3_jax.model import Phi3
-from phi3_jax.quantization import Format, formats
+from phi3_jax.kernels.linear.quantized import Format, formats
+from phi3_jax.model.decoder import Phi3
 
 Params = dict[str, Any]
 OnProgress = Callable[[int, int], None]

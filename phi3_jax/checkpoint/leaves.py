@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from phi3_jax.gguf_blocks import IntegerForm, IntegerRows, with_mins
-from phi3_jax.kernels.packed import Packing, aligned_empty
-from phi3_jax.quantization import Format, QuantizedTensor
-from phi3_jax.rounding import quantize
+from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows, with_mins
+from phi3_jax.kernels.linear.packed import Packing, aligned_empty
+from phi3_jax.kernels.linear.quantized import Format, QuantizedTensor
+from phi3_jax.quantization.rounding import quantize
 
 
 @dataclasses.dataclass(frozen=True)

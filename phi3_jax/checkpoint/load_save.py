@@ -13,15 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from phi3_jax import quantized_files, safetensors_io, tokenizer_files
+from phi3_jax.adapters import require_merged
+from phi3_jax.checkpoint import quantized_files, safetensors_files
+from phi3_jax.checkpoint.assemble import Layout, OnProgress, Params, assemble, named_tensors
+from phi3_jax.checkpoint.atomic_write import new_folder
+from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
+from phi3_jax.checkpoint.hub import download, is_hub_id
+from phi3_jax.checkpoint.peft_files import merged_sources
 from phi3_jax.config import Phi3Config
-from phi3_jax.folders import new_folder
-from phi3_jax.hub import download, is_hub_id
-from phi3_jax.lora import require_merged
-from phi3_jax.lora_files import merged_sources
-from phi3_jax.tokenizer import Tokenizer, load_tokenizer
-from phi3_jax.tokenizer_gguf import write_tokenizer
-from phi3_jax.weights import Layout, OnProgress, Params, assemble, named_tensors
+from phi3_jax.text import tokenizer_files
+from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 # All that is ever fetched of a checkpoint from a hub: weights and data, never code.
 HUB_FILES = (
@@ -101,7 +102,7 @@ def load(
     if adapter is not None and quantize == "stored":
         raise ValueError("quantize='stored' keeps a file's integers, which an adapter changes: name another policy")
     if place.suffix == ".gguf":
-        from phi3_jax.gguf_import import read_gguf  # needs the extra `gguf`
+        from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
         sources = merged_sources(gguf.tensors, adapter, gguf.config)
@@ -123,7 +124,7 @@ def load(
             raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
         params = quantized_files.read(place, described, config, packed=layout == "packed")
     else:
-        sources = merged_sources(safetensors_io.read_folder(place), adapter, config)
+        sources = merged_sources(safetensors_files.read_folder(place), adapter, config)
         params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
     return Checkpoint(config, params, tokenizer, generation, place)
 
@@ -148,7 +149,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size:
             quantized_files.write(partial, params)
             settings |= {"quantization_config": quantized_files.describe(params)}
         else:
-            safetensors_io.write_folder(partial, named_tensors(params), max_shard_size)
+            safetensors_files.write_folder(partial, named_tensors(params), max_shard_size)
             settings |= {"torch_dtype": np.dtype(params["embed_tokens"]["weight"].dtype).name}
         _write_json(partial / "config.json", settings)
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}

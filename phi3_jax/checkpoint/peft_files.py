@@ -18,13 +18,14 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax import safetensors_io, tokenizer_files
+from phi3_jax.adapters import TARGETS, Adapter, LoraConfig, adapter_shapes, merged
+from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.assemble import tensor_names
+from phi3_jax.checkpoint.atomic_write import new_folder
+from phi3_jax.checkpoint.hub import download, is_hub_id
+from phi3_jax.checkpoint.leaves import TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.folders import new_folder
-from phi3_jax.hub import download, is_hub_id
-from phi3_jax.leaves import TensorSource
-from phi3_jax.lora import TARGETS, Adapter, LoraConfig, adapter_shapes, merged
-from phi3_jax.weights import tensor_names
+from phi3_jax.text import tokenizer_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -77,7 +78,7 @@ def save_adapter(
         "bias": "none",
     }
     with new_folder(Path(folder), sum(leaf.nbytes for leaf in leaves.values())) as partial:
-        safetensors_io.write_file(partial / WEIGHTS, tensors)
+        safetensors_files.write_file(partial / WEIGHTS, tensors)
         (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -169,7 +170,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_weights(path: Path) -> dict[str, TensorSource]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the file is missing; adapter_model.bin is not read: save it as safetensors")
-    return safetensors_io.read_file(path)
+    return safetensors_files.read_file(path)
 
 
 def _adapted(settings: Mapping[str, Any], config: Phi3Config, path: Path) -> dict[str, list[int]]:

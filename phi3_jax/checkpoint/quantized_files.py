@@ -16,15 +16,15 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from phi3_jax import safetensors_io
+from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.assemble import Params, parameter_shapes
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.packed import PackedTensor, Packing, arrays_of
-from phi3_jax.quantization import GROUPS, QuantizedTensor
-from phi3_jax.weights import Params, parameter_shapes
+from phi3_jax.kernels.linear.packed import PackedTensor, Packing, arrays_of
+from phi3_jax.kernels.linear.quantized import GROUPS, QuantizedTensor
 
 FILE = "phi3_jax.safetensors"
 METHOD = "phi3_jax"  # the quant_method of config.json's quantization_config
-_KINDS = safetensors_io.FLOATS | {"U8": np.dtype(np.uint8)}
+_KINDS = safetensors_files.FLOATS | {"U8": np.dtype(np.uint8)}
 _ALIGNMENT = 64  # bytes: where a mapped array begins, so that JAX takes it as it is
 
 
@@ -78,7 +78,7 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool) -> Para
     shapes, entries = parameter_shapes(config), described.get("leaves") if isinstance(described, dict) else None
     if not isinstance(entries, dict) or entries.keys() != shapes.keys():
         raise ValueError(f"{folder}/config.json: quantization_config does not describe the weights of this model")
-    sources = safetensors_io.read_file(path, _KINDS)
+    sources = safetensors_files.read_file(path, _KINDS)
     leaves = {}
     for name, shape in shapes.items():
         wanted = _wanted(name, entries[name], shape, folder)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from phi3_jax.kernels.attention import why_not_cpu
+from phi3_jax.kernels.linear.packed import PackedTensor
 from phi3_jax.kernels.native.build import Unavailable, library
-from phi3_jax.kernels.packed import PackedTensor
 
 
 def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") -> dict[str, str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.attention import cpu, why_not_cpu
-from phi3_jax.kernels.attention.context import Keys
+from phi3_jax.kernels.attention.arguments import Keys
 from phi3_jax.kernels.dispatch import on_cpu
 
 _INT8_MAX = 127

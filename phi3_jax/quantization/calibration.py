@@ -17,16 +17,16 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from phi3_jax.checkpoint.assemble import OnProgress, Params
 from phi3_jax.config import Phi3Config
-from phi3_jax.gptq import gptq
 from phi3_jax.kernels.attention import attention
-from phi3_jax.kernels.attention.context import Context, Keys
+from phi3_jax.kernels.attention.arguments import Context, Keys
 from phi3_jax.kernels.linear import linear
-from phi3_jax.model import rms_norm
-from phi3_jax.quantization import QuantizedTensor, formats
-from phi3_jax.rope import cos_sin, rotate
-from phi3_jax.rounding import quantize, require_floats
-from phi3_jax.weights import OnProgress, Params
+from phi3_jax.kernels.linear.quantized import QuantizedTensor, formats
+from phi3_jax.model.decoder import rms_norm
+from phi3_jax.model.rope import cos_sin, rotate
+from phi3_jax.quantization.gptq import gptq
+from phi3_jax.quantization.rounding import quantize, require_floats
 
 # The matrices of a layer in the order in which they are used.
 _STAGES = tuple(

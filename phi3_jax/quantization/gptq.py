@@ -14,9 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from phi3_jax import rounding
-from phi3_jax.quantization import Format, QuantizedTensor
-from phi3_jax.rounding import Fit
+from phi3_jax.kernels.linear.quantized import Format, QuantizedTensor
+from phi3_jax.quantization import rounding
+from phi3_jax.quantization.rounding import Fit
 
 _BLOCK = 128  # inputs after which the whole matrix is updated, and not only the block: few passes over memory
 _EXACT = jax.lax.Precision.HIGHEST

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.quantization import LARGEST, SMALLEST, ZERO, Format, QuantizedTensor, formats
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, Format, QuantizedTensor, formats
 
 _BLOCK = 1 << 20  # weights that are rounded at a time: one compiled program serves many matrices, in little memory
 _UNROLLED = 8  # inputs of a group that one compiled loop body goes through

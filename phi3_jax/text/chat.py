@@ -20,8 +20,8 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
-from phi3_jax.tokenizer import Tokenizer
-from phi3_jax.tokenizer_spans import Span, encode_spans
+from phi3_jax.text.spans import Span, encode_spans
+from phi3_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from phi3_jax.tokenizer import Part, Tokenizer
+from phi3_jax.text.tokenizer import Part, Tokenizer
 
 Span = tuple[int, int]
 

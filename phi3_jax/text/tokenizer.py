@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import sentencepiece
 
-from phi3_jax.tokenizer_backends import (
+from phi3_jax.text.backends import (
     SPACE_MARK,
     AddedToken,
     ByteFallbackDecoder,
@@ -26,7 +26,7 @@ from phi3_jax.tokenizer_backends import (
     TokenizersEncoder,
     decoder_for,
 )
-from phi3_jax.tokenizer_files import (
+from phi3_jax.text.tokenizer_files import (
     id_of,
     join_vocabulary,
     listed_in_config,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.tokenizer_backends import AddedToken
+from phi3_jax.text.backends import AddedToken
 
 
 def read_json(path: Path) -> dict[str, Any]:

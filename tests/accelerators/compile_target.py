@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from phi3_jax.infer import Run, Sampling, decoding
 
 import phi3_jax
-from phi3_jax.weights import parameter_shapes
+from phi3_jax.checkpoint.assemble import parameter_shapes
+from phi3_jax.infer import Run, Sampling
+from phi3_jax.infer.engine import decoding
 
 PRESET = "phi-3-mini-4k"
 PROMPT, ANSWER = 1024, 128  # tokens: two chunks of prefill, and a cache of 1152 slots

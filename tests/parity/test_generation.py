@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from phi3_jax.infer import Options, beam_search, generate
 
 import phi3_jax
+from phi3_jax.infer import Options, beam_search, generate
 
 pytest.importorskip("torch", reason="the reference needs torch and transformers: make parity")
 

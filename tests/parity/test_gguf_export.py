@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import phi3_jax
-from phi3_jax.gguf_export import save_gguf
-from phi3_jax.tokenizer import load_tokenizer
+from phi3_jax.checkpoint.gguf.writer import save_gguf
+from phi3_jax.text.tokenizer import load_tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.chat import encode_answers, encode_chat
-from phi3_jax.tokenizer import Tokenizer
-from phi3_jax.tokenizer_spans import encode_spans
+from phi3_jax.text.chat import encode_answers, encode_chat
+from phi3_jax.text.spans import encode_spans
+from phi3_jax.text.tokenizer import Tokenizer
 
-from .settings import Settings
+from ..settings import Settings
 
 _SFT = ({"messages"}, {"prompt", "completion"}, {"text"})
 _DPO = ({"messages", "chosen", "rejected"}, {"prompt", "chosen", "rejected"})

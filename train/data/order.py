@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from ..settings import Settings
 from .batch import Batch, Pair
 from .dataset import Dataset
-from .settings import Settings
 
 
 def batches(dataset: Dataset, settings: Settings, start_step: int = 0) -> Iterator[Batch | Pair]:

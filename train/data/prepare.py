@@ -16,12 +16,12 @@ from typing import IO
 
 import numpy as np
 
-from phi3_jax.tokenizer import Tokenizer
+from phi3_jax.text.tokenizer import Tokenizer
 
+from ..settings import Settings
 from .dataset import DTYPES, Dataset, Report, open_dataset, write_header
 from .examples import Text, read_line
 from .packing import FirstFit
-from .settings import Settings
 
 OnProgress = Callable[[int, int], None]
 _VERSION = 2  # of how lines become rows: a new one makes old datasets useless

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from phi3_jax.checkpoint import Checkpoint
-from phi3_jax.tokenizer import Tokenizer
+from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.text.tokenizer import Tokenizer
 
-from .evaluate_files import Question
-from .examples import Text
+from ..data.examples import Text
+from .files import Question
 from .score import OnProgress, Request, score
 
 

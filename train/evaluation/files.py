@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.tokenizer import Tokenizer
+from phi3_jax.text.tokenizer import Tokenizer
 
-from .examples import Text, read_line
-from .settings import Settings
+from ..data.examples import Text, read_line
+from ..settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

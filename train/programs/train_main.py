@@ -21,10 +21,10 @@ from typing import Any, Self
 from absl import flags, logging
 from tqdm import tqdm
 
-from phi3_jax.program import interruptible, run_program
+from phi3_jax.command_line.program import interruptible, run_program
 
-from .observer import Observer
-from .settings import Settings, change
+from ..run.observer import Observer
+from ..settings import Settings, change
 
 _RECIPE = flags.DEFINE_string("recipe", None, "A module with SETTINGS, here or installed.")
 _SET = flags.DEFINE_multi_string(
@@ -82,7 +82,7 @@ def main() -> int:
     """Trains, and says where the result is."""
     settings = _settings()
     logging.set_verbosity(logging.FATAL)  # Orbax reports its work, and its faults, which are also raised
-    from .loop import train  # needs the extra `train`; --help does not
+    from ..run.loop import train  # needs the extra `train`; --help does not
 
     begun = time.perf_counter()
     with Screen() as screen:

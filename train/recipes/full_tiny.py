@@ -1,6 +1,6 @@
 """A model of 3 million weights, with a vocabulary of its own, learns from nothing to write like the Bible.
 
-    python -m phi3_jax.train.recipes.fetch_main --data bible
+    phi3-fetch-data --data bible
     phi3-train --recipe phi3_jax.train.recipes.full_tiny
     phi3-generate --checkpoint runs/full_tiny/model --prompt "Jesus said to them," --temperature 0.7
 

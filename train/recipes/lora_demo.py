@@ -1,6 +1,6 @@
 """The demo model learns to answer questions about countries in one style: `make finetune-demo`.
 
-    python -m phi3_jax.train.recipes.fetch_main --data factbook
+    phi3-fetch-data --data factbook
     phi3-train --recipe phi3_jax.train.recipes.lora_demo
     phi3-chat --checkpoint demo --adapter runs/lora_demo/adapter
 

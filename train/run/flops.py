@@ -13,13 +13,13 @@ import math
 import jax
 import numpy as np
 
+from phi3_jax.adapters import adapter_shapes
+from phi3_jax.checkpoint.assemble import parameter_shapes
 from phi3_jax.config import Phi3Config
-from phi3_jax.lora import adapter_shapes
-from phi3_jax.weights import parameter_shapes
 
-from .batch import Batch, Pair
-from .forward import adapter_config
-from .settings import Settings
+from ..data.batch import Batch, Pair
+from ..forward import adapter_config
+from ..settings import Settings
 
 
 def step_flops(settings: Settings, config: Phi3Config, batch: Batch | Pair) -> float:

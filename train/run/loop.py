@@ -19,19 +19,19 @@ from typing import Any
 import jax
 
 import phi3_jax
-from phi3_jax.lora_files import save_adapter
+from phi3_jax.checkpoint.peft_files import save_adapter
 
-from . import sharding
+from .. import sharding
+from ..data import Dataset, batches, eval_batches, prepare
+from ..forward import adapter_config
+from ..settings import Settings
+from ..step import TrainState, make_eval_step, make_train_step, start, weights
 from .checkpoints import Checkpoints
 from .curve import save_curve
-from .data import Dataset, batches, eval_batches, prepare
-from .forward import adapter_config
 from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
 from .run_folder import alone, best_folder, check_data, check_settings, describe, export_folder
-from .settings import Settings
-from .step import TrainState, make_eval_step, make_train_step, start, weights
 from .window import Window, with_perplexity
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from .settings import Settings
+from ..settings import Settings
 
 _GB = 1e9
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

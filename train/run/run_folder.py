@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .settings import Settings
+from ..settings import Settings
 
 # What may differ when a run goes on. Of the file trained on the contents are compared, not the name.
 _FREE = {

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.machine import peak_rate
+from phi3_jax.kernels.machine import peak_rate
 
-from .batch import Batch, Pair
+from ..data.batch import Batch, Pair
+from ..settings import Settings
 from .flops import step_flops
 from .metrics import Record
-from .settings import Settings
 
 
 class Window:

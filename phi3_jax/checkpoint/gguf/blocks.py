@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from phi3_jax.quantization import ZERO
+from phi3_jax.kernels.linear.quantized import ZERO
 
 GROUP = 32  # inputs that share a scale
 _CHUNK = 1 << 20  # bytes of the file that are unpacked at a time: their intermediates stay in the processor's cache

@@ -15,12 +15,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from phi3_jax.checkpoint.gguf.blocks import IntegerRows, fuse, fused_form, unpack
+from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged, read_header
+from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
+from phi3_jax.checkpoint.leaves import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
-from phi3_jax.gguf_blocks import IntegerRows, fuse, fused_form, unpack
-from phi3_jax.gguf_header import GgufTensor, damaged, read_header
-from phi3_jax.leaves import TensorSource
-from phi3_jax.tokenizer import Tokenizer
-from phi3_jax.tokenizer_gguf import tokenizer_from_gguf
+from phi3_jax.text.tokenizer import Tokenizer
 
 _Kind = type | list[type]  # [str] is an array of strings
 

@@ -9,10 +9,7 @@ from typing import Any
 
 import sentencepiece
 
-from phi3_jax.tokenizer import Tokenizer
-from phi3_jax.tokenizer_backends import SPACE_MARK, ByteLevelDecoder
-from phi3_jax.tokenizer_files import read_json
-from phi3_jax.tokenizer_gguf import (
+from phi3_jax.checkpoint.gguf.tokenizer_reader import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -22,6 +19,9 @@ from phi3_jax.tokenizer_gguf import (
     USER_DEFINED,
     tokenizer_from_gguf,
 )
+from phi3_jax.text.backends import SPACE_MARK, ByteLevelDecoder
+from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text.tokenizer_files import read_json
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # What vocabularies differ in: spaces, digits, capitals, contractions, scripts, line ends, normal forms.

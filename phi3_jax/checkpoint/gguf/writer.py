@@ -21,11 +21,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.assemble import OnProgress, named_tensors
+from phi3_jax.checkpoint.gguf.tokenizer_writer import lost_flags, tokenizer_metadata
+from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
-from phi3_jax.rope import attention_factor
-from phi3_jax.tokenizer_to_gguf import lost_flags, tokenizer_metadata
-from phi3_jax.weights import OnProgress, named_tensors
+from phi3_jax.model.rope import attention_factor
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.kernels.attention import cpu, xla
-from phi3_jax.kernels.attention.context import Context, Keys
+from phi3_jax.kernels.attention.arguments import Context, Keys
 from phi3_jax.kernels.dispatch import on_cpu
 from phi3_jax.kernels.native.build import Unavailable, library
 

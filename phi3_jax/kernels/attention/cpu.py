@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.kernels.attention.context import Context, Keys
+from phi3_jax.kernels.attention.arguments import Context, Keys
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from phi3_jax.kernels.attention.context import Context, Keys
-from phi3_jax.masks import attention_mask
+from phi3_jax.kernels.attention.arguments import Context, Keys
+from phi3_jax.kernels.attention.masks import attention_mask
 
 KEPT = "attention"  # by this name rematerialisation can keep what the backward pass needs
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.kernels.attention.context import Context, Keys
-from phi3_jax.masks import attention_mask
+from phi3_jax.kernels.attention.arguments import Context, Keys
+from phi3_jax.kernels.attention.masks import attention_mask
 
 
 def attention(q: jax.Array, keys: Keys, context: Context) -> tuple[jax.Array, jax.Array]:

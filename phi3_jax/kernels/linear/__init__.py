@@ -8,11 +8,11 @@ from typing import Any, Literal
 import jax
 
 from phi3_jax.kernels.dispatch import on_cpu
-from phi3_jax.kernels.linear import cpu, low_rank, xla
-from phi3_jax.kernels.linear.low_rank import LoraTensor
+from phi3_jax.kernels.linear import cpu, lora, xla
+from phi3_jax.kernels.linear.lora import LoraTensor
+from phi3_jax.kernels.linear.packed import PackedTensor
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import Unavailable, library
-from phi3_jax.kernels.packed import PackedTensor
-from phi3_jax.quantization import QuantizedTensor
 
 Implementation = Literal["xla", "cpu"]
 Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
@@ -38,7 +38,7 @@ def linear(
     """
     if isinstance(weight, LoraTensor):
         product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)
-        return low_rank.linear(x, weight, layer, product)
+        return lora.linear(x, weight, layer, product)
     if implementation == "xla" or (implementation is None and not isinstance(weight, PackedTensor)):
         return xla.linear(x, weight, layer, dtype)
     if not isinstance(weight, PackedTensor):

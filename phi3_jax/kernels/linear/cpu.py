@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.kernels.packed import BITS, PackedTensor
+from phi3_jax.kernels.linear.packed import BITS, PackedTensor
 
 
 def linear(x: jax.Array, weight: PackedTensor, layer: jax.Array | None, dtype: Any) -> jax.Array:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from phi3_jax.kernels.linear.quantized import ZERO, QuantizedTensor
 from phi3_jax.kernels.native.build import Unavailable, library
-from phi3_jax.quantization import ZERO, QuantizedTensor
 
 Kind = Literal["bfloat16", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.kernels.packed import PackedTensor
-from phi3_jax.quantization import QuantizedTensor
+from phi3_jax.kernels.linear.packed import PackedTensor
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
 
 
 def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
