@@ -4,6 +4,7 @@ from .answer import Generation as Generation
 from .answer import Piece as Piece
 from .beam import Beam as Beam
 from .beam import beam_search as beam_search
+from .engine import decoding as decoding
 from .engine.options import Options as Options
 from .engine.prompt_cache import PromptCache as PromptCache
 from .engine.run import Run as Run
@@ -14,4 +15,4 @@ from .generate import generate as generate
 from .generate import stream as stream
 from .sampling.grammar import Grammar as Grammar
 from .sampling.logprobs import TokenLogprob as TokenLogprob
-from .sampling.pick import Sampling as Sampling
+from .sampling.params import Sampling as Sampling

@@ -29,7 +29,7 @@ class Asks(Protocol):
 
 
 class Measures(Protocol):
-    """What measures the machine: `phi3_jax.machine.Machine`."""
+    """What measures the machine: `phi3_jax.kernels.machine.Machine`."""
 
     rates: dict[str, float]
 

@@ -15,7 +15,7 @@ from adapters import random_adapter
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint import load_save as checkpoint_module
-from phi3_jax.checkpoint.assemble import named_tensors
+from phi3_jax.checkpoint.assemble import DTYPES, named_tensors
 from phi3_jax.checkpoint.peft_files import save_adapter
 from phi3_jax.checkpoint.safetensors_files import read_file
 
@@ -82,7 +82,7 @@ def test_every_float_type_is_cast_as_numpy_casts(tiny_folder, stored, wanted):
     write_by_hand(path, originals, KINDS[stored])
     loaded = dict(named_tensors(phi3_jax.load(tiny_folder, wanted).params))
     for name, tensor in originals.items():
-        expected = tensor.astype(phi3_jax.weights.DTYPES[wanted])
+        expected = tensor.astype(DTYPES[wanted])
         np.testing.assert_array_equal(loaded[name].view(np.uint8), expected.view(np.uint8), err_msg=name)
 
 

@@ -5,7 +5,7 @@ Run in the parity environment (`make parity` makes it), from the root of the rep
     .venv-parity/bin/python tests/goldens_sampling/record.py
 
 expected.safetensors gets the inputs, and the logits [B, V] that come out of each case; its metadata has each case's
-settings as JSON, in the words of `phi3_jax.infer.sampling_params.Sampling`. The processors come from `generate` itself,
+settings as JSON, in the words of `phi3_jax.infer.Sampling`. The processors come from `generate` itself,
 in its own order. Every row runs alone, because transformers has one setting for a whole batch.
 """
 

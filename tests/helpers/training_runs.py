@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from test_chat import PHI4_MINI, small_tokenizer
+from templates import PHI4_MINI, small_tokenizer
 
 import phi3_jax
 from phi3_jax.train.settings import Settings

@@ -18,7 +18,7 @@ from phi3_jax.model.cache import KVCache, slots_needed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RECORDED = json.loads((HERE / "goldens_beam" / "expected.json").read_text(encoding="utf-8"))
 # The first and the third prompt cross LongRoPE's border at 16 tokens, and end with the model's context, which is 21.
 PROMPTS = [[5, 17, 40, 8, 9, 61, 2, 33, 12, 90, 7], [11, 4, 50], [88] * 9 + [1, 20], [30, 31, 32, 33, 34]]

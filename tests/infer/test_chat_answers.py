@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from test_chat import PHI4, PHI4_MINI, small_tokenizer
+from templates import PHI4, PHI4_MINI, small_tokenizer
 from vocabularies import train_sentencepiece, write
 
 import phi3_jax

@@ -17,7 +17,7 @@ from phi3_jax.model.rope import attention_factor, cos_sin, inverse_frequencies, 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/expected.safetensors"))
 
 

@@ -16,7 +16,8 @@ from phi3_jax.train.forward import adapter_config
 from phi3_jax.train.optimizer import decayed, make_optimizer, schedule
 from phi3_jax.train.settings import Settings
 
-RATES = safetensors.numpy.load_file(Path(__file__).parent / "goldens_training" / "schedules" / "expected.safetensors")
+GOLDENS = Path(__file__).parents[1] / "goldens_training"
+RATES = safetensors.numpy.load_file(GOLDENS / "schedules" / "expected.safetensors")
 
 
 def constant(**changes):

@@ -13,7 +13,7 @@ _SCRIPT = """
 import json, sys
 import jax, numpy as np
 import phi3_jax
-from phi3_jax.train.batch import Batch
+from phi3_jax.train.data.batch import Batch
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_eval_step, make_train_step, start
 sys.path.insert(0, sys.argv[1])
@@ -54,7 +54,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results():
-    command = [sys.executable, "-c", _SCRIPT, str(Path(__file__).parent), json.dumps(CASES)]
+    command = [sys.executable, "-c", _SCRIPT, str(Path(__file__).parents[1] / "helpers"), json.dumps(CASES)]
     runs = [subprocess.Popen(command, env=devices(count), stdout=subprocess.PIPE, text=True) for count in (8, 1)]
     said = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]

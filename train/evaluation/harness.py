@@ -1,7 +1,7 @@
 """Models for lm-evaluation-harness (the extra `harness`), which has hundreds of tasks.
 
 import lm_eval, phi3_jax
-from phi3_jax.train.harness import HarnessModel
+from phi3_jax.train.evaluation.harness import HarnessModel
 
 model = HarnessModel(phi3_jax.load("demo", adapter="runs/train/adapter"), phi3_jax.infer.generate)
 print(lm_eval.simple_evaluate(model, tasks=["arc_easy"])["results"])

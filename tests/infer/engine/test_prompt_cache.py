@@ -274,7 +274,7 @@ def test_the_fingerprint_changes_with_every_weight_dtype_and_setting(tiny):
 
 def test_the_fingerprint_is_the_same_in_another_process_and_on_a_device(tiny, tiny_folder, monkeypatch):
     script = (
-        "import sys, phi3_jax\nfrom phi3_jax.infer.prompt_cache import fingerprint\n"
+        "import sys, phi3_jax\nfrom phi3_jax.infer.engine.prompt_cache import fingerprint\n"
         "print(fingerprint(phi3_jax.load(sys.argv[1])))"
     )
     # Dictionaries of strings and hashes come in another order there.

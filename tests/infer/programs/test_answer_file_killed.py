@@ -39,9 +39,9 @@ def out(tmp_path: Path) -> Path:
 # Says what it has written after each answer, so that the parent knows what has to survive.
 WRITER = """
 import random, sys, time
-from phi3_jax.infer.batch_answers import AnswerFile
-from phi3_jax.infer.batch_requests import read_requests
-from phi3_jax.infer.sampling import Sampling
+from phi3_jax.infer.programs.answer_file import AnswerFile
+from phi3_jax.infer.programs.requests import read_requests
+from phi3_jax.infer import Sampling
 requests = read_requests(sys.argv[1], Sampling())
 with AnswerFile(sys.argv[2], requests, {"seconds": sys.argv[3]}) as answers:
     print(answers.done, flush=True)

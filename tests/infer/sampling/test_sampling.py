@@ -15,7 +15,7 @@ from phi3_jax.infer.sampling import pick as sampling
 from phi3_jax.infer.sampling import processors
 from phi3_jax.infer.sampling.params import Sampling, SamplingParams
 
-GOLDENS = Path(__file__).parent / "goldens_sampling" / "expected.safetensors"
+GOLDENS = Path(__file__).parents[2] / "goldens_sampling" / "expected.safetensors"
 TENSORS = safetensors.numpy.load_file(GOLDENS)
 with safetensors.safe_open(GOLDENS, "numpy") as file:
     CASES = {name: json.loads(case) for name, case in sorted(file.metadata().items())}

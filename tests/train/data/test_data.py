@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_chat import PHI4_MINI, small_tokenizer
+from templates import PHI4_MINI, small_tokenizer
 
 import phi3_jax
 from phi3_jax.model.decoder import Phi3
@@ -297,7 +298,7 @@ prepare(sys.argv[1], TOKENIZER, SETTINGS, sys.argv[2], on_progress)
 def test_a_killed_preparation_leaves_nothing_that_is_used(texts, dataset, tmp_path):
     path, kept = tmp_path / "data.jsonl", tmp_path / "other"
     command = [sys.executable, "-c", KILLED, path, kept, "0.6"]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "helpers")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(p.suffix for p in kept.iterdir()) == [".lock", ".partial"]

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_chat import PHI4_MINI, small_tokenizer
+from templates import PHI4_MINI, small_tokenizer
 
 from phi3_jax.train.data.examples import read_line
 from phi3_jax.train.settings import Settings

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import without_cache
-from test_chat import PHI4_MINI, small_tokenizer
+from templates import PHI4_MINI, small_tokenizer
 from training_runs import CONFIG, write_data, write_model
 
 import phi3_jax

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import without_cache
-from test_chat import PHI4_MINI, small_tokenizer
+from templates import PHI4_MINI, small_tokenizer
 from training_runs import CONFIG
 
 import phi3_jax

@@ -236,7 +236,7 @@ def test_a_full_disk(program, whole, tmp_path):
 def test_help_needs_no_extra(program):
     script = (
         "import sys; sys.modules['orbax'] = sys.modules['matplotlib'] = None\n"
-        "from phi3_jax.train.train_main import run; run()"
+        "from phi3_jax.train.programs.train_main import run; run()"
     )
     for args, code, text in (
         (["--help"], 0, "phi3-train: fine-tunes a model"),
