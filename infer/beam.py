@@ -29,11 +29,12 @@ from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.cache import KVCache, slots_needed
 from phi3_jax.model.decoder import Phi3
+from phi3_jax.model.parameters import Params
 
 from .answer import Answer
 from .engine import decoding
 from .engine.buckets import own_cache_dtype, piece_length, room_for
-from .engine.decoding import DecodeState, Params, Settings
+from .engine.decoding import DecodeState, Settings
 from .engine.options import Options
 from .engine.run import NewTokens
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each

@@ -17,7 +17,7 @@ from phi3_jax.text.chat import render_chat as render_chat
 from phi3_jax.model.decoder import Phi3 as Phi3
 from phi3_jax.model.cache import KVCache as KVCache
 from phi3_jax.kernels.attention.masks import positions_from_mask as positions_from_mask
-from phi3_jax.checkpoint.assemble import random_params as random_params
+from phi3_jax.model.parameters import random_params as random_params
 
 
 def __getattr__(name: str) -> Any:

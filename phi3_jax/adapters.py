@@ -18,11 +18,10 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.checkpoint.assemble import Params, parameter_shapes
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.linear.lora import LoraTensor as LoraTensor
 from phi3_jax.kernels.linear.xla import dense
-from phi3_jax.quantization.rounding import require_floats
+from phi3_jax.model.parameters import Params, parameter_shapes, require_floats
 
 Adapter = dict[str, Any]
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

@@ -18,8 +18,9 @@ from phi3_jax.checkpoint.peft_files import load_adapter
 from phi3_jax.kernels import Unavailable
 from phi3_jax.kernels.linear import linear
 from phi3_jax.kernels.linear.packed import pack
-from phi3_jax.kernels.linear.quantized import QuantizedTensor, parse_format
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import library
+from phi3_jax.quantization.formats import parse_format
 from phi3_jax.quantization.rounding import quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -16,13 +16,12 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.attention.masks import sequence_lengths
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.model.decoder import Phi3
+from phi3_jax.model.parameters import Params
 
 from .data.batch import Batch, Pair
 from .dpo import interleave, preference_sums
 from .loss import RowSums, row_sums
 from .settings import Settings
-
-Params = dict[str, Any]
 
 
 def batch_sums(

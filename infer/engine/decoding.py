@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.decoder import Phi3
+from phi3_jax.model.parameters import Params
 
 from ..sampling.grammar import unpack
 from ..sampling.logprobs import LogprobRecord
 from ..sampling.pick import SamplingParams, pick
 
-Params = dict[str, Any]
 RopePolicy = Literal["length", "capacity", "batch"]
 
 

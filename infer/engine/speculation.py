@@ -24,9 +24,10 @@ from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.decoder import Phi3
+from phi3_jax.model.parameters import Params
 
 from ..sampling.pick import pick
-from .decoding import DecodeState, Params, Settings
+from .decoding import DecodeState, Settings
 
 
 @dataclasses.dataclass(frozen=True)

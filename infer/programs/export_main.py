@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.checkpoint import safetensors_files
-from phi3_jax.checkpoint.assemble import DTYPES, OnProgress
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.checkpoint.load_save import resolve
 from phi3_jax.command_line.program import run_program
+from phi3_jax.model.parameters import DTYPES
+from phi3_jax.progress import OnProgress
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

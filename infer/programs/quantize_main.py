@@ -18,9 +18,10 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import Layout, OnProgress
+from phi3_jax.checkpoint.assemble import Layout
 from phi3_jax.command_line.program import run_program
 from phi3_jax.kernels.linear.packed import pack
+from phi3_jax.progress import OnProgress
 from phi3_jax.quantization.calibration import calibrate
 
 from .flags import ADAPTER, CHECKPOINT, QUANTIZE, read_text, require_tokenizer

@@ -1,54 +1,26 @@
-"""Between a checkpoint's named tensors and the parameter tree: the names, the stacking over layers, the copying.
-
-The name table is derived from the model itself. A path in the tree is a Hugging Face name with the layer's number taken
-out: `layers/mlp/down_proj/weight` [L, D, F] holds `model.layers.{0..L-1}.mlp.down_proj.weight`.
-"""
+"""A checkpoint's named tensors -> the parameter tree, stacked over layers; and the tree's tensors by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from phi3_jax.checkpoint.leaves import Floats, Integers, Leaf, PackedFloats
-from phi3_jax.checkpoint.leaves import TensorSource as TensorSource
+from phi3_jax.checkpoint.leaves import Floats, Integers, Leaf, PackedFloats, TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.linear.quantized import Format, formats
-from phi3_jax.model.decoder import Phi3
+from phi3_jax.model.parameters import DTYPES, Params, parameter_shapes, tensor_names
+from phi3_jax.progress import OnProgress
+from phi3_jax.quantization.formats import Format, formats
 
-Params = dict[str, Any]
-OnProgress = Callable[[int, int], None]
 Layout = Literal["rows", "packed"]
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 # Copying runs at memory speed from two threads on; more only take cores from one another.
 _THREADS = 4
-
-
-def parameter_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameter tree by path ("layers/mlp/down_proj/weight"); those below "layers/" start with L."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(lambda tokens: Phi3(config).init(jax.random.key(0), tokens), tokens)["params"]
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
-
-
-def tensor_names(path: str, layers: int) -> list[str]:
-    """Hugging Face's names of the tensors in one leaf: one, or one for each layer."""
-    dotted = path.replace("/", ".")
-    if path.startswith("layers/"):
-        return [f"model.layers.{i}.{dotted.removeprefix('layers.')}" for i in range(layers)]
-    return [dotted if path.startswith("lm_head/") else f"model.{dotted}"]
 
 
 def assemble(
@@ -151,17 +123,6 @@ def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
         host = np.asarray(leaf)
         stack = host if path.startswith("layers/") else host[None]
         yield from zip(tensor_names(path, len(stack)), stack, strict=True)
-
-
-def random_params(config: Phi3Config, dtype: str = "float32", seed: int = 0) -> Params:
-    """Freshly initialised parameters: normal with `initializer_range`, norms at 1."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-
-    def init(key: jax.Array) -> Params:
-        params = Phi3(config).init(key, tokens)["params"]
-        return jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
-
-    return jax.jit(init)(jax.random.key(seed))
 
 
 def _check_names(

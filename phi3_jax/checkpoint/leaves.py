@@ -11,7 +11,8 @@ import numpy as np
 
 from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows, with_mins
 from phi3_jax.kernels.linear.packed import Packing, aligned_empty
-from phi3_jax.kernels.linear.quantized import Format, QuantizedTensor
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.quantization.formats import Format
 from phi3_jax.quantization.rounding import quantize
 
 

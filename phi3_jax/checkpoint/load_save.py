@@ -15,12 +15,14 @@ import numpy as np
 
 from phi3_jax.adapters import require_merged
 from phi3_jax.checkpoint import quantized_files, safetensors_files
-from phi3_jax.checkpoint.assemble import Layout, OnProgress, Params, assemble, named_tensors
+from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.peft_files import merged_sources
 from phi3_jax.config import Phi3Config
+from phi3_jax.model.parameters import Params
+from phi3_jax.progress import OnProgress
 from phi3_jax.text import tokenizer_files
 from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
 

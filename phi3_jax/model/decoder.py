@@ -30,6 +30,7 @@ from phi3_jax.model.rope import cos_sin, rotate
 
 Walk = Literal["slice", "index"]
 Capture = Literal["hidden_states", "attention"]
+LayerCapture = Capture | Literal["matrix_inputs"]
 Remat = Literal["none", "dots", "full"]
 
 
@@ -97,8 +98,11 @@ class Attention(nn.Module):
 
     def __call__(
         self, x: jax.Array, shared: Shared, cache: KVCache | None, number: jax.Array, layer: jax.Array | None
-    ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
-        """x [B, T, D] -> (output [B, T, D], cache, probabilities [B, N, T, S] if they are wanted)."""
+    ) -> tuple[jax.Array, KVCache | None, jax.Array, jax.Array | None]:
+        """x [B, T, D] -> (output [B, T, D], cache, the heads' outputs [B, T, N * H], probabilities if wanted).
+
+        Probabilities are [B, N, T, S].
+        """
         N, K = self.config.num_attention_heads, self.config.num_key_value_heads
         # Gradients may be wanted, and the kernels would compute twice for them.
         implementation: Literal["xla"] | None = "xla" if layer is None else None
@@ -118,7 +122,8 @@ class Attention(nn.Module):
             out = training.attention(q, keys, shared.visible)
         else:
             out = attention(q, keys, shared.visible, implementation)
-        return linear(out.reshape(*x.shape[:2], -1), self.o_proj(), layer), cache, probs
+        heads = out.reshape(*x.shape[:2], -1)
+        return linear(heads, self.o_proj(), layer), cache, heads, probs
 
 
 class MLP(nn.Module):
@@ -130,17 +135,23 @@ class MLP(nn.Module):
         self.gate_up_proj = matrix(self.config, 2 * self.config.intermediate_size, self.config.hidden_size)
         self.down_proj = matrix(self.config, self.config.hidden_size, self.config.intermediate_size)
 
-    def __call__(self, x: jax.Array, layer: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D] -> (output [B, T, D], the gated features [B, T, F])."""
         gate, up = jnp.split(linear(x, self.gate_up_proj(), layer), 2, axis=-1)
-        return linear(up * jax.nn.silu(gate), self.down_proj(), layer)
+        gated = up * jax.nn.silu(gate)
+        return linear(gated, self.down_proj(), layer), gated
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on the normalised input and added to the residual stream."""
+    """Attention and feed-forward, each on the normalised input and added to the residual stream.
+
+    Attributes:
+      capture: which values `__call__` returns as well; "matrix_inputs" are what each of the four matrices is given.
+    """
 
     config: Phi3Config
     walk: Walk
-    capture: tuple[Capture, ...] = ()
+    capture: tuple[LayerCapture, ...] = ()
 
     def setup(self) -> None:
         self.input_layernorm = scale(self.config)
@@ -150,16 +161,19 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self, carry: tuple[jax.Array, KVCache | None], number: jax.Array, shared: Shared
-    ) -> tuple[tuple[jax.Array, KVCache | None], dict[str, jax.Array]]:
+    ) -> tuple[tuple[jax.Array, KVCache | None], dict[str, Any]]:
         """One step of the scan over layers: carry = (residual stream [B, T, D], cache), number = the layer's index."""
         x, cache = carry
         layer = number if self.walk == "index" else None
         eps = self.config.rms_norm_eps
         normed = rms_norm(x, self.input_layernorm(), eps, layer)
-        attended, cache, probs = self.self_attn(normed, shared, cache, number, layer)
+        attended, cache, heads, probs = self.self_attn(normed, shared, cache, number, layer)
         x = x + attended
-        x = x + self.mlp(rms_norm(x, self.post_attention_layernorm(), eps, layer), layer)
-        seen: dict[str, Any] = {"hidden_states": x, "attention": probs}
+        normed_again = rms_norm(x, self.post_attention_layernorm(), eps, layer)
+        fed_forward, gated = self.mlp(normed_again, layer)
+        x = x + fed_forward
+        inputs = {"qkv_proj": normed, "o_proj": heads, "gate_up_proj": normed_again, "down_proj": gated}
+        seen: dict[str, Any] = {"hidden_states": x, "attention": probs, "matrix_inputs": inputs}
         return (x, cache), {name: seen[name] for name in self.capture}
 
 

@@ -4,8 +4,7 @@ The text runs through the model one layer after another, and through matrices th
 rounded for the inputs that it will really have, and makes up for errors of those before. No more than one layer, its
 inputs for the whole text and one matrix X^T X of such inputs are held as floats at a time.
 
-Axis letters: L layer, B rows of text, T tokens of each, D model, O outputs, I inputs, N query heads, K key-value heads,
-H head dim.
+Axis letters: B rows of text, T tokens of each, D model, I inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.checkpoint.assemble import OnProgress, Params
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.attention import attention
-from phi3_jax.kernels.attention.arguments import Context, Keys
-from phi3_jax.kernels.linear import linear
-from phi3_jax.kernels.linear.quantized import QuantizedTensor, formats
-from phi3_jax.model.decoder import rms_norm
-from phi3_jax.model.rope import cos_sin, rotate
+from phi3_jax.kernels.attention.arguments import Context
+from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.model.decoder import DecoderLayer, Shared, rms_norm
+from phi3_jax.model.parameters import Params, require_floats
+from phi3_jax.model.rope import cos_sin
+from phi3_jax.progress import OnProgress
+from phi3_jax.quantization.formats import formats
 from phi3_jax.quantization.gptq import gptq
-from phi3_jax.quantization.rounding import quantize, require_floats
+from phi3_jax.quantization.rounding import quantize
 
 # The matrices of a layer in the order in which they are used.
-_STAGES = tuple(
+_MATRICES = tuple(
     f"layers/{name}/weight" for name in ("self_attn/qkv_proj", "self_attn/o_proj", "mlp/gate_up_proj", "mlp/down_proj")
 )
 _TABLE, _HEAD = "embed_tokens/weight", "lm_head/weight"
@@ -76,10 +75,10 @@ def calibrate(
     result: dict[str, Any] = dict(leaves)
     result[_TABLE] = round_one(_TABLE, leaves[_TABLE], None)
     x = _rows(result[_TABLE], tokens)
-    stacks: dict[str, list[Any]] = {path: [] for path in _STAGES}
+    stacks: dict[str, list[Any]] = {path: [] for path in _MATRICES}
     for number in range(config.num_hidden_layers):
         layer = {path: leaf[number].astype(jnp.float32) for path, leaf in leaves.items() if path.startswith("layers/")}
-        for path in _STAGES:
+        for path in _MATRICES:
             rounded = round_one(path, layer[path], _hessian(config, path, layer, x))
             stacks[path].append(rounded)
             layer[path] = _floats(rounded)
@@ -115,13 +114,13 @@ def _products(x: jax.Array) -> jax.Array:
     return jnp.einsum("BTI,BTJ->IJ", x, x, precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "stage"))
-def _hessian(config: Phi3Config, stage: str, layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """The sum over the text x [B, T, D] of what one matrix of a layer is given: [I, I]."""
-    size = layer[stage].shape[1]
+@functools.partial(jax.jit, static_argnames=("config", "path"))
+def _hessian(config: Phi3Config, path: str, layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """The sum of y y^T [I, I] over all that one matrix of a layer is given, where the text x [B, T, D] enters it."""
+    size, name = layer[path].shape[1], path.split("/")[-2]
 
     def add(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
-        return total + _products(_given(config, layer, row[None])[stage]), None
+        return total + _products(_run_layer(config, layer, row[None])[1][name]), None
 
     return jax.lax.scan(add, jnp.zeros((size, size)), x)[0]
 
@@ -129,30 +128,21 @@ def _hessian(config: Phi3Config, stage: str, layer: dict[str, jax.Array], x: jax
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="x")
 def _after(config: Phi3Config, layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """The residual stream x [B, T, D] after a layer."""
-    return jax.lax.map(lambda row: _given(config, layer, row[None])["next layer"][0], x)
+    return jax.lax.map(lambda row: _run_layer(config, layer, row[None])[0][0], x)
 
 
-def _given(config: Phi3Config, layer: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
-    """What each matrix of a layer is given, [1, T, I], and what the next layer is: model.py's decoder layer, opened up.
+def _run_layer(config: Phi3Config, layer: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs one row of text x [1, T, D] through a layer -> (the same after it, what each matrix is given [1, T, I]).
 
     Only what is used of the result is computed, where this is compiled.
     """
-    T, N, K, eps = x.shape[1], config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
-    qkv_proj, o_proj, gate_up_proj, down_proj = (layer[stage] for stage in _STAGES)
+    T = x.shape[1]
     positions = jnp.arange(T, dtype=jnp.int32)[None]
-    cos, sin = cos_sin(config, positions, jnp.int32([[T]]), x.dtype)
-
-    normed = rms_norm(x, layer["layers/input_layernorm/weight"], eps)
-    qkv = linear(normed, qkv_proj).reshape(1, T, N + 2 * K, config.head_dim)
-    q, k, v = jnp.split(qkv, [N, N + K], axis=2)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     visible = Context(positions, positions, window=config.sliding_window)
-    attended = attention(q, Keys(k.swapaxes(1, 2), v.swapaxes(1, 2)), visible, "xla").reshape(1, T, -1)
-    x = x + linear(attended, o_proj)
-    normed_again = rms_norm(x, layer["layers/post_attention_layernorm/weight"], eps)
-    gate, up = jnp.split(linear(normed_again, gate_up_proj), 2, axis=-1)
-    gated = up * jax.nn.silu(gate)
-    return {
-        **dict(zip(_STAGES, (normed, attended, normed_again, gated), strict=True)),
-        "next layer": x + linear(gated, down_proj),
-    }
+    shared = Shared(*cos_sin(config, positions, jnp.int32([[T]]), x.dtype), visible)
+    leaves = {path.removeprefix("layers/"): leaf for path, leaf in layer.items()}
+    variables = {"params": flax.traverse_util.unflatten_dict(leaves, sep="/")}
+    decoder_layer = DecoderLayer(config, "slice", capture=("matrix_inputs",))
+    result: Any = decoder_layer.apply(variables, (x, None), jnp.int32(0), shared)
+    (after, _), seen = result
+    return after, seen["matrix_inputs"]

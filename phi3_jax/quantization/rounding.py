@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -22,7 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, Format, QuantizedTensor, formats
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, QuantizedTensor
+from phi3_jax.model.parameters import require_floats
+from phi3_jax.progress import OnProgress
+from phi3_jax.quantization.formats import Format, formats
 
 _BLOCK = 1 << 20  # weights that are rounded at a time: one compiled program serves many matrices, in little memory
 _UNROLLED = 8  # inputs of a group that one compiled loop body goes through
@@ -65,7 +67,7 @@ def quantize(weight: Any, form: Format, importance: Any = None) -> QuantizedTens
     return rows[0] if len(rows) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
 
 
-def quantize_params(params: Any, policy: str, on_progress: Callable[[int, int], None] | None = None) -> Any:
+def quantize_params(params: Any, policy: str, on_progress: OnProgress | None = None) -> Any:
     """Rounds the matrices of a parameter tree.
 
     Args:
@@ -88,12 +90,6 @@ def quantize_params(params: Any, policy: str, on_progress: Callable[[int, int], 
         if on_progress:
             on_progress(done, total)
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def require_floats(leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError where a leaf is not an array: integers are not rounded twice."""
-    if wrong := [path for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
-        raise ValueError(f"{wrong[0]} is a {type(leaves[wrong[0]]).__name__} already: load the model as floats")
 
 
 def check(error: float, largest: float) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from phi3_jax import Checkpoint, Phi3, Phi3Config
-from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, Format, QuantizedTensor, formats
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, QuantizedTensor
 from phi3_jax.model.decoder import rms_norm
 from phi3_jax.quantization import calibration, gptq
 from phi3_jax.quantization.calibration import calibrate
+from phi3_jax.quantization.formats import Format, formats
 from phi3_jax.quantization.rounding import quantize, quantize_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

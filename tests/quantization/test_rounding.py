@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, Format, QuantizedTensor, formats
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, QuantizedTensor
 from phi3_jax.quantization import rounding
+from phi3_jax.quantization.formats import Format, formats
 from phi3_jax.quantization.rounding import quantize, quantize_params
 
 FORMS = [

@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from phi3_jax.progress import OnProgress
 from phi3_jax.text.tokenizer import Tokenizer
 
 from ..settings import Settings
@@ -23,7 +24,6 @@ from .dataset import DTYPES, Dataset, Report, open_dataset, write_header
 from .examples import Text, read_line
 from .packing import FirstFit
 
-OnProgress = Callable[[int, int], None]
 _VERSION = 2  # of how lines become rows: a new one makes old datasets useless
 _READ_BY_DATA = ("method", "loss_on", "on_bad_line", "sequence_length", "pack")  # what decides what the rows are
 _REASONS_KEPT = 1000

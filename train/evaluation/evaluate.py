@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.progress import OnProgress
 from phi3_jax.text.tokenizer import Tokenizer
 
 from ..data.examples import Text
 from .files import Question
-from .score import OnProgress, Request, score
+from .score import Request, score
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,11 @@ import numpy as np
 from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.decoder import Phi3
+from phi3_jax.progress import OnProgress
 
 _LOGITS = 1024  # tokens whose logits are held at a time
 _BATCH_TOKENS = 4096  # tokens of a batch: rows are few where they are long
 _SHORTEST = 16
-OnProgress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

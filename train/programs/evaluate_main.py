@@ -23,10 +23,10 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import OnProgress
 from phi3_jax.command_line.program import run_program
 from phi3_jax.kernels import Unavailable
 from phi3_jax.kernels.native.build import library
+from phi3_jax.progress import OnProgress
 
 from ..evaluation.evaluate import Accuracy, Learned, Perplexity, accuracy, learned, perplexity, require_tokenizer
 from ..evaluation.files import read_data, read_questions, read_texts

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from phi3_jax.adapters import adapter_shapes
-from phi3_jax.checkpoint.assemble import parameter_shapes
 from phi3_jax.config import Phi3Config
+from phi3_jax.model.parameters import parameter_shapes
 
 from ..data.batch import Batch, Pair
 from ..forward import adapter_config

@@ -21,11 +21,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from phi3_jax.checkpoint.assemble import OnProgress, named_tensors
+from phi3_jax.checkpoint.assemble import named_tensors
 from phi3_jax.checkpoint.gguf.tokenizer_writer import lost_flags, tokenizer_metadata
 from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.rope import attention_factor
+from phi3_jax.progress import OnProgress
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

@@ -1,0 +1,59 @@
+"""The parameter tree: its shapes, its names in Hugging Face's checkpoints, and random parameters.
+
+The names are derived from the model itself. A path in the tree is a Hugging Face name without the layer's number:
+`layers/mlp/down_proj/weight` [L, D, F] holds `model.layers.{0..L-1}.mlp.down_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.model.decoder import Phi3
+
+Params = dict[str, Any]
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def parameter_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameter tree by path ("layers/mlp/down_proj/weight"); those below "layers/" start with L."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(lambda tokens: Phi3(config).init(jax.random.key(0), tokens), tokens)["params"]
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def tensor_names(path: str, layers: int) -> list[str]:
+    """Hugging Face's names of the tensors in one leaf: one, or one for each layer."""
+    dotted = path.replace("/", ".")
+    if path.startswith("layers/"):
+        return [f"model.layers.{i}.{dotted.removeprefix('layers.')}" for i in range(layers)]
+    return [dotted if path.startswith("lm_head/") else f"model.{dotted}"]
+
+
+def random_params(config: Phi3Config, dtype: str = "float32", seed: int = 0) -> Params:
+    """Freshly initialised parameters: normal with `initializer_range`, norms at 1."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key: jax.Array) -> Params:
+        params = Phi3(config).init(key, tokens)["params"]
+        return jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
+def require_floats(leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError where a leaf is not an array: integers are not rounded twice."""
+    if wrong := [path for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
+        raise ValueError(f"{wrong[0]} is a {type(leaves[wrong[0]]).__name__} already: load the model as floats")

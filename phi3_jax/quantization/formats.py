@@ -1,0 +1,81 @@
+"""Which integers there are (`Format`), and which of a model's weights become which (`formats`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from phi3_jax.kernels.linear.quantized import GROUPS, ZERO
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What a matrix of floats becomes.
+
+    Attributes:
+      bits: 8 or 4.
+      group: how many inputs share a scale: 32, 64 or 128.
+      symmetric: no offsets; with 4 bits an offset buys more than a smaller group does, with 8 bits nothing.
+    """
+
+    bits: int
+    group: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in ZERO or self.group not in GROUPS:
+            raise ValueError(f"there are {[*ZERO]} bits and groups of {[*GROUPS]}, not {self.bits} bits, {self.group}")
+
+    def __str__(self) -> str:
+        """The name that `parse_format` reads."""
+        return f"int{self.bits}-g{self.group}" + ("" if self.symmetric else "-asymmetric")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What a weight takes, scales and offsets included."""
+        return self.bits + (16 if self.symmetric else 32) / self.group
+
+
+_NAME = re.compile(r"int(4|8)(?:-g(32|64|128))?(-asymmetric)?")
+
+
+def parse_format(name: str) -> Format:
+    """Reads "int8" or "int4", with details where they are not the usual ones: "int4-g64", "int4-g32-asymmetric".
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if not (match := _NAME.fullmatch(name)):
+        raise ValueError(
+            f"there is no quantisation {name!r}: name int4-mixed, or int8 or int4, perhaps with a group of 32, 64 or "
+            "128 and with offsets, as in int4-g64-asymmetric"
+        )
+    bits, group, asymmetric = match.groups()
+    return Format(int(bits), int(group or 32), asymmetric is None)
+
+
+def formats(policy: str, paths: Iterable[str]) -> dict[str, Format | None]:
+    """What each leaf of a parameter tree becomes, by path ("layers/mlp/down_proj/weight"); None where it stays.
+
+    Args:
+      policy: a name that `parse_format` knows, for all matrices; or "int4-mixed".
+      paths: of the whole tree, which tells whether the embedding is the output head, too.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
+    paths = list(paths)
+    is_mixed = policy == "int4-mixed"
+    usual, fine = parse_format("int4" if is_mixed else policy), Format(8)
+    kinds: dict[str, Format | None] = {
+        "embed_tokens": fine,  # one row is read for each token: 8 bits take no time
+        "lm_head": fine if is_mixed else usual,
+        "qkv_proj": fine if is_mixed else usual,  # what 4 bits do here costs the most, for the memory that it takes
+        "o_proj": usual,
+        "gate_up_proj": usual,
+        "down_proj": usual,
+    }
+    if "lm_head/weight" not in paths:
+        kinds["embed_tokens"] = kinds["lm_head"]
+    return {path: kinds.get(path.split("/")[-2]) for path in paths}
