@@ -1,6 +1,7 @@
 """Phi-3 language models in JAX. The public names, in the order in which a reader meets them."""
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
@@ -18,6 +19,9 @@ from phi3_jax.model.decoder import Phi3 as Phi3
 from phi3_jax.model.cache import KVCache as KVCache
 from phi3_jax.kernels.attention.masks import positions_from_mask as positions_from_mask
 from phi3_jax.model.parameters import random_params as random_params
+
+
+__version__ = importlib.metadata.version("phi3_jax")
 
 
 def __getattr__(name: str) -> Any:

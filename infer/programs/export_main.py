@@ -7,24 +7,21 @@ phi3-export --checkpoint demo --adapter runs/train/adapter --format safetensors 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import sys
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.checkpoint.load_save import resolve
 from phi3_jax.command_line.program import run_program
+from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.model.parameters import DTYPES
-from phi3_jax.progress import OnProgress
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -58,7 +55,7 @@ def main() -> int:
         raise ValueError(f"--type={kind} is a type of GGUF's; give --format gguf, or one of {', '.join(_DTYPES)}")
     if _FORMAT.value == "safetensors" and not _TOKENIZER.value:
         raise ValueError("--notokenizer is for --format gguf")
-    with _progress("loading") as on_progress:
+    with progress_bar("loading") as on_progress:
         dtype = _DTYPES.get(kind) or _stored_dtype(_CHECKPOINT.value)
         checkpoint = phi3_jax.load(_CHECKPOINT.value, dtype, adapter=_ADAPTER.value, on_progress=on_progress)
     if _FORMAT.value == "safetensors":
@@ -66,7 +63,7 @@ def main() -> int:
         return 0
     if not _TOKENIZER.value:
         checkpoint = dataclasses.replace(checkpoint, tokenizer=None)
-    with _progress("writing") as on_progress:
+    with progress_bar("writing") as on_progress:
         remarks = save_gguf(checkpoint, output, typing.cast(GgufType, kind), on_progress=on_progress)
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
@@ -78,18 +75,6 @@ def _stored_dtype(path: str) -> str:
     place = resolve(path)
     found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
     return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[OnProgress]:
-    """A bar on the terminal where it takes more than a second."""
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc=what, delay=1, disable=None) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield on_progress
 
 
 def run() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 from absl import flags
-from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.checkpoint.assemble import Layout
+from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels import Unavailable, status
 from phi3_jax.kernels.native.build import library
 
@@ -132,12 +132,7 @@ def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
     path, dtype = path or CHECKPOINT.value, DTYPE.value
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="loading", delay=1, disable=None) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("loading") as on_progress:
         checkpoint = phi3_jax.load(
             path, dtype, quantize=QUANTIZE.value, layout=_layout(), adapter=adapter, on_progress=on_progress
         )

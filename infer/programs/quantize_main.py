@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.checkpoint.assemble import Layout
 from phi3_jax.command_line.program import run_program
+from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels.linear.packed import pack
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization.calibration import calibrate
@@ -44,12 +44,7 @@ def main() -> int:
     if Path(_OUTPUT.value).exists():
         raise FileExistsError(f"{_OUTPUT.value}: exists already; name another folder, or remove it first")
     layout: Layout = "packed" if _LAYOUT.value == "packed" else "rows"
-    with tqdm(unit="B", unit_scale=True, desc="quantising", delay=1, disable=None) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("quantising") as on_progress:
         checkpoint = (
             _calibrated(read_text(_CALIBRATION.value), on_progress)
             if _CALIBRATION.value

@@ -1,4 +1,4 @@
-"""What all programs have in common: --help by topic, errors as one line, Ctrl-C, the compilation cache."""
+"""How every program runs: --help by topic, --version, errors as one line, Ctrl-C, the compilation cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import platform
 import re
 import signal
 import sys
@@ -18,11 +19,14 @@ from typing import Any
 import jax
 from absl import app, flags
 
+import phi3_jax
+
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir",
     str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_jax" / "compiled"),
     "Where compiled programs are kept, so that the next start need not compile them again; empty: nowhere.",
 )
+_VERSION = flags.DEFINE_bool("version", False, "Print the versions of the program, of jax and of Python, and end.")
 Topics = Mapping[str, Sequence["flags.FlagHolder[Any]"]]
 
 
@@ -42,8 +46,12 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
     def parse(argv: Sequence[str]) -> list[str]:
+        # Before the flags are checked, some of which may be required.
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
             print(help_text)
+            sys.exit(0)
+        if any(argument in ("-version", "--version") for argument in argv[1:]):
+            print(f"{name} {phi3_jax.__version__} (jax {jax.__version__}, Python {platform.python_version()})")
             sys.exit(0)
         try:
             return flags.FLAGS(argv)
@@ -90,7 +98,7 @@ def interruptible(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
 
 def _help(title: str, topics: Topics) -> str:
     lines = [title.strip()]
-    for topic, holders in {**topics, "Starting faster": [_COMPILATION_CACHE_DIR]}.items():
+    for topic, holders in {**topics, "Starting faster": [_COMPILATION_CACHE_DIR], "About": [_VERSION]}.items():
         lines += ["", topic]
         for holder in holders:
             flag = flags.FLAGS[holder.name]

@@ -11,22 +11,19 @@ of chats for instance, and measured on what that would learn: the answers. Quest
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
-from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.command_line.program import run_program
+from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels import Unavailable
 from phi3_jax.kernels.native.build import library
-from phi3_jax.progress import OnProgress
 
 from ..evaluation.evaluate import Accuracy, Learned, Perplexity, accuracy, learned, perplexity, require_tokenizer
 from ..evaluation.files import read_data, read_questions, read_texts
@@ -70,17 +67,17 @@ def main() -> int:
     data = read_data(_DATA.value, require_tokenizer(checkpoint), limit) if _DATA.value else []
     figures: dict[str, Any] = {}
     if _TEXT.value:
-        with _progress("texts") as on_progress:
+        with progress_bar("texts", "text") as on_progress:
             surprise = perplexity(checkpoint, texts, _WINDOW.value, _STRIDE.value, on_progress)
         print(f"{_TEXT.value}: {_tell_perplexity(surprise)}", flush=True)
         figures["text"] = {"file": _TEXT.value, "measured": dataclasses.asdict(surprise)}
     if data:
-        with _progress("data") as on_progress:
+        with progress_bar("data", "text") as on_progress:
             found = learned(checkpoint, data, on_progress)
         print(f"{_DATA.value}: {_tell_learned(found)}", flush=True)
         figures["data"] = {"file": _DATA.value, "measured": dataclasses.asdict(found)}
     if questions:
-        with _progress("questions") as on_progress:
+        with progress_bar("questions", "answer") as on_progress:
             right = accuracy(checkpoint, questions, on_progress)
         print(f"{_QUESTIONS.value}: {_tell_accuracy(right)}", flush=True)
         figures["questions"] = {"file": _QUESTIONS.value, "measured": dataclasses.asdict(right)}
@@ -93,7 +90,7 @@ def main() -> int:
 
 def _load() -> phi3_jax.Checkpoint:
     has_kernels = jax.default_backend() == "cpu" and not isinstance(library(), Unavailable)
-    with _progress("loading") as on_progress:
+    with progress_bar("loading") as on_progress:
         return phi3_jax.load(
             _CHECKPOINT.value,
             _DTYPE.value,
@@ -102,18 +99,6 @@ def _load() -> phi3_jax.Checkpoint:
             adapter=_ADAPTER.value,
             on_progress=on_progress,
         )
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[OnProgress]:
-    """A bar on the terminal where it takes more than a second."""
-    with tqdm(desc=what, delay=1, disable=None, unit_scale=True, leave=False) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield on_progress
 
 
 def _tell_perplexity(found: Perplexity) -> str:

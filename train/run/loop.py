@@ -11,6 +11,7 @@ Axis letters: A batches of a step, B rows, T tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -167,9 +168,7 @@ class _Run:
 
 
 def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
-    def on_progress(done: int, total: int) -> None:
-        observer.progress("loading", done, total)
-
+    on_progress = functools.partial(observer.progress, "loading")
     quantize = settings.quantize or None
     checkpoint = phi3_jax.load(settings.checkpoint, settings.dtype, quantize=quantize, on_progress=on_progress)
     if checkpoint.tokenizer is None:
@@ -178,10 +177,8 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
 
 
 def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, observer: Observer) -> Dataset:
-    def on_progress(done: int, total: int) -> None:
-        observer.progress("preparing", done, total)
-
     assert checkpoint.tokenizer is not None  # `_load` looks
+    on_progress = functools.partial(observer.progress, "preparing")
     data = prepare(path, checkpoint.tokenizer, settings, Path(settings.output) / "data", on_progress)
     report = data.report
     text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
