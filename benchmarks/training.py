@@ -36,7 +36,7 @@ from phi3_jax.infer.benchmark.peer_process import serve
 from phi3_jax.infer.benchmark.processes import Process
 from phi3_jax.infer.benchmark.roofline import parameters
 from phi3_jax.kernels.machine import Machine, threads
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import library, why_unavailable
 from phi3_jax.train.data.batch import Batch
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start
@@ -168,10 +168,9 @@ def main() -> None:
         for train in kinds:
             print_memory(shapes[-1], train)
     if arguments.peer_python:
-        native = library()
-        if isinstance(native, Unavailable):
-            raise SystemExit(f"the machine's rates cannot be measured: {native}")
-        machine = Machine(native)
+        if reason := why_unavailable():
+            raise SystemExit(f"the machine's rates cannot be measured: {reason}")
+        machine = Machine(library())
         print("| trained | rows x tokens | tokens/s | torch | ratio | limit: arithmetic | limit: optimizer |")
         print("|---|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory() as folder:

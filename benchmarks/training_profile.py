@@ -20,7 +20,7 @@ import training
 import phi3_jax
 from phi3_jax.infer.benchmark.roofline import parameters
 from phi3_jax.kernels.machine import Machine
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import library, why_unavailable
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start
 
@@ -93,11 +93,10 @@ def main() -> None:
     print("| kind | seconds | share |\n|---|---|---|")
     for kind, each in seconds.most_common():
         print(f"| {kind} | {each:.2f} | {each / seconds.total():.0%} |")
-    native = library()
-    if not isinstance(native, Unavailable):
+    if why_unavailable() is None:
         passes = 6 if arguments.train == "all" else 4
         operations = passes * arguments.rows * arguments.tokens * sum(parameters(checkpoint.config))
-        rate, most = operations / seconds["products with weights"], Machine(native).rates["float32"]
+        rate, most = operations / seconds["products with weights"], Machine(library()).rates["float32"]
         print(f"products with weights: {rate / 1e9:.0f} of {most / 1e9:.0f} GOP/s, {rate / most:.0%}")
 
 

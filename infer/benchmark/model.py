@@ -10,12 +10,11 @@ import ml_dtypes
 import numpy as np
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import Layout, assemble
+from phi3_jax.checkpoint.assemble import Layout, assemble, fastest_layout
 from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows
 from phi3_jax.checkpoint.leaves import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.linear.quantized import ZERO
-from phi3_jax.kernels.native.build import Unavailable, library
 from phi3_jax.model.parameters import parameter_shapes, tensor_names
 from phi3_jax.quantization.formats import Format, formats
 
@@ -56,8 +55,7 @@ class ModelSpec:
 
     def fastest_layout(self) -> Layout:
         """Packed where the CPU kernels take it, as phi3-generate has it."""
-        wanted = jax.default_backend() == "cpu" and (self.resolved_dtype() == "bfloat16" or self.quantize is not None)
-        return "packed" if wanted and not isinstance(library(), Unavailable) else "rows"
+        return fastest_layout() if self.resolved_dtype() == "bfloat16" or self.quantize is not None else "rows"
 
 
 def load_model(spec: ModelSpec, layout: Layout | None = None) -> phi3_jax.Checkpoint:

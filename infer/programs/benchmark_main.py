@@ -23,12 +23,13 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
+from phi3_jax.command_line.model_flags import CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.machine import Machine
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import library, why_unavailable
 
-from ..benchmark import processes as processes
+from ..benchmark import processes
 from ..benchmark.chart import save_chart
 from ..benchmark.model import ModelSpec
 from ..benchmark.peers import FLASH_ATTENTION, open_peer, parse_peers, rate_of
@@ -67,9 +68,9 @@ _WORK_DIR = flags.DEFINE_string(
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 _CHART = flags.DEFINE_string("chart", None, "A PNG file for a chart (needs the extra plot).")
 
-_SHARED = [common.CHECKPOINT, common.DTYPE, common.QUANTIZE, common.CACHE_DTYPE]
+_SHARED = [CHECKPOINT, common.DTYPE, QUANTIZE, common.CACHE_DTYPE]
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "Model": [common.CHECKPOINT, _RANDOM, common.DTYPE, common.QUANTIZE, common.CACHE_DTYPE, _WINDOW],
+    "Model": [CHECKPOINT, _RANDOM, common.DTYPE, QUANTIZE, common.CACHE_DTYPE, _WINDOW],
     "What is measured": [_PROMPT_LENGTHS, _CONTEXTS, _BATCHES, _NEW_TOKENS, _ROUNDS],
     "Other programs": [_PEERS, _PEER_PYTHON, _FLASH_ATTENTION, _WORK_DIR],
     "Figures": [_JSON, _CHART],
@@ -84,8 +85,7 @@ def main() -> int:
         _say(f"note: other programs are running (load {load:.1f}); programs that share processors cannot be compared")
     with contextlib.ExitStack() as stack:
         sides, about, config = _open_sides(spec, stack)
-        native = library()
-        machine = None if isinstance(native, Unavailable) else Machine(native)
+        machine = None if why_unavailable() else Machine(library())
         title, subtitle = _title(spec, about), _subtitle(about, machine)
         print("\n".join([title, subtitle, *(f"{name}: {how}" for name, how in about[0]["status"].items())]), flush=True)
         print(_HEADER, flush=True)
@@ -135,10 +135,10 @@ def _open_sides(spec: ModelSpec, stack: contextlib.ExitStack) -> tuple[list[Side
 
 def _spec() -> ModelSpec:
     return ModelSpec(
-        checkpoint=_RANDOM.value or common.CHECKPOINT.value,
+        checkpoint=_RANDOM.value or CHECKPOINT.value,
         is_random=_RANDOM.value is not None,
         dtype=common.DTYPE.value,
-        quantize=common.QUANTIZE.value,
+        quantize=QUANTIZE.value,
         window=_WINDOW.value,
     )
 
@@ -160,7 +160,7 @@ def _check_flags() -> None:
     """Raises ValueError for flags that contradict one another, that nothing would read, or that would fail late."""
     if unknown := sorted(set(common.settings()) - {holder.name for holder in _SHARED}):
         raise ValueError(f"phi3-benchmark has no {', '.join('--' + name for name in unknown)}")
-    if _RANDOM.value and common.CHECKPOINT.present:
+    if _RANDOM.value and CHECKPOINT.present:
         raise ValueError("give --checkpoint or --random, not both")
     for flag in (_PEER_PYTHON, _FLASH_ATTENTION, _WORK_DIR):
         if flag.present and not _PEERS.value:

@@ -22,6 +22,7 @@ from typing import TextIO
 
 from absl import flags
 
+from phi3_jax.command_line.model_flags import CHECKPOINT, require_tokenizer
 from phi3_jax.command_line.program import interruptible, run_program
 
 from ..conversation import ContextFullError, Conversation, load_messages, save_messages
@@ -176,7 +177,7 @@ def converse(chat: Chat) -> None:
     """The loop on a terminal."""
     with contextlib.suppress(ImportError):  # not in every Python; with it, `input` edits lines and remembers them
         importlib.import_module("readline")
-    _tell(f"{common.CHECKPOINT.value}: write a message, or /help. Ctrl-C ends an answer, Ctrl-D the program.")
+    _tell(f"{CHECKPOINT.value}: write a message, or /help. Ctrl-C ends an answer, Ctrl-D the program.")
     while not chat.over:
         try:
             chat.take(input("> "))
@@ -190,7 +191,7 @@ def converse(chat: Chat) -> None:
 def main() -> int:
     """Loads, then answers line by line."""
     checkpoint = common.load_checkpoint()
-    common.require_tokenizer(checkpoint)
+    require_tokenizer(checkpoint)
     conversation = Conversation(
         checkpoint,
         common.SYSTEM.value,

@@ -19,18 +19,11 @@ import phi3_jax
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.checkpoint.load_save import resolve
+from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.model.parameters import DTYPES
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    "demo",
-    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
-)
-_ADAPTER = flags.DEFINE_string(
-    "adapter", None, "A folder, or a hub id, of a LoRA adapter in PEFT's format, which is added to the weights."
-)
 _FORMAT = flags.DEFINE_enum(
     "format", "gguf", ["gguf", "safetensors"], "One file for llama.cpp (needs the extra gguf), or a folder."
 )
@@ -56,8 +49,8 @@ def main() -> int:
     if _FORMAT.value == "safetensors" and not _TOKENIZER.value:
         raise ValueError("--notokenizer is for --format gguf")
     with progress_bar("loading") as on_progress:
-        dtype = _DTYPES.get(kind) or _stored_dtype(_CHECKPOINT.value)
-        checkpoint = phi3_jax.load(_CHECKPOINT.value, dtype, adapter=_ADAPTER.value, on_progress=on_progress)
+        dtype = _DTYPES.get(kind) or _stored_dtype(CHECKPOINT.value)
+        checkpoint = phi3_jax.load(CHECKPOINT.value, dtype, adapter=ADAPTER.value, on_progress=on_progress)
     if _FORMAT.value == "safetensors":
         phi3_jax.save(checkpoint, output)
         return 0
@@ -79,7 +72,7 @@ def _stored_dtype(path: str) -> str:
 
 def run() -> None:
     """The console script."""
-    run_program("phi3-export", main, {"What to write": [_CHECKPOINT, _ADAPTER, _FORMAT, _TYPE, _OUTPUT, _TOKENIZER]})
+    run_program("phi3-export", main, {"What to write": [CHECKPOINT, ADAPTER, _FORMAT, _TYPE, _OUTPUT, _TOKENIZER]})
 
 
 if __name__ == "__main__":

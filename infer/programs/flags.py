@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 import typing
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import Layout
+from phi3_jax.checkpoint.assemble import fastest_layout
+from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
+from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
-from phi3_jax.kernels import Unavailable, status
-from phi3_jax.kernels.native.build import library
+from phi3_jax.kernels import status
 
 from ..engine.buckets import own_cache_dtype
 from ..engine.decoding import RopePolicy
@@ -24,28 +24,12 @@ from ..engine.speculation import DraftModel, PromptLookup
 from ..sampling.grammar import Grammar
 from ..sampling.pick import Sampling
 
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    "demo",
-    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
-)
 DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
     ["auto", "float32", "bfloat16", "float16"],
     "What weights become that are not quantised. auto: float32 on the CPU, bfloat16 elsewhere. On the CPU bfloat16 is "
     "rounded a little, reads half as much, and needs a C++ compiler: XLA alone is slow in it.",
-)
-QUANTIZE = flags.DEFINE_string(
-    "quantize",
-    None,
-    "Keep weights as integers: int8, int4, int4-mixed (the head and the most sensitive matrices at 8 bits), or with "
-    "details such as int4-g64-asymmetric; stored keeps those of a GGUF file.",
-)
-ADAPTER = flags.DEFINE_string(
-    "adapter",
-    None,
-    "A folder, or a hub id, of a LoRA adapter in PEFT's format, which is added to the weights before they are rounded.",
 )
 VERBOSE = flags.DEFINE_bool(
     "verbose",
@@ -134,26 +118,12 @@ def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with progress_bar("loading") as on_progress:
         checkpoint = phi3_jax.load(
-            path, dtype, quantize=QUANTIZE.value, layout=_layout(), adapter=adapter, on_progress=on_progress
+            path, dtype, quantize=QUANTIZE.value, layout=fastest_layout(), adapter=adapter, on_progress=on_progress
         )
     if VERBOSE.value:
         for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():
             print(f"{operation}: {answer}", file=sys.stderr)
     return checkpoint
-
-
-def _layout() -> Layout:
-    """Packed where there are CPU kernels that read it."""
-    return "packed" if jax.default_backend() == "cpu" and not isinstance(library(), Unavailable) else "rows"
-
-
-def require_tokenizer(checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Tokenizer:
-    """The checkpoint's tokenizer. Raises ValueError if it has none."""
-    if checkpoint.tokenizer is None:
-        raise ValueError(
-            f"{CHECKPOINT.value}: no tokenizer.json or tokenizer.model there; put one of them beside the weights"
-        )
-    return checkpoint.tokenizer
 
 
 def sampling() -> Sampling:
@@ -199,14 +169,6 @@ def grammar() -> Grammar | None:
     if REGEX.value:
         return Grammar.regex(REGEX.value)
     return Grammar.choice(CHOICE.value) if CHOICE.value else None
-
-
-def read_text(path: str) -> str:
-    """A file's text. Raises ValueError if it is not UTF-8, OSError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
 
 def settings() -> dict[str, object]:

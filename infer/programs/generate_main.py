@@ -17,7 +17,8 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax.command_line.program import interruptible, run_program
+from phi3_jax.command_line.model_flags import require_tokenizer
+from phi3_jax.command_line.program import interruptible, read_text, run_program
 
 from ..answer import Answer, Generation, write_answers
 from ..beam import beam_search
@@ -80,7 +81,7 @@ def main() -> int:
         return answer_file(Path(_INPUT.value), Path(_OUTPUT.value))
     text = _prompt_text()
     checkpoint = common.load_checkpoint()
-    tokenizer = common.require_tokenizer(checkpoint)
+    tokenizer = require_tokenizer(checkpoint)
     if _CHAT.value:
         return answer_prompt(checkpoint, phi3_jax.encode_chat(tokenizer, _with_system([_user(text)])))
     return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value))
@@ -188,7 +189,7 @@ def _search(
 
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
     """The prompt of a line as token ids; what is wrong with it is said with the line's number, before anything runs."""
-    tokenizer = common.require_tokenizer(checkpoint)
+    tokenizer = require_tokenizer(checkpoint)
     own = request.fields.keys() & {field.name for field in dataclasses.fields(Sampling)}
     if _BEAMS.value > 1 and own:
         raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")
@@ -218,7 +219,7 @@ def _with_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 def _prompt_text() -> str:
     if _PROMPT_FILE.value is None:
         return _PROMPT.value or ""
-    return sys.stdin.read() if _PROMPT_FILE.value == "-" else common.read_text(_PROMPT_FILE.value)
+    return sys.stdin.read() if _PROMPT_FILE.value == "-" else read_text(_PROMPT_FILE.value)
 
 
 def _check_flags() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from phi3_jax.checkpoint.leaves import Floats, Integers, Leaf, PackedFloats, TensorSource
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels.native.build import why_unavailable
 from phi3_jax.model.parameters import DTYPES, Params, parameter_shapes, tensor_names
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization.formats import Format, formats
@@ -21,6 +22,11 @@ Layout = Literal["rows", "packed"]
 
 # Copying runs at memory speed from two threads on; more only take cores from one another.
 _THREADS = 4
+
+
+def fastest_layout() -> Layout:
+    """ "packed" where there are CPU kernels that read it, else "rows"."""
+    return "packed" if jax.default_backend() == "cpu" and why_unavailable() is None else "rows"
 
 
 def assemble(

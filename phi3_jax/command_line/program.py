@@ -96,6 +96,14 @@ def interruptible(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def read_text(path: str) -> str:
+    """A file's text. Raises ValueError if it is not UTF-8, OSError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+
+
 def _help(title: str, topics: Topics) -> str:
     lines = [title.strip()]
     for topic, holders in {**topics, "Starting faster": [_COMPILATION_CACHE_DIR], "About": [_VERSION]}.items():

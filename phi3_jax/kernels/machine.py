@@ -8,7 +8,7 @@ from typing import Literal
 
 import jax
 
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import library, why_unavailable
 
 Rate = Literal["float32", "bfloat16", "int8"]  # kinds of arithmetic, in the order of native/machine.cpp
 _RATES: tuple[Rate, ...] = ("float32", "bfloat16", "int8")
@@ -60,9 +60,8 @@ def peak_rate(dtype: Rate) -> float | None:
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        native = library()
         # Several CPU devices are one machine.
-        return None if isinstance(native, Unavailable) else Machine(native, seconds=0.15).rates[dtype]
+        return None if why_unavailable() else Machine(library(), seconds=0.15).rates[dtype]
     published = (rate for kind, rate in _PUBLISHED.items() if device.device_kind.startswith(kind))
     each = next(published, None)
     return None if each is None else each * jax.device_count()

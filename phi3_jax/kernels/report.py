@@ -9,11 +9,11 @@ import jax
 
 from phi3_jax.kernels.attention import why_not_cpu
 from phi3_jax.kernels.linear.packed import PackedTensor
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import library, why_unavailable
 
 
 def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") -> dict[str, str]:
-    """What `linear` and `attention` come to on this machine: a line for each.
+    """Which implementation `linear` and `attention` use on this machine, and why not another: a line for each.
 
     Args:
       params: the parameter tree that `linear` is asked about; None asks about packed weights.
@@ -22,9 +22,8 @@ def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") ->
     platform = jax.default_backend()
     if platform != "cpu":
         return dict.fromkeys(("linear", "attention"), f"xla, because there are no kernels for platform {platform} yet")
-    loaded = library()
-    if isinstance(loaded, Unavailable):
-        return dict.fromkeys(("linear", "attention"), f"xla, because the CPU kernels cannot be used: {loaded}")
+    if (reason := why_unavailable()) is not None:
+        return dict.fromkeys(("linear", "attention"), f"xla, because the CPU kernels cannot be used: {reason}")
     kernels = f"cpu kernels ({isa()})"
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
     packed = params is None or any(isinstance(leaf, PackedTensor) for leaf in leaves)
@@ -39,5 +38,4 @@ def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") ->
 
 def isa() -> str | None:
     """The instruction set of the loaded kernels: "avx512_bf16", "avx2" or the like; None without kernels."""
-    loaded = library()
-    return None if isinstance(loaded, Unavailable) else Path(loaded._name).stem
+    return None if why_unavailable() else Path(library()._name).stem

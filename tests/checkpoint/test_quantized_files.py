@@ -8,10 +8,9 @@ import pytest
 
 import phi3_jax
 from phi3_jax.checkpoint import quantized_files
-from phi3_jax.kernels import Unavailable
 from phi3_jax.kernels.native import build
 
-needs_kernels = pytest.mark.skipif(isinstance(build.library(), Unavailable), reason=f"no kernels: {build.library()}")
+needs_kernels = pytest.mark.skipif(build.why_unavailable() is not None, reason=f"no kernels: {build.why_unavailable()}")
 
 
 def same(one, other):

@@ -12,7 +12,7 @@ from phi3_jax.kernels import Unavailable, native
 from phi3_jax.kernels.native import build
 
 SOURCES = Path(native.__file__).parent
-needs_kernels = pytest.mark.skipif(isinstance(build.library(), Unavailable), reason=f"no kernels: {build.library()}")
+needs_kernels = pytest.mark.skipif(build.why_unavailable() is not None, reason=f"no kernels: {build.why_unavailable()}")
 SCRIPT = "from phi3_jax.kernels import status; print(status()['attention'])"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.kernels import PackedTensor, Unavailable
-from phi3_jax.kernels.linear import linear, packed
+from phi3_jax.kernels.linear import linear
 from phi3_jax.kernels.linear.packed import Packing, pack
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native import build
@@ -16,7 +16,7 @@ from phi3_jax.model import decoder
 
 pytestmark = [
     pytest.mark.skipif(
-        isinstance(build.library(), Unavailable), reason=f"there are no kernels here: {build.library()}"
+        build.why_unavailable() is not None, reason=f"there are no kernels here: {build.why_unavailable()}"
     ),
     pytest.mark.usefixtures("quick_compilation"),
 ]
@@ -142,12 +142,10 @@ def test_without_kernels_packed_weights_run_on_xla(monkeypatch):
     tensor = packed_integers(integers((3, 71, 190), 4, 32, False))
     x = jnp.asarray(np.random.default_rng(3).standard_normal((5, 190)), jnp.float32)
     expected = linear(x, tensor, jnp.int32(1), implementation="xla")
-    missing = Unavailable("no compiler")
-    monkeypatch.setattr("phi3_jax.kernels.linear.library", lambda: missing)
+    monkeypatch.setattr(build, "_load_once", lambda: "no compiler")
     np.testing.assert_array_equal(linear(x, tensor, jnp.int32(1)), expected)
     with pytest.raises(Unavailable, match="no compiler"):
         linear(x, tensor, jnp.int32(1), implementation="cpu")
-    monkeypatch.setattr(packed, "library", lambda: missing)
     with pytest.raises(Unavailable, match="no compiler"):
         Packing((71, 190), "int4")
 

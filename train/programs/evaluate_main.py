@@ -16,31 +16,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 import phi3_jax
+from phi3_jax.checkpoint.assemble import fastest_layout
+from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
-from phi3_jax.kernels import Unavailable
-from phi3_jax.kernels.native.build import library
 
 from ..evaluation.evaluate import Accuracy, Learned, Perplexity, accuracy, learned, perplexity, require_tokenizer
 from ..evaluation.files import read_data, read_questions, read_texts
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    "demo",
-    "A Hugging Face folder, a .gguf file, a hub id such as microsoft/Phi-3-mini-4k-instruct, or demo.",
-)
-_ADAPTER = flags.DEFINE_string(
-    "adapter", None, "A folder, or a hub id, of a LoRA adapter in PEFT's format, which is added to the weights."
-)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "What weights become that are not quantised."
-)
-_QUANTIZE = flags.DEFINE_string(
-    "quantize", None, "Make weights integers first: int8, int4, int4-mixed, ...; stored keeps those of a GGUF file."
 )
 _TEXT = flags.DEFINE_string("text", None, "A text, or .jsonl with many, whose perplexity is wanted.")
 _WINDOW = flags.DEFINE_integer("window", None, "Tokens that are read at a time; by default the context, 2048 at most.")
@@ -89,14 +77,13 @@ def main() -> int:
 
 
 def _load() -> phi3_jax.Checkpoint:
-    has_kernels = jax.default_backend() == "cpu" and not isinstance(library(), Unavailable)
     with progress_bar("loading") as on_progress:
         return phi3_jax.load(
-            _CHECKPOINT.value,
+            CHECKPOINT.value,
             _DTYPE.value,
-            quantize=_QUANTIZE.value,
-            layout="packed" if has_kernels else "rows",
-            adapter=_ADAPTER.value,
+            quantize=QUANTIZE.value,
+            layout=fastest_layout(),
+            adapter=ADAPTER.value,
             on_progress=on_progress,
         )
 
@@ -122,7 +109,7 @@ def _tell_accuracy(found: Accuracy) -> str:
 def run() -> None:
     """The console script."""
     topics: dict[str, list[flags.FlagHolder[Any]]] = {
-        "Model": [_CHECKPOINT, _ADAPTER, _DTYPE, _QUANTIZE],
+        "Model": [CHECKPOINT, ADAPTER, _DTYPE, QUANTIZE],
         "What is measured": [_TEXT, _WINDOW, _STRIDE, _DATA, _QUESTIONS, _JSON],
     }
     run_program("phi3-evaluate", main, topics)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from phi3_jax.kernels.attention import cpu, xla
 from phi3_jax.kernels.attention.arguments import Context, Keys
 from phi3_jax.kernels.dispatch import on_cpu
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu"]
 
@@ -35,21 +34,13 @@ def attention(q: jax.Array, keys: Keys, context: Context, implementation: Implem
       ValueError: `implementation` is "cpu" and the keys are of a type that the kernels do not read.
       Unavailable: `implementation` is "cpu" and there is no library of kernels.
     """
-    if implementation == "xla":
-        return xla.attention(q, keys, context)[0]
-    reason = why_not_cpu(keys.k.dtype)
-    if reason is not None:
-        if implementation == "cpu":
-            raise reason
-        return xla.attention(q, keys, context)[0]
     if implementation == "cpu":
         return cpu.attention(q, keys, context)
+    if implementation == "xla" or why_not_cpu(keys.k.dtype):
+        return xla.attention(q, keys, context)[0]
     return on_cpu(cpu.attention, lambda *arguments: xla.attention(*arguments)[0])(q, keys, context)
 
 
-def why_not_cpu(dtype: jax.typing.DTypeLike) -> ValueError | Unavailable | None:
+def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
     """Why the CPU kernels cannot read keys and values of this dtype; None if they can."""
-    if jnp.dtype(dtype) not in cpu.CACHE_DTYPES:
-        return ValueError(f"the CPU kernels read keys of {cpu.CACHE_DTYPES}, not {jnp.dtype(dtype)}")
-    loaded = library()
-    return loaded if isinstance(loaded, Unavailable) else None
+    return cpu.why_not_dtype(dtype) or why_unavailable()

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.kernels.attention.arguments import Context, Keys
+from phi3_jax.kernels.native.build import library
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def attention(q: jax.Array, keys: Keys, context: Context) -> jax.Array:
     """See `kernels.attention`."""
+    if (reason := why_not_dtype(keys.k.dtype)) is not None:
+        raise ValueError(reason)
+    library()  # raises where there is none
     call = jax.ffi.ffi_call("phi3_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
     out = call(
         q.astype(jnp.float32),
@@ -27,6 +31,12 @@ def attention(q: jax.Array, keys: Keys, context: Context) -> jax.Array:
         window=np.int64(context.window or 0),
     )
     return out.astype(q.dtype)
+
+
+def why_not_dtype(dtype: jax.typing.DTypeLike) -> str | None:
+    """Why the kernels cannot read keys and values of this dtype; None if they can."""
+    known = jnp.dtype(dtype) in CACHE_DTYPES
+    return None if known else f"the CPU kernels read keys of {CACHE_DTYPES}, not {jnp.dtype(dtype)}"
 
 
 def write(keys: Keys, positions: jax.Array, k: jax.Array, v: jax.Array) -> Keys:

@@ -12,7 +12,7 @@ from phi3_jax.kernels.linear import cpu, lora, xla
 from phi3_jax.kernels.linear.lora import LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu"]
 Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
@@ -39,15 +39,9 @@ def linear(
     if isinstance(weight, LoraTensor):
         product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)
         return lora.linear(x, weight, layer, product)
-    if implementation == "xla" or (implementation is None and not isinstance(weight, PackedTensor)):
-        return xla.linear(x, weight, layer, dtype)
-    if not isinstance(weight, PackedTensor):
-        raise ValueError("the CPU kernels multiply packed weights only: load them with layout='packed'")
-    if isinstance(loaded := library(), Unavailable):
-        if implementation == "cpu":
-            raise loaded
-        return xla.linear(x, weight, layer, dtype)
     if implementation == "cpu":
         return cpu.linear(x, weight, layer, dtype)
+    if implementation == "xla" or not isinstance(weight, PackedTensor) or why_unavailable():
+        return xla.linear(x, weight, layer, dtype)
     by_kernel, by_xla = (functools.partial(module.linear, dtype=dtype) for module in (cpu, xla))
     return on_cpu(by_kernel, by_xla)(x, weight, layer)

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.kernels.linear.packed import BITS, PackedTensor
+from phi3_jax.kernels.native.build import library
 
 
-def linear(x: jax.Array, weight: PackedTensor, layer: jax.Array | None, dtype: Any) -> jax.Array:
+def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
     """See `kernels.linear`."""
+    if not isinstance(weight, PackedTensor):
+        raise ValueError("the CPU kernels multiply packed weights only: load them with layout='packed'")
+    library()  # raises where there is none
     out = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
     index = jnp.int32(0) if layer is None else layer.astype(jnp.int32)
     floats = x.astype(jnp.float32)

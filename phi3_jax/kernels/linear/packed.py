@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from phi3_jax.kernels.linear.quantized import ZERO, QuantizedTensor
-from phi3_jax.kernels.native.build import Unavailable, library
+from phi3_jax.kernels.native.build import library
 
 Kind = Literal["bfloat16", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
@@ -110,10 +110,7 @@ class Packing:
 
     def __init__(self, shape: tuple[int, ...], kind: Kind, group: int = 32, symmetric: bool = True) -> None:
         """Room for weights of this shape. Raises Unavailable if there is no library of kernels."""
-        loaded = library()
-        if isinstance(loaded, Unavailable):
-            raise loaded
-        self.shape, self.kind, self.group, self._library = shape, kind, group, loaded
+        self.shape, self.kind, self.group, self._library = shape, kind, group, library()
         arrays = {name: aligned_empty(*each) for name, each in arrays_of(shape, kind, group, symmetric).items()}
         self.data, self.scales, self.mins = arrays["data"], arrays.get("scales"), arrays.get("mins")
 

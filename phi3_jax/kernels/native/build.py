@@ -46,16 +46,29 @@ class Unavailable(Exception):  # noqa: N818 - a reason rather than a fault
     """The kernels cannot be used here; the text says why, and what to do about it."""
 
 
+def library() -> ctypes.CDLL:
+    """The loaded library, its handlers known to XLA. Raises Unavailable if it cannot be had."""
+    loaded = _load_once()
+    if isinstance(loaded, str):
+        raise Unavailable(loaded)
+    return loaded
+
+
+def why_unavailable() -> str | None:
+    """Why `library` raises; None if it does not."""
+    loaded = _load_once()
+    return loaded if isinstance(loaded, str) else None
+
+
 @functools.cache
-def library() -> ctypes.CDLL | Unavailable:
-    """The loaded library, its handlers known to XLA; or the reason why there is none, which is also told once."""
+def _load_once() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none, which standard error is told, too."""
     try:
         loaded = ctypes.CDLL(str(_build()))
         _check_version(loaded)
     except (Unavailable, OSError) as error:
-        reason = error if isinstance(error, Unavailable) else Unavailable(str(error))
-        _note(f"the compiled CPU kernels cannot be used, and XLA alone is slower: {reason}")
-        return reason
+        _note(f"the compiled CPU kernels cannot be used, and XLA alone is slower: {error}")
+        return str(error)
     for name in _HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return loaded

@@ -269,6 +269,7 @@ def test_program_writes_figures_and_chart(tmp_path, capsys, monkeypatch, scripte
             return asks[do] if do in asks else process.ask(do, **request)
 
     monkeypatch.setattr(benchmark_main.processes, "ours", lambda: contextlib.nullcontext(Scripted()))
+    monkeypatch.setattr(benchmark_main, "why_unavailable", lambda: None)
     monkeypatch.setattr(benchmark_main, "library", lambda: None)
     monkeypatch.setattr(benchmark_main, "Machine", lambda library: _machine())
     with flagsaver.flagsaver():
