@@ -30,11 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
-from phi3_jax.model.decoder import Phi3
-from phi3_jax.quantization.calibration import calibrate
-from phi3_jax.quantization.formats import Format, formats
-from phi3_jax.quantization.rounding import quantize, quantize_params
+from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.model import Phi3
+from phi3_jax.quantization import Format, calibrate, formats, quantize, quantize_params
 
 Params = dict[str, Any]
 T = 512

@@ -35,9 +35,10 @@ import phi3_jax
 from phi3_jax.infer.benchmark.peer_process import serve
 from phi3_jax.infer.benchmark.processes import Process
 from phi3_jax.infer.benchmark.roofline import parameters
+from phi3_jax.kernels import why_unavailable
 from phi3_jax.kernels.machine import Machine, threads
-from phi3_jax.kernels.native.build import library, why_unavailable
-from phi3_jax.train.data.batch import Batch
+from phi3_jax.kernels.native.build import library
+from phi3_jax.train.data import Batch
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start
 

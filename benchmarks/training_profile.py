@@ -19,8 +19,9 @@ import training
 
 import phi3_jax
 from phi3_jax.infer.benchmark.roofline import parameters
+from phi3_jax.kernels import why_unavailable
 from phi3_jax.kernels.machine import Machine
-from phi3_jax.kernels.native.build import library, why_unavailable
+from phi3_jax.kernels.native.build import library
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start
 

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 
-from .engine.run import NewTokens, Run
-from .sampling.logprobs import TokenLogprob
-from .sampling.stop_strings import StopWatch
+from .engine import NewTokens, Run
+from .sampling import StopWatch, TokenLogprob
 
 FinishReason = Literal["stop", "length", "deadline", "interrupt"]
 

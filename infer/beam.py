@@ -25,20 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.cache import KVCache, slots_needed
-from phi3_jax.model.decoder import Phi3
-from phi3_jax.model.parameters import Params
+from phi3_jax.model import KVCache, Params, Phi3, slots_needed
 
 from .answer import Answer
-from .engine import decoding
+from .engine import NewTokens, Options, decoding
 from .engine.buckets import own_cache_dtype, piece_length, room_for
 from .engine.decoding import DecodeState, Settings
-from .engine.options import Options
-from .engine.run import NewTokens
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
-from .sampling.pick import Sampling, SamplingParams
+from .sampling import Sampling, SamplingParams
 
 _RESPECTED = ("prefill_chunk", "cache_dtype", "rope_policy", "room")
 _LARGEST_EXPONENT = 60  # of e, in the number that a score is divided by: float32 ends at 88

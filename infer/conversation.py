@@ -12,22 +12,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.checkpoint.load_save import Checkpoint
-from phi3_jax.text.chat import encode_chat
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.atomic_write import new_file
+from phi3_jax.text import encode_chat
 
 from .answer import Answer, Generation, Piece, write_answers
+from .engine import Options, PromptCache, Run
 from .engine.buckets import room_for
-from .engine.options import Options
-from .engine.prompt_cache import PromptCache
-from .engine.run import Run
-from .sampling.grammar import Grammar
-from .sampling.pick import Sampling
+from .sampling import Grammar, Sampling
 
 _SMALLEST_ROOM = 512  # tokens
 
@@ -179,22 +176,9 @@ def save_messages(path: str | os.PathLike[str], messages: Sequence[dict[str, str
       FileExistsError: there is such a file.
       OSError: it cannot be written.
     """
-    path = Path(path)
-    if os.path.lexists(path):
-        raise FileExistsError(f"{path}: exists already; choose another name or delete it")
-    partial = None
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=2) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.strerror}); name a new file in a folder that may be written to"
-        ) from None
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
+    text = json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=2)
+    with new_file(Path(path), private=True) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def load_messages(path: str | os.PathLike[str]) -> list[Any]:

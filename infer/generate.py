@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 
 from .answer import Answer, Generation, Piece, write_answers
-from .engine.options import Options
-from .engine.run import Run
+from .engine import Options, Run
 from .prompts import Prompt, as_list, encode_prompt, for_each
-from .sampling.grammar import Grammar
-from .sampling.pick import Sampling
+from .sampling import Grammar, Sampling
 
 # Steps per call of the compiled loop where nobody waits for single tokens.
 _STEPS = 32

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 
 Prompt = str | Sequence[int]
 

@@ -4,21 +4,21 @@ import importlib
 import importlib.metadata
 from typing import Any
 
-from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
-from phi3_jax.checkpoint.load_save import GenerationSettings as GenerationSettings
-from phi3_jax.checkpoint.load_save import load as load
-from phi3_jax.checkpoint.load_save import save as save
+from phi3_jax.checkpoint import Checkpoint as Checkpoint
+from phi3_jax.checkpoint import GenerationSettings as GenerationSettings
+from phi3_jax.checkpoint import load as load
+from phi3_jax.checkpoint import save as save
 from phi3_jax.config import LongRope as LongRope
 from phi3_jax.config import Phi3Config as Phi3Config
 from phi3_jax.presets import PRESETS as PRESETS
-from phi3_jax.text.tokenizer import Tokenizer as Tokenizer
-from phi3_jax.text.tokenizer import load_tokenizer as load_tokenizer
-from phi3_jax.text.chat import encode_chat as encode_chat
-from phi3_jax.text.chat import render_chat as render_chat
-from phi3_jax.model.decoder import Phi3 as Phi3
-from phi3_jax.model.cache import KVCache as KVCache
+from phi3_jax.text import Tokenizer as Tokenizer
+from phi3_jax.text import load_tokenizer as load_tokenizer
+from phi3_jax.text import encode_chat as encode_chat
+from phi3_jax.text import render_chat as render_chat
+from phi3_jax.model import Phi3 as Phi3
+from phi3_jax.model import KVCache as KVCache
 from phi3_jax.kernels.attention.masks import positions_from_mask as positions_from_mask
-from phi3_jax.model.parameters import random_params as random_params
+from phi3_jax.model import random_params as random_params
 
 
 __version__ = importlib.metadata.version("phi3_jax")

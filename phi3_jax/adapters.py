@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.linear.lora import LoraTensor as LoraTensor
+from phi3_jax.kernels import LoraTensor as LoraTensor
 from phi3_jax.kernels.linear.xla import dense
-from phi3_jax.model.parameters import Params, parameter_shapes, require_floats
+from phi3_jax.model import Params, parameter_shapes, require_floats
 
 Adapter = dict[str, Any]
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

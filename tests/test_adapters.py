@@ -14,13 +14,11 @@ from adapters import BASE, RECORDED, dense, random_adapter
 
 import phi3_jax
 from phi3_jax.adapters import TARGETS, LoraConfig, LoraTensor, adapter_shapes, attach, init_adapter, merge
-from phi3_jax.checkpoint.peft_files import load_adapter
-from phi3_jax.kernels import why_unavailable
+from phi3_jax.checkpoint import load_adapter
+from phi3_jax.kernels import QuantizedTensor, why_unavailable
 from phi3_jax.kernels.linear import linear
 from phi3_jax.kernels.linear.packed import pack
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
-from phi3_jax.quantization.formats import parse_format
-from phi3_jax.quantization.rounding import quantize
+from phi3_jax.quantization import parse_format, quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .data.batch import Batch, Pair
+from .data import Batch, Pair
 
 
 def interleave(pair: Pair) -> Batch:

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 
 from phi3_jax.adapters import LoraConfig, attach
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.attention.masks import sequence_lengths
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
-from phi3_jax.model.decoder import Phi3
-from phi3_jax.model.parameters import Params
+from phi3_jax.model import Params, Phi3
 
-from .data.batch import Batch, Pair
+from .data import Batch, Pair
 from .dpo import interleave, preference_sums
 from .loss import RowSums, row_sums
 from .settings import Settings

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from .data.batch import Batch
+from .data import Batch
 
 
 @jax.tree_util.register_dataclass

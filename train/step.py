@@ -15,11 +15,11 @@ import optax
 
 from phi3_jax.adapters import init_adapter, merge
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
-from phi3_jax.model.parameters import Params
+from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.model import Params
 
 from . import sharding
-from .data.batch import Batch, Pair
+from .data import Batch, Pair
 from .forward import adapter_config, batch_sums
 from .optimizer import make_optimizer, schedule
 from .settings import Settings

@@ -10,13 +10,14 @@ import ml_dtypes
 import numpy as np
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import Layout, assemble, fastest_layout
+from phi3_jax.checkpoint import Layout, fastest_layout
+from phi3_jax.checkpoint.assemble import assemble
 from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows
 from phi3_jax.checkpoint.leaves import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.linear.quantized import ZERO
-from phi3_jax.model.parameters import parameter_shapes, tensor_names
-from phi3_jax.quantization.formats import Format, formats
+from phi3_jax.model import parameter_shapes, tensor_names
+from phi3_jax.quantization import Format, formats
 
 _NOISE_BYTES = (1 << 20) + 7  # odd, so that a row of a matrix never repeats the one above
 _GROUP = 32

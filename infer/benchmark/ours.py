@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax
-from phi3_jax.model.cache import slots_needed
+from phi3_jax.model import slots_needed
 
-from ..engine import decoding
+from ..engine import Options, decoding
 from ..engine.buckets import own_cache_dtype, piece_length, room_for
-from ..engine.options import Options
-from ..sampling.pick import Sampling, SamplingParams
+from ..sampling import Sampling, SamplingParams
 from .model import ModelSpec, load_model
 from .peer_process import Reply, Rows, serve
 

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint import resolve, safetensors_files
 from phi3_jax.checkpoint.gguf.header import read_header
-from phi3_jax.checkpoint.load_save import resolve
 from phi3_jax.kernels.machine import Rate, threads
 
 from . import processes as processes

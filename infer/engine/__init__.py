@@ -1,1 +1,14 @@
-"""To be described."""
+"""Token ids in, token ids out: prompts are read in chunks, and answers written by one compiled loop.
+
+decoding.py has the compiled functions, run.py calls them for a batch, options.py says how; speculation.py guesses
+tokens ahead, and prompt_cache.py keeps what a beginning was read to. Others use the names below, `decoding`, and
+`buckets` for the sizes of arrays.
+"""
+
+from .options import Options as Options
+from .prompt_cache import PromptCache as PromptCache
+from .run import NewTokens as NewTokens
+from .run import Run as Run
+from .run import Timings as Timings
+from .speculation import DraftModel as DraftModel
+from .speculation import PromptLookup as PromptLookup

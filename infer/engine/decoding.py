@@ -20,13 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.cache import KVCache
-from phi3_jax.model.decoder import Phi3
-from phi3_jax.model.parameters import Params
+from phi3_jax.model import KVCache, Params, Phi3
 
+from ..sampling import SamplingParams
 from ..sampling.grammar import unpack
 from ..sampling.logprobs import LogprobRecord
-from ..sampling.pick import SamplingParams, pick
+from ..sampling.pick import pick
 
 RopePolicy = Literal["length", "capacity", "batch"]
 

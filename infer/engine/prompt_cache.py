@@ -6,11 +6,11 @@ Axis letters: L layer, B batch, K key-value heads, S cache slot, P kept slots (o
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,9 +20,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.cache import KVCache
+from phi3_jax.model import KVCache
 
 _KIND = "phi3_jax prompt cache"
 _VERSION = "1"
@@ -279,21 +280,12 @@ def _tensors(prompt: PromptCache) -> dict[str, np.ndarray]:
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    partial = None
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        safetensors.numpy.save_file(tensors, partial, metadata)
-        os.replace(partial, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-        raise OSError(
-            f"{path}: the prompt cache cannot be written ({getattr(error, 'strerror', None) or error}); name a file in "
-            f"a folder that is there, may be written to and has {size:.1f} MB left"
-        ) from None
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with new_file(path, size, overwrite=True, private=True) as partial:  # what was said may be nobody else's business
+        try:
+            safetensors.numpy.save_file(tensors, partial, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from None
 
 
 def _read_metadata(path: Path, metadata: Mapping[str, str], own: str, config: Phi3Config) -> bool:

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.checkpoint.load_save import Checkpoint
-from phi3_jax.model.cache import slots_needed
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.model import slots_needed
 
 from ..prompts import check_batch
-from ..sampling.grammar import Grammar, GrammarMasks
-from ..sampling.logprobs import TokenLogprob
-from ..sampling.pick import Sampling, SamplingParams
+from ..sampling import Grammar, Sampling, SamplingParams, TokenLogprob
+from ..sampling.grammar import GrammarMasks
 from . import decoding
 from .buckets import own_cache_dtype, piece_length, room_for
 from .options import Options

@@ -20,11 +20,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.cache import KVCache
-from phi3_jax.model.decoder import Phi3
-from phi3_jax.model.parameters import Params
+from phi3_jax.model import KVCache, Params, Phi3
 
 from ..sampling.pick import pick
 from .decoding import DecodeState, Settings

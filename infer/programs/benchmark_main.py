@@ -23,11 +23,13 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
+from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.command_line.model_flags import CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels import why_unavailable
 from phi3_jax.kernels.machine import Machine
-from phi3_jax.kernels.native.build import library, why_unavailable
+from phi3_jax.kernels.native.build import library
 
 from ..benchmark import processes
 from ..benchmark.chart import save_chart
@@ -106,7 +108,8 @@ def main() -> int:
     print(_last_lines(sides, about, results))
     if _JSON.value:
         everything = _environment(spec, sides, about, machine) | {"load_before": load, "cases": figures}
-        Path(_JSON.value).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        with new_file(Path(_JSON.value), overwrite=True) as partial:
+            partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     if _CHART.value:
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # absl shows messages from INFO on
         save_chart(results, _CHART.value, title, subtitle, _ROUNDS.value)

@@ -16,13 +16,12 @@ from pathlib import Path
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint import resolve, safetensors_files
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
-from phi3_jax.checkpoint.load_save import resolve
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
-from phi3_jax.model.parameters import DTYPES
+from phi3_jax.model import DTYPES
 
 _FORMAT = flags.DEFINE_enum(
     "format", "gguf", ["gguf", "safetensors"], "One file for llama.cpp (needs the extra gguf), or a folder."

@@ -10,19 +10,17 @@ import jax
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import fastest_layout
+from phi3_jax.checkpoint import fastest_layout
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels import status
 
+from ..engine import DraftModel, Options, PromptCache, PromptLookup
 from ..engine.buckets import own_cache_dtype
 from ..engine.decoding import RopePolicy
-from ..engine.options import CACHE_DTYPES, Options
-from ..engine.prompt_cache import PromptCache
-from ..engine.speculation import DraftModel, PromptLookup
-from ..sampling.grammar import Grammar
-from ..sampling.pick import Sampling
+from ..engine.options import CACHE_DTYPES
+from ..sampling import Grammar, Sampling
 
 DTYPE = flags.DEFINE_enum(
     "dtype",

@@ -22,12 +22,10 @@ from phi3_jax.command_line.program import interruptible, read_text, run_program
 
 from ..answer import Answer, Generation, write_answers
 from ..beam import beam_search
-from ..engine.options import Options
-from ..engine.run import Run
+from ..engine import Options, Run
 from ..generate import generate
 from ..prompts import check_prompt
-from ..sampling.logprobs import TokenLogprob
-from ..sampling.pick import Sampling, SamplingParams
+from ..sampling import Sampling, SamplingParams, TokenLogprob
 from . import flags as common
 from .answer_file import AnswerFile
 from .requests import Request, read_requests

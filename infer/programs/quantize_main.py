@@ -17,13 +17,13 @@ import numpy as np
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import Layout
+from phi3_jax.checkpoint import Layout
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE, require_tokenizer
 from phi3_jax.command_line.program import read_text, run_program
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels.linear.packed import pack
 from phi3_jax.progress import OnProgress
-from phi3_jax.quantization.calibration import calibrate
+from phi3_jax.quantization import calibrate
 
 _CALIBRATION = flags.DEFINE_string(
     "calibration",

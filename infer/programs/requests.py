@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..sampling.pick import Sampling
+from ..sampling import Sampling
 
 _MOST_REPORTED = 10  # bad lines
 

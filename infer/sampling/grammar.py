@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer
 
 # JSON may have white space almost anywhere and without end, which small models make use of. This allows ", " and ": "
 # on one line, and a line break with some indentation.

@@ -1,1 +1,17 @@
-"""To be described."""
+"""Checkpoints in files <-> a configuration, a tree of parameters, a tokenizer and settings.
+
+load_save.py has the two functions that users call; each kind of file has a module (safetensors, quantised ones, PEFT's
+adapters) or a room (gguf/), and assemble.py stacks their tensors over the layers. Others use the names below, the
+modules of gguf/, `atomic_write` and `safetensors_files`.
+"""
+
+from phi3_jax.checkpoint.assemble import Layout as Layout
+from phi3_jax.checkpoint.assemble import fastest_layout as fastest_layout
+from phi3_jax.checkpoint.assemble import named_tensors as named_tensors
+from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
+from phi3_jax.checkpoint.load_save import GenerationSettings as GenerationSettings
+from phi3_jax.checkpoint.load_save import load as load
+from phi3_jax.checkpoint.load_save import resolve as resolve
+from phi3_jax.checkpoint.load_save import save as save
+from phi3_jax.checkpoint.peft_files import load_adapter as load_adapter
+from phi3_jax.checkpoint.peft_files import save_adapter as save_adapter

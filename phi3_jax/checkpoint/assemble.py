@@ -13,10 +13,10 @@ import numpy as np
 
 from phi3_jax.checkpoint.leaves import Floats, Integers, Leaf, PackedFloats, TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.native.build import why_unavailable
-from phi3_jax.model.parameters import DTYPES, Params, parameter_shapes, tensor_names
+from phi3_jax.kernels import why_unavailable
+from phi3_jax.model import DTYPES, Params, parameter_shapes, tensor_names
 from phi3_jax.progress import OnProgress
-from phi3_jax.quantization.formats import Format, formats
+from phi3_jax.quantization import Format, formats
 
 Layout = Literal["rows", "packed"]
 

@@ -1,12 +1,50 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all: written under another name beside their own, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: bool = False) -> Iterator[Path]:
+    """A name to write to that becomes `target` if all goes well, and vanishes otherwise.
+
+    Args:
+      size: bytes that will be written, where that is known.
+      overwrite: take the place of a file that is there; it stays as it was if anything goes wrong.
+      private: only its owner may read the file.
+
+    Raises:
+      FileExistsError: `target` is there already.
+      OSError: it cannot be written, or there is not enough room for it.
+    """
+    if not overwrite:
+        _refuse_existing(target)
+    partial = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        os.close(handle)
+        partial = Path(name)
+        _require_room(target, size)
+        yield partial
+        partial.chmod(0o600 if private else 0o644)
+        os.replace(partial, target)
+    except OSError as error:
+        if error.strerror is None:  # not from the operating system: it names the file and the remedy already
+            raise
+        room = f", with {size / 1e9:.3f} GB left" if size else ""
+        raise OSError(
+            f"{target}: cannot be written ({error.strerror}); name a file in a folder that is there and may be written "
+            f"to{room}"
+        ) from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -20,12 +58,9 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
       FileExistsError: `target` is there already.
       OSError: there is not enough room for it.
     """
-    if target.exists():
-        raise FileExistsError(f"{target}: exists already; name a new folder, or remove it first")
+    _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if size > free:
-        raise OSError(f"{target}: the files take {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
+    _require_room(target, size)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield partial
@@ -33,3 +68,14 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target}: exists already; choose another name, or remove it first")
+
+
+def _require_room(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if size > free:
+        raise OSError(f"{target}: takes {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows, with_mins
+from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.linear.packed import Packing, aligned_empty
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
-from phi3_jax.quantization.formats import Format
-from phi3_jax.quantization.rounding import quantize
+from phi3_jax.quantization import Format, quantize
 
 
 @dataclasses.dataclass(frozen=True)

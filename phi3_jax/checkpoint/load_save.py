@@ -21,10 +21,9 @@ from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.peft_files import merged_sources
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.parameters import Params
+from phi3_jax.model import Params
 from phi3_jax.progress import OnProgress
-from phi3_jax.text import tokenizer_files
-from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 
 # All that is ever fetched of a checkpoint from a hub: weights and data, never code.
 HUB_FILES = (

@@ -24,7 +24,7 @@ from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.leaves import TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.parameters import tensor_names
+from phi3_jax.model import tensor_names
 from phi3_jax.text import tokenizer_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -18,9 +18,10 @@ import numpy as np
 
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.linear.packed import PackedTensor, Packing, arrays_of
-from phi3_jax.kernels.linear.quantized import GROUPS, QuantizedTensor
-from phi3_jax.model.parameters import Params, parameter_shapes
+from phi3_jax.kernels import PackedTensor, QuantizedTensor
+from phi3_jax.kernels.linear.packed import Packing, arrays_of
+from phi3_jax.kernels.linear.quantized import GROUPS
+from phi3_jax.model import Params, parameter_shapes
 
 FILE = "phi3_jax.safetensors"
 METHOD = "phi3_jax"  # the quant_method of config.json's quantization_config

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels import PackedTensor, QuantizedTensor
 from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.arguments import Context, Keys
 from phi3_jax.kernels.attention.masks import sequence_lengths
 from phi3_jax.kernels.linear import linear
-from phi3_jax.kernels.linear.packed import PackedTensor
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.rope import cos_sin, rotate
 

@@ -1,1 +1,12 @@
-"""To be described."""
+"""Weights as floats -> weights as small integers.
+
+policy.py says which weights become which integers; rounding.py finds these without data, calibration.py (with gptq.py)
+by a text that runs through the model. What comes out are `kernels.QuantizedTensor`s. Others use the names below.
+"""
+
+from phi3_jax.quantization.calibration import calibrate as calibrate
+from phi3_jax.quantization.policy import Format as Format
+from phi3_jax.quantization.policy import formats as formats
+from phi3_jax.quantization.policy import parse_format as parse_format
+from phi3_jax.quantization.rounding import quantize as quantize
+from phi3_jax.quantization.rounding import quantize_params as quantize_params

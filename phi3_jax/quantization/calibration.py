@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.attention.arguments import Context
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.model import Params, require_floats
 from phi3_jax.model.decoder import DecoderLayer, Shared, rms_norm
-from phi3_jax.model.parameters import Params, require_floats
 from phi3_jax.model.rope import cos_sin
 from phi3_jax.progress import OnProgress
-from phi3_jax.quantization.formats import formats
 from phi3_jax.quantization.gptq import gptq
+from phi3_jax.quantization.policy import formats
 from phi3_jax.quantization.rounding import quantize
 
 # The matrices of a layer in the order in which they are used.
@@ -46,7 +46,7 @@ def calibrate(
       params: a tree of floats.
       tokens: int [B, T]: B pieces of text without padding. Some tens of thousands of tokens are enough; their number
         should exceed `intermediate_size` by far.
-      policy: see `quantization.formats`.
+      policy: see `policy.formats`.
       on_progress: called with (weights done, weights in all) after each matrix.
 
     Raises:

@@ -14,9 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.quantization import rounding
-from phi3_jax.quantization.formats import Format
+from phi3_jax.quantization.policy import Format
 from phi3_jax.quantization.rounding import Fit
 
 _BLOCK = 128  # inputs after which the whole matrix is updated, and not only the block: few passes over memory

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, QuantizedTensor
-from phi3_jax.model.parameters import require_floats
+from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO
+from phi3_jax.model import require_floats
 from phi3_jax.progress import OnProgress
-from phi3_jax.quantization.formats import Format, formats
+from phi3_jax.quantization.policy import Format, formats
 
 _BLOCK = 1 << 20  # weights that are rounded at a time: one compiled program serves many matrices, in little memory
 _UNROLLED = 8  # inputs of a group that one compiled loop body goes through
@@ -71,7 +72,7 @@ def quantize_params(params: Any, policy: str, on_progress: OnProgress | None = N
     """Rounds the matrices of a parameter tree.
 
     Args:
-      policy: see `quantization.formats`.
+      policy: see `policy.formats`.
       on_progress: called with (weights done, weights in all) after each leaf.
 
     Raises:

@@ -1,1 +1,13 @@
-"""To be described."""
+"""Text <-> token ids, and the messages of a chat -> a prompt.
+
+What goes in are a checkpoint's tokenizer files and its chat template; what comes out are token ids, and text again,
+also piece by piece while it is generated. Others use the names below, and `tokenizer_files` for reading JSON.
+"""
+
+from phi3_jax.text.chat import encode_answers as encode_answers
+from phi3_jax.text.chat import encode_chat as encode_chat
+from phi3_jax.text.chat import render_chat as render_chat
+from phi3_jax.text.spans import Span as Span
+from phi3_jax.text.spans import encode_spans as encode_spans
+from phi3_jax.text.tokenizer import Tokenizer as Tokenizer
+from phi3_jax.text.tokenizer import load_tokenizer as load_tokenizer

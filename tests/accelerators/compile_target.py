@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import phi3_jax
 from phi3_jax.infer import Run, Sampling
 from phi3_jax.infer.engine import decoding
-from phi3_jax.model.parameters import parameter_shapes
+from phi3_jax.model import parameter_shapes
 
 PRESET = "phi-3-mini-4k"
 PROMPT, ANSWER = 1024, 128  # tokens: two chunks of prefill, and a cache of 1152 slots

@@ -15,10 +15,9 @@ from adapters import random_adapter
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint import load_save as checkpoint_module
-from phi3_jax.checkpoint.assemble import named_tensors
-from phi3_jax.checkpoint.peft_files import save_adapter
+from phi3_jax.checkpoint import named_tensors, save_adapter
 from phi3_jax.checkpoint.safetensors_files import read_file
-from phi3_jax.model.parameters import DTYPES
+from phi3_jax.model import DTYPES
 
 
 def assert_same_tree(left, right) -> None:

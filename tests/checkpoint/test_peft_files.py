@@ -18,11 +18,11 @@ from adapters import BASE, RECORDED, random_adapter
 
 import phi3_jax
 from phi3_jax.adapters import TARGETS, LoraConfig, attach, merge
+from phi3_jax.checkpoint import load_adapter, save_adapter
 from phi3_jax.checkpoint.gguf.writer import save_gguf
-from phi3_jax.checkpoint.peft_files import load_adapter, save_adapter
 from phi3_jax.infer import generate
 from phi3_jax.infer.programs import flags as program_flags
-from phi3_jax.quantization.rounding import quantize_params
+from phi3_jax.quantization import quantize_params
 
 KINDS = ["lora", "rslora", "dora"]
 CONFIG = phi3_jax.Phi3Config.from_hf(json.loads((BASE / "config.json").read_text()), "config.json")

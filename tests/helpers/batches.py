@@ -14,7 +14,7 @@ import pytest
 
 from phi3_jax.infer.programs.answer_file import AnswerFile
 from phi3_jax.infer.programs.requests import Request, read_requests
-from phi3_jax.infer.sampling.pick import Sampling
+from phi3_jax.infer.sampling import Sampling
 
 SETTINGS = {"checkpoint": "demo", "max_new_tokens": 7, "stop": ["a", "b"]}
 PROGRAM = Sampling(temperature=0.5, top_k=11, seed=2**32 - 2)

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import named_tensors
+from phi3_jax.checkpoint import named_tensors
 
 TYPES = gguf.GGMLQuantizationType
 TOP = {

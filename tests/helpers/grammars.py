@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from phi3_jax.infer.sampling.grammar import Grammar, GrammarMasks
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.infer.sampling import Grammar
+from phi3_jax.infer.sampling.grammar import GrammarMasks
+from phi3_jax.text import Tokenizer
 
 
 def allowed(masks: GrammarMasks, vocab_size: int, row: int = 0) -> np.ndarray:

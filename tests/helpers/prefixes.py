@@ -9,7 +9,7 @@ import numpy as np
 
 import phi3_jax
 from phi3_jax import KVCache
-from phi3_jax.infer.engine.prompt_cache import PromptCache
+from phi3_jax.infer.engine import PromptCache
 
 DTYPES = ["float32", "bfloat16", "float16", "int8"]
 BORDER = 16  # of the tiny model's LongRoPE

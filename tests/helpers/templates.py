@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer
 
 DROPS_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"

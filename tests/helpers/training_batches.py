@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import phi3_jax
-from phi3_jax.train.data.batch import Batch
+from phi3_jax.train.data import Batch
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start
 

@@ -14,7 +14,7 @@ import pytest
 import phi3_jax
 from phi3_jax.infer import DraftModel, Options, PromptCache, PromptLookup, generate
 from phi3_jax.infer.beam import beam_search, search_on
-from phi3_jax.model.cache import KVCache, slots_needed
+from phi3_jax.model import KVCache, slots_needed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

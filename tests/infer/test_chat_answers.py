@@ -9,9 +9,7 @@ from templates import PHI4, PHI4_MINI, small_tokenizer
 from vocabularies import train_sentencepiece, write
 
 import phi3_jax
-from phi3_jax.text.chat import encode_answers, encode_chat
-from phi3_jax.text.spans import encode_spans
-from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.text import Tokenizer, encode_answers, encode_chat, encode_spans, load_tokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}
 SMOLLM2 = (

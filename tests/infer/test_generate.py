@@ -8,7 +8,7 @@ import without_cache
 
 import phi3_jax
 from phi3_jax.infer import Options, Run, Sampling, generate, stream
-from phi3_jax.infer.sampling.stop_strings import StopWatch
+from phi3_jax.infer.sampling import StopWatch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8], [90, 4, 77, 15, 60, 3, 22, 9, 41, 13, 58, 6, 70]]

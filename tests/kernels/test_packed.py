@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 import phi3_jax
-from phi3_jax.kernels import PackedTensor, Unavailable
+from phi3_jax.kernels import PackedTensor, QuantizedTensor, Unavailable
 from phi3_jax.kernels.linear import linear
 from phi3_jax.kernels.linear.packed import Packing, pack
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native import build
 from phi3_jax.model import decoder
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from phi3_jax import Checkpoint, Phi3Config
-from phi3_jax.kernels.linear.quantized import GROUPS, ZERO, QuantizedTensor
-from phi3_jax.model.parameters import parameter_shapes
-from phi3_jax.quantization.formats import Format, formats, parse_format
+from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels.linear.quantized import GROUPS, ZERO
+from phi3_jax.model import parameter_shapes
+from phi3_jax.quantization import Format, formats, parse_format
 
 MATRICES = [f"layers/{name}/weight" for name in ("self_attn/o_proj", "mlp/gate_up_proj", "mlp/down_proj")]
 QKV, EMBEDDING, HEAD = "layers/self_attn/qkv_proj/weight", "embed_tokens/weight", "lm_head/weight"

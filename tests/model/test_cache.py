@@ -12,8 +12,8 @@ import phi3_jax
 from phi3_jax.infer import PromptLookup, Sampling
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.engine.speculation import LookupDrafter
-from phi3_jax.infer.sampling.pick import SamplingParams
-from phi3_jax.model.cache import slots_needed
+from phi3_jax.infer.sampling import SamplingParams
+from phi3_jax.model import slots_needed
 
 LENGTH, WINDOW = 5000, 2047
 

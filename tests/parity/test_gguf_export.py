@@ -13,7 +13,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.checkpoint.gguf.writer import save_gguf
-from phi3_jax.text.tokenizer import load_tokenizer
+from phi3_jax.text import load_tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
 

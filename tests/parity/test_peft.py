@@ -10,7 +10,7 @@ from adapters import BASE, random_adapter
 
 import phi3_jax
 from phi3_jax.adapters import TARGETS, LoraConfig, attach
-from phi3_jax.checkpoint.peft_files import load_adapter, save_adapter
+from phi3_jax.checkpoint import load_adapter, save_adapter
 
 peft = pytest.importorskip("peft", reason="the reference needs PEFT: make parity")
 # PEFT asks transformers 5.23 by a name that is going away.

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 
 from phi3_jax import Checkpoint, Phi3, Phi3Config
-from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, QuantizedTensor
+from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO
 from phi3_jax.model.decoder import rms_norm
-from phi3_jax.quantization import calibration, gptq
-from phi3_jax.quantization.calibration import calibrate
-from phi3_jax.quantization.formats import Format, formats
-from phi3_jax.quantization.rounding import quantize, quantize_params
+from phi3_jax.quantization import Format, calibrate, calibration, formats, gptq, quantize, quantize_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 OUTPUTS, INPUTS = 23, 149  # inputs fill neither groups nor a block

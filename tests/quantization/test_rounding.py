@@ -10,10 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO, QuantizedTensor
-from phi3_jax.quantization import rounding
-from phi3_jax.quantization.formats import Format, formats
-from phi3_jax.quantization.rounding import quantize, quantize_params
+from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO
+from phi3_jax.quantization import Format, formats, quantize, quantize_params, rounding
 
 FORMS = [
     Format(4),

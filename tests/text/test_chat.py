@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from templates import DROPS_SYSTEM, PHI4, PHI4_MINI, SPECIALS, small_tokenizer
 
-from phi3_jax.text import chat
-from phi3_jax.text.chat import encode_chat, render_chat
-from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.text import Tokenizer, chat, encode_chat, load_tokenizer, render_chat
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello"}

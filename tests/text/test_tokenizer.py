@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from vocabularies import byte_level_spec, train_sentencepiece, write
 
-from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.text import Tokenizer, load_tokenizer
 
 BACKENDS: tuple[Literal["tokenizers", "sentencepiece"], ...] = ("tokenizers", "sentencepiece")
 SPACES = [" ", "   ", "\n", "\t", "\r\n", " \n", "\u3000", "\u2028", "\x1c", "\x85", "\u2581", "\u200b"]

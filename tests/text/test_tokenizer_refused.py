@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from vocabularies import byte_level_spec, write
 
-from phi3_jax.text.tokenizer import load_tokenizer
+from phi3_jax.text import load_tokenizer
 
 
 def test_errors_of_use(tmp_path: Path) -> None:

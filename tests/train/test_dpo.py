@@ -10,7 +10,7 @@ from adapters import dense, random_adapter
 from training_batches import close, rows, stack, text_loss, texts
 
 import phi3_jax
-from phi3_jax.train.data.batch import Pair
+from phi3_jax.train.data import Pair
 from phi3_jax.train.forward import adapter_config, batch_sums
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from training_batches import close, rows, slow_loss
 
-from phi3_jax.train.data.batch import Batch
+from phi3_jax.train.data import Batch
 from phi3_jax.train.forward import batch_sums, neftune
 from phi3_jax.train.loss import cross_entropy, row_sums
 from phi3_jax.train.settings import Settings

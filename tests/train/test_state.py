@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from training_batches import PARTS, close, run, settings, slow_loss, stack, train_step
 
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
-from phi3_jax.quantization.rounding import quantize_params
+from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.quantization import quantize_params
 from phi3_jax.train.step import make_eval_step, make_train_step, start, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

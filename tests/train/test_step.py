@@ -13,8 +13,8 @@ from adapters import BASE, RECORDED
 from training_batches import PARTS, PLAIN, close, run, settings, stack, texts
 
 import phi3_jax
-from phi3_jax.checkpoint.peft_files import load_adapter
-from phi3_jax.train.data.batch import Batch
+from phi3_jax.checkpoint import load_adapter
+from phi3_jax.train.data import Batch
 from phi3_jax.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

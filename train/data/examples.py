@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.text.chat import encode_answers, encode_chat
-from phi3_jax.text.spans import encode_spans
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer, encode_answers, encode_chat, encode_spans
 
 from ..settings import Settings
 

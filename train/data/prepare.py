@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 
 from phi3_jax.progress import OnProgress
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer
 
 from ..settings import Settings
 from .dataset import DTYPES, Dataset, Report, open_dataset, write_header

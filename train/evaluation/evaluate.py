@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.progress import OnProgress
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer
 
-from ..data.examples import Text
+from ..data import Text
 from .files import Question
 from .score import Request, score
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer
 
-from ..data.examples import Text, read_line
+from ..data import Text, read_line
 from ..settings import Settings
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 
 from .evaluate import continuation, require_tokenizer
 from .score import Request, Score, score

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.checkpoint.load_save import Checkpoint
+from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.decoder import Phi3
+from phi3_jax.model import Phi3
 from phi3_jax.progress import OnProgress
 
 _LOGITS = 1024  # tokens whose logits are held at a time

@@ -1,1 +1,4 @@
-"""To be described."""
+"""The programs that train and evaluate: phi3-train, phi3-evaluate and phi3-fetch-data.
+
+A program is a `*_main.py` with flags, progress bars and exit codes. Nothing imports a program.
+"""

@@ -19,7 +19,8 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import fastest_layout
+from phi3_jax.checkpoint import fastest_layout
+from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
@@ -70,9 +71,8 @@ def main() -> int:
         print(f"{_QUESTIONS.value}: {_tell_accuracy(right)}", flush=True)
         figures["questions"] = {"file": _QUESTIONS.value, "measured": dataclasses.asdict(right)}
     if _JSON.value:
-        partial = Path(f"{_JSON.value}.partial")
-        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        partial.replace(_JSON.value)
+        with new_file(Path(_JSON.value), overwrite=True) as partial:
+            partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

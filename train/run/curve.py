@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from phi3_jax.checkpoint.atomic_write import new_file
+
 from .metrics import Record
 
 _TRAINED, _HELD_OUT, _INK, _FAINT = "#9db8d9", "#c2452d", "#26251f", "#6f6b62"
@@ -46,9 +48,8 @@ def save_curve(records: Sequence[Record], path: str | os.PathLike[str], title: s
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
-    partial = Path(path).with_suffix(".partial")
-    canvas.print_png(os.fspath(partial))
-    partial.replace(path)
+    with new_file(Path(path), overwrite=True) as partial:
+        canvas.print_png(os.fspath(partial))
 
 
 def series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:

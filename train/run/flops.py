@@ -15,9 +15,9 @@ import numpy as np
 
 from phi3_jax.adapters import adapter_shapes
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.parameters import parameter_shapes
+from phi3_jax.model import parameter_shapes
 
-from ..data.batch import Batch, Pair
+from ..data import Batch, Pair
 from ..forward import adapter_config
 from ..settings import Settings
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 import phi3_jax
-from phi3_jax.checkpoint.peft_files import save_adapter
+from phi3_jax.checkpoint import save_adapter
 
 from .. import sharding
 from ..data import Dataset, batches, eval_batches, prepare

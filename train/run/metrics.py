@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from phi3_jax.checkpoint.atomic_write import new_file
 
 from .tensorboard import EventFile
 
@@ -35,10 +36,8 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         kept = [record for record in read(self._path) if record["step"] <= step]
-        # All of the file that is kept appears at once: a kill leaves the old one.
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        with new_file(self._path, overwrite=True) as partial:  # a kill leaves the old one
+            partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._events = EventFile(folder / "tensorboard", step + 1)
 

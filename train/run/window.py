@@ -15,7 +15,7 @@ import numpy as np
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.machine import peak_rate
 
-from ..data.batch import Batch, Pair
+from ..data import Batch, Pair
 from ..settings import Settings
 from .flops import step_flops
 from .metrics import Record

@@ -20,7 +20,7 @@ from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged, read_header
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
 from phi3_jax.checkpoint.leaves import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer
 
 _Kind = type | list[type]  # [str] is an array of strings
 

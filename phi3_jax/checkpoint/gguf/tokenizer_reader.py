@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.text import Tokenizer
 from phi3_jax.text.backends import SPACE_MARK, AddedToken, TokenizersEncoder, decoder_for
-from phi3_jax.text.tokenizer import Tokenizer
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -19,8 +19,8 @@ from phi3_jax.checkpoint.gguf.tokenizer_reader import (
     USER_DEFINED,
     tokenizer_from_gguf,
 )
+from phi3_jax.text import Tokenizer
 from phi3_jax.text.backends import SPACE_MARK, ByteLevelDecoder
-from phi3_jax.text.tokenizer import Tokenizer
 from phi3_jax.text.tokenizer_files import read_json
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

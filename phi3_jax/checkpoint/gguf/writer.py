@@ -6,11 +6,8 @@ lie half a head apart as here, so that no row moves. A decoder that was read fro
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from phi3_jax.checkpoint.assemble import named_tensors
+from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.checkpoint.gguf.tokenizer_writer import lost_flags, tokenizer_metadata
 from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
@@ -96,7 +94,8 @@ def save_gguf(
     if kept := sorted({name.split(".")[-2] for name, as_kind, shape, _ in plan if as_kind != kind and len(shape) > 1}):
         remarks.append(f"rows of {', '.join(kept)} are no whole number of {_BLOCK}-value blocks: stored as bf16")
     total, done = sum(size for *_, size in plan), 0
-    with _new_file(target, total) as partial:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(target, total) as partial:
         writer = gguf.GGUFWriter(partial, "phi3")
         try:
             for key, value in metadata.items():
@@ -261,23 +260,3 @@ def _add(writer: Any, key: str, value: Any) -> None:
         str: writer.add_string,
     }
     adders[type(value)](key, value)
-
-
-@contextlib.contextmanager
-def _new_file(target: Path, size: int) -> Iterator[Path]:
-    """A name to write to that becomes `target` if all goes well, and vanishes otherwise."""
-    if target.exists():
-        raise FileExistsError(f"{target}: exists already; name a new file, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if size > free:
-        raise OSError(f"{target}: the weights take {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o644)  # mkstemp's files are private
-        partial.rename(target)
-    finally:
-        partial.unlink(missing_ok=True)

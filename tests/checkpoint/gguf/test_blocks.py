@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gguf_files import TYPES, as_llama, as_phi3, split, variant, write
 
+from phi3_jax.checkpoint import resolve
 from phi3_jax.checkpoint.gguf.blocks import FORMS, IntegerForm, IntegerRows, fuse, fused_form, unpack, with_mins
 from phi3_jax.checkpoint.gguf.reader import read_gguf
-from phi3_jax.checkpoint.load_save import resolve
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.kernels import QuantizedTensor
 
 
 def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:

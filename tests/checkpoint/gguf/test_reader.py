@@ -7,7 +7,7 @@ import pytest
 from gguf_files import TYPES, as_llama, as_phi3, split, variant, write
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import named_tensors
+from phi3_jax.checkpoint import named_tensors
 from phi3_jax.checkpoint.gguf.reader import read_gguf
 
 

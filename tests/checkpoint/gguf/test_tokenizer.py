@@ -13,7 +13,7 @@ import tokenizers
 from vocabularies import train_sentencepiece
 
 from phi3_jax.checkpoint.gguf.tokenizer_reader import _llama_spec, tokenizer_from_gguf
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text import Tokenizer
 
 # ---------------------------------------------------------------- SmolLM2's published file
 

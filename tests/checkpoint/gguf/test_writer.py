@@ -15,15 +15,15 @@ import sentencepiece
 import vocabularies
 
 import phi3_jax
-from phi3_jax.checkpoint.assemble import named_tensors
+from phi3_jax.checkpoint import named_tensors
 from phi3_jax.checkpoint.gguf import writer
 from phi3_jax.checkpoint.gguf.header import read_header
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_writer import tokenizer_metadata
 from phi3_jax.checkpoint.gguf.writer import save_gguf
-from phi3_jax.kernels.linear.quantized import QuantizedTensor
+from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model.rope import attention_factor
-from phi3_jax.text.tokenizer import load_tokenizer
+from phi3_jax.text import load_tokenizer
 
 CONFIGS = {
     "window": {"sliding_window": 5},
@@ -184,7 +184,7 @@ def test_refusals_leave_nothing_behind(plain, tmp_path, monkeypatch):
             save_gguf(plain, tmp_path / "x.gguf")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match=r"the weights take 0\.00 GB but only 0\.00 GB are free"):
+    with pytest.raises(OSError, match=r"takes 0\.00 GB but only 0\.00 GB are free"):
         save_gguf(plain, tmp_path / "x.gguf")
     assert list(tmp_path.iterdir()) == []
 

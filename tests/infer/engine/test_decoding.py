@@ -8,7 +8,7 @@ import pytest
 import phi3_jax
 from phi3_jax.infer import Options, Sampling, generate
 from phi3_jax.infer.engine import decoding
-from phi3_jax.infer.sampling.pick import SamplingParams
+from phi3_jax.infer.sampling import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11, 11, 11, 2, 31, 8], [90, 4, 77, 15, 60]]

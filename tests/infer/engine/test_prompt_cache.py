@@ -15,8 +15,8 @@ from prefixes import BORDER, ask, ids, read, read_prefix, take_prefix, with_wind
 
 import phi3_jax
 from phi3_jax import KVCache
-from phi3_jax.infer.engine import prompt_cache
-from phi3_jax.infer.engine.prompt_cache import PromptCache, fingerprint
+from phi3_jax.infer.engine import PromptCache, prompt_cache
+from phi3_jax.infer.engine.prompt_cache import fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

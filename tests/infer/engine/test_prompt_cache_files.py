@@ -11,7 +11,8 @@ import safetensors.numpy
 from prefixes import DTYPES, ids, read_prefix, take_prefix, with_window
 
 from phi3_jax import KVCache
-from phi3_jax.infer.engine.prompt_cache import PromptCache, fingerprint
+from phi3_jax.infer.engine import PromptCache
+from phi3_jax.infer.engine.prompt_cache import fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -196,7 +197,7 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_as_it_was(tin
         prompt.save(path)
     if step != "interrupt":
         reason = "No space left on device" if step == "replace" else "I/O error"
-        assert str(caught.value).startswith(f"{path}: the prompt cache cannot be written ({reason}); name a file in")
+        assert str(caught.value).startswith(f"{path}: cannot be written ({reason}); name a file in")
     assert os.listdir(path.parent) == [path.name]
     assert path.read_bytes() == before
 

@@ -19,7 +19,7 @@ from batches import (
 
 from phi3_jax.infer.programs.answer_file import AnswerFile
 from phi3_jax.infer.programs.requests import Request
-from phi3_jax.infer.sampling.pick import Sampling
+from phi3_jax.infer.sampling import Sampling
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from batches import PROGRAM, read
 
 from phi3_jax.infer.programs.requests import read_requests
-from phi3_jax.infer.sampling.pick import Sampling
+from phi3_jax.infer.sampling import Sampling
 
 
 def test_lines_are_read(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from grammars import accepts, allowed
 from vocabularies import byte_level_spec, train_sentencepiece, write
 
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
-from phi3_jax.infer.sampling.grammar import Grammar, GrammarMasks, unpack
-from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.infer.sampling import Grammar
+from phi3_jax.infer.sampling.grammar import GrammarMasks, unpack
+from phi3_jax.text import Tokenizer, load_tokenizer
 
 llguidance = pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
 

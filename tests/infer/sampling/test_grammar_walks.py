@@ -13,8 +13,9 @@ import pytest
 from grammars import accepts
 
 import phi3_jax
-from phi3_jax.infer.sampling.grammar import Grammar, GrammarMasks
-from phi3_jax.text.tokenizer import Tokenizer, load_tokenizer
+from phi3_jax.infer.sampling import Grammar
+from phi3_jax.infer.sampling.grammar import GrammarMasks
+from phi3_jax.text import Tokenizer, load_tokenizer
 
 pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
 

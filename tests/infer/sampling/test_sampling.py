@@ -11,9 +11,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from phi3_jax.infer.sampling import Sampling, SamplingParams, processors
 from phi3_jax.infer.sampling import pick as sampling
-from phi3_jax.infer.sampling import processors
-from phi3_jax.infer.sampling.params import Sampling, SamplingParams
 
 GOLDENS = Path(__file__).parents[2] / "goldens_sampling" / "expected.safetensors"
 TENSORS = safetensors.numpy.load_file(GOLDENS)

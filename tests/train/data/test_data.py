@@ -17,7 +17,7 @@ import pytest
 from templates import PHI4_MINI, small_tokenizer
 
 import phi3_jax
-from phi3_jax.model.decoder import Phi3
+from phi3_jax.model import Phi3
 from phi3_jax.train.data import batches, eval_batches, prepare
 from phi3_jax.train.data import prepare as preparation
 from phi3_jax.train.data.order import rows_of_step

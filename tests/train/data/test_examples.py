@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from templates import PHI4_MINI, small_tokenizer
 
-from phi3_jax.train.data.examples import read_line
+from phi3_jax.train.data import read_line
 from phi3_jax.train.settings import Settings
 
 TOKENIZER = small_tokenizer(PHI4_MINI)  # one token per byte; <s> is bos, <|endoftext|> eos

@@ -11,7 +11,7 @@ import pytest
 from training_runs import CONFIG
 
 import phi3_jax
-from phi3_jax.train.data.batch import Batch, Pair
+from phi3_jax.train.data import Batch, Pair
 from phi3_jax.train.run import memory, tensorboard
 from phi3_jax.train.run.curve import moving_mean, save_curve, series
 from phi3_jax.train.run.flops import step_flops
