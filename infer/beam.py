@@ -31,8 +31,9 @@ from phi3_jax.model import KVCache, Params, Phi3, slots_needed
 
 from .answer import Answer
 from .engine import NewTokens, Options, decoding
-from .engine.buckets import own_cache_dtype, piece_length, room_for
+from .engine.buckets import own_cache_dtype, room_for
 from .engine.decoding import DecodeState, Settings
+from .engine.prefill import Prefill
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
 from .sampling import Sampling, SamplingParams
 
@@ -313,13 +314,9 @@ def _settings(
 
 def _read(checkpoint: Checkpoint, state: DecodeState, chunk: int) -> tuple[DecodeState, jax.Array]:
     """Reads all tokens of every row -> (state, the model's output at each row's last token)."""
-    embedding, longest = checkpoint.params["embed_tokens"]["weight"], int(state.lengths.max())
-    last, place = jnp.zeros((len(state.tokens), embedding.shape[1]), embedding.dtype), 0
-    while place < longest:
-        size = piece_length(longest - place, chunk, state.cache.capacity)
-        state, last = decoding.read(checkpoint.config, checkpoint.params, state, last, jnp.int32(place), size)
-        place += size
-    return state, last
+    prefill = Prefill.start(checkpoint.params, len(state.tokens), int(state.lengths.max()), chunk)
+    read = functools.partial(decoding.read, checkpoint.config, checkpoint.params)
+    return prefill.read_all(read, state), prefill.last
 
 
 def _beam(checkpoint: Checkpoint, token_ids: list[int], score: float) -> Beam:

@@ -7,6 +7,7 @@ takes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -18,7 +19,8 @@ import phi3_jax
 from phi3_jax.model import slots_needed
 
 from ..engine import Options, decoding
-from ..engine.buckets import own_cache_dtype, piece_length, room_for
+from ..engine.buckets import own_cache_dtype, room_for
+from ..engine.prefill import Prefill
 from ..sampling import Sampling, SamplingParams
 from .model import ModelSpec, load_model
 from .peer_process import Reply, Rows, serve
@@ -123,14 +125,9 @@ class Case:
 
     def _read(self) -> None:
         """Reads the rows, as `Run` does, and takes their first tokens."""
-        embedding = self._model.params["embed_tokens"]["weight"]
-        last: Any = jnp.zeros((len(self._state.tokens), embedding.shape[-1]), embedding.dtype)
-        place = 0
-        while place < self._context:
-            size = piece_length(self._context - place, self._chunk, self._state.cache.capacity)
-            self._state, last = self._call(decoding.read, self._state, last, jnp.int32(place), size)
-            place += size
-        self._state = self._call(decoding.answer, self._state, last, self._settings)
+        prefill = Prefill.start(self._model.params, len(self._state.tokens), self._context, self._chunk)
+        self._state = prefill.read_all(functools.partial(self._call, decoding.read), self._state)
+        self._state = self._call(decoding.answer, self._state, prefill.last, self._settings)
 
     def _go_back(self, kept: int) -> None:
         """Forgets all tokens but the first `kept` in the cache, and the one after these."""

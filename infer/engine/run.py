@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +19,9 @@ from ..prompts import check_batch
 from ..sampling import Grammar, Sampling, SamplingParams, TokenLogprob
 from ..sampling.grammar import GrammarMasks
 from . import decoding
-from .buckets import own_cache_dtype, piece_length, room_for
+from .buckets import own_cache_dtype, room_for
 from .options import Options
+from .prefill import Prefill
 from .prompt_cache import PromptCache, fingerprint
 from .speculation import DraftModel, LookupDrafter, ModelDrafter, PromptLookup
 
@@ -39,21 +41,6 @@ class NewTokens:
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
-
-
-@dataclasses.dataclass
-class _Reading:
-    """How far the rows are read: the next place, and the model's output at the last tokens that have come by."""
-
-    place: int
-    last: jax.Array
-    phase: str
-    echo: bool
-
-    @classmethod
-    def start(cls, model: Checkpoint, rows: int, place: int, phase: str, echo: bool = False) -> _Reading:
-        embedding = model.params["embed_tokens"]["weight"]
-        return cls(place, jnp.zeros((rows, embedding.shape[1]), embedding.dtype), phase, echo)
 
 
 class Run:
@@ -110,7 +97,8 @@ class Run:
         self._masks = _grammar_masks(checkpoint, grammars, options)
         self._fingerprint: str | None = None
         self._state: decoding.DecodeState | None = None  # made by the first call of `advance`
-        self._reading: _Reading | None = None
+        self._prefill: Prefill | None = None
+        self._phase = "prefill"  # what reading is booked as: "decode" where rows are read again
         self._drafter: Any = None
         self._done = np.zeros(len(prompts), bool)
         self.timings = Timings()
@@ -140,14 +128,12 @@ class Run:
         """
         state = self._first_state() if self._state is None else self._state
         if self._state is None:
-            self._reading = _Reading.start(
-                self._checkpoint, len(self._lengths), self.reused, "prefill", self.options.echo
-            )
-        elif self._reading is None and bool(decoding.must_restart(self._checkpoint.config, state, self._settings)):
+            self._prefill = self._start_prefill(self._checkpoint, self.reused, self.options.echo)
+        elif self._prefill is None and bool(decoding.must_restart(self._checkpoint.config, state, self._settings)):
             state = decoding.restart(state, self._settings)
-            self._reading = _Reading.start(self._checkpoint, len(self._lengths), 0, "decode")
-        if self._reading is not None:
-            self._state = self._read_on(state, self._reading)
+            self._prefill, self._phase = self._start_prefill(self._checkpoint), "decode"
+        if self._prefill is not None:
+            self._state = self._read_on(state, self._prefill)
         elif self._masks is not None:
             self._state = self._step_by_grammar(state)
         else:
@@ -161,7 +147,7 @@ class Run:
     def reading(self) -> tuple[int, int]:
         """How many tokens of the longest row have been read, and how many there are; equal if nothing is being read."""
         longest = max(self._lengths, default=0)
-        return (longest if self._reading is None else min(self._reading.place, longest)), longest
+        return (longest if self._prefill is None else min(self._prefill.place, longest)), longest
 
     def end(self, rows: Sequence[int]) -> None:
         """Ends rows from outside, between two calls of `advance`."""
@@ -208,24 +194,21 @@ class Run:
             for prompt, length in zip(self._prompts, lengths, strict=True)
         )
 
-    def _read_on(self, state: decoding.DecodeState, reading: _Reading) -> decoding.DecodeState:
-        """Reads the next chunk of every row; after the last one takes the next token of each."""
-        state = self._read_chunk(self._checkpoint, state, reading)
-        if reading.place < max(self._lengths):
-            return state
-        self._reading = None
-        allowed = None if self._masks is None else jnp.asarray(self._masks.masks())
-        state = self._timed(reading.phase, decoding.answer, state, reading.last, self._settings, allowed)
-        if reading.phase == "prefill":
-            self._drafter = self._start_drafter(state.tokens)
-        return state
+    def _start_prefill(self, model: Checkpoint, place: int = 0, echo: bool = False) -> Prefill:
+        return Prefill.start(
+            model.params, len(self._lengths), max(self._lengths), self.options.prefill_chunk, place, echo
+        )
 
-    def _read_chunk(self, model: Checkpoint, state: decoding.DecodeState, reading: _Reading) -> decoding.DecodeState:
-        left = max(self._lengths) - reading.place
-        size = piece_length(left, self.options.prefill_chunk, state.cache.capacity)
-        args = state, reading.last, jnp.int32(reading.place), size, reading.echo
-        state, reading.last = self._timed(reading.phase, decoding.read, *args, model=model)
-        reading.place += size
+    def _read_on(self, state: decoding.DecodeState, prefill: Prefill) -> decoding.DecodeState:
+        """Reads the next chunk of every row; after the last one takes the next token of each."""
+        state = prefill.read_chunk(functools.partial(self._timed, self._phase, decoding.read), state)
+        if not prefill.is_over:
+            return state
+        self._prefill = None
+        allowed = None if self._masks is None else jnp.asarray(self._masks.masks())
+        state = self._timed(self._phase, decoding.answer, state, prefill.last, self._settings, allowed)
+        if self._phase == "prefill":
+            self._drafter = self._start_drafter(state.tokens)
         return state
 
     def _start_drafter(self, tokens: jax.Array) -> Any:
@@ -238,9 +221,8 @@ class Run:
         model, settings = asked.checkpoint, dataclasses.replace(self._settings, rope_policy="capacity")
         capacity, dtype = self._capacity(model.config), own_cache_dtype(model)
         state = decoding.begin(model.config, settings, tokens + 0, capacity, dtype)
-        reading = _Reading.start(model, len(self._lengths), 0, "prefill")
-        while reading.place < max(self._lengths):
-            state = self._read_chunk(model, state, reading)
+        read = functools.partial(self._timed, "prefill", decoding.read, model=model)
+        state = self._start_prefill(model).read_all(read, state)
         return ModelDrafter(model.config, asked.guesses, state.cache, state.rope_lengths)
 
     def _step_by_grammar(self, state: decoding.DecodeState) -> decoding.DecodeState:
