@@ -33,6 +33,9 @@ test-slow: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	mkdir -p build/typed/phi3_jax
+	ln -sfn "$(CURDIR)/infer" build/typed/phi3_jax/infer
+	ln -sfn "$(CURDIR)/train" build/typed/phi3_jax/train
 	$(BIN)/mypy
 
 # Live comparison with torch, transformers and peft, in an environment of its own.

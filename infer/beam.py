@@ -35,7 +35,7 @@ from .engine.buckets import own_cache_dtype, room_for
 from .engine.decoding import DecodeState, Settings
 from .engine.prefill import Prefill
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
-from .sampling import Sampling, SamplingParams
+from .sampling import Sampling, SamplingArrays
 
 _RESPECTED = ("prefill_chunk", "cache_dtype", "rope_policy", "room")
 _LARGEST_EXPONENT = 60  # of e, in the number that a score is divided by: float32 ends at 88
@@ -306,7 +306,7 @@ def _settings(
     return Settings(
         limits=jnp.repeat(jnp.asarray(limits, jnp.int32), beams),
         end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),
-        sampling=SamplingParams.of([Sampling()] * (len(limits) * beams), checkpoint.config.vocab_size),
+        sampling=SamplingArrays.of([Sampling()] * (len(limits) * beams), checkpoint.config.vocab_size),
         prompt_lengths=jnp.repeat(jnp.asarray([len(prompt) for prompt in prompts], jnp.int32), beams),
         rope_policy=options.rope_policy,
     )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from phi3_jax.adapters import init_adapter, merge
+from phi3_jax.adapters import init_adapter
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import Params
@@ -162,16 +162,6 @@ def make_eval_step(settings: Settings, config: Phi3Config) -> Callable[[Params, 
 
     rows = sharding.of_rows(sharding.make_mesh(), settings.batch_size)
     return jax.jit(evaluate, in_shardings=(None, None, rows))
-
-
-def weights(settings: Settings, trainable: Params, frozen: Params) -> Params:
-    """The whole model for export, an adapter merged into its base; a base of integers becomes floats before."""
-    if settings.train == "all":
-        return trainable
-    floats = jax.tree.map(
-        lambda w: w.dequantize(settings.dtype) if _is_quantized(w) else w, frozen, is_leaf=_is_quantized
-    )
-    return merge(floats, trainable, adapter_config(settings))
 
 
 def _is_quantized(leaf: Any) -> bool:

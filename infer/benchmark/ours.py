@@ -21,7 +21,7 @@ from phi3_jax.model import slots_needed
 from ..engine import Options, decoding
 from ..engine.buckets import own_cache_dtype, room_for
 from ..engine.prefill import Prefill
-from ..sampling import Sampling, SamplingParams
+from ..sampling import Sampling, SamplingArrays
 from .model import ModelSpec, load_model
 from .peer_process import Reply, Rows, serve
 
@@ -101,7 +101,7 @@ class Case:
         self._settings = decoding.Settings(
             limits=jnp.full(batch, new_tokens + 1, jnp.int32),
             end_ids=jnp.zeros(0, jnp.int32),  # no token ends a row early
-            sampling=SamplingParams.of([Sampling()] * batch, config.vocab_size),
+            sampling=SamplingArrays.of([Sampling()] * batch, config.vocab_size),
             prompt_lengths=jnp.full(batch, self._context, jnp.int32),
         )
         tokens = jnp.asarray(np.pad(np.asarray(rows, np.int32), ((0, 0), (0, room - self._context))))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import KVCache, Params, Phi3
 
-from ..sampling import SamplingParams
+from ..sampling import SamplingArrays
 from ..sampling.grammar import unpack
 from ..sampling.logprobs import LogprobRecord
 from ..sampling.pick import pick
@@ -46,7 +46,7 @@ class Settings:
 
     limits: jax.Array
     end_ids: jax.Array
-    sampling: SamplingParams
+    sampling: SamplingArrays
     prompt_lengths: jax.Array
     rope_policy: RopePolicy = dataclasses.field(default="length", metadata={"static": True})
 

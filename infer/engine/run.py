@@ -16,7 +16,7 @@ from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.model import slots_needed
 
 from ..prompts import check_batch
-from ..sampling import Grammar, Sampling, SamplingParams, TokenLogprob
+from ..sampling import Grammar, Sampling, SamplingArrays, TokenLogprob
 from ..sampling.grammar import GrammarMasks
 from . import decoding
 from .buckets import own_cache_dtype, room_for
@@ -88,7 +88,7 @@ class Run:
         self._settings = decoding.Settings(
             limits=jnp.asarray(limits, jnp.int32),
             end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),
-            sampling=SamplingParams.of(sampling or [Sampling()] * len(prompts), config.vocab_size),
+            sampling=SamplingArrays.of(sampling or [Sampling()] * len(prompts), config.vocab_size),
             prompt_lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
             rope_policy=options.rope_policy,
         )

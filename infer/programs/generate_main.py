@@ -25,7 +25,7 @@ from ..beam import beam_search
 from ..engine import Options, Run
 from ..generate import generate
 from ..prompts import check_prompt
-from ..sampling import Sampling, SamplingParams, TokenLogprob
+from ..sampling import Sampling, SamplingArrays, TokenLogprob
 from . import flags as common
 from .answer_file import AnswerFile
 from .requests import Request, read_requests
@@ -198,7 +198,7 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
             ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(request.prompt or "")]))
         else:
             ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value)
-        SamplingParams.of([request.sampling], checkpoint.config.vocab_size)
+        SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     check_prompt(checkpoint, ids, name)

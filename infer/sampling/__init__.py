@@ -8,5 +8,5 @@ below, and `pick.pick`.
 from .grammar import Grammar as Grammar
 from .logprobs import TokenLogprob as TokenLogprob
 from .params import Sampling as Sampling
-from .params import SamplingParams as SamplingParams
+from .params import SamplingArrays as SamplingArrays
 from .stop_strings import StopWatch as StopWatch

@@ -1,4 +1,4 @@
-"""What may be asked for when tokens are picked: `Sampling` is what a person writes for one answer, `SamplingParams` the
+"""What may be asked for when tokens are picked: `Sampling` is what a person writes for one answer, `SamplingArrays` the
 same for a batch of rows, as arrays.
 
 Axis letters: B batch, E entries of a list.
@@ -83,7 +83,7 @@ class Sampling:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SamplingParams:
+class SamplingArrays:
     """`Sampling` of every row, as arrays [B] or, for lists of ids padded with -1, [B, E]. "Off" is in brackets.
 
     Attributes:
@@ -116,7 +116,7 @@ class SamplingParams:
     seed: jax.Array
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling], vocab_size: int) -> SamplingParams:
+    def of(cls, rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays:
         """The arrays for a batch. Raises ValueError for token ids that are not in the vocabulary."""
         for i, row in enumerate(rows):
             ids = [*row.logit_bias, *row.banned_tokens, *row.forced_tokens]

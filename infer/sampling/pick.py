@@ -23,12 +23,12 @@ import jax.numpy as jnp
 
 from . import processors
 from .params import Sampling as Sampling
-from .params import SamplingParams as SamplingParams
+from .params import SamplingArrays as SamplingArrays
 
 
 def pick(
     logits: jax.Array,
-    params: SamplingParams,
+    params: SamplingArrays,
     history: jax.Array,
     lengths: jax.Array,
     prompt_lengths: jax.Array,
@@ -55,7 +55,7 @@ def pick(
 
 def process(
     logits: jax.Array,
-    params: SamplingParams,
+    params: SamplingArrays,
     history: jax.Array,
     lengths: jax.Array,
     prompt_lengths: jax.Array,
@@ -96,7 +96,7 @@ def top_logprobs(logits: jax.Array, chosen: jax.Array, n: int) -> tuple[jax.Arra
 
 def _adjust(
     logits: jax.Array,
-    params: SamplingParams,
+    params: SamplingArrays,
     history: jax.Array,
     lengths: jax.Array,
     prompt_lengths: jax.Array,
@@ -130,7 +130,7 @@ def _adjust(
     )
 
 
-def _shape(logits: jax.Array, params: SamplingParams) -> jax.Array:
+def _shape(logits: jax.Array, params: SamplingArrays) -> jax.Array:
     """Part 2 of the order; greedy rows stay as they are."""
 
     def drawing(values: jax.Array, off: float) -> jax.Array:
@@ -140,7 +140,7 @@ def _shape(logits: jax.Array, params: SamplingParams) -> jax.Array:
     top_p, min_p, typical_p = drawing(params.top_p, 1), drawing(params.min_p, 0), drawing(params.typical_p, 1)
     return _apply(
         logits,
-        (temperature != 1, lambda x: processors.heat(x, temperature)),
+        (temperature != 1, lambda x: processors.apply_temperature(x, temperature)),
         (top_k > 0, lambda x: processors.keep_top_k(x, top_k)),
         (top_p < 1, lambda x: processors.keep_top_p(x, top_p)),
         (min_p > 0, lambda x: processors.keep_min_p(x, min_p)),

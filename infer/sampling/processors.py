@@ -109,7 +109,7 @@ def force(logits: jax.Array, token: jax.Array) -> jax.Array:
 # Processors that shape the distribution to draw from.
 
 
-def heat(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """logits / temperature, float32 [B], above 0; 1 is off."""
     return logits / temperature[:, None]
 

@@ -11,7 +11,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from phi3_jax.checkpoint.leaves import Floats, Integers, Leaf, PackedFloats, TensorSource
+from phi3_jax.checkpoint.leaves import FloatBuilder, IntegerBuilder, PackedFloatBuilder, ParameterBuilder, TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import why_unavailable
 from phi3_jax.model import DTYPES, Params, parameter_shapes, tensor_names
@@ -114,13 +114,13 @@ def _formats(
     return found
 
 
-def _leaf(path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | None, layout: Layout) -> Leaf:
+def _leaf(path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | None, layout: Layout) -> ParameterBuilder:
     if form is not None:
-        return Integers(shape, form, packed=layout == "packed")
+        return IntegerBuilder(shape, form, packed=layout == "packed")
     is_matrix = len(shape) - path.startswith("layers/") == 2
     if layout == "packed" and dtype == DTYPES["bfloat16"]:
-        return PackedFloats(shape) if is_matrix else Floats(shape, DTYPES["float32"])
-    return Floats(shape, dtype)
+        return PackedFloatBuilder(shape) if is_matrix else FloatBuilder(shape, DTYPES["float32"])
+    return FloatBuilder(shape, dtype)
 
 
 def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:

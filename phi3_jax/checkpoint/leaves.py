@@ -34,7 +34,7 @@ class TensorSource:
     quantized: Callable[[], IntegerRows | None] | None = None
 
 
-class Leaf(Protocol):
+class ParameterBuilder(Protocol):
     """One leaf, filled by one call of `put` for each layer, in any order and from several threads."""
 
     def put(self, layer: int | None, source: TensorSource) -> None:
@@ -44,7 +44,7 @@ class Leaf(Protocol):
         """The leaf as JAX has it; the memory is given up."""
 
 
-class Floats:
+class FloatBuilder:
     """An array of floats."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -52,7 +52,7 @@ class Floats:
         self._array: np.ndarray | None = aligned_empty(shape, dtype)
 
     def put(self, layer: int | None, source: TensorSource) -> None:
-        """See `Leaf`."""
+        """See `ParameterBuilder`."""
         assert self._array is not None  # `finish` comes last
         slot = self._array if layer is None else self._array[layer]
         tensor = source.read()
@@ -67,12 +67,12 @@ class Floats:
             raise ValueError("there are values beyond float16's largest, 65504: load it as bfloat16 or float32")
 
     def finish(self) -> jax.Array:
-        """See `Leaf`."""
+        """See `ParameterBuilder`."""
         array, self._array = self._array, None
         return jax.device_put(array)
 
 
-class PackedFloats:
+class PackedFloatBuilder:
     """bfloat16 for the kernels."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -80,15 +80,15 @@ class PackedFloats:
         self._packing = Packing(shape, "bfloat16")
 
     def put(self, layer: int | None, source: TensorSource) -> None:
-        """See `Leaf`."""
+        """See `ParameterBuilder`."""
         self._packing.put_floats(layer or 0, source.read())
 
     def finish(self) -> Any:
-        """See `Leaf`."""
+        """See `ParameterBuilder`."""
         return self._packing.finish()
 
 
-class Integers:
+class IntegerBuilder:
     """Integers in groups, packed for the kernels or not."""
 
     def __init__(self, shape: tuple[int, ...], form: Format, packed: bool) -> None:
@@ -106,7 +106,7 @@ class Integers:
         self._mins = None if form.symmetric else aligned_empty((*outputs, groups), np.dtype(np.float16))
 
     def put(self, layer: int | None, source: TensorSource) -> None:
-        """See `Leaf`."""
+        """See `ParameterBuilder`."""
         rows = self._stored(source)
         if rows is None:
             tensor = quantize(source.read(), self._form)
@@ -120,7 +120,7 @@ class Integers:
                 (ours if layer is None else ours[layer])[...] = theirs
 
     def finish(self) -> Any:
-        """See `Leaf`."""
+        """See `ParameterBuilder`."""
         if self._packing is not None:
             return self._packing.finish()
         values, scales = jax.device_put(self._values), jax.device_put(self._scales)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.attention import cpu, why_not_cpu
-from phi3_jax.kernels.attention.arguments import Keys
+from phi3_jax.kernels.attention.arguments import KeysValues
 from phi3_jax.kernels.dispatch import on_cpu
 
 _INT8_MAX = 127
@@ -108,9 +108,9 @@ class KVCache:
             v_scale=v_scale,
         )
 
-    def keys(self, layer: jax.Array) -> Keys:
+    def keys_values(self, layer: jax.Array) -> KeysValues:
         """One layer's keys and values, for `attention`; nothing is copied."""
-        return Keys(self.k, self.v, self.k_scale, self.v_scale, layer)
+        return KeysValues(self.k, self.v, self.k_scale, self.v_scale, layer)
 
     def _slots(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jnp.arange(positions.shape[0])[:, None]
@@ -119,8 +119,8 @@ class KVCache:
 
 
 def _write_by_kernel(cache: KVCache, layer: jax.Array, *new: jax.Array) -> KVCache:
-    keys = cpu.write(cache.keys(layer), *new)
-    return dataclasses.replace(cache, k=keys.k, v=keys.v, k_scale=keys.k_scale, v_scale=keys.v_scale)
+    kv = cpu.write(cache.keys_values(layer), *new)
+    return dataclasses.replace(cache, k=kv.k, v=kv.v, k_scale=kv.k_scale, v_scale=kv.v_scale)
 
 
 def slots_needed(config: Phi3Config, tokens: int, chunk: int) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import PackedTensor, QuantizedTensor
 from phi3_jax.kernels.attention import attention, training, xla
-from phi3_jax.kernels.attention.arguments import Context, Keys
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
 from phi3_jax.kernels.linear import linear
 from phi3_jax.model.cache import KVCache
@@ -45,7 +45,7 @@ class Shared:
 
     cos: jax.Array
     sin: jax.Array
-    visible: Context
+    visible: Visibility
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, layer: jax.Array | None = None) -> jax.Array:
@@ -110,17 +110,17 @@ class Attention(nn.Module):
         q, k, v = jnp.split(qkv, [N, N + K], axis=2)  # [B, T, N | K | K, H]
         q, k = (rotate(each, shared.cos, shared.sin) for each in (q, k))
         if cache is None:
-            keys = Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            kv = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             cache = cache.write(number, shared.visible.q_positions, k, v, implementation)
-            keys = cache.keys(number)
+            kv = cache.keys_values(number)
         probs = None
         if self.wants_probs:
-            out, probs = xla.attention(q, keys, shared.visible)
+            out, probs = xla.attention(q, kv, shared.visible)
         elif cache is None:
-            out = training.attention(q, keys, shared.visible)
+            out = training.attention(q, kv, shared.visible)
         else:
-            out = attention(q, keys, shared.visible, implementation)
+            out = attention(q, kv, shared.visible, implementation)
         heads = out.reshape(*x.shape[:2], -1)
         return linear(heads, self.o_proj(), layer), cache, heads, probs
 
@@ -262,7 +262,7 @@ class Phi3(nn.Module):
 
         x = self.embed(tokens) if embedded is None else embedded
         cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
-        visible = Context(positions, k_positions, segments, segments, self.config.sliding_window)
+        visible = Visibility(positions, k_positions, segments, segments, self.config.sliding_window)
         layers = self._layers(cache, tuple(capture))
         shared = Shared(cos, sin, visible)
         (out, cache), captured = layers((x, cache), jnp.arange(self.config.num_hidden_layers), shared)

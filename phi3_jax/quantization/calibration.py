@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import QuantizedTensor
-from phi3_jax.kernels.attention.arguments import Context
+from phi3_jax.kernels.attention.arguments import Visibility
 from phi3_jax.model import Params, require_floats
 from phi3_jax.model.decoder import DecoderLayer, Shared, rms_norm
 from phi3_jax.model.rope import cos_sin
@@ -138,7 +138,7 @@ def _run_layer(config: Phi3Config, layer: dict[str, jax.Array], x: jax.Array) ->
     """
     T = x.shape[1]
     positions = jnp.arange(T, dtype=jnp.int32)[None]
-    visible = Context(positions, positions, window=config.sliding_window)
+    visible = Visibility(positions, positions, window=config.sliding_window)
     shared = Shared(*cos_sin(config, positions, jnp.int32([[T]]), x.dtype), visible)
     leaves = {path.removeprefix("layers/"): leaf for path, leaf in layer.items()}
     variables = {"params": flax.traverse_util.unflatten_dict(leaves, sep="/")}

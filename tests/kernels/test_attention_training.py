@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phi3_jax.kernels.attention import training, xla
-from phi3_jax.kernels.attention.arguments import Context, Keys
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -21,24 +21,24 @@ def case(dtype):
     for number, where in enumerate((slice(0, 7), slice(7, 8), slice(8, 25))):
         positions[2, where], segments[2, where] = np.arange(where.stop - where.start), number
     segments[2, 25:] = 3
-    context = Context(*map(jnp.asarray, (positions, positions, segments, segments)), window=11)
+    visible = Visibility(*map(jnp.asarray, (positions, positions, segments, segments)), window=11)
     q, k, v = (2 * rng.normal(size=shape) for shape in ((B, T, N, H), (B, K, T, H), (B, K, T, H)))
-    return [jnp.asarray(each, dtype) for each in (q, k, v)], context
+    return [jnp.asarray(each, dtype) for each in (q, k, v)], visible
 
 
 def value_and_gradients(function, dtype):
-    arguments, context = case(dtype)
+    arguments, visible = case(dtype)
     strange = jnp.cos(jnp.arange(B * T * N * H)).reshape(B, T, N, H)
 
     def loss(q, k, v):
-        out = function(q, Keys(k, v), context)
+        out = function(q, KeysValues(k, v), visible)
         return (out * strange).astype(jnp.float32).sum(), out
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arguments)
 
 
-def reference(q, keys, context):
-    return xla.attention(q, keys, context)[0]
+def reference(q, kv, visible):
+    return xla.attention(q, kv, visible)[0]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
@@ -52,10 +52,10 @@ def test_values_and_gradients_equal_those_of_the_reference(dtype, tolerance):
 
 
 def test_the_backward_pass_keeps_no_probabilities():
-    arguments, context = case("float32")
+    arguments, visible = case("float32")
 
     def kept(function):
-        _, backward = jax.vjp(lambda q, k, v: function(q, Keys(k, v), context), *arguments)
+        _, backward = jax.vjp(lambda q, k, v: function(q, KeysValues(k, v), visible), *arguments)
         return max(leaf.size for leaf in jax.tree.leaves(backward))
 
     assert kept(reference) == B * N * T * T

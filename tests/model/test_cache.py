@@ -12,7 +12,7 @@ import phi3_jax
 from phi3_jax.infer import PromptLookup, Sampling
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.engine.speculation import LookupDrafter
-from phi3_jax.infer.sampling import SamplingParams
+from phi3_jax.infer.sampling import SamplingArrays
 from phi3_jax.model import slots_needed
 
 LENGTH, WINDOW = 5000, 2047
@@ -108,7 +108,7 @@ def test_decoding_updates_the_cache_in_place(tiny, drafter):
         settings = decoding.Settings(
             limits=jnp.full((2,), 30),
             end_ids=jnp.zeros((0,), jnp.int32),
-            sampling=SamplingParams.of([Sampling()] * 2, 97),
+            sampling=SamplingArrays.of([Sampling()] * 2, 97),
             prompt_lengths=jnp.full((2,), 3),
         )
         state = decoding.begin(tiny.config, settings, jnp.zeros((2, 64), jnp.int32), capacity, jnp.float32)

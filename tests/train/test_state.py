@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from training_batches import PARTS, close, run, settings, slow_loss, stack, train_step
 
+from phi3_jax.adapters import merge
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.quantization import quantize_params
-from phi3_jax.train.step import make_eval_step, make_train_step, start, weights
+from phi3_jax.train.forward import adapter_config
+from phi3_jax.train.step import make_eval_step, make_train_step, start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -103,13 +105,19 @@ def test_bfloat16_multiplies_with_float32_master_weights_or_without(tiny):
     assert "bf16[2,21,24]" in program.lower(state, frozen, batches[0]).as_text("hlo")
 
 
-def test_an_adapter_learns_on_integers_and_is_exported_as_floats(tiny):
+def test_an_adapter_learns_on_integers_and_can_be_merged_into_their_floats(tiny):
     s, base = settings(train="lora", quantize="int8"), quantize_params(tiny.params, "int8")
     state, frozen, metrics = run(s, tiny.config, base, [stack(PARTS[1])] * 8)
     assert metrics["loss"][-1] < 0.9 * metrics["loss"][0]
     assert isinstance(frozen["layers"]["mlp"]["down_proj"]["weight"], QuantizedTensor)
     sums = make_eval_step(s, tiny.config)(state.trainable, frozen, PARTS[1])
-    whole = make_eval_step(settings(), tiny.config)(weights(s, state.trainable, frozen), {}, PARTS[1])
+    floats = jax.tree.map(
+        lambda w: w.dequantize() if isinstance(w, QuantizedTensor) else w,
+        frozen,
+        is_leaf=lambda w: isinstance(w, QuantizedTensor),
+    )
+    merged = merge(floats, state.trainable, adapter_config(s))
+    whole = make_eval_step(settings(), tiny.config)(merged, {}, PARTS[1])
     close(whole, sums)
 
 
@@ -125,4 +133,3 @@ def test_evaluation_sums_what_the_model_says(tiny):
     mean = jax.jit(lambda params: slow_loss(tiny.config, params, PARTS[1]))(tiny.params)
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(mean), rel=1e-5)
     assert float(sums["weight"]) == float(sums["tokens"]) == PARTS[1].weights.sum()
-    assert weights(s, state.trainable, frozen) is state.trainable

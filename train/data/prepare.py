@@ -55,7 +55,7 @@ def prepare(
     target = Path(folder) / _key(source, tokenizer, settings)[:16]
     shape = (settings.sequence_length, settings.method == "dpo")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target.with_suffix(".lock")):
+    with _locked(target.with_suffix(".lock")):
         dataset = open_dataset(target, *shape)
         if dataset is None:
             partial = target.with_suffix(".partial")
@@ -88,7 +88,7 @@ def _key(source: Path, tokenizer: Tokenizer, settings: Settings) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock ends with the process, however that ends."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -143,7 +143,7 @@ class _Writer:
 
     def _add(self, texts: list[Text], tokens: IO[bytes], learned: IO[bytes]) -> None:
         """The texts of one line, of which preferences share a row and others need not."""
-        alone = self._rows[-1] + 1 if self._rows else 0
+        first_row = self._rows[-1] + 1 if self._rows else 0
         for index, text in enumerate(texts):
             for file, values in ((tokens, text.tokens), (learned, text.learned)):
                 file.write(values.tobytes())
@@ -153,7 +153,7 @@ class _Writer:
             if self._fit is not None:
                 row = self._fit.place(len(text.tokens))
             else:
-                row = alone + (0 if self._settings.method == "dpo" else index)
+                row = first_row + (0 if self._settings.method == "dpo" else index)
             self._rows.append(row)
 
     def _finish(self) -> None:

@@ -35,7 +35,7 @@ class Perplexity:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
+class HeldOutLoss:
     """How surprising those tokens are that training would learn, as the held-out loss of a run.
 
     Attributes:
@@ -104,8 +104,8 @@ def perplexity(
     return Perplexity(tokens, total / tokens, math.exp(total / tokens), total / size / math.log(2))
 
 
-def learned(checkpoint: Checkpoint, texts: Sequence[Text], on_progress: OnProgress | None = None) -> Learned:
-    """Of the learned tokens of all texts, each with all that stands before it in its text.
+def held_out_loss(checkpoint: Checkpoint, texts: Sequence[Text], on_progress: OnProgress | None = None) -> HeldOutLoss:
+    """The loss of all tokens that training would learn, each predicted from all that stands before it in its text.
 
     Raises:
       ValueError: a text is longer than the model's context; none has learned tokens.
@@ -119,7 +119,7 @@ def learned(checkpoint: Checkpoint, texts: Sequence[Text], on_progress: OnProgre
     if tokens == 0:
         raise ValueError("no text has tokens that training would learn")
     loss = -math.fsum(float(each.sum(dtype=np.float64)) for each in logprobs) / tokens
-    return Learned(tokens, loss, math.exp(loss))
+    return HeldOutLoss(tokens, loss, math.exp(loss))
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Request]:

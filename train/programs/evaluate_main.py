@@ -25,7 +25,15 @@ from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
 
-from ..evaluation.evaluate import Accuracy, Learned, Perplexity, accuracy, learned, perplexity, require_tokenizer
+from ..evaluation.evaluate import (
+    Accuracy,
+    HeldOutLoss,
+    Perplexity,
+    accuracy,
+    held_out_loss,
+    perplexity,
+    require_tokenizer,
+)
 from ..evaluation.files import read_data, read_questions, read_texts
 
 _DTYPE = flags.DEFINE_enum(
@@ -62,8 +70,8 @@ def main() -> int:
         figures["text"] = {"file": _TEXT.value, "measured": dataclasses.asdict(surprise)}
     if data:
         with progress_bar("data", "text") as on_progress:
-            found = learned(checkpoint, data, on_progress)
-        print(f"{_DATA.value}: {_tell_learned(found)}", flush=True)
+            found = held_out_loss(checkpoint, data, on_progress)
+        print(f"{_DATA.value}: {_tell_held_out_loss(found)}", flush=True)
         figures["data"] = {"file": _DATA.value, "measured": dataclasses.asdict(found)}
     if questions:
         with progress_bar("questions", "answer") as on_progress:
@@ -95,7 +103,7 @@ def _tell_perplexity(found: Perplexity) -> str:
     )
 
 
-def _tell_learned(found: Learned) -> str:
+def _tell_held_out_loss(found: HeldOutLoss) -> str:
     return f"loss {found.loss:.4f}, perplexity {found.perplexity:.4f}, {found.tokens} learned tokens"
 
 

@@ -26,13 +26,13 @@ from .. import sharding
 from ..data import Dataset, batches, eval_batches, prepare
 from ..forward import adapter_config
 from ..settings import Settings
-from ..step import TrainState, make_eval_step, make_train_step, start, weights
+from ..step import TrainState, make_eval_step, make_train_step, start
 from .checkpoints import Checkpoints
 from .curve import save_curve
 from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
-from .run_folder import alone, best_folder, check_data, check_settings, describe, export_folder
+from .run_folder import best_folder, check_data, check_settings, describe, export_folder, locked_folder
 from .window import Window, with_perplexity
 
 
@@ -53,7 +53,10 @@ def train(
     observer, folder = observer or Observer(), Path(settings.output)
     if not settings.train_file:
         raise ValueError("train_file: not given; name a file of JSON lines")
-    with alone(folder), Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints:
+    with (
+        locked_folder(folder),
+        Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints,
+    ):
         recorded = checkpoints.about()
         check_settings(recorded, settings)
 
@@ -91,11 +94,11 @@ def train(
         done, exported = int(state.step), None
         if done == settings.steps:
             exported = export_folder(settings)
-            _export(settings, checkpoint, state, frozen, exported)
+            _export(settings, checkpoint, state, exported)
             if (best := checkpoints.best) is not None and best != done:
                 del state  # there may not be room for two
                 state = checkpoints.read(best, like[0])
-                _export(settings, checkpoint, state, frozen, best_folder(settings))
+                _export(settings, checkpoint, state, best_folder(settings))
                 observer.note(
                     f"{best_folder(settings)}: of step {best}, whose held-out loss is the lowest of those kept"
                 )
@@ -225,12 +228,11 @@ def _evaluation(
     return evaluate
 
 
-def _export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, frozen: Any, folder: Path) -> None:
+def _export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, folder: Path) -> None:
     """The adapter in PEFT's format, or the model in Hugging Face's, where that is not done already."""
     if folder.exists():
         return
     if settings.train == "lora":
         save_adapter(folder, state.trainable, adapter_config(settings), checkpoint.config, settings.checkpoint)
     else:
-        params = weights(settings, state.trainable, frozen)
-        phi3_jax.save(dataclasses.replace(checkpoint, params=params), folder)
+        phi3_jax.save(dataclasses.replace(checkpoint, params=state.trainable), folder)

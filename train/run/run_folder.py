@@ -63,7 +63,7 @@ def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Inside, no other process trains into the folder, which is made if need be; a kill leaves no lock.
 
     Raises:

@@ -10,20 +10,22 @@ from typing import Literal
 import jax
 
 from phi3_jax.kernels.attention import cpu, xla
-from phi3_jax.kernels.attention.arguments import Context, Keys
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.dispatch import on_cpu
 from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu"]
 
 
-def attention(q: jax.Array, keys: Keys, context: Context, implementation: Implementation | None = None) -> jax.Array:
+def attention(
+    q: jax.Array, kv: KeysValues, visible: Visibility, implementation: Implementation | None = None
+) -> jax.Array:
     """Scaled dot-product attention; G query heads share a key-value head, which is never repeated in memory.
 
     Args:
       q: [B, T, N, H].
-      keys: the keys and values.
-      context: who sees whom. What a query that sees no key (padding) gets is finite, and means nothing.
+      kv: the keys and values.
+      visible: which keys each query may see. What a query that sees no key (padding) gets is finite, and means nothing.
       implementation: "cpu" is the compiled kernels; "xla" runs everywhere, and can be differentiated. None takes the
         kernels where a program is compiled for the CPU and they can be used, else XLA (`kernels.status` tells).
 
@@ -35,10 +37,10 @@ def attention(q: jax.Array, keys: Keys, context: Context, implementation: Implem
       Unavailable: `implementation` is "cpu" and there is no library of kernels.
     """
     if implementation == "cpu":
-        return cpu.attention(q, keys, context)
-    if implementation == "xla" or why_not_cpu(keys.k.dtype):
-        return xla.attention(q, keys, context)[0]
-    return on_cpu(cpu.attention, lambda *arguments: xla.attention(*arguments)[0])(q, keys, context)
+        return cpu.attention(q, kv, visible)
+    if implementation == "xla" or why_not_cpu(kv.k.dtype):
+        return xla.attention(q, kv, visible)[0]
+    return on_cpu(cpu.attention, lambda *arguments: xla.attention(*arguments)[0])(q, kv, visible)
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:

@@ -9,10 +9,12 @@ import dataclasses
 
 import jax
 
+from phi3_jax.kernels.attention.masks import attention_mask
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class KeysValues:
     """Keys and values of one layer, or of all of them.
 
     Attributes:
@@ -30,8 +32,8 @@ class Keys:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Context:
-    """Who sees whom (masks.py).
+class Visibility:
+    """Which keys each query may see (masks.py).
 
     Attributes:
       q_positions: int32 [B, T], -1 for padding.
@@ -45,3 +47,7 @@ class Context:
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def mask(self) -> jax.Array:
+        """bool [B, T, S], True where a query may attend to a key."""
+        return attention_mask(self.q_positions, self.k_positions, self.window, self.q_segments, self.k_segments)

@@ -9,26 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.kernels.attention.arguments import Context, Keys
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.native.build import library
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
-def attention(q: jax.Array, keys: Keys, context: Context) -> jax.Array:
+def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     """See `kernels.attention`."""
-    if (reason := why_not_dtype(keys.k.dtype)) is not None:
+    if (reason := why_not_dtype(kv.k.dtype)) is not None:
         raise ValueError(reason)
     library()  # raises where there is none
     call = jax.ffi.ffi_call("phi3_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
     out = call(
         q.astype(jnp.float32),
-        *_stacked(keys),
-        context.q_positions,
-        context.k_positions,
-        *_segments(context),
-        _index(keys.layer),
-        window=np.int64(context.window or 0),
+        *_stacked(kv),
+        visible.q_positions,
+        visible.k_positions,
+        *_segments(visible),
+        _index(kv.layer),
+        window=np.int64(visible.window or 0),
     )
     return out.astype(q.dtype)
 
@@ -39,12 +39,12 @@ def why_not_dtype(dtype: jax.typing.DTypeLike) -> str | None:
     return None if known else f"the CPU kernels read keys of {CACHE_DTYPES}, not {jnp.dtype(dtype)}"
 
 
-def write(keys: Keys, positions: jax.Array, k: jax.Array, v: jax.Array) -> Keys:
+def write(kv: KeysValues, positions: jax.Array, k: jax.Array, v: jax.Array) -> KeysValues:
     """Stores new keys and values [B, T, K, H] of one layer in the slots of their positions [B, T], in place.
 
     The token at position p goes to slot p mod S, and one at a negative position nowhere.
     """
-    stacked = _stacked(keys)
+    stacked = _stacked(kv)
     call = jax.ffi.ffi_call(
         "phi3_cache_write",
         [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in stacked],
@@ -52,21 +52,21 @@ def write(keys: Keys, positions: jax.Array, k: jax.Array, v: jax.Array) -> Keys:
         vmap_method="sequential",
     )
     new = (k.astype(jnp.float32), v.astype(jnp.float32))
-    k, v, k_scale, v_scale = call(*stacked, *new, positions, _index(keys.layer))
-    if keys.k_scale is None:
-        return Keys(k, v, layer=keys.layer)
-    return Keys(k, v, k_scale, v_scale, keys.layer)
+    k, v, k_scale, v_scale = call(*stacked, *new, positions, _index(kv.layer))
+    if kv.k_scale is None:
+        return KeysValues(k, v, layer=kv.layer)
+    return KeysValues(k, v, k_scale, v_scale, kv.layer)
 
 
-def _stacked(keys: Keys) -> list[jax.Array]:
+def _stacked(kv: KeysValues) -> list[jax.Array]:
     """Keys, values and their scales as stacks over layers; scales that there are not become empty arrays."""
-    scales = [jnp.zeros(0, jnp.float32) if each is None else each for each in (keys.k_scale, keys.v_scale)]
-    leaves = [keys.k, keys.v, *scales]
-    return [leaf[None] for leaf in leaves] if keys.layer is None else leaves
+    scales = [jnp.zeros(0, jnp.float32) if each is None else each for each in (kv.k_scale, kv.v_scale)]
+    leaves = [kv.k, kv.v, *scales]
+    return [leaf[None] for leaf in leaves] if kv.layer is None else leaves
 
 
-def _segments(context: Context) -> list[jax.Array]:
-    return [jnp.zeros(0, jnp.int32) if each is None else each for each in (context.q_segments, context.k_segments)]
+def _segments(visible: Visibility) -> list[jax.Array]:
+    return [jnp.zeros(0, jnp.int32) if each is None else each for each in (visible.q_segments, visible.k_segments)]
 
 
 def _index(layer: jax.Array | None) -> jax.Array:

@@ -16,20 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from phi3_jax.kernels.attention.arguments import Context, Keys
-from phi3_jax.kernels.attention.masks import attention_mask
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
 KEPT = "attention"  # by this name rematerialisation can keep what the backward pass needs
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def attention(q: jax.Array, keys: Keys, context: Context) -> jax.Array:
+def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     """See `kernels.attention`; the keys are those of one layer, as floats of the queries' dtype."""
-    c = context
-    (B, T, N, H), K = q.shape, keys.k.shape[1]
-    mask = attention_mask(c.q_positions, c.k_positions, c.window, c.q_segments, c.k_segments)
+    (B, T, N, H), K = q.shape, kv.k.shape[1]
+    mask = visible.mask()
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    out = _attend(grouped, keys.k, keys.v, mask)
+    out = _attend(grouped, kv.k, kv.v, mask)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

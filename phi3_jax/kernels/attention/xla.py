@@ -8,16 +8,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.kernels.attention.arguments import Context, Keys
-from phi3_jax.kernels.attention.masks import attention_mask
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
 
-def attention(q: jax.Array, keys: Keys, context: Context) -> tuple[jax.Array, jax.Array]:
+def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> tuple[jax.Array, jax.Array]:
     """See `kernels.attention`; returns the probabilities [B, N, T, S] in q's dtype, too."""
-    k, v = (each[..., : q.shape[-1]].astype(q.dtype) for each in _floats(keys))
+    k, v = (each[..., : q.shape[-1]].astype(q.dtype) for each in _floats(kv))
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
-    c = context
-    mask = attention_mask(c.q_positions, c.k_positions, c.window, c.q_segments, c.k_segments)
+    mask = visible.mask()
     q = q.reshape(B, T, K, N // K, H)
     exact = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=exact, preferred_element_type=jnp.float32) * H**-0.5
@@ -27,10 +25,10 @@ def attention(q: jax.Array, keys: Keys, context: Context) -> tuple[jax.Array, ja
     return out.reshape(B, T, N, H), probs.reshape(B, N, T, S)
 
 
-def _floats(keys: Keys) -> tuple[jax.Array, jax.Array]:
+def _floats(kv: KeysValues) -> tuple[jax.Array, jax.Array]:
     """One layer's keys and values, each [B, K, S, H], as floats."""
-    if keys.layer is not None:
-        keys = jax.tree.map(lambda leaf: leaf[keys.layer], Keys(keys.k, keys.v, keys.k_scale, keys.v_scale))
-    if keys.k_scale is None or keys.v_scale is None:
-        return keys.k, keys.v
-    return keys.k * keys.k_scale[..., None], keys.v * keys.v_scale[..., None]
+    if kv.layer is not None:
+        kv = jax.tree.map(lambda leaf: leaf[kv.layer], KeysValues(kv.k, kv.v, kv.k_scale, kv.v_scale))
+    if kv.k_scale is None or kv.v_scale is None:
+        return kv.k, kv.v
+    return kv.k * kv.k_scale[..., None], kv.v * kv.v_scale[..., None]

@@ -8,7 +8,7 @@ import pytest
 import phi3_jax
 from phi3_jax.infer import Options, Sampling, generate
 from phi3_jax.infer.engine import decoding
-from phi3_jax.infer.sampling import SamplingParams
+from phi3_jax.infer.sampling import SamplingArrays
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11, 11, 11, 2, 31, 8], [90, 4, 77, 15, 60]]
@@ -25,7 +25,7 @@ def settings_of(seeds, temperature=1.0, policy="length"):
     return decoding.Settings(
         limits=jnp.full((3,), STEPS + 1),
         end_ids=jnp.zeros((0,), jnp.int32),
-        sampling=dataclasses.replace(SamplingParams.of([Sampling(temperature)] * 3, 97), seed=seeds),
+        sampling=dataclasses.replace(SamplingArrays.of([Sampling(temperature)] * 3, 97), seed=seeds),
         prompt_lengths=jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32),
         rope_policy=policy,
     )

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from phi3_jax.infer.sampling import Sampling, SamplingParams, processors
+from phi3_jax.infer.sampling import Sampling, SamplingArrays, processors
 from phi3_jax.infer.sampling import pick as sampling
 
 GOLDENS = Path(__file__).parents[2] / "goldens_sampling" / "expected.safetensors"
@@ -43,7 +43,7 @@ def near(actual, expected):
 def shape(logits, **settings) -> np.ndarray:
     """One row that draws, with nothing but the given settings."""
     logits = jnp.asarray(logits, jnp.float32)[None]
-    params = SamplingParams.of([Sampling(**{"temperature": 1.0} | settings)], logits.shape[1])
+    params = SamplingArrays.of([Sampling(**{"temperature": 1.0} | settings)], logits.shape[1])
     nothing = jnp.zeros((1,), jnp.int32)
     return np.asarray(process(logits, params, jnp.zeros((1, 4), jnp.int32), nothing, nothing, jnp.asarray([0])))[0]
 
@@ -54,7 +54,7 @@ def test_equals_transformers(name):
     history, lengths, prompt_lengths, end_ids = TEXT
     if row.forced_tokens:
         lengths, prompt_lengths = np.ones_like(lengths), np.ones_like(lengths)
-    params = SamplingParams.of([row] * len(lengths), V)
+    params = SamplingArrays.of([row] * len(lengths), V)
     result = np.asarray(process(TENSORS["logits"], params, history, lengths, prompt_lengths, end_ids))
     expected = TENSORS[f"{name}/logits"]
     if row.top_p:
@@ -87,7 +87,7 @@ def test_presence_and_frequency_count_the_answer_only():
         for token, count in collections.Counter(answer).items():
             expected[b, token] -= presence[b] + frequency[b] * count
     assert not np.array_equal(expected[:4], TENSORS["logits"][:4])
-    near(process(TENSORS["logits"], SamplingParams.of(rows, V), *TEXT), expected)
+    near(process(TENSORS["logits"], SamplingArrays.of(rows, V), *TEXT), expected)
 
 
 def test_penalties_come_in_order_and_bans_win():
@@ -101,12 +101,12 @@ def test_penalties_come_in_order_and_bans_win():
     )
     history, length, prompt = jnp.asarray([[4, 1, 1, 0]]), jnp.asarray([3]), jnp.asarray([1])
     logits = jnp.asarray([[1.0, 2.0, 3.0, -1.0, -4.0, 0.0, 7.0]])
-    result = process(logits, SamplingParams.of([row], 7), history, length, prompt, jnp.asarray([0]))
+    result = process(logits, SamplingArrays.of([row], 7), history, length, prompt, jnp.asarray([0]))
     np.testing.assert_array_equal(result, [[1.0, (2.0 + 3.0) / 2 - 0.5 - 2 * 0.25, -np.inf, -1.0, -8.0, 0.0, 7.0]])
 
 
 def test_forced_tokens_are_the_beginning_of_the_answer():
-    params = SamplingParams.of([Sampling(forced_tokens=[7, 0, 3], temperature=t) for t in (0.0, 1.0)], 11)
+    params = SamplingArrays.of([Sampling(forced_tokens=[7, 0, 3], temperature=t) for t in (0.0, 1.0)], 11)
     logits = jnp.zeros((2, 11)).at[:, 5].set(30.0).at[:, [0, 3]].set(-jnp.inf)
     tokens = []
     for step in range(4):
@@ -120,13 +120,13 @@ def test_forced_tokens_are_the_beginning_of_the_answer():
 def test_a_row_does_not_depend_on_the_others():
     """Every row of a mixed batch equals, bit by bit, the same row among rows without settings, and itself alone."""
     logits = TENSORS["logits"]
-    mixed = process(logits, SamplingParams.of(MIXED, V), *TEXT)
-    tokens = pick(logits, SamplingParams.of(MIXED, V), *TEXT)
+    mixed = process(logits, SamplingArrays.of(MIXED, V), *TEXT)
+    tokens = pick(logits, SamplingArrays.of(MIXED, V), *TEXT)
     *text, end_ids = TEXT
     for b, row in enumerate(MIXED):
         rows = [row if i == b else Sampling() for i in range(len(MIXED))]
-        np.testing.assert_array_equal(process(logits, SamplingParams.of(rows, V), *TEXT)[b], mixed[b])
-        alone = logits[b : b + 1], SamplingParams.of([row], V), *[array[b : b + 1] for array in text], end_ids
+        np.testing.assert_array_equal(process(logits, SamplingArrays.of(rows, V), *TEXT)[b], mixed[b])
+        alone = logits[b : b + 1], SamplingArrays.of([row], V), *[array[b : b + 1] for array in text], end_ids
         near(process(*alone)[0], mixed[b])
         assert pick(*alone)[0] == tokens[b]
     np.testing.assert_array_equal(mixed[4], logits[4])
@@ -146,15 +146,15 @@ def test_temperature_0_takes_the_largest_whatever_the_cuts():
     rows = [Sampling(**cuts)] * 4 + [Sampling(temperature=1.0)]
     logits = TENSORS["logits"]
     assert shape(logits[0], typical_p=0.01)[logits[0].argmax()] == -np.inf
-    np.testing.assert_array_equal(process(logits, SamplingParams.of(rows, V), *TEXT), logits)
-    tokens = pick(logits, SamplingParams.of(rows, V), *TEXT)
+    np.testing.assert_array_equal(process(logits, SamplingArrays.of(rows, V), *TEXT), logits)
+    tokens = pick(logits, SamplingArrays.of(rows, V), *TEXT)
     np.testing.assert_array_equal(tokens[:4], logits[:4].argmax(axis=1))
-    np.testing.assert_array_equal(pick(logits, SamplingParams.of([Sampling()] * 5, V), *TEXT), logits.argmax(axis=1))
+    np.testing.assert_array_equal(pick(logits, SamplingArrays.of([Sampling()] * 5, V), *TEXT), logits.argmax(axis=1))
     assert tokens.dtype == jnp.int32
 
 
 def draws(logits, row: dict, count: int) -> np.ndarray:
-    params = SamplingParams.of([Sampling(**row, seed=seed) for seed in range(count)], len(logits))
+    params = SamplingArrays.of([Sampling(**row, seed=seed) for seed in range(count)], len(logits))
     none = jnp.zeros((count,), jnp.int32)
     return np.asarray(
         pick(jnp.tile(jnp.asarray(logits), (count, 1)), params, none[:, None], none, none, jnp.asarray([0]))
@@ -179,7 +179,7 @@ def test_a_seed_reproduces_and_counts_new_tokens():
     prompts, history, end_ids = jnp.asarray([3, 6]), jnp.zeros((2, 16), jnp.int32), jnp.asarray([0])
 
     def answers(*seeds: int) -> list[list[int]]:
-        params = SamplingParams.of([Sampling(temperature=1.0, seed=seed) for seed in seeds], 1009)
+        params = SamplingArrays.of([Sampling(temperature=1.0, seed=seed) for seed in seeds], 1009)
         steps = [pick(jnp.zeros((2, 1009)), params, history, prompts + step, prompts, end_ids) for step in range(5)]
         return np.asarray(steps).T.tolist()
 
@@ -198,7 +198,7 @@ def test_one_program_serves_all_settings():
         Sampling(presence_penalty=1.0, banned_tokens=range(8)),
     ]
     for row in rows:
-        run(TENSORS["logits"], SamplingParams.of([row] * 5, V), *TEXT)
+        run(TENSORS["logits"], SamplingArrays.of([row] * 5, V), *TEXT)
     assert run._cache_size() == 1
 
 
@@ -295,9 +295,9 @@ def test_settings_that_make_no_sense(settings, message):
 def test_ids_outside_of_the_vocabulary(name):
     row = Sampling(**{name: {131: 1.0} if name == "logit_bias" else [131]})
     with pytest.raises(ValueError, match=r"row 1 names tokens \[131\] outside of the vocabulary of 131"):
-        SamplingParams.of([Sampling(), row], 131)
+        SamplingArrays.of([Sampling(), row], 131)
 
 
 def test_lists_of_ids_grow_by_powers_of_two():
-    sizes = [SamplingParams.of([Sampling(banned_tokens=range(n))], 99).banned.shape[1] for n in (0, 8, 9, 17)]
+    sizes = [SamplingArrays.of([Sampling(banned_tokens=range(n))], 99).banned.shape[1] for n in (0, 8, 9, 17)]
     assert sizes == [8, 8, 16, 32]

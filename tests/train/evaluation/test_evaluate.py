@@ -16,11 +16,11 @@ import phi3_jax
 from phi3_jax.train.evaluation import score as scoring
 from phi3_jax.train.evaluation.evaluate import (
     Accuracy,
-    Learned,
+    HeldOutLoss,
     Perplexity,
     accuracy,
     continuation,
-    learned,
+    held_out_loss,
     perplexity,
     windows,
 )
@@ -127,7 +127,7 @@ def test_learned_tokens_of_data_as_for_training(model, tmp_path):
     other = [*prompt, *tokenizer.encode("4", add_bos=False), tokenizer.eos_id]
     expected = [logprob(model, ids, place) for place in places]
     expected += [logprob(model, other, place) for place in range(len(prompt), len(other))]
-    found = learned(model, read_data(path, tokenizer, 64))
+    found = held_out_loss(model, read_data(path, tokenizer, 64))
     assert found.tokens == len(expected) == 9
     assert found.loss == pytest.approx(-np.mean(expected), abs=1e-5)
     assert found.perplexity == math.exp(found.loss)
@@ -136,7 +136,7 @@ def test_learned_tokens_of_data_as_for_training(model, tmp_path):
         with pytest.raises(ValueError, match=rf"data\.jsonl[,:] {message}"):
             read_data(path, tokenizer, 64)
     with pytest.raises(ValueError, match="no text has tokens that training would learn"):
-        learned(model, [])
+        held_out_loss(model, [])
 
 
 def test_accuracy(model):
@@ -234,7 +234,7 @@ def test_the_program(model, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     surprise, right = Perplexity(**figures["text"]["measured"]), Accuracy(**figures["questions"]["measured"])
-    answers = Learned(**figures["data"]["measured"])
+    answers = HeldOutLoss(**figures["data"]["measured"])
     assert done.stdout.splitlines() == [
         f"t.txt: perplexity {surprise.perplexity:.4f}, loss {surprise.loss:.4f}, {surprise.bits_per_byte:.4f} bits per "
         f"byte, {surprise.tokens} tokens",
@@ -246,7 +246,8 @@ def test_the_program(model, tmp_path):
     assert dataclasses.astuple(surprise) == pytest.approx(
         dataclasses.astuple(perplexity(model, [TEXT], 20, 7)), rel=1e-5
     )
-    assert answers.loss == pytest.approx(learned(model, read_data(tmp_path / "d.jsonl", model.tokenizer, 64)).loss)
+    data = read_data(tmp_path / "d.jsonl", model.tokenizer, 64)
+    assert answers.loss == pytest.approx(held_out_loss(model, data).loss)
     assert right == accuracy(model, QUESTIONS)
     assert not (tmp_path / "figures.json.partial").exists()
     for more, message in (

@@ -14,7 +14,7 @@ import without_cache
 from training_runs import tensors, write_run
 
 import phi3_jax
-from phi3_jax.train.evaluation.evaluate import learned
+from phi3_jax.train.evaluation.evaluate import held_out_loss
 from phi3_jax.train.evaluation.files import read_data
 from phi3_jax.train.run.checkpoints import Checkpoints
 from phi3_jax.train.run.loop import train
@@ -123,7 +123,7 @@ def test_evaluation_is_what_single_tokens_give(whole):
             count += 1
     last = heard.records[-1]
     assert last["eval_loss"] == pytest.approx(total / count, abs=2e-5)
-    assert learned(checkpoint, read_data(settings.eval_file, checkpoint.tokenizer, 64)).loss == pytest.approx(
+    assert held_out_loss(checkpoint, read_data(settings.eval_file, checkpoint.tokenizer, 64)).loss == pytest.approx(
         last["eval_loss"], abs=2e-5
     )
     assert last["eval_accuracy"] == pytest.approx(correct / count)
