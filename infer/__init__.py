@@ -1,4 +1,8 @@
-"""Generating text. The public names: a table of contents."""
+"""Generating text: prompts in, answers out. The names below are what users and `train` may use.
+
+generate.py is text in, text out; conversation.py a chat, beam.py beam search; answer.py an answer while it grows, and
+prompts.py what comes before. Below them are rooms: sampling/, engine/, benchmark/ and programs/.
+"""
 
 from .answer import Generation as Generation
 from .answer import Piece as Piece

@@ -277,7 +277,7 @@ def test_weights_with_an_adapter_attached_generate_but_are_not_saved(tmp_path):
 def test_programs_write_checkpoints_with_the_adapter_added(program, tmp_path):
     """As a program of its own: the flags of phi3-export have the names of others."""
     options = {"export": ["--format", "safetensors", "--type", "f32"], "quantize": ["--quantize", "int8"]}[program]
-    command = [sys.executable, "-m", f"phi3_jax.infer.{program}_main", "--checkpoint", str(BASE), *options]
+    command = [sys.executable, "-m", f"phi3_jax.infer.programs.{program}_main", "--checkpoint", str(BASE), *options]
     command += ["--adapter", str(RECORDED / "dora"), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

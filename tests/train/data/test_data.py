@@ -1,6 +1,7 @@
 """Datasets: kept on disk, packed, and served in an order that the seed and the step decide."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -19,7 +20,6 @@ from templates import PHI4_MINI, small_tokenizer
 import phi3_jax
 from phi3_jax.model import Phi3
 from phi3_jax.train.data import batches, eval_batches, prepare
-from phi3_jax.train.data import prepare as preparation
 from phi3_jax.train.data.order import rows_of_step
 from phi3_jax.train.data.packing import FirstFit
 from phi3_jax.train.settings import Settings
@@ -226,6 +226,7 @@ def lines_read(monkeypatch):
         count[0] += 1
         return real(*arguments)
 
+    preparation = importlib.import_module("phi3_jax.train.data.prepare")  # the room exports a function of this name
     real = preparation.read_line
     monkeypatch.setattr(preparation, "read_line", counted)
     return count
@@ -287,7 +288,7 @@ def test_only_one_of_two_makes_it(texts, tmp_path, lines_read):
 
 KILLED = """
 import os, signal, sys
-from test_train_data import SETTINGS, TOKENIZER, prepare
+from test_data import SETTINGS, TOKENIZER, prepare
 def on_progress(done, total):
     if done > total * float(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -298,7 +299,7 @@ prepare(sys.argv[1], TOKENIZER, SETTINGS, sys.argv[2], on_progress)
 def test_a_killed_preparation_leaves_nothing_that_is_used(texts, dataset, tmp_path):
     path, kept = tmp_path / "data.jsonl", tmp_path / "other"
     command = [sys.executable, "-c", KILLED, path, kept, "0.6"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "helpers")}
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2] / 'helpers'}:{Path(__file__).parent}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(p.suffix for p in kept.iterdir()) == [".lock", ".partial"]
