@@ -9,8 +9,8 @@ tokens, and their losses must agree. The other Python needs torch, transformers 
 ask for large pages: without, both sides spend much of a step on getting its memory in small ones, and ours more.
 
 A step computes 6 operations for each weight and token, or 4 where the weights are frozen, and attention: at this
-machine's rate for float32 (phi3_jax/machine.py) that takes the time of the first limit. The second limit is the time to
-read the numbers that the optimizer reads.
+machine's rate for float32 (phi3_jax/kernels/machine.py) that takes the time of the first limit. The second limit is
+the time to read the numbers that the optimizer reads.
 
 `--memory` prints the most memory that a process of ours has had, and what the compiler says a step has beside its
 arguments, by what the backward pass computes again and by how many tokens' logits are held.
@@ -48,7 +48,7 @@ _MEMORY_CASES = [("none", 0), ("none", 512), ("dots", 0), ("dots", 512), ("full"
 
 
 class Ours:
-    """Answers the requests of benchmark_peer.py for phi3_jax."""
+    """Answers the requests of infer/benchmark/peer_process.py for phi3_jax."""
 
     def load(self, train: str, rows: list[list[int]], **changes: Any) -> dict[str, Any]:
         """Gets ready for steps on these rows and takes one, which compiles."""

@@ -1,6 +1,7 @@
 """The other side of training.py: steps of torch's AdamW on transformers' model, or on PEFT's adapter of it.
 
-Requests and replies are those of infer/benchmark_peer.py: load, measure. Nothing of phi3_jax is imported but that file.
+Requests and replies are those of infer/benchmark/peer_process.py: load, measure. Nothing of phi3_jax is imported but
+that file.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/training_profile.py --train lora
 
 Where operations run at the same time, each gets its share. The rate of the products with weights is printed beside what
-the machine can do (phi3_jax/machine.py).
+the machine can do (phi3_jax/kernels/machine.py).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     begin -> read, read, ... -> start -> choose -> search_on   (back to read where LongRoPE's border is crossed)
 
 W answers of a prompt grow side by side, the beams. At each step all tokens compete that could follow any of them: the
-W best that do not end go on, and those that end are kept as finished. The functions of decoding.py run the beams, as
-rows of a batch that know nothing of each other; `choose` is where they meet.
+W best that do not end go on, and those that end are kept as finished. The functions of engine/decoding.py run the
+beams, as rows of a batch that know nothing of each other; `choose` is where they meet.
 
 The rules are those of transformers' `generate(num_beams=W, do_sample=False)`, prompt by prompt: a prompt gets what it
 gets alone.

@@ -1,4 +1,4 @@
-"""Text in, text out: prompts are tokenised, run through the compiled functions of decoding.py, and decoded.
+"""Text in, text out: prompts are tokenised, run through the compiled functions of engine/decoding.py, and decoded.
 
 `stream` hands the answers out while they grow; `generate` waits for all of them.
 """

@@ -1,7 +1,7 @@
 """Low-rank adapters: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353).
 
 An adapter is a tree beside the parameters': {"layers": {"self_attn": {"qkv_proj": {"a": ..., "b": ...}}}}. It is
-trained, or tried, on top of the parameters (`attach`), or added to them (`merge`). Its files are in lora_files.py.
+trained, or tried, on top of the parameters (`attach`), or added to them (`merge`). Its files are in peft_files.py.
 
 Axis letters: L layer, O outputs, I inputs, R rank.
 """

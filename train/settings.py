@@ -20,7 +20,7 @@ class Settings:
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
       output: the run's folder: checkpoints, metrics, the picture, and at the end the adapter or the model.
-      train_file, eval_file: JSON lines (data.py); without the second nothing is evaluated.
+      train_file, eval_file: JSON lines (data/examples.py); without the second nothing is evaluated.
       method: "sft" learns texts, "dpo" learns preferences between a chosen and a rejected answer.
       dpo_beta: how closely DPO keeps to the model that it started from; larger is closer.
       loss_on: what of a chat is learned: answers with their end token, or everything.
@@ -31,10 +31,10 @@ class Settings:
       accumulation: how many such batches make a step.
       seed: of the order of the data, of new weights and of dropout.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
-      lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (lora.py).
+      lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (phi3_jax/adapters.py).
       dtype: in which the trained weights, and the base that is not quantised, are kept.
       compute_dtype: in which they are multiplied; float32 weights with "bfloat16" here are master weights.
-      quantize: a policy of quantization.py for the base under an adapter (QLoRA).
+      quantize: a policy of phi3_jax/quantization/policy.py for the base under an adapter (QLoRA).
       neftune_alpha: strength of the noise on embeddings (arXiv:2310.05914); 0 is none.
       optimizer, lr, schedule, warmup_steps, final_lr, weight_decay, beta1, beta2, epsilon: the update rule
         (optimizer.py); final_lr is the fraction of `lr` at the end.

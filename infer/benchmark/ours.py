@@ -1,6 +1,6 @@
-"""Our side of phi3-benchmark, in a process of its own: the compiled functions of decoding.py, timed.
+"""Our side of phi3-benchmark, in a process of its own: the compiled functions of engine/decoding.py, timed.
 
-It answers the requests of benchmark_peer.py. Nothing is taken from a compilation cache: `prepare` tells what compiling
+It answers the requests of peer_process.py. Nothing is taken from a compilation cache: `prepare` tells what compiling
 takes.
 """
 
@@ -59,7 +59,7 @@ class Ours:
         return {}
 
     def prepare(self, kind: str, rows: Rows, new_tokens: int) -> Reply:
-        """See `benchmark_peer.Side`."""
+        """See `peer_process.Side`."""
         self._case = Case(self._model, rows, new_tokens if kind == "decode" else 0, self._cache_dtype)
         self._case.measure()
         return {
@@ -69,13 +69,13 @@ class Ours:
         }
 
     def measure(self) -> Reply:
-        """See `benchmark_peer.Side`."""
+        """See `peer_process.Side`."""
         assert self._case is not None  # `prepare` comes first
         seconds, token = self._case.measure()
         return {"seconds": seconds, "token": token}
 
     def release(self) -> Reply:
-        """See `benchmark_peer.Side`."""
+        """See `peer_process.Side`."""
         self._case = None
         return {}
 

@@ -1,6 +1,6 @@
 """The programs that phi3-benchmark measures beside ours, each in a process of its own: llama.cpp, and transformers.
 
-    python benchmark_peer.py llama_cpp|transformers
+    python peer_process.py llama_cpp|transformers
 
 Requests and replies are JSON objects, one a line, on standard input and output: load, prepare (a case), measure (it,
 any number of times), release (it), memory. The other Python needs llama-cpp-python, or torch and transformers; nothing

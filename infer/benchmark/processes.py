@@ -16,7 +16,7 @@ _SECONDS_TO_END = 10
 
 
 class Process:
-    """A process that answers requests (benchmark_peer.py tells how), until `close`."""
+    """A process that answers requests (peer_process.py tells how), until `close`."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         """Starts it. Raises FileNotFoundError if there is no such program."""
@@ -68,7 +68,7 @@ class Process:
 
 @contextlib.contextmanager
 def ours(name: str = "phi3_jax") -> Iterator[Process]:
-    """Our own process (benchmark_ours.py), in this Python."""
+    """Our own process (ours.py), in this Python."""
     with contextlib.closing(Process(name, [sys.executable, "-m", "phi3_jax.infer.benchmark.ours"])) as process:
         yield process
 

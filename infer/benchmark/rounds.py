@@ -1,6 +1,6 @@
 """Measures programs in turns (A B A B ...), so that a machine whose speed drifts is the same for all of them.
 
-A case is a piece of work: reading a prompt, or writing tokens behind a context. Every side (benchmark_processes.py)
+A case is a piece of work: reading a prompt, or writing tokens behind a context. Every side (processes.py)
 gets ready for it, then each round measures every side once, and the memory's bandwidth.
 """
 

@@ -1,4 +1,4 @@
-"""How a run is carried out, beside what is picked (sampling_params.py): one object for all rows."""
+"""How a run is carried out, beside what is picked (sampling/params.py): one object for all rows."""
 
 from __future__ import annotations
 

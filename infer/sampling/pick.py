@@ -1,6 +1,6 @@
 """From logits to the next token, for a batch of rows that may all want something else.
 
-`pick` takes one token per row. What a row may ask for is in `sampling_params.py`.
+`pick` takes one token per row. What a row may ask for is in params.py.
 
 The order is that of transformers' `generate`:
 

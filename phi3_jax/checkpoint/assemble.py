@@ -45,7 +45,7 @@ def assemble(
       dtype: "float32", "bfloat16" or "float16": what the parameters become that stay floats.
       origin: file or folder, for messages.
       on_progress: called with (bytes done, bytes in all) after each tensor.
-      quantize: a policy of quantization.py, by which matrices become integers; "stored" keeps the integers that the
+      quantize: a policy of policy.py, by which matrices become integers; "stored" keeps the integers that the
         file has, as far as there are such ones here, and 8 bits otherwise; None makes floats.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; "rows"
         is Hugging Face's order.

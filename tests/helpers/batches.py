@@ -1,4 +1,4 @@
-"""Batches for the tests of batch_requests.py and batch_answers.py: requests, answers, disks."""
+"""Batches for the tests of requests.py and answer_file.py: requests, answers, disks."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""GGUF's quantised blocks -> the integers of a `QuantizedTensor` (quantization.py), without a detour through floats.
+"""GGUF's quantised blocks -> the integers of a `QuantizedTensor` (quantized.py), without a detour through floats.
 
 For a loader: two fields of a GGUF file's TensorSource (leaves.py) speak of them:
 

@@ -1,6 +1,6 @@
 """GGUF files -> configuration, tensors and tokenizer of a Phi-3 model.
 
-Quantised tensors become floats when read, or are handed out as the integers that they are (gguf_blocks.py).
+Quantised tensors become floats when read, or are handed out as the integers that they are (blocks.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tokenizer as the `tokenizer.*` metadata of a GGUF file: the way back of tokenizer_gguf.py."""
+"""A tokenizer as the `tokenizer.*` metadata of a GGUF file: the way back of tokenizer_reader.py."""
 
 from __future__ import annotations
 

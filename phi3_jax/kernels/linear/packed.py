@@ -32,7 +32,7 @@ class PackedTensor:
     Attributes:
       data: bfloat16 [L, P, I / 2 rounded up, 128]; uint8 [L, P, J / 4, 128] (int8) or [L, P, J / 8, 128] (int4).
       scales: float16 [L, P, A, 32]; None for bfloat16.
-      mins: float16 [L, P, A, 32]; None where the integers are symmetric around their zero (quantization.py).
+      mins: float16 [L, P, A, 32]; None where the integers are symmetric around their zero (quantized.py).
       kind: "bfloat16", "int8" or "int4".
       shape: the shape of the weights that this stands for.
     """
