@@ -13,7 +13,7 @@ import phi3_jax
 from phi3_jax.checkpoint import Layout, fastest_layout
 from phi3_jax.checkpoint.assemble import assemble
 from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows
-from phi3_jax.checkpoint.leaves import TensorSource
+from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.linear.quantized import ZERO
 from phi3_jax.model import parameter_shapes, tensor_names

@@ -11,7 +11,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from phi3_jax.checkpoint.leaves import FloatBuilder, IntegerBuilder, PackedFloatBuilder, ParameterBuilder, TensorSource
+from phi3_jax.checkpoint.parameter_builders import FloatBuilder, IntegerBuilder, PackedFloatBuilder, ParameterBuilder
+from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import why_unavailable
 from phi3_jax.model import DTYPES, Params, parameter_shapes, tensor_names
@@ -60,7 +61,7 @@ def assemble(
     shapes = parameter_shapes(config)
     _check_names(sources, shapes, config, origin)
     forms = _formats(sources, shapes, config, quantize)
-    leaves = {path: _leaf(path, shape, DTYPES[dtype], forms[path], layout) for path, shape in shapes.items()}
+    builders = {path: _builder(path, shape, DTYPES[dtype], forms[path], layout) for path, shape in shapes.items()}
     jobs = [
         (path, i if path.startswith("layers/") else None, name)
         for path in shapes
@@ -74,7 +75,7 @@ def assemble(
     def put(job: tuple[str, int | None, str]) -> int:
         path, layer, name = job
         try:
-            leaves[path].put(layer, sources[name])
+            builders[path].put(layer, sources[name])
         except ValueError as error:
             raise ValueError(f"{origin}: {name}: {error}") from None
         return size(path, name)
@@ -85,8 +86,8 @@ def assemble(
             done += count
             if on_progress:
                 on_progress(done, total)
-    # One leaf after another leaves the host, so that on an accelerator the peak is not twice the model.
-    on_device = {path: jax.block_until_ready(leaves.pop(path).finish()) for path in list(leaves)}
+    # One parameter after another leaves the host, so that on an accelerator the peak is not twice the model.
+    on_device = {path: jax.block_until_ready(builders.pop(path).finish()) for path in list(builders)}
     return flax.traverse_util.unflatten_dict(on_device, sep="/")
 
 
@@ -114,7 +115,9 @@ def _formats(
     return found
 
 
-def _leaf(path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | None, layout: Layout) -> ParameterBuilder:
+def _builder(
+    path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | None, layout: Layout
+) -> ParameterBuilder:
     if form is not None:
         return IntegerBuilder(shape, form, packed=layout == "packed")
     is_matrix = len(shape) - path.startswith("layers/") == 2

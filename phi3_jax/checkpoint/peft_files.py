@@ -22,7 +22,7 @@ from phi3_jax.adapters import TARGETS, Adapter, LoraConfig, adapter_shapes, merg
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.hub import download, is_hub_id
-from phi3_jax.checkpoint.leaves import TensorSource
+from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import tensor_names
 from phi3_jax.text import tokenizer_files

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from phi3_jax.checkpoint.leaves import TensorSource
+from phi3_jax.checkpoint.tensor_source import TensorSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,6 +1,6 @@
 """GGUF's quantised blocks -> the integers of a `QuantizedTensor` (quantized.py), without a detour through floats.
 
-For a loader: two fields of a GGUF file's TensorSource (leaves.py) speak of them:
+For a loader: two fields of a GGUF file's TensorSource (tensor_source.py) speak of them:
 
     form: IntegerForm | None                    # (bits, has_mins), known before anything is read; None: floats only
     quantized: Callable[[], IntegerRows | None] # reads; IntegerRows is the tuple (values, scales, mins, bits)

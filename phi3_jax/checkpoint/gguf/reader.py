@@ -18,7 +18,7 @@ import numpy as np
 from phi3_jax.checkpoint.gguf.blocks import IntegerRows, fuse, fused_form, unpack
 from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged, read_header
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
-from phi3_jax.checkpoint.leaves import TensorSource
+from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
 from phi3_jax.text import Tokenizer
 

@@ -1,54 +1,34 @@
-"""Leaves of the parameter tree while a checkpoint is read into them: floats, integers, or either packed for kernels."""
+"""Parameters while a checkpoint is read into them, layer by layer: as floats, as integers, or packed for the kernels."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows, with_mins
+from phi3_jax.checkpoint.gguf.blocks import IntegerRows, with_mins
+from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.linear.packed import Packing, aligned_empty
 from phi3_jax.quantization import Format, quantize
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSource:
-    """One named tensor of a checkpoint, not yet read.
-
-    Attributes:
-      shape: as Hugging Face has it: [out, in] or [D].
-      dtype: name of the dtype that `read` gives.
-      read: reads the tensor (dequantising, fusing, permuting as its format needs); nothing is kept between calls.
-      form: of the integers that the file holds; None where it holds floats, or integers that are not used as they are.
-      quantized: reads those; None where some weights could not be expressed exactly: then `read` the floats.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-    form: IntegerForm | None = None
-    quantized: Callable[[], IntegerRows | None] | None = None
-
-
 class ParameterBuilder(Protocol):
-    """One leaf, filled by one call of `put` for each layer, in any order and from several threads."""
+    """One parameter, stacked over layers: a call of `put` for each layer, in any order and from several threads."""
 
     def put(self, layer: int | None, source: TensorSource) -> None:
-        """Reads a tensor into its place; layer is None where the leaf is not a stack. Raises ValueError."""
+        """Reads a tensor into its place; layer is None where the parameter is not a stack. Raises ValueError."""
 
     def finish(self) -> Any:
-        """The leaf as JAX has it; the memory is given up."""
+        """The parameter for the model; nothing may be put into it any more."""
 
 
 class FloatBuilder:
     """An array of floats."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Room for a leaf of this shape."""
+        """Allocates memory for a parameter of this shape."""
         self._array: np.ndarray | None = aligned_empty(shape, dtype)
 
     def put(self, layer: int | None, source: TensorSource) -> None:
@@ -76,7 +56,7 @@ class PackedFloatBuilder:
     """bfloat16 for the kernels."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        """Room for a leaf of this shape."""
+        """Allocates memory for a parameter of this shape."""
         self._packing = Packing(shape, "bfloat16")
 
     def put(self, layer: int | None, source: TensorSource) -> None:
@@ -92,7 +72,7 @@ class IntegerBuilder:
     """Integers in groups, packed for the kernels or not."""
 
     def __init__(self, shape: tuple[int, ...], form: Format, packed: bool) -> None:
-        """Room for a leaf of this shape."""
+        """Allocates memory for a parameter of this shape."""
         self._form, self._shape = form, shape
         self._packing = (
             Packing(shape, "int8" if form.bits == 8 else "int4", form.group, form.symmetric) if packed else None
