@@ -1,6 +1,6 @@
 """The programs that run models: phi3-generate, phi3-chat, phi3-benchmark, phi3-quantize, phi3-export and
 phi3-random-checkpoint.
 
-A program is a module whose name ends in _main, with flags, progress bars and exit codes; flags.py has the flags that several share,
-requests.py and answer_file.py read and write the JSON lines of phi3-generate. Nothing imports a program.
+A program is a module whose name ends in _main, with flags, progress bars and exit codes; flags.py has the flags that
+several share, requests.py and answer_file.py read and write the JSON lines of phi3-generate. Nothing imports a program.
 """

@@ -2,7 +2,7 @@
 
 All take float32 logits [B, V] first and return the same; every parameter has one value for each row, so that rows of
 one batch may differ. A parameter at its "off" value leaves its row exactly as it was. A logit of -inf is a token that
-cannot be picked. The numbers are those of the classes in transformers' `generation/logits_process.py`, where it has
+cannot be picked. The numbers are those of the classes in transformers' module generation.logits_process, where it has
 one. pick.py puts the functions in order.
 
 Axis letters: B batch, V vocab, S history (prompt and answer so far, padded on the right), E entries of a list.

@@ -1,4 +1,4 @@
-"""Parameters while a checkpoint is read into them, layer by layer: as floats, as integers, or packed for the kernels."""
+"""Parameters while a checkpoint is read into them, layer by layer: floats, integers, or packed for the kernels."""
 
 from __future__ import annotations
 
