@@ -12,7 +12,7 @@ QUESTION := Tell me what the capital of Mexico is.
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
-	$(BIN)/phi3-generate --checkpoint demo --quantize stored --chat --prompt "What is the capital of France?"
+	$(BIN)/phi3-generate --checkpoint demo --quantize stored --chat --prompt "What is the capital of Japan?"
 
 # Trains an adapter for the demo model on questions about countries, and asks one before and after.
 finetune-demo: $(VENV)/.demo
