@@ -25,7 +25,7 @@ __version__ = importlib.metadata.version("phi3_jax")
 
 
 def __getattr__(name: str) -> Any:
-    # The applications stand on the library: they are imported when first asked for, not by it.
+    # infer and train import the library, so it must not import them: they are loaded at first use.
     if name in ("infer", "train"):
         return importlib.import_module(f"phi3_jax.{name}")
     raise AttributeError(f"module 'phi3_jax' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """Low-rank adapters: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353).
 
-An adapter is a tree beside the parameters': {"layers": {"self_attn": {"qkv_proj": {"a": ..., "b": ...}}}}. It is
-trained, or tried, on top of the parameters (`attach`), or added to them (`merge`). Its files are in peft_files.py.
+An adapter is a tree of its own: {"layers": {"self_attn": {"qkv_proj": {"a": ..., "b": ...}}}}. `attach` puts it on top
+of the parameters, for training or for a trial; `merge` adds it to them. peft_files.py reads and writes its files.
 
 Axis letters: L layer, O outputs, I inputs, R rank.
 """
@@ -29,15 +29,15 @@ TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What an adapter is, apart from its numbers.
+    """The settings of an adapter.
 
     Attributes:
       rank: of the update, R.
-      alpha: the update's strength, independent of the rank.
-      targets: which matrices have one, of TARGETS.
-      rslora: divide alpha by the root of the rank and not by the rank.
-      dropout: the fraction of its inputs that the update does not see in training.
-      dora: learn the norms of the weight's rows apart from their directions.
+      alpha: the strength of the update, which is multiplied by alpha / rank.
+      targets: the matrices that are adapted, some of TARGETS.
+      rslora: divide alpha by the square root of the rank instead of the rank.
+      dropout: the fraction of the update's inputs that is dropped in training.
+      dora: learn the norms of the weight's rows separately from their directions.
     """
 
     rank: int
@@ -48,7 +48,7 @@ class LoraConfig:
     dora: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError: a value that no adapter can have."""
+        """Raises ValueError for a value that is out of range."""
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"the rank of an adapter must be a whole number from 1 on, not {self.rank!r}")
         for name, value, top in (("alpha", self.alpha, math.inf), ("dropout", self.dropout, 1)):
@@ -59,7 +59,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What b @ a is multiplied with."""
+        """The factor of b @ a in the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -79,10 +79,10 @@ def adapter_shapes(config: Phi3Config, lora: LoraConfig) -> dict[str, tuple[int,
 
 
 def init_adapter(config: Phi3Config, lora: LoraConfig, key: jax.Array, params: Params | None = None) -> Adapter:
-    """An adapter in float32 that changes nothing yet: a uniform in +- 1 / sqrt(I), as in PEFT, and b zero.
+    """A new float32 adapter, whose update is zero: a is uniform in +- 1 / sqrt(I), as in PEFT, and b is zero.
 
     Args:
-      params: what it is for; only DoRA needs them, whose magnitudes begin as the norms of the weights.
+      params: the model's parameters; only needed for DoRA, whose magnitudes start as the norms of the weights' rows.
 
     Raises:
       ValueError: DoRA without `params`.
@@ -104,13 +104,13 @@ def init_adapter(config: Phi3Config, lora: LoraConfig, key: jax.Array, params: P
 
 
 def attach(params: Params, adapter: Adapter, lora: LoraConfig, dropout_key: jax.Array | None = None) -> Params:
-    """Parameters whose adapted weights are LoraTensors: nothing is copied, and the adapter has gradients.
+    """The parameters with LoraTensors as adapted weights: nothing is copied, and the adapter gets gradients.
 
-    DoRA's norms are computed here, once for all calls of the model, and are constants of the gradient.
+    DoRA's norms are computed here, once for all calls of the model, and get no gradient.
 
     Args:
       params: weights as floats, integers or packed.
-      dropout_key: of the dropout's random numbers, different ones for each matrix and layer; None: no dropout.
+      dropout_key: random key, from which each matrix and layer gets its own; None turns dropout off.
     """
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     for number, (place, parts) in enumerate(_places(adapter)):
@@ -125,10 +125,10 @@ def attach(params: Params, adapter: Adapter, lora: LoraConfig, dropout_key: jax.
 
 
 def merge(params: Params, adapter: Adapter, lora: LoraConfig) -> Params:
-    """Parameters with the adapter added, in their own dtype: W + scaling * b a, and with DoRA m (...) / ||...||.
+    """The parameters with the adapter added, in their own dtype: V = W + scaling * b a, or with DoRA m V / ||V||.
 
     Raises:
-      ValueError: an adapted weight is not floats, but integers or packed.
+      ValueError: an adapted weight is quantised or packed.
     """
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     for place, parts in _places(adapter):
@@ -162,7 +162,7 @@ def _merged_stack(weights: jax.Array, parts: Mapping[str, jax.Array], scaling: f
 
 
 def _places(adapter: Adapter) -> list[tuple[str, dict[str, jax.Array]]]:
-    """("layers/mlp/down_proj", {"a": ..., "b": ...}) for each adapted matrix, always in one order."""
+    """("layers/mlp/down_proj", {"a": ..., "b": ...}) for each adapted matrix, sorted by path."""
     flat = flax.traverse_util.flatten_dict(adapter, is_leaf=lambda _, value: "a" in value)
     return sorted(("/".join(path), parts) for path, parts in flat.items())
 

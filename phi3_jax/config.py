@@ -1,7 +1,7 @@
 """The model's configuration: one frozen dataclass, read strictly from a checkpoint's config.json.
 
-"Strictly" means that a key which could change the numbers is either understood or refused: a runtime that skips an
-unknown key computes something else than the model that was published, and nobody notices.
+"Strictly" means that a key which could change the numbers is either understood or refused. If unknown keys were
+skipped, the results could differ from the published model's, and nobody would notice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Keys that cannot change a logit: bookkeeping, and dropout on the embedding, which the reference never applies.
+# Keys that cannot change a logit: bookkeeping, and dropout on the embedding, which transformers never applies.
 INERT_KEYS = frozenset(
     {
         "_attn_implementation",
@@ -35,7 +35,7 @@ INERT_KEYS = frozenset(
         "use_cache",
     }
 )
-# Keys that are understood at one value only, because the decoder has no code for any other.
+# Keys that are accepted with these values only, because the decoder has no code for others.
 FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -46,7 +46,7 @@ FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "full_attn_mod": (1, None),
     "interpolate_factor": (1, None),
 }
-# The reference reads neither mscale, although the published LongRoPE files carry them.
+# transformers reads neither of these, although the published LongRoPE files have them.
 INERT_ROPE_KEYS = frozenset({"short_mscale", "long_mscale"})
 LONG_ROPE_NAMES = frozenset({"longrope", "su", "yarn"})
 
@@ -58,9 +58,9 @@ class LongRope:
     Attributes:
       short_factor: divisors for sequences of at most `original_max_position_embeddings` tokens; rotary_dim/2 of them.
       long_factor: divisors for longer sequences, used for all of their tokens.
-      original_max_position_embeddings: the border, in tokens.
+      original_max_position_embeddings: the longest sequence, in tokens, that uses `short_factor`.
       factor: the context extension that `attention_factor` is derived from; None means max_position / original.
-      attention_factor: multiplies cos and sin; None means sqrt(1 + ln(factor) / ln(original)), or 1 up to factor 1.
+      attention_factor: multiplies cos and sin; None means sqrt(1 + ln(factor) / ln(original)), or 1 if factor <= 1.
     """
 
     short_factor: tuple[float, ...]
@@ -80,7 +80,7 @@ class Phi3Config:
       max_position_embeddings: the context length, in tokens.
       rms_norm_eps: added to the mean square inside of the square root.
       rope_theta: base of the rotary frequencies.
-      partial_rotary_factor: the share of head_dim that is rotated.
+      partial_rotary_factor: the fraction of head_dim that is rotated.
       long_rope: LongRoPE factors, or None for plain rotary embeddings.
       sliding_window: number of keys that a query sees, itself included; None means all.
       tie_word_embeddings: the output head is the embedding matrix.
@@ -188,7 +188,7 @@ def _problems(config: Phi3Config) -> list[str]:
             found.append(f"{name} must be a positive number, not {value!r}")
     if found:
         return found
-    # An odd number is rounded up to whole pairs, except with LongRoPE, whose lists have no half entries.
+    # An odd number is rounded up to whole pairs; LongRoPE needs an even one, for a factor in its lists for each pair.
     pairs, odd = divmod(config.rotary_dim, 2)
     if config.rotary_dim < 1 or 2 * (pairs + odd) > config.head_dim or (odd and config.long_rope):
         found.append(
@@ -241,7 +241,7 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     fields: dict[str, Any] = {}
     rope, theta, partial = _rope_keys(raw)
     original = raw.pop("original_max_position_embeddings", None)
-    # The reference lets the value at the top level win over the one among the rope parameters.
+    # As in transformers, the value at the top level takes precedence over the one among the rope parameters.
     original = rope.pop("original_max_position_embeddings", None) if original is None else original
     for field in dataclasses.fields(Phi3Config):
         if field.name in raw:
@@ -318,7 +318,7 @@ def _long_rope(rope: dict[str, Any], original: Any) -> LongRope | None:
 
 
 def _derived_head_dim(hidden_size: Any, heads: Any) -> int:
-    """hidden_size / num_attention_heads rounded down, as the reference rounds it."""
+    """hidden_size / num_attention_heads, rounded down as in transformers."""
     if not (_is_count(hidden_size) and _is_count(heads)) or hidden_size < heads:
         raise ValueError(f"hidden_size={hidden_size!r} cannot be split into num_attention_heads={heads!r}")
     return int(hidden_size) // int(heads)

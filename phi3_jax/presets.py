@@ -1,7 +1,7 @@
-"""The family's published sizes, as data: for random weights, benchmarks and memory estimates.
+"""The sizes of the published Phi-3 and Phi-4 models, for random weights, benchmarks and memory estimates.
 
-A checkpoint brings its own configuration. What only a checkpoint knows is left out here: LongRoPE's factor lists (all 1
-below) and the special ids.
+A checkpoint has its own configuration. Values that only a checkpoint has are missing here: LongRoPE's factors (all 1
+below) and the ids of special tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PHI_4 = dataclasses.replace(
 )
 
 PRESETS: dict[str, Phi3Config] = {
-    "phi-3-mini": _MINI,  # short for the next
+    "phi-3-mini": _MINI,  # an alias of the next one
     "phi-3-mini-4k": _MINI,
     "phi-3-mini-128k": _MINI_LONG,
     "phi-3.5-mini": _MINI_LONG,

@@ -1,7 +1,7 @@
-"""How long work tells how far it has come."""
+"""The type of the callbacks by which long work reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-OnProgress = Callable[[int, int], None]  # called with (done, in all), in the unit that the function names
+OnProgress = Callable[[int, int], None]  # called with (done, total), in the unit that the function names

@@ -1,8 +1,8 @@
 """Checkpoints in files <-> a configuration, a tree of parameters, a tokenizer and settings.
 
 load_save.py has the two functions that users call; each kind of file has a module (safetensors, quantised ones, PEFT's
-adapters) or a room (gguf/), and assemble.py stacks their tensors over the layers. Others use the names below, the
-modules of gguf/, `atomic_write` and `safetensors_files`.
+adapters) or a package (gguf/), and assemble.py stacks their tensors over the layers. Other packages use the names
+below, the modules of gguf/, `atomic_write` and `safetensors_files`.
 """
 
 from phi3_jax.checkpoint.assemble import Layout as Layout

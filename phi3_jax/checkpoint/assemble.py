@@ -21,7 +21,7 @@ from phi3_jax.quantization import Format, formats
 
 Layout = Literal["rows", "packed"]
 
-# Copying runs at memory speed from two threads on; more only take cores from one another.
+# Two threads are enough to copy at memory speed; many more would only compete for the cores.
 _THREADS = 4
 
 
@@ -43,11 +43,11 @@ def assemble(
 
     Args:
       sources: the checkpoint's tensors by Hugging Face name.
-      dtype: "float32", "bfloat16" or "float16": what the parameters become that stay floats.
+      dtype: "float32", "bfloat16" or "float16": the dtype of parameters that stay floats.
       origin: file or folder, for messages.
       on_progress: called with (bytes done, bytes in all) after each tensor.
-      quantize: a policy of policy.py, by which matrices become integers; "stored" keeps the integers that the
-        file has, as far as there are such ones here, and 8 bits otherwise; None makes floats.
+      quantize: a policy of policy.py, by which matrices become integers; "stored" keeps the file's integers of 4 and 8
+        bits, leaves 16-bit floats as floats, and rounds the rest to 8 bits; None makes floats.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; "rows"
         is Hugging Face's order.
 
@@ -94,7 +94,7 @@ def assemble(
 def _formats(
     sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]], config: Phi3Config, quantize: str | None
 ) -> dict[str, Format | None]:
-    """What each leaf becomes; None where it stays floats."""
+    """The format of each leaf; None where it stays floats."""
     if quantize is None:
         return dict.fromkeys(shapes)
     if quantize != "stored":
@@ -138,7 +138,7 @@ def _check_names(
     sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]], config: Phi3Config, origin: str
 ) -> None:
     layers = config.num_hidden_layers
-    if layers > len(sources):  # before a list of names is made that a damaged config.json can make as long as it likes
+    if layers > len(sources):  # checked first: with a damaged config.json, the list of names could be huge
         raise ValueError(f"{origin}: {len(sources)} tensors cannot be the weights of num_hidden_layers={layers}")
     expected = {
         name: shape[1:] if path.startswith("layers/") else shape

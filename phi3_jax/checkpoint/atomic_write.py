@@ -12,11 +12,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: bool = False) -> Iterator[Path]:
-    """A name to write to that becomes `target` if all goes well, and vanishes otherwise.
+    """Yields a temporary file to write to, which is renamed to `target` on success and removed otherwise.
 
     Args:
       size: bytes that will be written, where that is known.
-      overwrite: take the place of a file that is there; it stays as it was if anything goes wrong.
+      overwrite: replace a file that exists; it stays as it was if anything goes wrong.
       private: only its owner may read the file.
 
     Raises:
@@ -49,7 +49,7 @@ def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: b
 
 @contextlib.contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder to fill that becomes `target` if all goes well, and vanishes otherwise.
+    """Yields a temporary folder to fill, which is renamed to `target` on success and removed otherwise.
 
     Args:
       size: bytes that will be written into it.

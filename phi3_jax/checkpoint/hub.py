@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub: those that are asked for by name, and no others."""
+"""Downloads from the Hugging Face hub: only of files that are asked for by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_hub_id(path: str | os.PathLike[str]) -> bool:
 
 
 def download(hub_id: str, files: Sequence[str]) -> Path:
-    """Fetches what is not there yet of these files, or of what these patterns match -> their folder in the hub's cache.
+    """Downloads the files (names or patterns) that are not in the hub's local cache yet -> their folder there.
 
     Raises:
       FileNotFoundError: the hub has no such model, or cannot be reached; says what to do.

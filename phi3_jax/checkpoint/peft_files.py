@@ -1,8 +1,8 @@
 """Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors, read and written.
 
-The matrices have the names of Hugging Face's Phi-3, with q, k and v fused, and gate and up. For a base whose published
-form has them apart (Llama, and so the demo model), an adapter that is written here fits the checkpoint that
-`phi3_jax.save` writes, which transformers loads as Phi-3; it does not fit the published one.
+The matrices have the names of Hugging Face's Phi-3, where q, k and v are fused, and gate and up. If the published base
+has them separately (Llama, and so the demo model), an adapter that is written here does not fit the published model,
+but the checkpoint that `phi3_jax.save` writes of it, which transformers loads as Phi-3.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "layers_to_transform",
     "bias", "init_lora_weights",
 }  # fmt: skip
-# Where the file came from, how the adapter began, how it is held in memory.
+# Ignored: where the file came from, how the adapter was initialised, how it is held in memory.
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "layers_pattern", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
@@ -56,7 +56,7 @@ def save_adapter(
     Raises:
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
-      ValueError: the adapter is not one of this model, or not as `lora` says.
+      ValueError: the adapter does not fit this model, or `lora`.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items()}
     if {path: leaf.shape for path, leaf in leaves.items()} != adapter_shapes(config, lora):
@@ -83,13 +83,13 @@ def save_adapter(
 
 
 def load_adapter(folder: str | os.PathLike[str], config: Phi3Config) -> tuple[LoraConfig, Adapter]:
-    """Reads an adapter for a model of these sizes, as float32. Layers that it leaves out get one that is zero.
+    """Reads an adapter for a model of these sizes, as float32. Layers that it leaves out get zeros.
 
-    The folder may be a hub id, of which only these two files are fetched.
+    The folder may be a hub id, of which only the adapter's two files are fetched.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is damaged, does not fit the model, or describes something that is not computed here.
+      ValueError: a file is damaged, does not fit the model, or describes something that is not implemented here.
     """
     place = Path(folder)
     if not place.exists() and is_hub_id(folder):
@@ -134,7 +134,7 @@ def merged_sources(
     flat = flax.traverse_util.flatten_dict(adapter, is_leaf=lambda _, value: "a" in value)
     for path, stacks in flat.items():
         for i, name in enumerate(tensor_names("/".join((*path, "weight")), config.num_hidden_layers)):
-            if name in sources:  # those that are missing are reported with the checkpoint's other faults
+            if name in sources:  # `assemble` reports those that are missing
                 parts = {part: stack[i] for part, stack in stacks.items()}
                 found[name] = TensorSource(
                     sources[name].shape, "float32", functools.partial(read, sources[name], parts)
@@ -152,7 +152,7 @@ def _names(path: str, layers: int) -> list[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json, with nothing in it that would have to be computed otherwise."""
+    """Reads adapter_config.json; settings that are not implemented here raise ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the file is missing; name a folder that PEFT or this library wrote")
     settings = tokenizer_files.read_json(path)
@@ -174,7 +174,7 @@ def _read_weights(path: Path) -> dict[str, TensorSource]:
 
 
 def _adapted(settings: Mapping[str, Any], config: Phi3Config, path: Path) -> dict[str, list[int]]:
-    """Which matrices the settings mean: the layers of each of TARGETS that has any, in PEFT's way of matching names."""
+    """The layers in which each of TARGETS is adapted ({"o_proj": [0, 1]}), if any; names are matched as in PEFT."""
     asked, layers = settings.get("target_modules"), settings.get("layers_to_transform")
     if asked != "all-linear" and not (isinstance(asked, list) and all(isinstance(name, str) for name in asked)):
         raise ValueError(f"{path}: target_modules={asked!r} must be a list of names, or 'all-linear'")

@@ -1,6 +1,6 @@
 """Files of quantised or packed weights: the leaves of the parameter tree as they are, in one safetensors file.
 
-The file is mapped and not read: what a model needs of it comes into memory when it is first used.
+The file is memory-mapped: the operating system reads its parts when they are first used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ALIGNMENT = 64  # bytes: where a mapped array begins, so that JAX takes it as i
 
 
 def is_quantized(params: Params) -> bool:
-    """Whether some weights are integers or packed, be it under an adapter."""
+    """Whether some weights are integers or packed, also where an adapter is attached to them."""
 
     def is_one(leaf: Any) -> bool:
         return isinstance(leaf, QuantizedTensor | PackedTensor)
@@ -45,7 +45,7 @@ def describe(params: Params) -> dict[str, Any]:
 
 
 def write(folder: Path, params: Params) -> None:
-    """Writes the file. Arrays whose sizes are multiples of 64 bytes, which is all the large ones, come first."""
+    """Writes the file. Arrays whose sizes are multiples of 64 bytes (all large ones) come first and so are aligned."""
     arrays = dict(_arrays(params))
     names = sorted(arrays, key=lambda name: (arrays[name].nbytes % _ALIGNMENT != 0, name))
     kinds = {dtype: kind for kind, dtype in _KINDS.items()}
@@ -71,6 +71,7 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool) -> Para
 
     Raises:
       FileNotFoundError: the file is missing.
+      Unavailable: `packed` is asked for where there are no kernels.
       ValueError: it is damaged, or it does not fit the description or the configuration.
     """
     path = folder / FILE
@@ -116,7 +117,7 @@ def _arrays(params: Params) -> Iterator[tuple[str, np.ndarray]]:
 def _wanted(
     name: str, entry: Mapping[str, Any], shape: tuple[int, ...], folder: Path
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of the arrays of a leaf that is described so."""
+    """Shapes and dtypes of the arrays of a leaf with this description."""
     kind: Any = entry.get("kind")
     group, symmetric = entry.get("group", 32), entry.get("symmetric", True)
     floats = {

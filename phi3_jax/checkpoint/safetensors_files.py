@@ -1,7 +1,7 @@
-"""Hugging Face safetensors folders: tensors mapped from one file or several, and written back.
+"""Hugging Face safetensors folders: tensors are memory-mapped from one file or several, and written back.
 
-The header is read here and not through the safetensors package, which hands out copies at 1.6 GB/s where a mapped file
-copies at memory speed (BUILD_NOTES.md); writing goes through the package.
+The header is parsed here, because the safetensors package returns copies at 1.6 GB/s, while a mapped file is copied at
+memory speed (BUILD_NOTES.md); writing uses the package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
 
     Raises:
       FileNotFoundError: neither is there, or a shard is missing.
-      ValueError: a file is damaged, a tensor is not of a float type, or stands in two shards.
+      ValueError: a file is damaged, a tensor is not of a float type, or is in two shards.
     """
     files = _files(folder)
     sources: dict[str, TensorSource] = {}
@@ -54,10 +54,10 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
 def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, TensorSource]:
     """The tensors of one safetensors file; every size in its header is checked against the file's.
 
-    kinds are the dtypes that are wanted, by their names in the format.
+    `kinds` are the dtypes that are accepted, by their names in the format.
 
     Raises:
-      ValueError: the header is damaged, or the file is shorter or longer than it says.
+      ValueError: the header is damaged, the file is shorter or longer than it says, or a dtype is not accepted.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -104,7 +104,7 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
 def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes tensors as one file."""
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # the package makes files that only their owner can read
+    path.chmod(0o644)  # the package creates files that only their owner can read
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What every reader of files hands out: named tensors, each read when it is asked for."""
+"""What every reader of files returns: named tensors, each of which is read on demand."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TensorSource:
       shape: as Hugging Face has it: [out, in] or [D].
       dtype: name of the dtype that `read` gives.
       read: reads the tensor (dequantising, fusing, permuting as its format needs); nothing is kept between calls.
-      form: of the integers that the file holds; None where it holds floats, or integers that are not used as they are.
-      quantized: reads those; None where some weights could not be expressed exactly: then `read` the floats.
+      form: the form of the file's integers; None for floats, and for integers that can only be read as floats.
+      quantized: reads the integers; it returns None if they cannot express the weights exactly: then use `read`.
     """
 
     shape: tuple[int, ...]

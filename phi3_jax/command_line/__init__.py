@@ -1,5 +1,5 @@
 """What the programs in infer/programs/ and train/programs/ share: how they run, and how they show progress.
 
-The only room of the library with flags and printing; nothing but programs imports it (tests/test_imports.py).
-Others use `program.run_program`, `program.interruptible` and `progress.progress_bar`.
+The only package of the library with flags and printing; nothing but programs imports it (tests/test_imports.py).
+They use `program.run_program`, `program.interruptible` and `progress.progress_bar`.
 """

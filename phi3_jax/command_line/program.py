@@ -33,7 +33,7 @@ Topics = Mapping[str, Sequence["flags.FlagHolder[Any]"]]
 def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
     """Parses the flags and runs `main`, whose result is the exit code; bad input becomes one line and exit code 1.
 
-    Bad input raises ValueError, OSError or ImportError; anything else is a fault of ours and is shown whole.
+    ValueError, OSError and ImportError count as bad input; other exceptions are bugs, shown with their traceback.
 
     Args:
       topics: the program's flags as --help groups them.
@@ -42,11 +42,11 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    # absl shows messages from INFO on, and jax reports each accelerator that this machine does not have as one.
+    # absl shows INFO messages, and jax logs one for each accelerator that this machine does not have.
     logging.getLogger("jax").setLevel(logging.WARNING)
 
     def parse(argv: Sequence[str]) -> list[str]:
-        # Before the flags are checked, some of which may be required.
+        # --help and --version come before the check of the flags, some of which may be required.
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
             print(help_text)
             sys.exit(0)
@@ -63,7 +63,7 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
             sys.exit(f'{name}: unexpected arguments {list(argv[1:])}; quote text: --prompt "two words"')
         if _COMPILATION_CACHE_DIR.value:
             jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE_DIR.value)
-            # Small programs too: there are dozens of them in a start, and together they take seconds.
+            # Keep small compiled programs, too: a start compiles dozens of them, which together takes seconds.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         try:
             return main()
@@ -77,9 +77,9 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
 
 @contextlib.contextmanager
 def interruptible(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C does not raise: it makes the function that is yielded say True. A second Ctrl-C raises.
+    """Inside, Ctrl-C does not raise, but makes the yielded function return True. A second Ctrl-C raises.
 
-    So do other signals, of which SIGTERM is how a scheduler asks a program to end.
+    The signals in `others` do the same; with SIGTERM, for example, a scheduler asks a program to end.
     """
     pressed = threading.Event()
 
@@ -115,7 +115,7 @@ def _help(title: str, topics: Topics) -> str:
             value = kinds.get(flag.flag_type().removeprefix("multi "), "=TEXT") if value is None else value
             default = "" if flag.default in (None, "", [], False) else f" (default: {flag.default})"
             lines.append(f"  --{flag.name}{value}")
-            # What absl adds to a help text.
+            # Remove what absl adds to a help text.
             text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*$", "", flag.help, flags=re.DOTALL)
             lines += textwrap.wrap(f"{text}{default}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

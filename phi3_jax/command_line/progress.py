@@ -12,11 +12,11 @@ from phi3_jax.progress import OnProgress
 
 @contextlib.contextmanager
 def progress_bar(what: str, unit: str = "B") -> Iterator[OnProgress]:
-    """Yields a function that shows how far work has come: on standard error, once it takes more than a second.
+    """Yields a function that shows progress on standard error, once the work takes more than a second.
 
     Args:
-      what: is being done, for example "loading".
-      unit: of what is counted.
+      what: the label of the bar, for example "loading".
+      unit: of the numbers.
     """
     with tqdm(desc=what, unit=unit, unit_scale=True, unit_divisor=1000, delay=1, disable=None, leave=False) as bar:
 

@@ -1,8 +1,8 @@
 """The two operations that take a model's time: `linear.linear` and `attention.attention`.
 
-Each is a room with one public function and a file for each way of computing it, of which xla.py is the reference.
-native/ has the C++ of the CPU kernels. Others use the names below, the two functions, what they take as arguments,
-and `machine`, which measures what the hardware can do at best.
+Each is a package with one public function and a module for each implementation, of which xla.py is the reference.
+native/ has the C++ of the CPU kernels. Other packages use the names below, the two functions, the types of their
+arguments, and `machine`, which measures the limits of the hardware.
 """
 
 from phi3_jax.kernels.linear.lora import LoraTensor as LoraTensor

@@ -1,4 +1,4 @@
-"""Which of two ways of doing the same a compiled program takes."""
+"""Chooses between a CPU kernel and its reference in XLA, when a program is compiled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 
 
 def on_cpu(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel where a program is compiled for the CPU, and the reference elsewhere and for derivatives.
+    """A function that runs `kernel` in programs compiled for the CPU, and `reference` elsewhere and for derivatives.
 
-    Everything that the two depend on must be an argument, not a variable of a function around them.
+    All arrays that the two use must be their arguments, not captured from an enclosing function.
     """
 
     @jax.custom_jvp

@@ -1,4 +1,4 @@
-"""What the machine can do at best: measured on the CPU, published for accelerators."""
+"""The limits of the machine: measured on the CPU, from data sheets for accelerators."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from phi3_jax.kernels.native.build import library, why_unavailable
 
 Rate = Literal["float32", "bfloat16", "int8"]  # kinds of arithmetic, in the order of native/machine.cpp
 _RATES: tuple[Rate, ...] = ("float32", "bfloat16", "int8")
-_BYTES = 1 << 30  # read over and over; far beyond every cache, of which servers have some hundred megabytes
+_BYTES = 1 << 30  # read repeatedly; far more than processors' caches hold (some hundred megabytes in servers)
 
-# Operations per second of matrix products of bfloat16 without sparsity, by what jax's `device_kind` begins with: from
-# the makers' data sheets. The first that fits counts.
+# From the makers' data sheets: operations per second of bfloat16 matrix products, without sparsity. Keys are prefixes
+# of jax's `device_kind`; the first that matches is used.
 _PUBLISHED = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -55,8 +55,8 @@ def threads() -> int:
 def peak_rate(dtype: Rate) -> float | None:
     """Operations (products and sums) per second of all devices together in matrix products; None if it is not known.
 
-    On the CPU it is measured, which takes half a second, and 0 where it has no instructions for the type. For an
-    accelerator it is what its maker says of bfloat16, whatever the type.
+    On the CPU it is measured, which takes half a second; it is 0 if the CPU has no instructions for the type. For an
+    accelerator it is the maker's figure for bfloat16, whatever the type.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":

@@ -13,11 +13,11 @@ from phi3_jax.kernels.native.build import library, why_unavailable
 
 
 def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") -> dict[str, str]:
-    """Which implementation `linear` and `attention` use on this machine, and why not another: a line for each.
+    """Which implementation "linear" and "attention" (the keys) use on this machine, and why not another.
 
     Args:
-      params: the parameter tree that `linear` is asked about; None asks about packed weights.
-      cache_dtype: of the keys and values that `attention` is asked about.
+      params: the parameter tree that `linear` is used with; None assumes packed weights.
+      cache_dtype: the dtype of the key-value cache that `attention` is used with.
     """
     platform = jax.default_backend()
     if platform != "cpu":

@@ -1,7 +1,7 @@
 """The decoder: token ids -> logits, as a pure function of a tree of parameters.
 
 Read decoder.py first; rope.py rotates queries and keys, cache.py holds the keys and values of earlier tokens, and
-parameters.py says which parameters there are and how checkpoints name them. Others use the names below.
+parameters.py says which parameters there are and how checkpoints name them. Other packages use the names below.
 """
 
 from phi3_jax.model.cache import KVCache as KVCache

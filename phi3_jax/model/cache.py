@@ -1,4 +1,4 @@
-"""The key-value cache: what the attention layers remember of the tokens before.
+"""The key-value cache: the attention layers' keys and values of earlier tokens.
 
 Axis letters: L layer, B batch, T new token, S slot, K key-value heads, H head dim.
 """
@@ -25,15 +25,15 @@ _TPU_LANES = 128
 class KVCache:
     """Rotated keys and values of every layer. The token at position p of a row lies in slot p mod S of that row.
 
-    With as many slots as tokens, that is a full cache. With fewer it is a ring, in which new tokens take the places of
-    the oldest. That is exact for a model with a sliding window as long as S >= window + T - 1 for T tokens at a time:
-    then whatever a token replaces is out of the window of every token written with it.
+    With as many slots as tokens, that is a full cache. With fewer it is a ring buffer: new tokens overwrite the oldest.
+    For a model with a sliding window the results stay exact if S >= window + T - 1, where T tokens are written at a
+    time: an overwritten token is then outside of the window of all tokens that are written with the new one.
 
     Attributes:
-      k, v: [L, B, K, S, H]; one head's keys lie together, so that a query reads them in one sweep. On a TPU, H is
-        rounded up to a multiple of 128, with zeros.
-      positions: int32 [B, S]: the position of the token in each slot, -1 where there is none.
-      k_scale, v_scale: float32 [L, B, K, S] where k and v are int8: each token's and head's own scale; else None.
+      k, v: [L, B, K, S, H]; one head's keys are adjacent in memory, so that a query reads them sequentially. On a TPU,
+        H is rounded up to a multiple of 128, with zeros.
+      positions: int32 [B, S]: the position of the token in each slot, -1 for an empty slot.
+      k_scale, v_scale: float32 [L, B, K, S] where k and v are int8: one scale for each token and head; else None.
     """
 
     k: jax.Array
@@ -52,7 +52,7 @@ class KVCache:
         head_dim = -(-config.head_dim // _TPU_LANES) * _TPU_LANES if jax.default_backend() == "tpu" else config.head_dim
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim)
         empty = jnp.full((batch, capacity), -1, jnp.int32)
-        # Two arrays each: buffers that are donated together must be distinct.
+        # k and v do not share their scales' array: buffers that are donated together must be distinct.
         scales = [jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None for _ in range(2)]
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, *scales)
 
@@ -81,7 +81,7 @@ class KVCache:
     ) -> KVCache:
         """Stores one layer's new keys and values, each [B, T, K, H], in the slots of their positions.
 
-        By the CPU kernels where a program is compiled for the CPU and they can be used; "xla" forbids them.
+        The CPU kernels do it where a program is compiled for the CPU and they can be used; "xla" forbids them.
         """
         if implementation == "xla" or why_not_cpu(self.k.dtype) is not None:
             return self._scatter(layer, positions, k, v)
@@ -90,8 +90,8 @@ class KVCache:
 
     def _scatter(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
         rows, slots = self._slots(positions)
-        # Heads are indexed too. Writing whole [K, H] blocks, XLA would want K and H side by side on a TPU, and copy the
-        # cache into that order and back in every layer.
+        # Heads are indexed, too. For writes of whole [K, H] blocks, XLA on a TPU would copy the cache into a layout
+        # with K and H adjacent, and back, in every layer.
         where = (layer, rows[..., None], jnp.arange(k.shape[2]), slots[..., None])
         padding = [(0, 0), (0, 0), (0, 0), (0, self.k.shape[-1] - k.shape[-1])]
         k, v = jnp.pad(k, padding), jnp.pad(v, padding)
@@ -114,7 +114,7 @@ class KVCache:
 
     def _slots(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jnp.arange(positions.shape[0])[:, None]
-        # A slot past the end is dropped by the scatter: that is how padding is skipped.
+        # The scatter drops slots past the end: padding gets such a slot, and is skipped.
         return rows, jnp.where(positions >= 0, positions % self.capacity, self.capacity)
 
 
@@ -131,7 +131,7 @@ def slots_needed(config: Phi3Config, tokens: int, chunk: int) -> int:
 
 
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [B, T, K, H] -> (int8 of the same shape, scales [B, T, K]), each token and head by its largest value."""
+    """x [B, T, K, H] -> (int8 of the same shape, scales [B, T, K]); each head's largest magnitude becomes 127."""
     scale = jnp.abs(x.astype(jnp.float32)).max(axis=-1) / _INT8_MAX
     safe = jnp.where(scale > 0, scale, 1.0)
     return jnp.round(x.astype(jnp.float32) / safe[..., None]).astype(jnp.int8), scale

@@ -36,11 +36,11 @@ Remat = Literal["none", "dots", "full"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What all layers share in one call.
+    """Values that all layers share in one call.
 
     Attributes:
-      cos, sin: [B, T, R] of the tokens' rotations.
-      visible: who sees whom.
+      cos, sin: [B, T, R], of the tokens' rotation angles (rope.py).
+      visible: which keys each query may see.
     """
 
     cos: jax.Array
@@ -51,7 +51,7 @@ class Shared:
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, layer: jax.Array | None = None) -> jax.Array:
     """RMSNorm (arXiv:1910.07467) of x [..., D]: normalised in float32, cast back, scaled in the model's dtype.
 
-    weight is [D], or a stack [L, D] of which `layer` names one.
+    weight is [D], or a stack [L, D] that is indexed by `layer`.
     """
     if layer is not None:
         weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
@@ -61,7 +61,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, layer: jax.Array | Non
 
 
 class Weight(nn.Module):
-    """One weight, declared at its shape for one layer; whatever is stored under its name is handed out as it is."""
+    """One weight, declared with its shape in one layer; a call returns unchanged what the tree has under its name."""
 
     shape: tuple[int, ...]
     initializer: Callable[..., jax.Array]
@@ -85,7 +85,7 @@ def scale(config: Phi3Config) -> Weight:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; keys and values go through the cache where there is one."""
+    """Grouped-query attention with rotary positions; new keys and values are stored in the cache, if there is one."""
 
     config: Phi3Config
     wants_probs: bool = False
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         Probabilities are [B, N, T, S].
         """
         N, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        # Gradients may be wanted, and the kernels would compute twice for them.
+        # Slices serve training: gradients may be taken, for which the kernels would compute twice.
         implementation: Literal["xla"] | None = "xla" if layer is None else None
         qkv = linear(x, self.qkv_proj(), layer)
         qkv = qkv.reshape(*x.shape[:2], N + 2 * K, self.config.head_dim)
@@ -145,7 +145,7 @@ class DecoderLayer(nn.Module):
     """Attention and feed-forward, each on the normalised input and added to the residual stream.
 
     Attributes:
-      capture: which values `__call__` returns as well; "matrix_inputs" are what each of the four matrices is given.
+      capture: which values `__call__` returns as well; "matrix_inputs" are the inputs of the layer's four matrices.
     """
 
     config: Phi3Config
@@ -183,10 +183,10 @@ class Phi3(nn.Module):
 
     Attributes:
       config: the sizes.
-      walk: how the stack of layer weights is read: "slice" (training), "index" (inference), or None: "index" when there
-        is a cache, else "slice", through which gradients are cheap. The numbers are the same.
-      remat: what the backward pass computes again instead of keeping it: nothing but attention's probabilities, all
-        of a layer but products with weights and what attention gives ("dots"), or all of it ("full").
+      walk: how the stack of layer weights is read: "slice" (training) or "index" (inference); the results are the same.
+        None takes "index" if there is a cache, else "slice", whose gradients are cheap.
+      remat: what the backward pass recomputes instead of keeping it in memory. "none": only attention's probabilities;
+        "dots": all of a layer except products with weights and attention's output; "full": all of a layer.
     """
 
     config: Phi3Config
@@ -213,7 +213,7 @@ class Phi3(nn.Module):
 
         Args:
           tokens: int [B, T].
-          positions: int32 [B, T], -1 for padding; by default 0, 1, 2, ... or on from what the cache holds.
+          positions: int32 [B, T], -1 for padding; by default 0, 1, 2, ..., or from `cache.lengths` on.
           segments: int32 [B, T], ids in [0, T), of sequences packed into one row; positions then restart with each.
           cache: keys and values of earlier tokens, to be extended; positions must stay below its capacity.
           rope_lengths: int32, broadcastable to [B, T]: the sequence lengths by which LongRoPE picks its factors; by
@@ -248,7 +248,7 @@ class Phi3(nn.Module):
     ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
         """Everything before the output head -> (x [B, T, D], cache, captured values).
 
-        Arguments are those of `__call__`, and `embedded` [B, T, D]: what goes in instead of the tokens' embeddings.
+        Arguments are those of `__call__`, and `embedded` [B, T, D], which replaces the tokens' embeddings.
         """
         _check(tokens, segments, cache, capture)
         if positions is None:

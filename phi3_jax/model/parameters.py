@@ -43,7 +43,7 @@ def tensor_names(path: str, layers: int) -> list[str]:
 
 
 def random_params(config: Phi3Config, dtype: str = "float32", seed: int = 0) -> Params:
-    """Freshly initialised parameters: normal with `initializer_range`, norms at 1."""
+    """Random parameters of a dtype named in DTYPES: normal with `initializer_range`; the weights of norms are 1."""
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init(key: jax.Array) -> Params:
@@ -54,6 +54,6 @@ def random_params(config: Phi3Config, dtype: str = "float32", seed: int = 0) -> 
 
 
 def require_floats(leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError where a leaf is not an array: integers are not rounded twice."""
+    """Raises ValueError if a leaf (by path) is no array of floats but a quantised or packed weight."""
     if wrong := [path for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
         raise ValueError(f"{wrong[0]} is a {type(leaves[wrong[0]]).__name__} already: load the model as floats")

@@ -26,7 +26,7 @@ def inverse_frequencies(config: Phi3Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def attention_factor(config: Phi3Config) -> float:
-    """The constant that multiplies cos and sin, at every length: LongRoPE's sqrt(1 + ln s / ln original), else 1."""
+    """The factor of cos and sin, at every length: LongRoPE's sqrt(1 + ln(factor) / ln(original)), else 1."""
     rope = config.long_rope
     if rope is None:
         return 1.0

@@ -1,7 +1,7 @@
 """Weights as floats -> weights as small integers.
 
-policy.py says which weights become which integers; rounding.py finds these without data, calibration.py (with gptq.py)
-by a text that runs through the model. What comes out are `kernels.QuantizedTensor`s. Others use the names below.
+policy.py says which weights become which integers; rounding.py rounds without data, calibration.py (with gptq.py) for
+the activations of a text. The results are `kernels.QuantizedTensor`s. Other packages use the names below.
 """
 
 from phi3_jax.quantization.calibration import calibrate as calibrate

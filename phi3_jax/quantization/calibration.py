@@ -1,8 +1,8 @@
-"""Rounding a model with a text at hand: each matrix is rounded for the inputs that the text gives it (gptq.py).
+"""Quantisation with a calibration text: each matrix is rounded for the inputs X that it gets from the text (gptq.py).
 
 The text runs through the model one layer after another, and through matrices that are already rounded: each matrix is
-rounded for the inputs that it will really have, and makes up for errors of those before. No more than one layer, its
-inputs for the whole text and one matrix X^T X of such inputs are held as floats at a time.
+rounded for the inputs that it will have in the quantised model, and compensates for the errors of those before it. At
+most one layer, its inputs for the whole text and one matrix X^T X are held as float32 at a time.
 
 Axis letters: B rows of text, T tokens of each, D model, I inputs of a matrix.
 """
@@ -37,10 +37,10 @@ _TABLE, _HEAD = "embed_tokens/weight", "lm_head/weight"
 def calibrate(
     config: Phi3Config, params: Params, tokens: jax.Array, policy: str, on_progress: OnProgress | None = None
 ) -> Params:
-    """Rounds a model's matrices by a text.
+    """Rounds a model's matrices with a calibration text.
 
-    Tables of embeddings are rounded without it (rounding.py), also where one is the output head as well: a row that is
-    read must be right by itself.
+    The embedding is rounded without it (rounding.py), also where it is the output head as well: each of its rows is
+    used by itself.
 
     Args:
       params: a tree of floats.
@@ -50,8 +50,8 @@ def calibrate(
       on_progress: called with (weights done, weights in all) after each matrix.
 
     Raises:
-      ValueError: there is no such policy; the tree has integers already; tokens are no ids of this vocabulary; weights,
-        or what the model computes from the text, are not finite; scales do not fit float16.
+      ValueError: there is no such policy; weights are quantised already; tokens are outside of the vocabulary; weights
+        or activations are not finite; activations are too alike; scales do not fit float16.
     """
     _check(config, tokens)
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
@@ -116,7 +116,7 @@ def _products(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("config", "path"))
 def _hessian(config: Phi3Config, path: str, layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """The sum of y y^T [I, I] over all that one matrix of a layer is given, where the text x [B, T, D] enters it."""
+    """The sum of y y^T [I, I] over all inputs y of one matrix, in a layer whose input is x [B, T, D]."""
     size, name = layer[path].shape[1], path.split("/")[-2]
 
     def add(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
@@ -132,9 +132,9 @@ def _after(config: Phi3Config, layer: dict[str, jax.Array], x: jax.Array) -> jax
 
 
 def _run_layer(config: Phi3Config, layer: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs one row of text x [1, T, D] through a layer -> (the same after it, what each matrix is given [1, T, I]).
+    """Runs one row of text x [1, T, D] through a layer -> (the layer's output, each matrix's input [1, T, I] by name).
 
-    Only what is used of the result is computed, where this is compiled.
+    Under jit, XLA removes the computation of results that the caller does not use.
     """
     T = x.shape[1]
     positions = jnp.arange(T, dtype=jnp.int32)[None]

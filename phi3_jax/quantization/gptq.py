@@ -1,7 +1,7 @@
 """One matrix rounded so that its products with real inputs change little: GPTQ (arXiv:2210.17323).
 
-Inputs are rounded one after another. What rounding one of them does to the outputs is made up for, as far as the inputs
-are correlated, by changing the weights of those that are still floats.
+The weights of one input after another are rounded. As far as inputs are correlated, the error of the outputs is
+compensated by changing the weights of inputs that are not rounded yet.
 
 Axis letters: O outputs, I inputs, J inputs rounded up to whole blocks, S inputs of a block, G inputs of a group, A
 groups of a block.
@@ -19,7 +19,7 @@ from phi3_jax.quantization import rounding
 from phi3_jax.quantization.policy import Format
 from phi3_jax.quantization.rounding import Fit
 
-_BLOCK = 128  # inputs after which the whole matrix is updated, and not only the block: few passes over memory
+_BLOCK = 128  # inputs; the weights after a block are updated once per block, for fewer passes over memory
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -27,11 +27,11 @@ def gptq(weight: jax.Array, hessian: jax.Array, form: Format, damping: float = 0
     """Rounds a weight [O, I] for inputs x whose sum of x x^T is `hessian` [I, I].
 
     Args:
-      damping: what is added to the hessian's diagonal, as a part of its mean: no input goes for nothing.
+      damping: added to the hessian's diagonal, as a fraction of the diagonal's mean, so that every input counts.
 
     Raises:
       ValueError: there are weights or inputs that are not finite, or weights whose scales do not fit float16; the
-        hessian, damped, is no sum of x x^T to float32's precision.
+        damped hessian is not positive definite in float32.
     """
     if not bool(jnp.isfinite(hessian).all()):
         raise ValueError("there are inputs that are not finite: the model gives no numbers for this text")
@@ -49,11 +49,11 @@ def _gptq(
     (outputs, inputs), G, S = weight.shape, form.group, _BLOCK
     J = -(-inputs // S) * S
     U = inverse_factor(hessian, damping, J)
-    # Once those before it are rounded, an input's error costs this much.
+    # The cost of an input's squared error, when the inputs before it are already rounded.
     importance = jnp.where(jnp.arange(J) < inputs, 1 / jnp.diag(U) ** 2, 0)
 
     def round_input(j: jax.Array, state: tuple[jax.Array, ...], start: jax.Array, fit: Fit) -> tuple[jax.Array, ...]:
-        """Input start + j of the block w [S, O], where U is [S, S]; the rest of the block makes up for it at once."""
+        """Rounds input start + j of the block w [S, O], with U [S, S], and compensates in the rest of the block."""
         w, U, q, missed = state
         i = start + j
         rounded = rounding.integers(w[i], fit.scale, fit.min, form)
@@ -87,12 +87,12 @@ def _gptq(
 
 
 def inverse_factor(hessian: jax.Array, damping: float, size: int) -> jax.Array:
-    """The upper triangle U of U^T U = H^-1, where H [size, size] is the hessian, damped, and padded by its mean."""
+    """The upper triangular U with U^T U = H^-1; H [size, size] is the hessian, damped, and padded by its mean."""
     inputs = len(hessian)
     mean = jnp.diag(hessian).mean()
-    mean = jnp.where(mean > 0, mean, 1)  # nothing was seen at all: plain rounding
+    mean = jnp.where(mean > 0, mean, 1)  # all inputs were zero: plain rounding
     hessian = hessian + damping * mean * jnp.eye(inputs)
     padded = mean * jnp.eye(size).at[:inputs, :inputs].set(hessian / mean)
-    # Backwards, Cholesky's triangle is an upper one: H = R R^T, and U = R^-1, without ever inverting H itself.
+    # In reversed order, Cholesky's factor is upper triangular: H = R R^T, and U = R^-1, without inverting H itself.
     R = jnp.linalg.cholesky(padded[::-1, ::-1])[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(R, jnp.eye(size), lower=False)

@@ -1,4 +1,4 @@
-"""Which integers there are (`Format`), and which of a model's weights become which (`formats`)."""
+"""The formats of quantised weights (`Format`), and which of a model's weights get which format (`formats`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from phi3_jax.kernels.linear.quantized import GROUPS, ZERO
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a matrix of floats becomes.
+    """The format of a quantised matrix.
 
     Attributes:
       bits: 8 or 4.
       group: how many inputs share a scale: 32, 64 or 128.
-      symmetric: no offsets; with 4 bits an offset buys more than a smaller group does, with 8 bits nothing.
+      symmetric: no offsets. With 4 bits, offsets improve the accuracy more than smaller groups do; with 8 bits they do
+        not improve it.
+
+    Raises:
+      ValueError: from the constructor, for other bits or groups.
     """
 
     bits: int
@@ -33,7 +37,7 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """What a weight takes, scales and offsets included."""
+        """The average size of a weight, scales and offsets included."""
         return self.bits + (16 if self.symmetric else 32) / self.group
 
 
@@ -44,7 +48,7 @@ def parse_format(name: str) -> Format:
     """Reads "int8" or "int4", with details where they are not the usual ones: "int4-g64", "int4-g32-asymmetric".
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: the name is not one of these.
     """
     if not (match := _NAME.fullmatch(name)):
         raise ValueError(
@@ -56,10 +60,11 @@ def parse_format(name: str) -> Format:
 
 
 def formats(policy: str, paths: Iterable[str]) -> dict[str, Format | None]:
-    """What each leaf of a parameter tree becomes, by path ("layers/mlp/down_proj/weight"); None where it stays.
+    """The format of each leaf of a parameter tree, by path ("layers/mlp/down_proj/weight"); None: it stays floats.
 
     Args:
-      policy: a name that `parse_format` knows, for all matrices; or "int4-mixed".
+      policy: a name that `parse_format` knows, for all matrices (an embedding that is not the head gets 8 bits); or
+        "int4-mixed", which gives 8 bits to the embedding, the head and qkv_proj, and 4 bits to other matrices.
       paths: of the whole tree, which tells whether the embedding is the output head, too.
 
     Raises:
@@ -69,9 +74,9 @@ def formats(policy: str, paths: Iterable[str]) -> dict[str, Format | None]:
     is_mixed = policy == "int4-mixed"
     usual, fine = parse_format("int4" if is_mixed else policy), Format(8)
     kinds: dict[str, Format | None] = {
-        "embed_tokens": fine,  # one row is read for each token: 8 bits take no time
+        "embed_tokens": fine,  # only one row is read for each token: 8 bits cost no time
         "lm_head": fine if is_mixed else usual,
-        "qkv_proj": fine if is_mixed else usual,  # what 4 bits do here costs the most, for the memory that it takes
+        "qkv_proj": fine if is_mixed else usual,  # here 4 bits lose the most accuracy for the memory they save
         "o_proj": usual,
         "gate_up_proj": usual,
         "down_proj": usual,

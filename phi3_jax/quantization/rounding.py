@@ -1,9 +1,9 @@
-"""Floats -> integers without data: every group's scale is searched for, so that the squared error is the smallest.
+"""Floats -> integers without data: a search finds the scale of each group that gives the smallest squared error.
 
-A group of weights x gets scale * p, or scale * q + min. Each of some scales around the one that just holds the largest
-weight is rounded to float16, used to round the weights, and fitted to the integers that came out by least squares; the
-best of all is kept. The largest weight of a symmetric group always lies on the longer, negative side of the integers,
-if need be by a negative scale, as in GGUF's Q4_0.
+A group of weights becomes scale * (q - zero), or scale * q + min. Several scales are tried, around the one that just
+covers the largest weight: each is rounded to float16, used to round the weights, and fitted to the resulting integers
+by least squares; the best one is kept. The largest weight of a symmetric group always lies on the longer, negative side
+of the integers, if necessary by a negative scale, as in GGUF's Q4_0.
 
 Axis letters: L layer, O outputs, I inputs, J inputs rounded up to whole groups, A = J / G groups, G inputs of a group,
 R outputs that are rounded at a time, M = R * A.
@@ -28,12 +28,12 @@ from phi3_jax.progress import OnProgress
 from phi3_jax.quantization.policy import Format, formats
 
 _BLOCK = 1 << 20  # weights that are rounded at a time: one compiled program serves many matrices, in little memory
-_UNROLLED = 8  # inputs of a group that one compiled loop body goes through
+_UNROLLED = 8  # inputs of a group that are handled in one iteration of the compiled loop
 _SMALLEST_SCALE = 2.0**-20  # float16 has 4 bits of precision left there
 
 
 class Fit(NamedTuple):
-    """What a group's weights are rounded with, [M] each: its squared error, and scale and min, as float16 has them."""
+    """Groups' scales and mins, rounded to float16, and the squared errors that they give; [M] each."""
 
     error: jax.Array
     scale: jax.Array
@@ -53,14 +53,14 @@ def quantize(weight: Any, form: Format, importance: Any = None) -> QuantizedTens
         layers = [quantize(each, form, importance) for each in weight]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     if importance is None and weight.shape[1] % form.group:
-        importance = np.ones(weight.shape[1], np.float32)  # so that padding can have 0
+        importance = np.ones(weight.shape[1], np.float32)  # so that padding can be given the importance 0
     outputs = weight.shape[0]
     R = -(-outputs // -(-weight.size // _BLOCK))
     rows, largest = [], 0.0
     for start in range(0, outputs, R):
-        block = weight[min(start, outputs - R) :][:R]  # the last one overlaps: all have one shape, and need one program
+        block = weight[min(start, outputs - R) :][:R]  # the last one overlaps: one shape needs one program only
         rounded, error, block_largest = _round_rows(block, importance, form)
-        largest = float(np.maximum(largest, block_largest))  # NaN wins
+        largest = float(np.maximum(largest, block_largest))  # NaN if either is NaN
         check(float(error), largest)
         rows.append(jax.tree.map(operator.itemgetter(slice(max(0, start + R - outputs), None)), rounded))
     if 0 < largest < ZERO[form.bits] * _SMALLEST_SCALE:
@@ -76,7 +76,7 @@ def quantize_params(params: Any, policy: str, on_progress: OnProgress | None = N
       on_progress: called with (weights done, weights in all) after each leaf.
 
     Raises:
-      ValueError: there is no such policy; the tree has integers already; or see `quantize`.
+      ValueError: there is no such policy; weights are quantised already; or see `quantize`.
     """
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     require_floats(leaves)
@@ -94,7 +94,7 @@ def quantize_params(params: Any, policy: str, on_progress: OnProgress | None = N
 
 
 def check(error: float, largest: float) -> None:
-    """Raises ValueError for what could not be rounded: the squared error and the largest weight tell."""
+    """Raises ValueError if the largest weight or the squared error is not finite: the weights could not be rounded."""
     if not np.isfinite(largest):
         raise ValueError("there are weights that are not finite: the file is damaged, or the training diverged")
     if not np.isfinite(error):
@@ -140,12 +140,12 @@ def integers(x: jax.Array, scale: jax.Array, minimum: jax.Array, form: Format) -
 
 
 def floats(q: jax.Array, scale: jax.Array, minimum: jax.Array, form: Format) -> jax.Array:
-    """What integers, given as floats, stand for."""
+    """The weights that integers, given as floats, represent."""
     return (q - ZERO[form.bits]) * scale if form.symmetric else q * scale + minimum
 
 
 def search(x: jax.Array, importance: jax.Array | None, form: Format) -> Fit:
-    """The scales, and mins, by which each column of x [G, M] is rounded best; importance is [G, M] or None."""
+    """The best scale and min for each column of x [G, M]; importance is [G, M] or None."""
     low, high = x.min(0), x.max(0)
     tried = jnp.asarray(_TRIED[form.bits, form.symmetric], jnp.float32)
 
@@ -161,8 +161,8 @@ def search(x: jax.Array, importance: jax.Array | None, form: Format) -> Fit:
     return jax.lax.fori_loop(0, len(tried), attempt, nothing)
 
 
-# By bits and symmetry. Symmetric: the integers up to which the largest weight is stretched. Asymmetric: which parts of
-# the range are cut off at its ends.
+# What is tried, by bits and symmetry. Symmetric: the integer to which the largest weight is mapped. Asymmetric: the
+# fractions of the range of weights that are cut off at its lower and upper end.
 _TRIED: dict[tuple[int, bool], list[Any]] = {
     (4, True): list(np.linspace(6, 9, 13)),
     (8, True): list(np.linspace(122, 127, 6)),
@@ -172,7 +172,7 @@ _TRIED: dict[tuple[int, bool], list[Any]] = {
 
 
 def _first(low: jax.Array, high: jax.Array, tried: jax.Array, form: Format) -> tuple[jax.Array, jax.Array]:
-    """A scale and min to begin with, for groups that lie between low and high."""
+    """The first scale and min of an attempt, for groups whose weights lie between low and high."""
     if form.symmetric:
         return _half(-jnp.where(high > -low, high, low) / tried), jnp.zeros_like(low)
     minimum = _half(low + tried[0] * (high - low))
@@ -189,7 +189,7 @@ def _evaluate(
 
     def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         error, c_sum, x_sum, p_sum, pp_sum, xp_sum = sums
-        # One after another, and not as reductions: XLA makes one vectorised pass of this, ten times as fast.
+        # A loop instead of reductions: XLA makes one vectorised pass of it, which is ten times as fast.
         for each in range(_UNROLLED):
             row = x[_UNROLLED * i + each]
             q = integers(row, scale, minimum, form)

@@ -1,7 +1,7 @@
 """Text <-> token ids, and the messages of a chat -> a prompt.
 
-What goes in are a checkpoint's tokenizer files and its chat template; what comes out are token ids, and text again,
-also piece by piece while it is generated. Others use the names below, and `tokenizer_files` for reading JSON.
+It reads a checkpoint's tokenizer files and its chat template, encodes text as token ids, and decodes ids to text, also
+one by one during generation. Other packages use the names below, and `tokenizer_files` for reading JSON.
 """
 
 from phi3_jax.text.chat import encode_answers as encode_answers

@@ -1,7 +1,7 @@
 """The two halves of a Tokenizer: text piece -> ids (two libraries) and ids -> text (two families of vocabulary).
 
 Encoders see only text without special tokens: `Tokenizer` has cut those out already, once for both libraries.
-Decoders work token by token. Decoding a whole sequence is the same as streaming it, so the two cannot disagree.
+Decoders work token by token. Decoding a whole sequence uses the same code as streaming, so the two cannot disagree.
 """
 
 import codecs
@@ -60,7 +60,7 @@ class TokenizersEncoder:
     """
 
     def __init__(self, spec: Mapping[str, Any], added_tokens: tuple[AddedToken, ...], source: str):
-        # Merges derived from a vocabulary can spell out a special token, which plain text must never turn into.
+        # Merges derived from a vocabulary can produce a special token, which plain text must never become.
         forbidden = {token.content for token in added_tokens if token.special}
         merges = [m for m in spec["model"]["merges"] if _merged(m) not in forbidden]
         model = {**spec["model"], "type": "BPE", "merges": merges}
@@ -106,7 +106,7 @@ def _without_first_prefix(pre_tokenizer: Any) -> Any:
 
 
 class PieceDecoder(Protocol):
-    """Turns vocabulary pieces into text, incrementally. `strips_leading_space`: whether the text loses one."""
+    """Turns vocabulary pieces into text, incrementally. `strips_leading_space`: one space at its start is dropped."""
 
     strips_leading_space: bool
 

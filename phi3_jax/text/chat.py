@@ -1,4 +1,4 @@
-"""Messages -> prompt, with the chat template that the checkpoint brings along.
+"""Messages -> prompt, with the checkpoint's chat template.
 
 A template is a jinja2 program from a file that somebody else wrote: it runs in jinja2's sandbox, with bounded sizes.
 What a message says is text: a `<|end|>` in it stays plain text and never ends the turn.
@@ -28,7 +28,7 @@ Message = Mapping[str, str]
 MAX_TEMPLATE_CHARACTERS = 100_000
 MAX_GENERATED_CHARACTERS = 1_000_000  # written by the template itself, on top of the messages
 
-# Code points that Unicode reserves for a program's own use; no text contains them in earnest.
+# Code points that Unicode reserves for a program's own use; real text does not contain them.
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 
@@ -55,7 +55,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
     """Token ids of the rendered conversation. Arguments, errors and warnings as in `render_chat`.
 
     Special tokens written by the template become their ids; the same strings in roles and contents stay text, encoded
-    in their place, so that the text around them gets the ids it always gets. bos is there if the template writes it.
+    in their place, so that the text around them gets its usual ids. bos is there only if the template writes it.
     """
     plain = _validated(messages)
     mark = _unused_noncharacter(tokenizer, plain)
@@ -65,10 +65,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
 
 
 def encode_answers(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
-    """Token ids of a conversation up to its last answer, and which of them the assistant says: what training learns.
+    """Token ids of a conversation up to its last answer, and the ranges of the assistant's answers, for training.
 
-    The ids are those of `encode_chat` without a generation prompt. An answer is what an assistant's message says with
-    the special token that ends its turn; the role's header before it and a newline behind it are not part of it.
+    The ids are those of `encode_chat` without a generation prompt. An answer is the content of an assistant's message
+    and the special token that ends its turn; the role's header before it and a newline after it are not part of it.
 
     Returns:
       ids, and the range [begin, end) of indices into them for each message of an assistant.
@@ -156,7 +156,7 @@ def _defuse(tokenizer: Tokenizer, text: str, mark: str) -> str:
 def _warn_if_system_is_dropped(tokenizer: Tokenizer, messages: list[dict[str, str]], generation_prompt: bool) -> None:
     if not any(message["role"] == "system" for message in messages):
         return
-    # The contents alone would not do: another message may say the same.
+    # Searching for the content is not enough: another message may have the same.
     probe = _unused_noncharacter(tokenizer, messages)
     probed = [m | {"content": m["content"] + probe} if m["role"] == "system" else m for m in messages]
     if probe not in _render(tokenizer, probed, generation_prompt):
@@ -233,12 +233,12 @@ def _compile(source: str) -> jinja2.Template:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    del environment.globals["lipsum"]  # writes as much nonsense as it is asked for
+    del environment.globals["lipsum"]  # generates filler text of any length
     return environment.from_string(source)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """jinja2's own filter escapes HTML, which no chat template means."""
+    """Replaces jinja2's own filter, which escapes HTML: chat templates expect plain JSON."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

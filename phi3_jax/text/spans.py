@@ -1,4 +1,4 @@
-"""Which tokens hold which characters: for training on some of a text and not on the rest."""
+"""Ranges of characters -> ranges of tokens, for training on only some parts of a text."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,8 @@ def encode_spans(
 ) -> tuple[list[int], list[Span]]:
     """Token ids of a text, the same as `Tokenizer.encode` gives, and the tokens of some ranges of its characters.
 
-    White space that an added token eats belongs to that token, and an added token to the range in which it begins.
+    White space that an added token takes (`lstrip`, `rstrip`) belongs to that token, and an added token to the range
+    in which it begins.
 
     Args:
       spans: ranges [begin, end) of characters.

@@ -2,7 +2,7 @@
 
     text --cut at added tokens--> pieces --encoder (tokenizers | sentencepiece)--> ids --decoder--> text
 
-The cut and the way back are the same code for every kind of file; only the encoder of a piece differs.
+Cutting and decoding are the same code for every kind of file; only the encoder of a piece differs.
 """
 
 import operator
@@ -38,7 +38,7 @@ from phi3_jax.text.tokenizer_files import (
     read_json,
 )
 
-# Unicode's White_Space, which the reference means by white space; Python's str.strip() also takes U+001C..U+001F.
+# Unicode's White_Space, as in the tokenizers library; Python's str.strip() would also strip U+001C..U+001F.
 _WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {
     chr(c) for c in range(0x2000, 0x200B)
 }
@@ -46,7 +46,7 @@ _WORD_CATEGORIES = frozenset(["Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "N
 
 
 class Part(NamedTuple):
-    """A part of a text: where it starts, what it is ("" for an added token), and its ids."""
+    """A part of a text: where it starts, its characters ("" for an added token), and its ids."""
 
     start: int
     text: str
@@ -59,12 +59,12 @@ class Tokenizer:
 
     Attributes:
         pieces: the vocabulary's strings by id; None for the unused rows of a padded embedding.
-        added_tokens: the strings cut out before the vocabulary applies, with their flags, by id.
+        added_tokens: the strings cut out before the vocabulary applies, with their flags, sorted by id.
         bos_id, eos_id: None where the files name none (then `bos_token` / `eos_token` is "").
         add_bos: whether `encode` starts with bos unless told otherwise. eos is never appended.
         chat_template: jinja2 source, for chat.py.
         source: the file this came from, for messages.
-        document: what a tokenizer.json would say, where there is no such file to copy (GGUF); for `checkpoint.save`.
+        document: the contents of a tokenizer.json for `checkpoint.save`, where there is no file to copy (GGUF).
     """
 
     encoder: PieceEncoder
@@ -106,7 +106,7 @@ class Tokenizer:
         Args:
             parse_special: whether special tokens written in the text become their ids; leave False for text that
                 a user typed. Added tokens that are not special are always recognised.
-            add_bos: start with bos; None does what the checkpoint's files say. Never a second bos.
+            add_bos: start with bos; None does what the checkpoint's files say. A second bos is never added.
             literal_mark: a character that is dropped after the cut at special tokens. Text that holds it inside of
                 a special token's string keeps that string as plain text (see chat.py).
 
@@ -117,7 +117,7 @@ class Tokenizer:
         return self.with_bos([token_id for part in parts for token_id in part.ids], add_bos)
 
     def parts(self, text: str, *, parse_special: bool = False, literal_mark: str | None = None) -> Iterator["Part"]:
-        """What `encode` joins: the text as it is cut at added tokens, in order. Arguments and errors as in `encode`."""
+        """The text's parts, cut at added tokens, whose ids `encode` joins. Arguments and errors as in `encode`."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -162,7 +162,7 @@ class Tokenizer:
         A token may end inside of a character. Special tokens give their strings, as in `decode`.
 
         Args:
-            opens_text: as the first token of a text, where sentencepiece vocabularies drop one space.
+            opens_text: the token is the first of a text, where sentencepiece vocabularies drop one space.
         """
         piece, decoder = self.piece(token_id), self.new_decoder()
         data = b"" if piece is None else decoder.bytes_of(piece)
@@ -210,9 +210,9 @@ def _is_word(character: str) -> bool:
 
 
 class StreamDecoder:
-    """Decodes ids one at a time. The pieces, with the flushed one, concatenate to `Tokenizer.decode` of all ids.
+    """Decodes ids one at a time. The results of `push` and `flush`, joined, are `Tokenizer.decode` of all ids.
 
-    A piece never ends inside of a character: `push` returns "" until the bytes of an emoji are complete.
+    No result ends inside of a character: `push` returns "" until the bytes of an emoji are complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
@@ -221,7 +221,7 @@ class StreamDecoder:
         self._decoder = tokenizer.new_decoder()
 
     def push(self, token_id: int) -> str:
-        """The text that this id makes certain; ValueError for an id outside of the vocabulary."""
+        """The text that is certain once this id is added; ValueError for an id outside of the vocabulary."""
         index = operator.index(token_id)  # jax scalars cannot be hashed
         piece = self._tokenizer.piece(index)
         if piece is None or index in self._skip:
@@ -229,7 +229,7 @@ class StreamDecoder:
         return self._decoder.push(piece)
 
     def flush(self) -> str:
-        """The text held back; the stream then starts anew."""
+        """The text held back so far; the stream then starts again from the beginning."""
         text = self._decoder.flush()
         self._decoder = self._tokenizer.new_decoder()
         return text
@@ -238,11 +238,11 @@ class StreamDecoder:
 def load_tokenizer(folder: str | Path, backend: Literal["tokenizers", "sentencepiece"] | None = None) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face checkpoint folder.
 
-    None takes tokenizer.json where there is one, else tokenizer.model; a named backend reads its own file or raises.
-    `vocab_size` in a config.json beside it gives the number of ids (the embedding has rows that no token uses).
-    Flags of added tokens come from tokenizer_config.json's `added_tokens_decoder`, which wins over tokenizer.json.
-    With tokenizer.json its post-processor decides about bos and the flag `add_bos_token` counts for nothing, as in
-    transformers 5; with tokenizer.model the flag decides (absent means no).
+    `backend` None takes tokenizer.json if it exists, else tokenizer.model; a named backend reads its own file or
+    raises. `vocab_size` in a config.json beside it gives the number of ids (the embedding has rows that no token uses).
+    Flags of added tokens in tokenizer_config.json's `added_tokens_decoder` override those in tokenizer.json. Whether
+    bos is added is decided by the post-processor of tokenizer.json (the flag `add_bos_token` is ignored, as in
+    transformers 5), or, with tokenizer.model, by that flag (absent means no).
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer file in it.

@@ -14,7 +14,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, not an object; download the file again.")
@@ -56,7 +56,7 @@ def named_token(config: Mapping[str, Any], name: str) -> str | None:
 
 
 def listed_in_config(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`added_tokens_decoder` as entries by content."""
+    """The entries of `added_tokens_decoder`, by the tokens' strings."""
     entries = config.get("added_tokens_decoder", {})
     return {entry["content"]: {**entry, "id": int(token_id)} for token_id, entry in entries.items()}
 
@@ -85,7 +85,7 @@ def make_added_tokens(
 
 
 def join_vocabulary(vocabulary: Mapping[int, str], added: Iterable[AddedToken], source: Path) -> tuple[str | None, ...]:
-    """The strings of all ids, as many as config.json beside the tokenizer says the embedding has, if it does.
+    """The strings of all ids, None for unused ids; as many as `vocab_size` in config.json beside the file, if any.
 
     Raises:
         ValueError: two strings claim one id, one string has two ids, or an id lies outside of the embedding.

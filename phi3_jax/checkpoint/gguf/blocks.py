@@ -1,19 +1,19 @@
-"""GGUF's quantised blocks -> the integers of a `QuantizedTensor` (quantized.py), without a detour through floats.
+"""GGUF's quantised blocks -> the integers of a `QuantizedTensor` (quantized.py), not converted to floats in between.
 
-For a loader: two fields of a GGUF file's TensorSource (tensor_source.py) speak of them:
+A loader finds them in two fields of a GGUF file's TensorSource (tensor_source.py):
 
     form: IntegerForm | None                    # (bits, has_mins), known before anything is read; None: floats only
     quantized: Callable[[], IntegerRows | None] # reads; IntegerRows is the tuple (values, scales, mins, bits)
 
-`quantized()` gives `mins is not None` exactly where `form.has_mins`. It gives None, and `read()` is to be used, where
-`form` is None or where the file holds integers that a QuantizedTensor cannot express exactly. `with_mins` turns
-symmetric rows into rows with mins, for stacks in which some layers have them.
+The result of `quantized()` has mins exactly if `form.has_mins`. It is None, and `read()` must be used, if `form` is
+None or if the file has integers that a QuantizedTensor cannot express exactly. `with_mins` turns symmetric rows into
+rows with mins, for stacks in which some layers have them.
 
-Of one block of 32 or 256 neighbouring inputs (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h):
+A block has 32 or 256 neighbouring inputs (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h):
 
     Q8_0: float16 d; 32 int8 q                                        weight = d q
-    Q4_0: float16 d; 32 halves of bytes q                             weight = d (q - 8)
-    Q4_1: float16 d, m; 32 halves of bytes q                          weight = d q + m
+    Q4_0: float16 d; 32 q of four bits                                weight = d (q - 8)
+    Q4_1: float16 d, m; 32 q of four bits                             weight = d q + m
     Q4_K: float16 d, n; 8 scales s and 8 minima m of six bits; 256 q  weight = d s q - n m, s and m for 32 inputs each
 
 Axis letters: O outputs, I inputs, A = I / 32 groups.
@@ -33,7 +33,7 @@ _CHUNK = 1 << 20  # bytes of the file that are unpacked at a time: their interme
 
 
 class IntegerForm(NamedTuple):
-    """What a tensor of the file becomes: 8 or 4 bits, with an offset for each group or symmetric."""
+    """The form of a tensor's integers: 8 or 4 bits, symmetric or with an offset for each group."""
 
     bits: int
     has_mins: bool
@@ -55,7 +55,7 @@ class IntegerRows(NamedTuple):
     bits: int
 
     def each(self, change: Callable[[np.ndarray], np.ndarray]) -> IntegerRows:
-        """The same change made to all of the arrays."""
+        """The rows with `change` applied to each of the arrays."""
         mins = None if self.mins is None else change(self.mins)
         return IntegerRows(change(self.values), change(self.scales), mins, self.bits)
 
@@ -69,7 +69,7 @@ FORMS = {
 
 
 def unpack(kind: str, raw: np.ndarray) -> IntegerRows | None:
-    """The integers of a tensor, which stand for exactly the weights that the file means, except with Q4_K.
+    """The integers of a tensor, which represent the file's weights exactly, except with Q4_K.
 
     Q4_K's scales and minima are products of two numbers that are rounded to float16 here.
 
@@ -78,8 +78,8 @@ def unpack(kind: str, raw: np.ndarray) -> IntegerRows | None:
       raw: uint8 [O, bytes], as the file has it.
 
     Returns:
-      The rows, or None for a Q8_0 tensor in which a q is -128: the range here is symmetric, -127 to 127, as it is in
-      what llama.cpp's quantiser writes.
+      The rows, or None for a Q8_0 tensor in which a q is -128: the range here is symmetric, -127 to 127, and
+      llama.cpp's quantiser writes no other values.
     """
     size, unpack_blocks = _KINDS[kind]
     form, rows = FORMS[kind], len(raw)
@@ -114,7 +114,7 @@ def with_mins(rows: IntegerRows) -> IntegerRows | None:
 
 
 def fused_form(kinds: Sequence[str]) -> IntegerForm | None:
-    """The form of several tensors of one width put one below the other, None where they have none in common."""
+    """The common form of tensors of one width whose rows are concatenated; None if they have none in common."""
     forms = [FORMS.get(kind) for kind in kinds]
     if any(form is None for form in forms) or len({form.bits for form in forms if form}) > 1:
         return None
@@ -122,7 +122,7 @@ def fused_form(kinds: Sequence[str]) -> IntegerForm | None:
 
 
 def fuse(parts: Sequence[IntegerRows | None]) -> IntegerRows | None:
-    """Puts tensors one below the other; None if one of them is None, or cannot be given the others' mins."""
+    """Concatenates the rows of tensors; None if one of them is None, or needs mins that it cannot be given."""
     if any(part is not None and part.mins is not None for part in parts):
         parts = [part and with_mins(part) for part in parts]
     known = [part for part in parts if part is not None]
@@ -144,7 +144,7 @@ _Unpacked = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def _q8_0(blocks: np.ndarray) -> _Unpacked:
-    # int8 + 128 as uint8 is the sign bit turned over.
+    # int8 + 128 as uint8: flips the sign bit.
     return blocks[:, 2:] ^ np.uint8(0x80), _half(blocks, 0), None
 
 
@@ -173,7 +173,7 @@ def _half(blocks: np.ndarray, index: int) -> np.ndarray:
 
 
 def _pair_neighbours(quants: np.ndarray) -> np.ndarray:
-    """Halves of bytes in ggml's order -> ours: uint8 [blocks, 16 r] -> the same shape.
+    """4-bit integers in ggml's order -> ours: uint8 [blocks, 16 r] -> the same shape.
 
     ggml's byte i of a run holds input i in its lower half and an input of the run's second half in its upper one; a run
     has 16 bytes for 32 inputs, or with Q4_K 32 bytes for 64. Ours holds inputs 2 i and 2 i + 1. Two bytes are read as
@@ -187,7 +187,7 @@ def _pair_neighbours(quants: np.ndarray) -> np.ndarray:
     return result.reshape(quants.shape)
 
 
-# Bytes of a block, and what takes it apart.
+# Bytes of a block, and the function that unpacks it.
 _KINDS: dict[str, tuple[int, Callable[[np.ndarray], _Unpacked]]] = {
     "Q8_0": (34, _q8_0),
     "Q4_0": (18, _q4_0),

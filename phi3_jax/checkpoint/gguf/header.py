@@ -84,7 +84,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
 
 
 def damaged(path: Path, what: str) -> ValueError:
-    """The error for a file that contradicts itself."""
+    """The error for a damaged file."""
     return ValueError(f"{path}: the GGUF file is damaged or incomplete: {what}; download it again")
 
 
@@ -127,7 +127,7 @@ class _Reader:
     def array(self) -> list[Any]:
         kind, count = self.number("<u4"), self.number("<u8")
         if kind == _STRING:
-            # Each string takes eight bytes at least, so that a wrong count runs into the end of the header.
+            # Each string takes at least eight bytes, so that a wrong count soon runs past the header's end and raises.
             return [self.string() for _ in range(count)]
         if kind not in _NUMBERS:
             raise damaged(self.path, f"unknown array type {kind} before byte {self.position}")

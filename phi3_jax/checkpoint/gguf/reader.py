@@ -1,6 +1,6 @@
 """GGUF files -> configuration, tensors and tokenizer of a Phi-3 model.
 
-Quantised tensors become floats when read, or are handed out as the integers that they are (blocks.py).
+Quantised tensors are read as floats, or as the file's own integers (blocks.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# What one layer has, under the names after "blk.{i}."; several parts are fused in this order.
+# The tensors of a layer: Hugging Face's name -> the file's, after "blk.{i}."; several parts are fused in this order.
 _LAYER_PARTS = {
     "input_layernorm.weight": ("attn_norm.weight",),
     "self_attn.o_proj.weight": ("attn_output.weight",),
@@ -44,7 +44,7 @@ _LAYER_PARTS = {
 # phi3 files hold these two already fused.
 _FUSED_PARTS = {"self_attn.qkv_proj.weight": "attn_qkv.weight", "mlp.gate_up_proj.weight": "ffn_up.weight"}
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-# Keys of the architecture that are read here, and their types; any other one could change the numbers.
+# Keys of the architecture that are read here, and their types; others are refused: they could change the numbers.
 _REQUIRED_KEYS: dict[str, _Kind] = {
     "attention.head_count": int,
     "attention.layer_norm_rms_epsilon": float,
@@ -67,9 +67,9 @@ _OPTIONAL_KEYS: dict[str, _Kind] = {
 }
 # Says how a model was trained, not what it computes.
 _INERT_KEYS = frozenset({"rope.scaling.finetuned"})
-# Written by converters where they do nothing; another value would need code that is not here.
+# Converters write these values, which have no effect; other values are not implemented.
 _FIXED_KEYS = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}
-# Of the file: a damaged byte can turn a number into text, and those who read these keys rely on their types.
+# Keys of every architecture. A damaged byte can turn a number into text, so types are checked before keys are used.
 _FILE_KEYS: dict[str, _Kind] = {
     "general.architecture": str,
     "split.count": int,
@@ -85,7 +85,7 @@ _FILE_KEYS: dict[str, _Kind] = {
     **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "eom", "unknown", "padding")},
 }
 _NO_TOKENIZER = ("no_vocab", "none")
-# A GGUF file has room for one or two end ids, but chat models have more: these texts end a turn in all of them.
+# A GGUF file often names one or two end ids, but chat models have more: these tokens end a turn in all of them.
 _END_TEXTS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
 
@@ -94,7 +94,7 @@ class GgufFile:
     """A GGUF file, its tensors not yet read.
 
     Attributes:
-      tensors: by Hugging Face name, as `weights.assemble` wants them.
+      tensors: by Hugging Face name, as `assemble` takes them.
       tokenizer: None where the file has none.
       eos_token_ids: every id that ends an answer.
     """
@@ -275,7 +275,7 @@ def _shortest(number: float) -> float:
 
 
 def _share(rotary_dim: int, head_dim: int) -> float:
-    """The factor that gives `Phi3Config.rotary_dim` back, which rounds down: 44 * (30 / 44) is below 30."""
+    """The fraction for which `Phi3Config.rotary_dim` is this number; it rounds down, and 44 * (30 / 44) is below 30."""
     share = rotary_dim / head_dim
     return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)
 
@@ -293,13 +293,13 @@ def _long_rope(path: Path, keys: Mapping[str, Any], table: Mapping[str, GgufTens
 
 
 def _parts(layers: Any, architecture: str, table: Mapping[str, GgufTensor]) -> dict[str, list[str]]:
-    """Hugging Face's names -> the file's tensors to be fused into one; `weights.assemble` reports what is missing."""
+    """Hugging Face's names -> the file's tensors to be fused into one; `assemble` reports what is missing."""
     found = {name: [part] for part, name in _NAMES.items() if part in table}
-    # A damaged count can be as large as it likes, but each layer has a tensor.
+    # A damaged count can be very large, but there are not more layers than tensors.
     for i in range(min(layers, len(table)) if type(layers) is int else 0):
         for name, parts in _LAYER_PARTS.items():
             options = [[f"blk.{i}.{part}" for part in parts]]
-            if architecture == "phi3" and name in _FUSED_PARTS:  # the rows of a fused llama would have no known order
+            if architecture == "phi3" and name in _FUSED_PARTS:  # the row order of a fused llama is not defined
                 options.append([f"blk.{i}.{_FUSED_PARTS[name]}"])
             for option in options:
                 if all(part in table for part in option):
@@ -310,7 +310,7 @@ def _parts(layers: Any, architecture: str, table: Mapping[str, GgufTensor]) -> d
 def _source(
     path: Path, parts: list[str], table: Mapping[str, GgufTensor], config: Phi3Config, permuted: bool
 ) -> TensorSource:
-    """The tensor that the parts make, one below the other."""
+    """One tensor, of the rows of all parts in their order."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     rows = {name: count * config.head_dim for name, count in heads.items()} | {
         "attn_v": config.num_key_value_heads * config.head_dim,

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: its `tokenizer.*` metadata, turned into what a tokenizer.json would say."""
+"""The tokenizer inside a GGUF file: its `tokenizer.*` metadata, converted to the contents of a tokenizer.json."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def _split(pattern: str) -> list[dict[str, Any]]:
-    """A regular expression that replaces GPT-2's; what it matches are the words."""
+    """Steps that split words by this regular expression, which matches a word, instead of GPT-2's."""
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return [split, {**_BYTE_LEVEL, "use_regex": False}]
 
@@ -36,7 +36,7 @@ _O200K = _split(
 
 @dataclasses.dataclass(frozen=True)
 class _Pre:
-    """What `tokenizer.ggml.pre` stands for: how words are split, and llama.cpp's settings that hang on the name."""
+    """What `tokenizer.ggml.pre` stands for: how words are split, and settings that llama.cpp takes from the name."""
 
     steps: list[dict[str, Any]]
     add_bos: bool = False
@@ -87,10 +87,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a GGUF tokenizer as tokenizer.json and tokenizer_config.json, which transformers reads to the same ids.
+    """Writes a GGUF tokenizer as tokenizer.json and tokenizer_config.json, which give the same ids in transformers.
 
     Raises:
-        ValueError: the tokenizer came from files of its own, which are the better copy.
+        ValueError: the tokenizer was read from files of its own, which should be copied instead.
     """
     if tokenizer.document is None:
         raise ValueError(
@@ -164,7 +164,7 @@ def _added_tokens(
     metadata: Mapping[str, Any], kind: str, tokens: Sequence[str], types: Sequence[int]
 ) -> tuple[AddedToken, ...]:
     # GGUF has no place for rstrip, but Phi-3's published files set it on all added tokens except these three. Phi-4
-    # has the same architecture name and no rstrip: its vocabulary is of the other kind.
+    # has the same architecture name and no rstrip: its vocabulary is of the other kind, gpt2.
     phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
     named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
     return tuple(

@@ -1,4 +1,4 @@
-"""A tokenizer as the `tokenizer.*` metadata of a GGUF file: the way back of tokenizer_reader.py."""
+"""A tokenizer as the `tokenizer.*` metadata of a GGUF file: the inverse of tokenizer_reader.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from phi3_jax.text.backends import SPACE_MARK, ByteLevelDecoder
 from phi3_jax.text.tokenizer_files import read_json
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-# What vocabularies differ in: spaces, digits, capitals, contractions, scripts, line ends, normal forms.
+# Texts with all that vocabularies differ in: spaces, digits, capitals, contractions, scripts, line ends, normal forms.
 _PROBES = (
     "Hello, world! It's 1234567 o'clock; WE'LL see.",
     "  two  spaces\n\n\tand a tab \r\n x",
@@ -44,6 +44,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
       rows: of the embedding; ids that no token has are marked as unused.
 
     Raises:
+      FileNotFoundError: the tokenizer's file, which is read again, is gone.
       ValueError: the tokenizer has more ids than rows, splits words in a way that has no name in GGUF, or cannot be
         written so that the same ids come out.
     """
@@ -72,7 +73,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 
 
 def lost_flags(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> list[str]:
-    """Added tokens that take up white space, or need a word's end beside them, otherwise than GGUF's readers assume."""
+    """Added tokens whose `lstrip`, `rstrip` or `single_word` is not what readers of the GGUF file will assume."""
     again = {token.id: token for token in tokenizer_from_gguf(metadata, tokenizer.source).added_tokens}
     return [
         token.content
@@ -87,7 +88,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int, unknown: str | None, byte_level
     taken, tokens, types = set(pieces), [], []
     for token_id, piece in enumerate(pieces):
         if piece is None:
-            piece, kind = f"[PAD{token_id}]", UNUSED  # llama.cpp needs names that are all different
+            piece, kind = f"[PAD{token_id}]", UNUSED  # llama.cpp needs unique names
             while piece in taken:
                 piece = f"[{piece}]"
         elif piece == unknown:
@@ -119,7 +120,7 @@ def _byte_level_keys(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _steps(pre_tokenizer: Any) -> list[tuple[Any, ...]]:
-    """A pre-tokenizer as what it does, however it is spelled."""
+    """A pre-tokenizer's steps in one standard form, so that different spellings of the same steps compare equal."""
     if not isinstance(pre_tokenizer, dict):
         return []
     if pre_tokenizer["type"] == "Sequence":
@@ -127,14 +128,14 @@ def _steps(pre_tokenizer: Any) -> list[tuple[Any, ...]]:
     if pre_tokenizer["type"] == "ByteLevel":
         return [("ByteLevel", pre_tokenizer["add_prefix_space"], pre_tokenizer.get("use_regex", True))]
     if pre_tokenizer["type"] == "Split":
-        # A pattern that matches everything splits alike, whether what it matches is kept or what lies between removed.
+        # A pattern that matches all of a text splits it alike if matches are kept or if what lies between is removed.
         kept = (pre_tokenizer["behavior"], pre_tokenizer["invert"]) in (("Isolated", False), ("Removed", True))
         return [("Split", kept, pre_tokenizer["pattern"].get("Regex"))]
     return [tuple(sorted(pre_tokenizer.items()))]
 
 
 def _sentencepiece_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """Scores: of two pairs that could merge, the one with the higher score does."""
+    """Scores (of two pairs that could merge, the one with the higher score does), unknown token, space prefix."""
     path = Path(tokenizer.source)
     if tokenizer.document is None and path.name == "tokenizer.model":
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -148,7 +149,7 @@ def _sentencepiece_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     ranks: dict[str, int] = {}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
-    # What no merge makes comes last; where it does not matter.
+    # Pieces that no merge makes come last, in any order.
     scores = [-float(ranks.get(piece or "", len(ranks))) for piece in tokenizer.pieces]
     scores += [-float(len(ranks))] * (rows - len(scores))
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
@@ -165,7 +166,7 @@ def _sentencepiece_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 
 
 def _document(tokenizer: Tokenizer) -> Mapping[str, Any]:
-    """What its tokenizer.json says."""
+    """The contents of its tokenizer.json."""
     if tokenizer.document is not None:
         return tokenizer.document
     path = Path(tokenizer.source)

@@ -1,7 +1,7 @@
 """A Checkpoint -> a GGUF file of architecture phi3, which llama.cpp runs with the same numbers.
 
 The tensors are those of the checkpoint under other names: phi3 keeps q, k, v and gate, up fused, and its rotary pairs
-lie half a head apart as here, so that no row moves. A decoder that was read from a `llama` file fits, too.
+lie half a head apart as here, so that rows keep their order. A model that was read from a `llama` file fits, too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NAMES = {
 }
 # A token that ends a turn, rather than the text, has a key of its own.
 _TURN_ENDS = ("<|end|>", "<|im_end|>", "<|eot_id|>")
-# llama.cpp lets a model of such a name eat the white space behind every special token but the last three of these.
+# For models of this name, llama.cpp drops white space after each special token except the last three of these.
 _PHI3_NAME, _PHI3_TOKENS = "phi-3", ("</s>", "<unk>", "<s>", "<|endoftext|>")
 _ROWS_AT_A_TIME = 256  # of a quantised tensor: few enough that the intermediates stay in the processor's cache
 _THREADS = min(8, os.cpu_count() or 1)
@@ -70,14 +70,14 @@ def save_gguf(
       on_progress: called with (bytes done, bytes in all) after each tensor.
 
     Returns:
-      Remarks, one sentence each: where other programs are known to make something else of the file.
+      Remarks, one sentence each: where other programs are known to compute something different from the file.
 
     Raises:
       FileExistsError: the file is there already.
       ImportError: the extra `gguf` is not installed.
       OSError: there is not enough room for it.
-      ValueError: the type is unknown; the checkpoint is quantised or packed; llama.cpp's phi3 has no such decoder, or
-        GGUF no such tokenizer; a value does not fit into float16.
+      ValueError: the type is unknown; the checkpoint is quantised or packed; llama.cpp's phi3 cannot compute the model,
+        or GGUF cannot describe its tokenizer; a value does not fit into float16.
     """
     gguf = _gguf()
     target = Path(path)
@@ -89,7 +89,7 @@ def save_gguf(
     if other := [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
         raise ValueError(f"{other[0]} is no longer floats: load the checkpoint without `quantize` and `layout`")
     metadata, remarks = _metadata(checkpoint)
-    # Shapes first, for the table; the values one after another when their turn comes.
+    # Shapes first, for the table in the header; values are written later, one tensor at a time.
     plan = [(_gguf_name(name), *_layout(tensor.shape, kind)) for name, tensor in _tensors(checkpoint)]
     if kept := sorted({name.split(".")[-2] for name, as_kind, shape, _ in plan if as_kind != kind and len(shape) > 1}):
         remarks.append(f"rows of {', '.join(kept)} are no whole number of {_BLOCK}-value blocks: stored as bf16")

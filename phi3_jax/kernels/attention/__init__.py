@@ -1,4 +1,4 @@
-"""Attention over keys and values as they lie in the cache.
+"""Attention over keys and values in the layout of the cache.
 
 Axis letters: L layer, B batch, T query, S key, N query heads, K key-value heads, G = N/K, H head dim.
 """
@@ -25,16 +25,16 @@ def attention(
     Args:
       q: [B, T, N, H].
       kv: the keys and values.
-      visible: which keys each query may see. What a query that sees no key (padding) gets is finite, and means nothing.
+      visible: which keys each query may see. The output of a query that sees none (padding) is finite but meaningless.
       implementation: "cpu" is the compiled kernels; "xla" runs everywhere, and can be differentiated. None takes the
-        kernels where a program is compiled for the CPU and they can be used, else XLA (`kernels.status` tells).
+        kernels where a program is compiled for the CPU and they can be used, else XLA (see `kernels.status`).
 
     Returns:
       [B, T, N, H] in q's dtype.
 
     Raises:
       ValueError: `implementation` is "cpu" and the keys are of a type that the kernels do not read.
-      Unavailable: `implementation` is "cpu" and there is no library of kernels.
+      Unavailable: `implementation` is "cpu" and the kernels cannot be used here.
     """
     if implementation == "cpu":
         return cpu.attention(q, kv, visible)

@@ -1,4 +1,4 @@
-"""What attention is given beside the queries.
+"""The arguments of attention besides the queries.
 
 Axis letters: L layer, B batch, T query, S key, K key-value heads, H head dim.
 """
@@ -18,7 +18,7 @@ class KeysValues:
     """Keys and values of one layer, or of all of them.
 
     Attributes:
-      k, v: [B, K, S, H], or [L, B, K, S, H] of which `layer` names one; H may be larger than the queries', with zeros.
+      k, v: [B, K, S, H], or [L, B, K, S, H] indexed by `layer`; H may be larger than the queries', padded with zeros.
       k_scale, v_scale: float32 [(L,) B, K, S] where k and v are int8, else None.
       layer: int32 scalar, or None.
     """
@@ -37,7 +37,7 @@ class Visibility:
 
     Attributes:
       q_positions: int32 [B, T], -1 for padding.
-      k_positions: int32 [B, S], -1 where a slot holds nothing.
+      k_positions: int32 [B, S], -1 for an empty slot.
       q_segments, k_segments: int32 [B, T] and [B, S], or None where a row is one sequence.
       window: how many keys a query sees, itself included; None means all.
     """

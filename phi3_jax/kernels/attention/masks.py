@@ -1,4 +1,4 @@
-"""Who sees whom: the attention mask, from positions and segments alone.
+"""The attention mask, computed from positions and segments alone.
 
 Axis letters: B batch, T query, S key.
 """
@@ -16,13 +16,13 @@ def attention_mask(
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
 ) -> jax.Array:
-    """True where a query may attend to a key: not to padding, not to the future, not past the window or its segment.
+    """True where a query may attend to a key: not padding, not in the future, within its window and its segment.
 
-    One rule serves training, prefill, decoding and packed sequences, because it asks for positions and not for slots.
+    One rule serves training, prefill, decoding and packed sequences, because it depends on positions, not on slots.
 
     Args:
       q_positions: int32 [B, T].
-      k_positions: int32 [B, S]; -1 where a slot holds nothing.
+      k_positions: int32 [B, S]; -1 for an empty slot.
       window: how many keys a query sees, itself included; None means all.
       q_segments, k_segments: int32 [B, T] and [B, S], or None where a row is one sequence.
 
@@ -39,12 +39,12 @@ def attention_mask(
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
-    """Positions of ragged rows: bool [B, T] (True where there is a token, padding left or right) -> int32 [B, T]."""
+    """bool [B, T], True for tokens, False for padding on either side -> positions int32 [B, T], -1 for padding."""
     return jnp.where(mask, jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, -1)
 
 
 def sequence_lengths(positions: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-    """How many tokens the sequence of each token has, which is what LongRoPE decides by.
+    """The length of each token's sequence, by which LongRoPE chooses its factors.
 
     Args:
       positions: int32 [B, T], -1 for padding.

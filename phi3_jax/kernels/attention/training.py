@@ -1,8 +1,8 @@
-"""Attention without a cache, with a derivative that keeps no probabilities.
+"""Attention without a cache, which keeps no probabilities for the backward pass.
 
-As in FlashAttention (arXiv:2205.14135) the backward pass computes them again, from the scores' maximum and the sum of
-exponentials; but a layer's scores are held whole. In products that sum over queries the small factor stands first: that
-is the one that XLA's CPU backend transposes in memory.
+As in FlashAttention (arXiv:2205.14135) the backward pass recomputes them, from the scores' maximum and the sum of
+exponentials; but here all scores of a layer are in memory at once. In products that sum over queries, the small factor
+comes first, because XLA's CPU backend transposes the first factor in memory.
 
 Axis letters: B batch, T query, S key, N query heads, K key-value heads, G = N/K, H head dim.
 """
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
-KEPT = "attention"  # by this name rematerialisation can keep what the backward pass needs
+KEPT = "attention"  # the name by which a rematerialisation policy can keep what the backward pass needs
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -53,7 +53,7 @@ def _backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[Any, ...]:
     d_v = _einsum("BKGTH,BKGTS->BKHS", d_out, probs.astype(q.dtype)).swapaxes(2, 3)
     d_probs = _einsum("BKGTH,BKSH->BKGTS", d_out, v, preferred_element_type=jnp.float32)
     mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    # A query that sees nothing has probabilities, too, but its scores are constants.
+    # A query that sees no key has probabilities, too, but its scores are constants without a gradient.
     d_scores = jnp.where(mask[:, None, None], probs * (d_probs - mean) * q.shape[-1] ** -0.5, 0).astype(q.dtype)
     d_q = _einsum("BKGTS,BKSH->BKGTH", d_scores, k)
     d_k = _einsum("BKGTH,BKGTS->BKHS", q, d_scores).swapaxes(2, 3)

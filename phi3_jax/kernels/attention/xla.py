@@ -12,7 +12,7 @@ from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
 
 def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.attention`; returns the probabilities [B, N, T, S] in q's dtype, too."""
+    """See `kernels.attention`; returns (output, probabilities [B, N, T, S] in q's dtype)."""
     k, v = (each[..., : q.shape[-1]].astype(q.dtype) for each in _floats(kv))
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     mask = visible.mask()

@@ -1,4 +1,4 @@
-"""Matrix products with a model's weights, whatever those are made of."""
+"""Matrix products with a model's weights: floats, integers, packed, or with a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def linear(
     dtype: Any = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """x @ weight.T: x [..., in], weight [out, in], or a stack [L, out, in] of which `layer` names one -> [..., out].
+    """x @ weight.T: x [..., in], weight [out, in], or a stack [L, out, in] indexed by `layer` -> [..., out].
 
     Args:
       dtype: of the result; by default x's.
-      implementation: "cpu" is the compiled kernels, which take packed weights; "xla" takes all, everywhere. None takes
-        the kernels where a program is compiled for the CPU and they can be used, else XLA (`kernels.status` tells).
+      implementation: "cpu" is the compiled kernels, which need packed weights; "xla" takes all weights, on every
+        platform. None takes the kernels where a program is compiled for the CPU and they can be used, else XLA.
 
     Raises:
       ValueError: `implementation` is "cpu" and the weight is not packed.
-      Unavailable: `implementation` is "cpu" and there is no library of kernels.
+      Unavailable: `implementation` is "cpu" and the kernels cannot be used here.
     """
     if isinstance(weight, LoraTensor):
         product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)

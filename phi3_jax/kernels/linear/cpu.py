@@ -16,7 +16,7 @@ def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> ja
     """See `kernels.linear`."""
     if not isinstance(weight, PackedTensor):
         raise ValueError("the CPU kernels multiply packed weights only: load them with layout='packed'")
-    library()  # raises where there is none
+    library()  # raises Unavailable
     out = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
     index = jnp.int32(0) if layer is None else layer.astype(jnp.int32)
     floats = x.astype(jnp.float32)

@@ -20,17 +20,17 @@ from phi3_jax.kernels.linear import xla
 class LoraTensor:
     """A weight [O, I], or a stack [L, O, I], that stands for gain * (base + scaling * b @ a).
 
-    The update is computed in the dtype of a and b, as PEFT does, and the sum cast back to that of the base's product:
-    an adapter of float32 over a base of bfloat16 loses nothing before that.
+    The update is computed in the dtype of a and b, as in PEFT, and the sum is cast to the dtype of the base's product:
+    until then, a float32 adapter of a bfloat16 base keeps its full precision.
 
     Attributes:
       base: any other weight that `kernels.linear` takes.
-      a: float [L, R, I].
-      b: float [L, O, R].
-      gain: float [L, O], DoRA's magnitudes by the norms of the weight's rows; None is 1.
-      keys: [L] random keys for dropout; None: no dropout.
-      scaling: of the update.
-      dropout: the fraction of the inputs that the update does not see (with DoRA the gain neither, as in PEFT).
+      a: float [(L,) R, I].
+      b: float [(L,) O, R].
+      gain: float [(L,) O], DoRA's magnitudes divided by the norms of the weight's rows; None means 1.
+      keys: [(L,)] random keys for dropout; None: no dropout.
+      scaling: the factor of b @ a.
+      dropout: the fraction of the update's inputs that is dropped (with DoRA also of the gain's, as in PEFT).
     """
 
     base: Any
@@ -50,18 +50,18 @@ class LoraTensor:
 def linear(
     x: jax.Array, weight: LoraTensor, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """See `kernels.linear`; `product` is that with the weight's base."""
+    """See `kernels.linear`; `product` multiplies an input with the weight's base."""
     base = product(x)
     seen = x.astype(weight.a.dtype)
     if weight.keys is not None:
         kept = jax.random.bernoulli(_of(weight.keys, layer), 1 - weight.dropout, x.shape)
         seen = jnp.where(kept, seen / (1 - weight.dropout), 0)
-    # Scaled where it is narrow.
+    # Scaled at rank R, where the array is the smallest.
     update = _widen(weight.scaling * xla.linear(seen, weight.a, layer, None), xla.dense(weight.b, layer, None))
     if weight.gain is None:
         return (base + update).astype(base.dtype)
     gain = _of(weight.gain, layer)
-    # PEFT's form, which with dropout is not gain * (base + update): the input itself passes through at gain 1.
+    # PEFT's formula. With dropout it is not gain * (base + update): the product with the whole input keeps gain 1.
     scaled = base if weight.keys is None else product(seen.astype(x.dtype))
     return (base + (gain - 1) * scaled + gain * update).astype(base.dtype)
 
@@ -75,7 +75,7 @@ def _widen(x: jax.Array, b: jax.Array) -> jax.Array:
 def _widen_backward(kept: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, b = kept
     exact = jax.lax.Precision.HIGHEST
-    # XLA's CPU backend transposes the first factor in memory, and its own derivative has d_out there, which is wide.
+    # XLA's CPU backend transposes the first factor in memory: the small x here, the large d_out in JAX's derivative.
     d_b = jnp.einsum("...r,...o->ro", x, d_out, precision=exact).T
     return jnp.einsum("...o,or->...r", d_out, b, precision=exact), d_b
 

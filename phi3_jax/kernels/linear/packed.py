@@ -1,4 +1,4 @@
-"""Weights in the order in which the CPU kernels read them: panels of outputs that lie in the lanes of a vector.
+"""Weights in the order in which the CPU kernels read them: in panels, whose outputs fill the lanes of a vector.
 
 Axis letters: L layer, O outputs, I inputs, P panels of 64 (bfloat16) or 32 outputs, J inputs rounded up to whole
 groups, A = J / group groups. The layouts are drawn in native/linear.h.
@@ -45,7 +45,7 @@ class PackedTensor:
 
     @property
     def dtype(self) -> Any:
-        """What a model computes in with such weights."""
+        """The dtype that a model with such weights computes in."""
         return jnp.dtype(jnp.float32)
 
     @property
@@ -57,18 +57,18 @@ class PackedTensor:
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes."""
+        """Its size in memory, in bytes."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def dequantize(self, layer: jax.Array | None = None) -> jax.Array:
-        """One layer's weight, or the only one, as float32 [O, I]: the layout read by XLA."""
+        """One layer's weight, or the only one, as float32 [O, I]; unpacked by XLA."""
         index = jnp.int32(0) if layer is None else layer
         scales, mins = (None if leaf is None else leaf[index] for leaf in (self.scales, self.mins))
         floats = _unpack(self.kind, self.data[index], scales, mins)  # [P, lanes, J]
         return floats.reshape(-1, floats.shape[-1])[: self.shape[-2], : self.shape[-1]]
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        """The rows of these outputs of a single weight, ids int [...]: float32 [..., I]; NaN where there is none."""
+        """The rows `ids` (int [...]) of a single weight, as float32 [..., I]; an id out of range gives NaN."""
         lanes, there = _LANES[self.kind], (ids >= 0) & (ids < self.shape[-2])
         safe = jnp.where(there, ids, 0)
         panel, lane = safe // lanes, safe % lanes
@@ -80,8 +80,8 @@ class PackedTensor:
 def pack(params: Any) -> Any:
     """A parameter tree with its matrices packed: floats as bfloat16, integers as they are; norms become float32.
 
-    Raises Unavailable if there is no library of kernels. For checkpoints that are packed while they are read, which
-    takes less memory, see `phi3_jax.load`.
+    Raises Unavailable if the CPU kernels cannot be used here. `phi3_jax.load` can pack a checkpoint while it is read,
+    which takes less memory.
     """
 
     def one(path: Any, leaf: Any) -> Any:
@@ -106,10 +106,10 @@ def pack(params: Any) -> Any:
 
 
 class Packing:
-    """A PackedTensor while it is being filled, one matrix after another, by any number of threads."""
+    """Builds a PackedTensor, one matrix after another, from any number of threads."""
 
     def __init__(self, shape: tuple[int, ...], kind: Kind, group: int = 32, symmetric: bool = True) -> None:
-        """Room for weights of this shape. Raises Unavailable if there is no library of kernels."""
+        """Allocates memory for weights of this shape. Raises Unavailable if the CPU kernels cannot be used here."""
         self.shape, self.kind, self.group, self._library = shape, kind, group, library()
         arrays = {name: aligned_empty(*each) for name, each in arrays_of(shape, kind, group, symmetric).items()}
         self.data, self.scales, self.mins = arrays["data"], arrays.get("scales"), arrays.get("mins")
@@ -123,7 +123,10 @@ class Packing:
         _call(pack, np.ascontiguousarray(weight), *map(ctypes.c_int64, weight.shape), *panels, self.data[layer])
 
     def put_integers(self, layer: int, values: np.ndarray, scales: np.ndarray, mins: np.ndarray | None) -> None:
-        """Packs a matrix of integers, in the arrays of a QuantizedTensor of this kind and group."""
+        """Packs a matrix of integers, given as the arrays of a QuantizedTensor of this kind and group.
+
+        Raises ValueError if mins are given for symmetric integers, or are missing for others.
+        """
         if (mins is None) != (self.mins is None):
             raise ValueError("symmetric and asymmetric integers do not go into one packed tensor")
         rows, columns = self.shape[-2], scales.shape[-1] * self.group
@@ -134,7 +137,7 @@ class Packing:
         _call(self._library.phi3_pack_quantized, *map(_contiguous, (values, scales, mins)), *sizes, *ours)
 
     def finish(self) -> PackedTensor:
-        """The tensor; nothing may be put into it any more."""
+        """The finished tensor; nothing may be put into it any more."""
         leaves = [None if leaf is None else jax.device_put(leaf) for leaf in (self.data, self.scales, self.mins)]
         return PackedTensor(jax.block_until_ready(leaves)[0], leaves[1], leaves[2], self.kind, self.shape)
 
@@ -142,7 +145,7 @@ class Packing:
 def arrays_of(
     shape: tuple[int, ...], kind: Kind, group: int, symmetric: bool
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of a PackedTensor's arrays by name; group and symmetric mean nothing with bfloat16."""
+    """Shapes and dtypes of a PackedTensor's arrays by name; group and symmetric are ignored for bfloat16."""
     layers, (outputs, inputs) = (shape[0] if len(shape) == 3 else 1), shape[-2:]
     panels = -(-outputs // _LANES[kind])
     if kind == "bfloat16":
@@ -156,7 +159,7 @@ def arrays_of(
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX takes as it is on the CPU."""
+    """An uninitialised array, aligned so that JAX uses it on the CPU without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 GROUPS = (32, 64, 128)  # how many inputs may share a scale
 ZERO = {8: 128, 4: 8}  # the integer that means 0 where there is no offset
-SMALLEST, LARGEST = {8: 1, 4: 0}, {8: 255, 4: 15}  # the integers that there are
+SMALLEST, LARGEST = {8: 1, 4: 0}, {8: 255, 4: 15}  # the range of the integers
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class QuantizedTensor:
 
     Attributes:
       values: uint8 [..., O, J] (8 bits, 1 to 255) or [..., O, J / 2] (4 bits, 0 to 15: the lower half of byte i is
-        input 2 i, the upper half 2 i + 1). Inputs beyond I mean nothing.
+        input 2 i, the upper half 2 i + 1). Inputs beyond I are padding.
       scales: float16 [..., O, A].
       mins: float16 [..., O, A], or None where q is symmetric around its zero.
       bits: 8 or 4.
@@ -45,7 +45,7 @@ class QuantizedTensor:
 
     @property
     def dtype(self) -> Any:
-        """What a model computes in with such an embedding."""
+        """The dtype that a model with such an embedding computes in."""
         return jnp.dtype(jnp.float32)
 
     @property
@@ -55,7 +55,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes."""
+        """Its size in memory, in bytes."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def layer(self, index: jax.Array) -> QuantizedTensor:
@@ -63,7 +63,7 @@ class QuantizedTensor:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self)
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        """The rows of these outputs, ids int [...]: float32 [..., I]. An id that is not there gives NaN."""
+        """The rows `ids` (int [...]) as float32 [..., I]; an id out of range gives NaN."""
         there = (ids >= 0) & (ids < self.values.shape[0])
         taken = jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), self)
         return jnp.where(there[..., None], taken.dequantize(), jnp.nan)

@@ -19,7 +19,7 @@ def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> ja
 
 
 def dense(weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
-    """A weight as floats [out, in], of this dtype where it was integers or packed."""
+    """A weight as floats [out, in]: integers and packed weights in this dtype, floats in their own."""
     if isinstance(weight, PackedTensor):
         return weight.dequantize(layer).astype(dtype)
     if isinstance(weight, QuantizedTensor):
