@@ -1,4 +1,4 @@
-"""The CPU kernels: keys and values are read once, block by block, and scores of a whole prompt are never held.
+"""The CPU kernels: they read keys and values once, block by block, and never store the scores of a whole prompt.
 
 Axis letters: L layer, B batch, T new token, S slot, K key-value heads, H head dim.
 """
@@ -19,7 +19,7 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     """See `kernels.attention`."""
     if (reason := why_not_dtype(kv.k.dtype)) is not None:
         raise ValueError(reason)
-    library()  # raises where there is none
+    library()  # raises Unavailable
     call = jax.ffi.ffi_call("phi3_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
     out = call(
         q.astype(jnp.float32),
@@ -42,7 +42,7 @@ def why_not_dtype(dtype: jax.typing.DTypeLike) -> str | None:
 def write(kv: KeysValues, positions: jax.Array, k: jax.Array, v: jax.Array) -> KeysValues:
     """Stores new keys and values [B, T, K, H] of one layer in the slots of their positions [B, T], in place.
 
-    The token at position p goes to slot p mod S, and one at a negative position nowhere.
+    The token at position p goes to slot p mod S; tokens at negative positions (padding) are not stored.
     """
     stacked = _stacked(kv)
     call = jax.ffi.ffi_call(
@@ -59,7 +59,7 @@ def write(kv: KeysValues, positions: jax.Array, k: jax.Array, v: jax.Array) -> K
 
 
 def _stacked(kv: KeysValues) -> list[jax.Array]:
-    """Keys, values and their scales as stacks over layers; scales that there are not become empty arrays."""
+    """Keys, values and their scales as stacks over layers; missing scales become empty arrays."""
     scales = [jnp.zeros(0, jnp.float32) if each is None else each for each in (kv.k_scale, kv.v_scale)]
     leaves = [kv.k, kv.v, *scales]
     return [leaf[None] for leaf in leaves] if kv.layer is None else leaves
