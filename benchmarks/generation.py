@@ -60,7 +60,7 @@ def one_start(batch: int) -> None:
 
 
 def bandwidth() -> float:
-    """Bytes per second of summing a large array in two threads: what reading weights cannot beat."""
+    """Bytes per second of summing a large array in two threads: reading weights cannot be faster."""
     import jax
     import jax.numpy as jnp
 
@@ -76,7 +76,7 @@ def bandwidth() -> float:
 
 
 def starts() -> None:
-    """The first table."""
+    """Prints the first table."""
     limit = bandwidth()
     print(f"memory: {limit / 1e9:.0f} GB/s read")
     print(
@@ -99,7 +99,7 @@ def starts() -> None:
 
 
 def guessing() -> None:
-    """The second table."""
+    """Prints the second table."""
     import phi3_jax
     from phi3_jax.infer import Options, PromptLookup, Run
 

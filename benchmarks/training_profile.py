@@ -2,8 +2,8 @@
 
     python benchmarks/training_profile.py --train lora
 
-Where operations run at the same time, each gets its share. The rate of the products with weights is printed beside what
-the machine can do (phi3_jax/kernels/machine.py).
+If operations run at the same time, each gets an equal share of it. The rate of the products with weights is printed
+beside what the machine can do (phi3_jax/kernels/machine.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from phi3_jax.kernels.native.build import library
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start
 
-# The first whose pattern is in an operation's name, as JAX gives it.
+# The kind of an operation is the first one whose pattern is in the operation's name, as JAX gives it.
 _KINDS = {
     "products with weights": r"\.\.\.i,oi->\.\.\.o",
     "products of the adapter": r"\.\.\.r,\.\.\.o->ro|\.\.\.o,or->\.\.\.r|low_rank",

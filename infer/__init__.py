@@ -1,7 +1,7 @@
 """Generating text: prompts in, answers out. The names below are what users and `train` may use.
 
-generate.py is text in, text out; conversation.py a chat, beam.py beam search; answer.py an answer while it grows, and
-prompts.py what comes before. Below them are rooms: sampling/, engine/, benchmark/ and programs/.
+generate.py answers prompts, conversation.py holds a chat, beam.py is beam search. prompts.py tokenises and checks the
+prompts, answer.py turns new tokens into text. The subpackages are sampling/, engine/, benchmark/ and programs/.
 """
 
 from .answer import Generation as Generation

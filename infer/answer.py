@@ -1,4 +1,4 @@
-"""An answer while it grows: token ids become text, stop strings and end tokens end it."""
+"""An answer while it is generated: token ids become text, up to a stop string or an end token."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Generation:
       text: the decoded new tokens, without special tokens, up to the stop string if there was one.
       token_ids: the new tokens; an end token, or the token that completed a stop string, is the last of them.
       finish_reason: "stop" for an end token or a stop string, "length" for a limit reached (max_new_tokens, or the
-        model's context), "deadline" and "interrupt" for an end from outside.
-      logprobs: how likely the model thought each token; None if not asked for.
-      prompt_logprobs: the same of the prompt, with `Options.echo`.
+        model's context), "deadline" or "interrupt" if it was stopped from outside.
+      logprobs: the log-probabilities of the new tokens; None if not asked for.
+      prompt_logprobs: those of the prompt's tokens, with `Options.echo`.
     """
 
     text: str
@@ -40,8 +40,8 @@ class Piece:
     """What one step added to one answer.
 
     Attributes:
-      row: which prompt it answers.
-      text: may be empty, while a character or a stop string is not complete.
+      row: the index of the prompt that it answers.
+      text: may be empty, while a character or a possible stop string is not complete.
       token_ids, logprobs: as in `Generation`.
       finish_reason: None while the answer goes on.
     """
@@ -54,7 +54,7 @@ class Piece:
 
 
 class Answer:
-    """One answer while it grows.
+    """One answer while it is generated. Raises ValueError for stop strings without a tokenizer.
 
     Attributes:
       finish_reason: None while it goes on.
@@ -71,10 +71,10 @@ class Answer:
         self.finish_reason: FinishReason | None = None
 
     def add(self, new: NewTokens, ended: FinishReason | None) -> Piece:
-        """Takes new tokens, up to a stop string -> the piece that they make certain.
+        """Adds new tokens, up to the end of the answer -> the piece with the text that is now certain.
 
         Args:
-          ended: why no more will come, other than by the tokens themselves; None if more may come.
+          ended: why the answer ends with these tokens, if none of them ends it; None if it may go on.
         """
         text, count = "", 0
         for token in new.token_ids:
@@ -112,8 +112,8 @@ def write_answers(
 
     Args:
       answers: one for each row.
-      steps: tokens between two looks at stop strings, the deadline and the interrupt.
-      interrupt: True ends all answers as they are.
+      steps: how many tokens are generated between two checks of stop strings, the deadline and `interrupt`.
+      interrupt: called at each of these checks; True ends all answers as they are.
     """
     begin, deadline = time.monotonic(), run.options.deadline
     while not run.is_over:

@@ -1,13 +1,13 @@
-"""Beam search: of each prompt's answers the few that are most likely as a whole, not token by token.
+"""Beam search: finds the few answers of each prompt that are most likely as a whole, not token by token.
 
     begin -> read, read, ... -> start -> choose -> search_on   (back to read where LongRoPE's border is crossed)
 
-W answers of a prompt grow side by side, the beams. At each step all tokens compete that could follow any of them: the
-W best that do not end go on, and those that end are kept as finished. The functions of engine/decoding.py run the
-beams, as rows of a batch that know nothing of each other; `choose` is where they meet.
+Each prompt has W unfinished answers, the beams. At each step all continuations of all beams by one token are compared:
+the W best that do not end are the new beams, and those that end are kept as finished. The functions of
+engine/decoding.py run the beams as independent rows of a batch; `choose` compares them.
 
-The rules are those of transformers' `generate(num_beams=W, do_sample=False)`, prompt by prompt: a prompt gets what it
-gets alone.
+The rules are those of transformers' `generate(num_beams=W, do_sample=False)`. The answers of a prompt do not depend on
+the other prompts of the batch.
 
 Axis letters: B prompt, W beam, R = B x W rows (a prompt's beams side by side), C candidates of a prompt, E end ids,
 M tokens of prompt and answer together, D model, V vocab, L layer, K key-value heads, S cache slot, H head dim.
@@ -38,7 +38,7 @@ from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
 from .sampling import Sampling, SamplingArrays
 
 _RESPECTED = ("prefill_chunk", "cache_dtype", "rope_policy", "room")
-_LARGEST_EXPONENT = 60  # of e, in the number that a score is divided by: float32 ends at 88
+_LARGEST_EXPONENT = 60  # scores are divided by at most e**60: float32 overflows at e**88
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Beam:
     Attributes:
       text: the decoded new tokens, without special tokens.
       token_ids: the new tokens, with the end token if there is one.
-      score: their log-probabilities added up, divided by (number of new tokens) ** length_penalty.
+      score: the sum of their log-probabilities, divided by (number of new tokens) ** length_penalty.
       finish_reason: "stop" for an end token, "length" for a limit reached (max_new_tokens, or the model's context).
     """
 
@@ -71,21 +71,21 @@ def beam_search(
 ) -> list[list[Beam]]:
     """Searches for the most likely answers.
 
-    A step runs R rows, and then copies the whole cache [L, R, K, S, H] into the order of the beams that go on, which
-    takes room for a second cache, and a tenth (160 slots) to a fifth (1152 slots) of a step of the demo on the CPU.
+    A step runs R rows, and then copies the whole cache [L, R, K, S, H] into the order of the new beams. The copy takes
+    memory for a second cache and, for the demo on the CPU, a tenth (160 slots) to a fifth (1152 slots) of a step.
 
     Args:
       prompts, max_new_tokens: as in `generate`.
-      beams: W, how many answers of a prompt grow side by side; 1 is greedy decoding.
-      length_penalty: what scores are divided by is the length to this power: 0 compares sums of log-probabilities, 1
-        their means, larger numbers prefer longer answers, negative ones shorter answers.
+      beams: W, the number of beams of each prompt; 1 is greedy decoding.
+      length_penalty: sums of log-probabilities are divided by the length to this power: 0 compares the sums, 1 the
+        means, larger numbers prefer longer answers, negative ones shorter answers.
       early_stopping: True ends a prompt's search once W answers have finished. False goes on while the best beam, if it
         ended now, would beat the worst of these.
       answers: how many answers of each prompt to return, at most W.
       options: prefill_chunk, cache_dtype, room, and rope_policy "length" or "capacity"; nothing else may be set.
 
     Returns:
-      for each prompt its best answers, best first; fewer than asked for only where no more exist, in a tiny vocabulary.
+      for each prompt its best answers, best first; fewer than `answers` only if no more exist, in a tiny vocabulary.
 
     Raises:
       ValueError: as in `generate`; options that are not for beam search; a number makes no sense.
@@ -116,12 +116,12 @@ def beam_search(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Where a search stands.
+    """The state of a search.
 
     Attributes:
-      rows: the beams that go on, as R rows; a prompt whose search is over has only rows that are done.
-      sums: float32 [B, W]: the log-probabilities of each beam's new tokens, added up; -inf for a beam that is not there
-        (at the beginning, when there is nothing to tell the beams of a prompt apart).
+      rows: the beams, as R rows; a prompt whose search is over has only rows that are done.
+      sums: float32 [B, W]: the sum of the log-probabilities of each beam's new tokens; -inf for a beam that is not used
+        (at the beginning, when all beams of a prompt are equal, only the first one is).
       tokens: int32 [B, W, M]: the best finished answers, best first, with their prompts.
       lengths: int32 [B, W]: of these, prompt included.
       scores: float32 [B, W]: of these; -inf where there is none yet.
@@ -152,7 +152,7 @@ class Rules:
 
 @functools.partial(jax.jit, static_argnames="beams")
 def start(prompts: DecodeState, last: jax.Array, beams: int) -> tuple[Search, jax.Array]:
-    """From B prompts that have been read, and `last` [B, D], to the beams, all still the same, and `last` [R, D]."""
+    """From B prompts that have been read, and `last` [B, D], to beams, equal for each prompt, and `last` [R, D]."""
     B, M = prompts.tokens.shape
     origin = jnp.repeat(jnp.arange(B), beams)
     sums = jnp.where(jnp.arange(beams) == 0, jnp.zeros((B, beams)), -jnp.inf)
@@ -182,7 +182,7 @@ def reorder(state: DecodeState, rows: jax.Array) -> DecodeState:
 def choose(config: Phi3Config, params: Params, search: Search, last: jax.Array, rules: Rules) -> Search:
     """Takes the next token of each beam, from `last` [R, D] of `decoding.read` or `decoding.step`."""
     rows, settings, (B, W) = search.rows, rules.settings, search.sums.shape
-    first = slice(None, None, W)  # what a prompt's beams have in common is read off the first one
+    first = slice(None, None, W)  # the first beam of each prompt, for values that all of its beams share
     done, lengths = rows.done[first], rows.lengths[first] + 1
     count = lengths - settings.prompt_lengths[first]
     at_limit = count >= settings.limits[first]
@@ -191,12 +191,12 @@ def choose(config: Phi3Config, params: Params, search: Search, last: jax.Array, 
     ends = (tokens[..., None] == settings.end_ids).any(axis=-1) | at_limit[:, None]
 
     def grown(some: jax.Array) -> jax.Array:
-        """The tokens [B, n, M] of candidates, given as places [B, n] among the C."""
+        """The tokens [B, n, M] of candidates, given as indices [B, n] into the C."""
         history = rows.tokens[_rows(jnp.take_along_axis(parents, some, axis=1), W)]
         where = jnp.arange(history.shape[-1]) == lengths[:, None, None] - 1
         return jnp.where(where, jnp.take_along_axis(tokens, some, axis=1)[..., None], history)
 
-    # The candidates after the first W are there only to have W that go on: they may not finish.
+    # Candidates after the first W are only there to have enough beams that do not end: they may not finish.
     may_finish = ends[:, :W] & ~done[:, None]
     divisor = count[:, None].astype(jnp.float32) ** rules.length_penalty
     scores = jnp.where(may_finish, sums[:, :W] / divisor, -jnp.inf)
@@ -204,7 +204,7 @@ def choose(config: Phi3Config, params: Params, search: Search, last: jax.Array, 
 
     sums, going = jax.lax.top_k(jnp.where(ends, -jnp.inf, sums), W)
     after = reorder(rows, _rows(jnp.take_along_axis(parents, going, axis=1), W).reshape(-1))
-    # A sum only falls, but divided by its length it may rise again: this is a guess, and the reference's one.
+    # Divided by a greater length, a score may still rise: this is a heuristic, the same as in transformers.
     is_hopeless = sums[:, 0] / divisor[:, 0] <= search.scores[:, -1]
     is_full = search.scores[:, -1] > -jnp.inf
     after = dataclasses.replace(
@@ -233,7 +233,7 @@ def search_on(config: Phi3Config, params: Params, search: Search, rules: Rules) 
 def _candidates(
     config: Phi3Config, params: Params, sums: jax.Array, last: jax.Array, ends: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What may come next: the beams int32 [B, C] it follows, the tokens int32 [B, C], the sums float32 [B, C], falling.
+    """The best continuations -> (beams int32 [B, C], next tokens int32 [B, C], sums float32 [B, C]), best first.
 
     C is such that W are left even if every beam ends with every end id.
     """

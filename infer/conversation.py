@@ -1,10 +1,11 @@
-"""A chat with a model, turn by turn: the messages so far, and what the model remembers of them.
+"""A chat with a model, turn by turn: the messages so far, and the model's keys and values for them.
 
     messages -> encode_chat -> prompt -> Run -> answer -> messages
                                           ^ prompt cache, from one turn to the next
 
-Every turn writes the whole conversation anew with the checkpoint's template. Only what differs from the turn before is
-read: the new message, and whatever of the last answer comes back as other tokens than the model wrote.
+Every turn renders the whole conversation again with the checkpoint's template. The model reads only what differs from
+the turn before: the new message, and the last answer from the point where it is tokenised differently than it was
+written.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class ContextFullError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one answer took.
+    """One answer and what it took.
 
     Attributes:
       generation: the answer.
-      prompt_ids: the conversation before it, as the model saw it.
-      reused: how many of these tokens were known from the turn before, and not read again.
+      prompt_ids: token ids of the conversation before it, as the model saw it.
+      reused: how many of these tokens were taken from the prompt cache, and not read again.
       seconds: from the question to the end of the answer, with compilation.
     """
 
@@ -71,14 +72,14 @@ class Conversation:
         grammar: Grammar | None = None,
         options: Options | None = None,
     ):
-        """Begins with no messages but the system's, if there is one.
+        """Begins with no messages except the system message, if there is one.
 
         Args:
           sampling: how tokens are picked; the n-th answer, counted from 0, is drawn with seed + n.
           max_new_tokens: the most tokens of an answer.
           stop: strings that end an answer.
           grammar: what every answer must match.
-          options: how the runs are carried out; its prompt cache is what the first one may begin with.
+          options: how the runs are carried out; its prompt cache is for the first one.
 
         Raises:
           ValueError: the checkpoint has no tokenizer, or the options ask for `echo`.
@@ -104,13 +105,13 @@ class Conversation:
         return [*system, *map(dict, self._messages)]
 
     def ask(self, text: str, interrupt: Callable[[], bool] | None = None) -> Iterator[Piece]:
-        """Hands out the answer piece by piece; with the last piece, question and answer become messages.
+        """Yields the answer piece by piece; with the last piece, question and answer are added to the messages.
 
-        A turn that fails, or whose pieces are not all taken, leaves the conversation as it was. So does one that is
-        ended from outside before there is any text; after that, the answer is kept as far as it came.
+        A turn that fails, or whose pieces are not all consumed, leaves the conversation as it was. So does a turn that
+        is stopped from outside before there is any text; if there is text, the incomplete answer is kept.
 
         Args:
-          interrupt: asked between the calls of the compiled functions; True ends the answer as it is.
+          interrupt: called between the calls of the compiled functions; True ends the answer as it is.
 
         Raises:
           ContextFullError: the conversation fills the model's context.
@@ -142,7 +143,7 @@ class Conversation:
         self._system, self._messages = text, []
 
     def restore(self, messages: Sequence[Any]) -> None:
-        """Goes on with other messages. Raises ValueError, and warns, as `ask` does."""
+        """Replaces all messages. Raises ValueError, and warns, as `ask` does."""
         encode_chat(self._tokenizer, messages)
         copies = [dict(message) for message in messages]
         has_system = copies[0]["role"] == "system"
@@ -161,7 +162,7 @@ class Conversation:
         return Run(self._checkpoint, [prompt_ids], [self._max_new_tokens], [sampling], options, [self._grammar])
 
     def _room(self, prompt_tokens: int) -> int:
-        """Memory for prompt and answer, in tokens: it doubles now and then, so that turns share compiled programs."""
+        """How many tokens to make memory for; it grows by doubling, so that turns share compiled programs."""
         needed = room_for(prompt_tokens, self._max_new_tokens, Options(self._options.prefill_chunk))
         room = _SMALLEST_ROOM
         while room < needed:
@@ -170,7 +171,7 @@ class Conversation:
 
 
 def save_messages(path: str | os.PathLike[str], messages: Sequence[dict[str, str]]) -> None:
-    """Writes {"messages": [...]} as JSON into a new file, which appears whole or not at all.
+    """Writes {"messages": [...]} as JSON into a new file, atomically.
 
     Raises:
       FileExistsError: there is such a file.
@@ -182,7 +183,7 @@ def save_messages(path: str | os.PathLike[str], messages: Sequence[dict[str, str
 
 
 def load_messages(path: str | os.PathLike[str]) -> list[Any]:
-    """What `save_messages` wrote; whether it makes sense as messages `Conversation.restore` says.
+    """The messages that `save_messages` wrote; `Conversation.restore` checks whether they are valid.
 
     Raises:
       OSError: it cannot be read.

@@ -1,6 +1,6 @@
 """Text in, text out: prompts are tokenised, run through the compiled functions of engine/decoding.py, and decoded.
 
-`stream` hands the answers out while they grow; `generate` waits for all of them.
+`stream` yields the answers piece by piece; `generate` waits for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .engine import Options, Run
 from .prompts import Prompt, as_list, encode_prompt, for_each
 from .sampling import Grammar, Sampling
 
-# Steps per call of the compiled loop where nobody waits for single tokens.
+# Steps per call of the compiled loop if tokens are not needed one by one.
 _STEPS = 32
 
 
@@ -43,12 +43,12 @@ def generate(
       max_new_tokens: the most tokens of each answer, one number or one for each prompt.
       temperature: 0 for the most likely token at each step, else the softmax temperature to draw with.
       seed: of the random draws: row i draws with seed + i. The same seed gives the same answers.
-      sampling: in place of temperature and seed: everything about how tokens are picked, for all rows or for each.
+      sampling: replaces temperature and seed: all settings of how tokens are picked, one for all rows or one for each.
       stop: strings that end an answer.
-      grammar: what the answers must match, for all rows or for each.
+      grammar: what the answers must match, one for all rows or one for each.
       options: how the run is carried out: memory, LongRoPE, log-probabilities, deadline, speculation, prompt cache.
       on_piece: called with every piece of an answer as it comes.
-      interrupt: asked between the calls of the compiled loop; True ends all answers as they are.
+      interrupt: called between the calls of the compiled loop; True ends all answers as they are.
 
     Returns:
       one `Generation` for each prompt, in order.
@@ -56,9 +56,10 @@ def generate(
     Raises:
       ValueError: a prompt is empty, has ids outside of the vocabulary, or fills the model's context; text was given but
         the checkpoint has no tokenizer; a number makes no sense.
+      ImportError: a grammar was given, but the extra `grammar` is not installed.
     """
     batch = _Batch(checkpoint, prompts, max_new_tokens, temperature, seed, sampling, stop, grammar, options)
-    # Somebody who watches wants tokens one by one; else the host is asked less often.
+    # One token at a time if the caller watches or may interrupt; otherwise fewer calls from the host.
     for piece in batch.pieces(1 if on_piece or interrupt else _STEPS, interrupt):
         if on_piece is not None:
             on_piece(piece)
@@ -78,16 +79,16 @@ def stream(
     options: Options | None = None,
     interrupt: Callable[[], bool] | None = None,
 ) -> Iterator[Piece]:
-    """As `generate`, but hands out each answer piece by piece while it is written.
+    """Like `generate`, but yields the answers piece by piece while they are generated.
 
-    A row's pieces joined are its `Generation`; the last one has the reason why it ended.
+    The pieces of a row, joined, are its `Generation`; the last one has the finish_reason.
     """
     batch = _Batch(checkpoint, prompts, max_new_tokens, temperature, seed, sampling, stop, grammar, options)
     yield from batch.pieces(1, interrupt)
 
 
 class _Batch:
-    """The prompts of one call, on their way."""
+    """The prompts of one call of `generate` or `stream`, and their answers."""
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class _Batch:
 def sampling_of_rows(
     rows: int, temperature: float, seed: int, sampling: Sampling | Sequence[Sampling] | None
 ) -> list[Sampling]:
-    """What each row picks by. Raises ValueError if it is said twice, or not for every row."""
+    """The `Sampling` of each row. Raises ValueError for temperature or seed beside sampling, or for a wrong count."""
     if sampling is None:
         return [Sampling(temperature=temperature, seed=(seed + row) % 2**32) for row in range(rows)]
     if temperature != 0 or seed != 0:

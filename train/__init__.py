@@ -1,7 +1,7 @@
 """Training, on top of the library and of generation.
 
-A step, to be read in ten minutes: settings.py, step.py, forward.py, loss.py (dpo.py for preferences), optimizer.py,
-sharding.py. Around it are rooms: data/, run/ (a whole run), evaluation/, recipes/ and programs/. From Python a run is
+A training step, in reading order: settings.py, step.py, forward.py, loss.py (dpo.py for preferences), optimizer.py,
+sharding.py. The subpackages are data/, run/ (a whole run), evaluation/, recipes/ and programs/. From Python a run is
 `phi3_jax.train.run.loop.train(Settings(...))`, which needs the extra `train`.
 """
 

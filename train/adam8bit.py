@@ -1,8 +1,8 @@
 """Adam whose moments take one byte each (arXiv:2110.02861): numbers of a block share a scale.
 
-The paper's idea is kept: blocks, so that one large number costs only its neighbours precision, and codes that lie
-closer together near 0, where most moments are. Its table of codes is not: a first moment is code**2 and a second moment
-is code**4, up to the scale, which takes no table, and resolves 6e-5 and 2e-10 of the largest number of a block.
+As in the paper, there are blocks, so that a large number costs only its own block precision, and codes lie closer
+together near 0, where most moments are. The paper's table of codes is replaced: a first moment is code**2 and a second
+moment is code**4, times the scale. This resolves 6e-5 and 2e-10 of the largest number of a block.
 
 Axis letters: I the last axis of a leaf, A = I / BLOCK rounded up.
 """
@@ -49,17 +49,17 @@ class Adam8BitState:
 
 
 def encode(x: jax.Array, signed: bool) -> Codes:
-    """float32 [..., I] -> one byte each; what is not 0 among numbers without sign stays so."""
+    """float32 [..., I] -> one byte each; without sign, a number that is not 0 does not become 0."""
     I = x.shape[-1]  # noqa: E741 - an axis letter
     blocks = _blocks(x)
     scales = jnp.abs(blocks).max(axis=-1)
-    # A block of zeros alone has scale 0.
+    # A block of only zeros has scale 0.
     relative = blocks / jnp.where(scales > 0, scales, 1)[..., None]
     if signed:
         codes = jnp.round(jnp.sign(relative) * jnp.sqrt(jnp.abs(relative)) * 127).astype(jnp.int8)
     else:
         rounded = jnp.round(jnp.sqrt(jnp.sqrt(relative)) * 255)
-        # A second moment of 0 beside a first one that is not would make the update huge.
+        # A second moment that becomes 0 would make the update huge if the first moment is not 0.
         codes = jnp.where(relative > 0, jnp.maximum(rounded, 1), 0).astype(jnp.uint8)
     return Codes(codes.reshape(*x.shape[:-1], -1)[..., :I], scales)
 

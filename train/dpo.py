@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a chosen answer shall become more likely than a rejected one (arXiv:2305.18290).
+"""Direct preference optimisation: makes a chosen answer more likely than a rejected one (arXiv:2305.18290).
 
 Axis letters: B pairs, T tokens.
 """
@@ -23,7 +23,9 @@ def interleave(pair: Pair) -> Batch:
 def preference_sums(
     log_probs: jax.Array, reference: jax.Array, weights: jax.Array, beta: float
 ) -> dict[str, jax.Array]:
-    """The loss of pairs: -log sigmoid(margin), where a reward is beta * log(p / p of the reference model).
+    """The loss of pairs: -log sigmoid(margin), where margin = reward of the chosen answer - reward of the rejected one.
+
+    The reward of an answer is beta * log(p / p of the reference model).
 
     Args:
       log_probs: float32 [2 B] of whole answers, in the order of `interleave`.

@@ -1,4 +1,4 @@
-"""From what is trained and a batch to the sums that a loss is made of.
+"""From the trained weights and a batch to the sums that the loss is made of.
 
 Axis letters: B rows, T tokens, D model.
 """
@@ -31,7 +31,7 @@ def batch_sums(
     batch: Batch | Pair,
     key: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """The sums of a batch, float32 scalars: "loss", by what it is divided ("weight"), "correct" and "tokens".
+    """The sums of a batch, float32 scalars: "loss", "weight" (what the loss is divided by), "correct" and "tokens".
 
     For texts all of them are over learned tokens; for preferences see `preference_sums`.
 
@@ -46,7 +46,7 @@ def batch_sums(
         return {"loss": loss, "weight": weight, "correct": correct, "tokens": weight}
     both = interleave(batch)
     ours = _row_sums(settings, config, parameters(settings, trainable, frozen, key), both, key)
-    # What is frozen is the model at the start: an adapter begins as no change.
+    # The frozen weights are the model at the start, because a new adapter changes nothing.
     theirs = jax.lax.stop_gradient(_row_sums(settings, config, _cast(frozen, settings.compute_dtype), both, None))
     return preference_sums(-ours.loss, -theirs.loss, ours.weight, settings.dpo_beta)
 
@@ -58,7 +58,7 @@ def adapter_config(settings: Settings) -> LoraConfig:
 
 
 def parameters(settings: Settings, trainable: Params, frozen: Params, key: jax.Array | None) -> Params:
-    """What the model is applied with, in `compute_dtype`."""
+    """The model's parameters in `compute_dtype`, with the adapter, if one is trained."""
     trainable = _cast(trainable, settings.compute_dtype)
     if settings.train == "all":
         return trainable
@@ -78,18 +78,18 @@ def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Bat
     s = settings
     # Phi3's methods, with these parameters.
     run: Any = functools.partial(Phi3(config, walk="slice", remat=s.remat).apply, {"params": params})
-    x = run(batch.tokens, method="embed").astype(s.compute_dtype)  # of integers it is float32
+    x = run(batch.tokens, method="embed").astype(s.compute_dtype)  # a quantised embedding gives float32
     if key is not None and s.neftune_alpha:
         x = neftune(x, batch, s.neftune_alpha, jax.random.fold_in(key, 1))
     x, _, _ = run(batch.tokens, batch.positions, batch.segments, embedded=x, method="hidden")
-    # Log-probabilities are what preferences are made of, and what an evaluation is for.
+    # Preferences and evaluations need the plain log-probabilities.
     plain = key is None or s.method == "dpo"
     z_loss, label_smoothing = (0.0, 0.0) if plain else (s.z_loss, s.label_smoothing)
     return row_sums(functools.partial(run, method="unembed"), x, batch, s.loss_chunk, z_loss, label_smoothing)
 
 
 def _cast(params: Params, dtype: str) -> Params:
-    """Floats of this dtype; integers, and the scales that belong to them, stay as they are."""
+    """Converts floats to this dtype; quantised weights, with their scales, stay as they are."""
 
     def of_leaf(leaf: Any) -> Any:
         return leaf if isinstance(leaf, QuantizedTensor) else leaf.astype(dtype)

@@ -35,9 +35,9 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss of each token, and whether it is the most likely one.
 
-    With Z the sum of exp(logits), the loss is -log p(target) + z_loss * (log Z)**2 (PaLM, arXiv:2204.02311), where
-    label smoothing (arXiv:1512.00567) replaces the target by itself with probability 1 - label_smoothing, and by any
-    token else, as `torch.nn.functional.cross_entropy` does.
+    With Z the sum of exp(logits), the loss is -log p(target) + z_loss * (log Z)**2 (PaLM, arXiv:2204.02311). Label
+    smoothing (arXiv:1512.00567) mixes the target, of weight 1 - label_smoothing, with a uniform distribution over all
+    tokens, as `torch.nn.functional.cross_entropy` does.
 
     Args:
       logits: float32 [..., V].
@@ -61,7 +61,7 @@ def cross_entropy(
 def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """What each column predicts -> (tokens int32 [B, T], weights float32 [B, T]).
 
-    A weight is 0 where the next token is of another segment, is padding, or is not there, whatever the batch says.
+    A weight is 0 if the next token is of another segment, is padding, or does not exist, whatever `Batch.weights` says.
     """
     follows = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.positions[:, 1:] > 0)
     weights = jnp.where(follows, batch.weights[:, 1:], 0.0)
@@ -89,7 +89,7 @@ def row_sums(
 
     def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
         loss, correct = cross_entropy(unembed(x), targets, z_loss, label_smoothing)
-        # 0 * inf is not 0: what is not learned must not count, whatever it is.
+        # 0 * inf is not 0: tokens that are not learned must not count, even if their loss is infinite.
         return RowSums(jnp.where(weights > 0, weights * loss, 0).sum(1), weights.sum(1), (weights * correct).sum(1))
 
     B, T = batch.tokens.shape

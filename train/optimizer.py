@@ -1,4 +1,4 @@
-"""Gradients become updates: the rules of `Settings.optimizer`, the learning rate over time, and what decays."""
+"""The update rules of `Settings.optimizer`, the learning rate schedules, and which weights decay."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .settings import Settings
 
 
 def schedule(settings: Settings) -> optax.Schedule:
-    """The learning rate by the number of updates done.
+    """The learning rate as a function of the number of updates done.
 
-    It rises in a line over `warmup_steps`, and then falls as in transformers' get_cosine_schedule_with_warmup or its
-    linear sister, but to `final_lr` times the highest instead of 0; or it stays. The first update is at
-    1 / (warmup_steps + 1) of the highest and not, as there, at 0: it would be for nothing.
+    It rises linearly over `warmup_steps`, and then falls as in transformers' get_cosine_schedule_with_warmup or
+    get_linear_schedule_with_warmup, but to `final_lr` * lr instead of 0; or it stays at lr. The first update has
+    lr / (warmup_steps + 1); in transformers it has 0 and no effect.
     """
     s = settings
 
@@ -42,7 +42,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     - adamw: arXiv:1711.05101, with torch's conventions: m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + epsilon).
     - adamw8bit: the same with moments of one byte (adam8bit.py).
     - adafactor: arXiv:1804.04235 as transformers' Trainer sets it: no momentum, no relative steps, updates clipped to a
-      root mean square of 1. Both the factors and the clipping are of a stack of layers at a time.
+      root mean square of 1. The factors and the clipping are computed over a whole stack of layers.
     - lion: arXiv:2302.06675.
     - sgd: momentum beta1.
 
@@ -61,8 +61,8 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def decayed(params: Any) -> Any:
-    """Which leaves of a parameter tree or an adapter weight decay is for: all but the weights of norms.
+    """Which leaves of a parameter tree or an adapter have weight decay: all but the weights of norms.
 
-    These are those of transformers' Trainer, also for an adapter from PEFT: its matrices and DoRA's magnitudes decay.
+    As in transformers' Trainer, also for an adapter from PEFT: its matrices and DoRA's magnitudes decay.
     """
     return jax.tree.map_with_path(lambda path, _: not any("norm" in key.key for key in path), params)

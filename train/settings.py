@@ -1,4 +1,4 @@
-"""What a training run is told, in one place: a recipe is one of these, and `--set name=value` changes a field."""
+"""The settings of a training run: a recipe is one `Settings`, and `--set name=value` changes a field."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A training run. Data sizes are in tokens, steps are optimizer steps.
+    """The settings of a training run. Data sizes are in tokens, steps are optimizer steps.
 
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
-      output: the run's folder: checkpoints, metrics, the picture, and at the end the adapter or the model.
+      output: the run's folder: checkpoints, metrics, the loss curve, and at the end the adapter or the model.
       train_file, eval_file: JSON lines (data/examples.py); without the second nothing is evaluated.
       method: "sft" learns texts, "dpo" learns preferences between a chosen and a rejected answer.
       dpo_beta: how closely DPO keeps to the model that it started from; larger is closer.
       loss_on: what of a chat is learned: answers with their end token, or everything.
-      on_bad_line: what a line that cannot be used does to the run.
+      on_bad_line: what happens at a line that cannot be used: the run stops, or the line is skipped.
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
@@ -32,21 +32,22 @@ class Settings:
       seed: of the order of the data, of new weights and of dropout.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
       lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (phi3_jax/adapters.py).
-      dtype: in which the trained weights, and the base that is not quantised, are kept.
-      compute_dtype: in which they are multiplied; float32 weights with "bfloat16" here are master weights.
+      dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32.
+      compute_dtype: of the computation; with "bfloat16" here, float32 weights are master weights.
       quantize: a policy of phi3_jax/quantization/policy.py for the base under an adapter (QLoRA).
       neftune_alpha: strength of the noise on embeddings (arXiv:2310.05914); 0 is none.
       optimizer, lr, schedule, warmup_steps, final_lr, weight_decay, beta1, beta2, epsilon: the update rule
         (optimizer.py); final_lr is the fraction of `lr` at the end.
-      clip_norm: the greatest global norm of a gradient; 0 is any.
-      loss_chunk: tokens whose logits are held at a time; 0 is all.
+      clip_norm: gradients are clipped to this global norm; 0 is off.
+      loss_chunk: how many tokens' logits are in memory at a time; 0 is all.
       z_loss, label_smoothing: weights of these two terms.
-      remat: what the backward pass computes again: nothing, all but matrix products, or everything in a layer.
+      remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or everything in
+        a layer ("full").
       shard_weights: spread the weights over the devices as well as the batch.
       steps: optimizer steps of the run.
       log_every, eval_every, save_every: in steps.
       keep_last, keep_best: how many checkpoints stay; the best are those of lowest evaluation loss.
-      max_bad_steps: after so many steps in a row with an infinite or undefined gradient the run ends.
+      max_bad_steps: the run ends after this many steps in a row whose loss or gradient is not finite.
     """
 
     checkpoint: str = "demo"
@@ -97,7 +98,7 @@ class Settings:
     max_bad_steps: int = 5
 
     def __post_init__(self) -> None:
-        """Raises ValueError: a value that no run can have, or two that contradict one another."""
+        """Raises ValueError for a value that is not allowed, or two that contradict one another."""
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name), hints[field.name])

@@ -1,7 +1,7 @@
-"""Which device has what: one mesh of all devices; rows of a batch are spread over it, and weights may be, too.
+"""Shardings: one mesh of all devices; the rows of a batch are spread over it, and the weights may be, too.
 
-Only the places of arrays are said here; the compiler finds the communication (arXiv:2105.04663). Spread weights, with
-their optimizer state, are what is known as ZeRO-3 or FSDP (arXiv:1910.02054).
+This file gives only the shardings of arrays; the compiler adds the communication (arXiv:2105.04663). Spreading weights
+and optimizer state is known as ZeRO-3 or FSDP (arXiv:1910.02054).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _AXIS = "devices"
 
 
 def make_mesh() -> Mesh:
-    """All devices in a row."""
+    """A mesh of all devices, with one axis."""
     return jax.make_mesh((jax.device_count(),), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def of_rows(mesh: Mesh, rows: int, axes_before: int = 0) -> NamedSharding:
-    """Where a batch lies, whose axis of rows has others before it.
+    """The sharding of a batch by its axis of rows, which has `axes_before` axes before it.
 
     Raises:
       ValueError: the rows cannot be shared out evenly.
@@ -31,9 +31,10 @@ def of_rows(mesh: Mesh, rows: int, axes_before: int = 0) -> NamedSharding:
 
 
 def of_state(mesh: Mesh, tree: Any, spread: bool) -> Any:
-    """Where each leaf of weights or optimizer state lies: everywhere, or spread along its longest axis that divides.
+    """The sharding of each leaf of weights or optimizer state: replicated, or with `spread` split along one axis.
 
-    This goes by a leaf's shape alone, so that a weight, its gradient and its moments lie together.
+    This is the longest axis that the number of devices divides. It depends on a leaf's shape alone, so that a weight,
+    its gradient and its moments are sharded alike.
     """
 
     def of_leaf(leaf: Any) -> NamedSharding:

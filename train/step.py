@@ -35,9 +35,9 @@ class TrainState:
     Attributes:
       step: int32, the steps taken, skipped ones included.
       trainable: the parameters in `Settings.dtype`, or an adapter in float32.
-      opt_state: the optimizer's, float32 or what its rule says.
+      opt_state: the optimizer's state, in float32 or what its update rule uses.
       bad_steps: int32, steps that were skipped because the loss or the gradient was not finite.
-      bad_in_row: int32, how many of them are the latest ones.
+      bad_in_row: int32, how many of the latest steps, in a row, were skipped.
     """
 
     step: jax.Array
@@ -58,7 +58,7 @@ def start(settings: Settings, config: Phi3Config, params: Params) -> tuple[Train
       preferences, which are compared with the weights at the start. The state has arrays of its own.
 
     Raises:
-      ValueError: integers are to be trained.
+      ValueError: train="all", but the weights are quantised.
     """
     optimizer, dtype, mesh = make_optimizer(settings), settings.dtype, sharding.make_mesh()
     if settings.train == "all" and any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
@@ -67,7 +67,7 @@ def start(settings: Settings, config: Phi3Config, params: Params) -> tuple[Train
 
     def state(base: Params) -> TrainState:
         if settings.train == "all":
-            trainable = jax.tree.map(jnp.copy, base)  # or the caller's own would be donated
+            trainable = jax.tree.map(jnp.copy, base)  # otherwise the caller's arrays would be donated
         else:
             trainable = init_adapter(config, adapter_config(settings), jax.random.key(settings.seed), base)
         opt_state = optimizer.init(_float32(trainable))
@@ -82,10 +82,10 @@ def start(settings: Settings, config: Phi3Config, params: Params) -> tuple[Train
 def make_train_step(
     settings: Settings, config: Phi3Config
 ) -> Callable[[TrainState, Params, Batch | Pair], tuple[TrainState, Metrics]]:
-    """(state, frozen, batch [A, B, T]) -> (state, metrics); the state that goes in is used up.
+    """A function (state, frozen, batch [A, B, T]) -> (state, metrics); the given state is donated.
 
     The gradient is that of the loss summed over all A batches, divided once by the sum of their weights. A step whose
-    loss or gradient is not finite changes only the counters. Random numbers depend on (seed, step, batch of A) alone.
+    loss or gradient is not finite changes only the counters. Random numbers depend on (seed, step, index in A) alone.
 
     Metrics are float32 scalars: "loss", what is minimised, per learned token or pair; "accuracy" of tokens or of
     preferences; "tokens", the sum of weights; "grad_norm" before clipping; "lr"; "finite", 1 or 0; and of preferences
@@ -151,7 +151,7 @@ def make_train_step(
 
 
 def make_eval_step(settings: Settings, config: Phi3Config) -> Callable[[Params, Params, Batch | Pair], Metrics]:
-    """(trainable, frozen, batch [B, T]) -> the sums of `forward.batch_sums`, without what is for training only.
+    """A function (trainable, frozen, batch [B, T]) -> the plain sums of `forward.batch_sums` (its key is None).
 
     Raises:
       ValueError: `batch_size` cannot be shared out evenly among the devices.

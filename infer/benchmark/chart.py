@@ -1,4 +1,4 @@
-"""The chart of phi3-benchmark: a panel for each case, a bar for each program, a line where the machine ends."""
+"""The chart of phi3-benchmark: a panel for each case, a bar for each program, a line at the machine's limit."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from phi3_jax.quantization import Format, formats
 
 _NOISE_BYTES = (1 << 20) + 7  # odd, so that a row of a matrix never repeats the one above
 _GROUP = 32
-# The integers -8 ... 7 times this have a standard deviation of 0.018, which is about that of fresh weights; bfloat16
-# holds the products exactly, because this is a power of two.
+# The integers -8 ... 7 times this have a standard deviation of 0.018, which is about that of newly initialised weights;
+# bfloat16 holds the products exactly, because this is a power of two.
 _SCALE = 2.0**-8
 
 
@@ -55,7 +55,7 @@ class ModelSpec:
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     def fastest_layout(self) -> Layout:
-        """Packed where the CPU kernels take it, as phi3-generate has it."""
+        """Packed if the CPU kernels take it, as in phi3-generate."""
         return fastest_layout() if self.resolved_dtype() == "bfloat16" or self.quantize is not None else "rows"
 
 
@@ -77,7 +77,7 @@ def random_checkpoint(
     """Random weights as if they were read from a file, one tensor at a time; always the same ones.
 
     They lie on a grid that bfloat16 and integers of 8 and 4 bits hold exactly: all forms are the same model, and
-    quantising takes no search. Raises what `weights.assemble` raises.
+    quantising takes no search. Raises what `assemble` raises.
     """
     params = assemble(_random_sources(config, quantize), config, dtype, "random weights", None, quantize, layout)
     return phi3_jax.Checkpoint(config, params, None, phi3_jax.GenerationSettings())
@@ -99,7 +99,7 @@ def _random_source(name: str, shape: tuple[int, ...], form: Format | None, noise
         return TensorSource(shape, "bfloat16", lambda: np.ones(shape, ml_dtypes.bfloat16))
 
     def nibbles() -> np.ndarray:
-        """0 ... 15, the noise from a place that depends on the name, over and over."""
+        """Integers 0 ... 15: the noise, repeated, from an offset that depends on the name."""
         return np.resize(np.roll(noise, -(zlib.crc32(name.encode()) % len(noise))), shape)
 
     def floats() -> np.ndarray:
@@ -114,5 +114,5 @@ def _random_source(name: str, shape: tuple[int, ...], form: Format | None, noise
         return IntegerRows(q[:, 0::2] | q[:, 1::2] << 4, scales, None, 4)
 
     if form is None or form.group != _GROUP or not form.symmetric or shape[1] % _GROUP:
-        return TensorSource(shape, "bfloat16", floats)  # which are rounded as any others, if they must be
+        return TensorSource(shape, "bfloat16", floats)  # which are rounded like any others, if necessary
     return TensorSource(shape, "bfloat16", floats, IntegerForm(form.bits, False), lambda: integers(form.bits))

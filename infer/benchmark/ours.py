@@ -1,7 +1,6 @@
 """Our side of phi3-benchmark, in a process of its own: the compiled functions of engine/decoding.py, timed.
 
-It answers the requests of peer_process.py. Nothing is taken from a compilation cache: `prepare` tells what compiling
-takes.
+It answers the requests of peer_process.py. The compilation cache is off: `prepare` reports the time of compiling.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Ours:
     """The `Side` that runs phi3_jax."""
 
     def load(self, spec: dict[str, Any], cache_dtype: str | None = None) -> Reply:
-        """spec: the fields of a ModelSpec. Tells more than a peer: the config, the dtype, what runs the operations."""
+        """spec: the fields of a ModelSpec. The reply also has the config, the dtype, and what runs each operation."""
         jax.config.update("jax_enable_compilation_cache", False)
         model_spec = ModelSpec(**spec)
         self._model = model = load_model(model_spec)
@@ -81,22 +80,22 @@ class Ours:
 
 
 class Case:
-    """Rows that are read, or that are gone on from, again and again.
+    """Rows whose prefill, or whose decoding, is run again and again.
 
     Attributes:
       compile_seconds: what compiling took, so far.
-      cache_bytes: of one number in the cache, scales included.
+      cache_bytes: bytes of one number in the cache, scales included.
     """
 
     def __init__(self, model: phi3_jax.Checkpoint, rows: Rows, new_tokens: int, cache_dtype: Any) -> None:
-        """Reads the rows. With new_tokens = 0 it is the reading that will be measured."""
+        """Reads the rows. With new_tokens = 0 the prefill will be measured, otherwise decoding."""
         self._model, self._context, self._new_tokens = model, len(rows[0]), new_tokens
         self.compile_seconds, self._compiled = 0.0, set[tuple[Any, ...]]()
         config, options, batch = model.config, Options(), len(rows)
         room = room_for(self._context, new_tokens + 1, options)
         self._chunk, capacity = options.prefill_chunk, slots_needed(config, room, max(options.prefill_chunk, 2))
         if config.sliding_window and config.sliding_window + new_tokens > capacity and capacity < room:
-            # The new tokens would take the places of keys that are still needed when they are taken off again.
+            # The new tokens would overwrite keys that are needed again when `_go_back` removes these tokens.
             raise ValueError(f"{new_tokens} new tokens are more than a cache of a window can go back: ask for fewer")
         self._settings = decoding.Settings(
             limits=jnp.full(batch, new_tokens + 1, jnp.int32),
@@ -130,7 +129,7 @@ class Case:
         self._state = self._call(decoding.answer, self._state, prefill.last, self._settings)
 
     def _go_back(self, kept: int) -> None:
-        """Forgets all tokens but the first `kept` in the cache, and the one after these."""
+        """Removes all tokens from the cache but the first `kept`; if there are any, the token after them stays, too."""
         state = self._state
         positions = jnp.where(state.cache.positions < kept, state.cache.positions, -1)
         self._state = dataclasses.replace(
@@ -142,7 +141,7 @@ class Case:
         jax.block_until_ready(self._state)
 
     def _call(self, function: Any, *args: Any) -> Any:
-        """Calls a jitted function of the model and `args`; books what compiling it takes, the first time."""
+        """Calls a jitted function of the model and `args`; the first time, compiles it and adds to compile_seconds."""
         program = (function, *(arg for arg in args if isinstance(arg, int)))  # shapes are the same throughout a case
         if program not in self._compiled:
             begin = time.perf_counter()

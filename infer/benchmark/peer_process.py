@@ -2,7 +2,7 @@
 
     python peer_process.py llama_cpp|transformers
 
-Requests and replies are JSON objects, one a line, on standard input and output: load, prepare (a case), measure (it,
+Requests and replies are JSON objects, one per line, on standard input and output: load, prepare (a case), measure (it,
 any number of times), release (it), memory. The other Python needs llama-cpp-python, or torch and transformers; nothing
 of phi3_jax is imported here.
 """
@@ -36,7 +36,7 @@ class Side(Protocol):
         """Gets ready to read the rows ("prefill"), or to go on from them ("decode"), and runs that once."""
 
     def measure(self) -> Reply:
-        """Does it -> {"seconds"}, and for prefill {"token"}: the most likely next token of the first row."""
+        """Runs it again -> {"seconds"}, and for prefill {"token"}: the most likely next token of the first row."""
 
     def release(self) -> Reply:
         """Frees what `prepare` has made."""
@@ -55,7 +55,7 @@ def serve(side: Side) -> None:
         except (ValueError, OSError, ImportError, MemoryError) as error:
             traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"}
-        # What `measure` says itself is more exact.
+        # The seconds that `measure` itself replies are more exact.
         print(json.dumps({"seconds": time.perf_counter() - begin, **reply}), file=replies, flush=True)
 
 
@@ -133,7 +133,7 @@ class LlamaCpp:
         return {}
 
     def _open(self, flash_attention: int) -> None:
-        """A context, with the rows in its cache if it is to go on from them."""
+        """Makes a context, with the rows in its cache for "decode"."""
         self.release()
         tokens = -(-(len(self._rows[0]) + self._new_tokens + 1) // _PAGE) * _PAGE
         params = self._lib.llama_context_default_params()
@@ -170,7 +170,7 @@ class LlamaCpp:
         seconds = time.perf_counter() - begin
         logits = self._lib.llama_get_logits_ith(self._context, -1)
         count = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
-        # Of the last row that was read; there is one in all cases of this kind.
+        # Of the last row that was read; cases of this kind have only one.
         return {"seconds": seconds, "token": max(range(count), key=logits.__getitem__)}
 
     def _decode(self, steps: int) -> Reply:
@@ -184,7 +184,7 @@ class LlamaCpp:
         return {"seconds": time.perf_counter() - begin}
 
     def _run(self, tokens: list[tuple[int, int, int]], wanted: int | None) -> None:
-        """Runs (token, position, sequence) ..., with the logits of one of them, of all (-1), or of none."""
+        """Runs (token, position, sequence) ..., with the logits of one (its index), of all (-1) or of none (None)."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, (token, position, sequence) in enumerate(tokens):
@@ -234,7 +234,7 @@ class Transformers:
         return {}
 
     def _read(self) -> None:
-        # Without the config every layer keeps all keys, so that new ones can be taken off again.
+        # Without the config every layer keeps all keys, so that new ones can be removed again.
         self._cache = self._transformers.DynamicCache()
         for chunk in self._rows.split(_BATCH, dim=1):
             self._next = self._step(chunk)

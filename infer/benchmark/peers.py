@@ -34,7 +34,7 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name to print."""
         return f"{self.program.replace('_', '.')} {self.kind}"
 
     @property
@@ -89,8 +89,8 @@ def open_peer(
 
     Args:
       folder: where files are made; those that are there already are used again.
-      stack: ends the peer in the end.
-      say: is told what takes a while.
+      stack: ends the peer when it is closed.
+      say: called with a message before a step that takes a while.
     """
     file = _file(peer, spec, folder, python, say)
     say(f"loading {peer.name}")
@@ -132,7 +132,7 @@ def _file(peer: Peer, spec: ModelSpec, folder: Path, python: str | None, say: Ca
 
 
 def _stored(spec: ModelSpec) -> str:
-    """The floats to round from: sixteen bits, where the weights have no more, take half the memory."""
+    """The dtype to round from: the stored one, to save memory, or float32 if there are several."""
     if spec.is_random:
         return "bfloat16"
     place = resolve(spec.checkpoint)
@@ -151,7 +151,7 @@ def _export(path: Path, kind: str, spec: ModelSpec, dtype: str, say: Callable[[s
 
 
 def _gguf_weight_bytes(path: Path) -> float:
-    """What a step reads of a GGUF file: all tensors but an embedding that is not the head as well."""
+    """Bytes that a step reads of a GGUF file: all tensors, without an embedding that is not also the head."""
     _, tensors = read_header(path)
     places = sorted(tensor.offset for tensor in tensors.values())
     ends = dict(zip(places, [*places[1:], path.stat().st_size], strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_LAST_LINES = 5  # of what a process said, where it fails
+_LAST_LINES = 5  # of the output of a process that failed
 _SECONDS_TO_END = 10
 
 

@@ -14,7 +14,7 @@ from phi3_jax.kernels.machine import Rate
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one measurement asks of the machine at least.
+    """The least work of one measurement.
 
     Attributes:
       bytes: read from memory.
@@ -56,9 +56,9 @@ def decode_work(
 def least_seconds(work: Work, bandwidth: float, rates: dict[str, float], kind: Rate) -> float:
     """How long the work takes at least, on a machine of this bandwidth and these rates.
 
-    Attention is taken to run at the faster one of the two rates for floats, whatever a program makes of it.
+    Attention is assumed to run at the faster of the two rates for floats, whatever a program really uses.
     """
-    linear = max(rates[kind], rates["float32"])  # what a type has no fast instructions for is multiplied as float32
+    linear = max(rates[kind], rates["float32"])  # a type without fast instructions is multiplied as float32
     computing = work.linear / linear + work.attention / max(rates["float32"], rates["bfloat16"])
     return max(work.bytes / bandwidth, computing)
 

@@ -1,7 +1,7 @@
-"""Measures programs in turns (A B A B ...), so that a machine whose speed drifts is the same for all of them.
+"""Measures programs in turns (A B A B ...), so that changes of the machine's speed affect all of them alike.
 
-A case is a piece of work: reading a prompt, or writing tokens behind a context. Every side (processes.py)
-gets ready for it, then each round measures every side once, and the memory's bandwidth.
+A case is a piece of work: reading a prompt, or decoding after a context. Every side (processes.py) gets ready for it;
+then each round measures the memory's bandwidth, and every side once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from phi3_jax.kernels.machine import Rate
 
 from .roofline import decode_work, least_seconds, prefill_work
 
-_SETTLE = 0.1  # seconds before each measurement, in which the others' threads stop waiting for work
+_SETTLE = 0.1  # seconds before each measurement, in which idle threads of the other sides stop spinning
 
 
 class Asks(Protocol):
-    """What answers requests: `benchmark_processes.Process`."""
+    """What answers requests: `processes.Process`."""
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for the reply."""
@@ -39,7 +39,7 @@ class Measures(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Reading a prompt of `context` tokens, or `new_tokens` steps of `batch` rows behind that many tokens."""
+    """Reading a prompt of `context` tokens, or `new_tokens` decoding steps of `batch` rows after that many tokens."""
 
     kind: Literal["prefill", "decode"]
     context: int
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name to print."""
         if self.kind == "prefill":
             return f"prefill {self.context}"
         return f"decode at {self.context}" + (f", batch {self.batch}" if self.batch > 1 else "")
@@ -61,7 +61,7 @@ class Case:
     def work_seconds(
         self, config: Phi3Config, side: Side, cache_bytes: float, bandwidth: float, rates: dict[str, float]
     ) -> float:
-        """How long the side's work takes at least."""
+        """The least number of seconds that the side's work can take."""
         if self.kind == "prefill":
             work = prefill_work(config, self.context, side.weight_bytes)
         else:
@@ -76,9 +76,9 @@ class Side:
     Attributes:
       name: with the form of its weights.
       process: answers the requests.
-      weight_bytes: what a step reads of the weights.
-      rate: the kind of arithmetic by which its matrix products could be computed at best.
-      cache_bytes: of one number in its cache, as far as is known before a case.
+      weight_bytes: how many bytes of the weights a step reads.
+      rate: the fastest kind of arithmetic that its matrix products could use.
+      cache_bytes: bytes of one number in its cache, as far as is known before a case.
     """
 
     name: str
@@ -111,9 +111,9 @@ class Result:
     Attributes:
       seconds: of each round.
       tokens_per_second: over the rounds.
-      of_limit: the least time that the work takes on this machine, by the time it took; None where the machine was not
-        measured.
-      ratio: tokens per second of the first side by this side's, in the same round; None for the first side.
+      of_limit: the least time that the work can take on this machine, divided by the time it took; None if the machine
+        was not measured.
+      ratio: the first side's tokens per second, divided by this side's, in the same round; None for the first side.
       compile_seconds: 0 where nothing is compiled.
       note: what the side says about how it works.
       token: the most likely token after a prompt; None for decoding.
@@ -201,7 +201,7 @@ def memory_needed(case: Case, sides: Sequence[Side], config: Phi3Config) -> floa
 
 
 def available_memory() -> float:
-    """Bytes that can be had without swapping; infinite where the system does not tell."""
+    """Bytes that are available without swapping; infinite if the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024.0 for line in file if line.startswith("MemAvailable"))

@@ -1,7 +1,7 @@
 """Token ids in, token ids out: prompts are read in chunks, and answers written by one compiled loop.
 
-decoding.py has the compiled functions, run.py calls them for a batch, options.py says how; speculation.py guesses
-tokens ahead, and prompt_cache.py keeps what a beginning was read to. Others use the names below, `decoding`, and
+decoding.py has the compiled functions, run.py calls them for a batch, as options.py says; speculation.py guesses tokens
+ahead, and prompt_cache.py keeps the keys and values of a prefix. Other packages use the names below, `decoding`, and
 `buckets` for the sizes of arrays.
 """
 

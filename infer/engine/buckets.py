@@ -1,4 +1,4 @@
-"""How much memory a run makes room for: lengths are rounded up, so that few programs are compiled."""
+"""The sizes of a run's arrays: lengths are rounded up, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROOM_UNIT = 128  # tokens
 
 
 def room_for(longest: int, limit: int, options: Options) -> int:
-    """How many tokens of a row there is memory for: M.
+    """M: how many tokens, prompt and answer together, a row has memory for.
 
     Args:
       longest: tokens of the longest prompt.
@@ -31,14 +31,14 @@ def room_for(longest: int, limit: int, options: Options) -> int:
 
 
 def padded_length(tokens: int, chunk: int) -> int:
-    """The length that a piece of a prompt is padded to: a power of two, the chunk at most."""
+    """The length that a piece of a prompt is padded to: a power of two, but at most the chunk."""
     return min(chunk, max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length()))
 
 
 def piece_length(tokens: int, chunk: int, capacity: int) -> int:
-    """The length that the next piece of what is still to be read is padded to; `tokens` are left.
+    """The length that the next piece is padded to, when `tokens` are still to be read.
 
-    Rows that are read again have grown past what was their prompt: their padding must not exceed the cache.
+    Rows that are read again are longer than their prompts were: their padding must not exceed the cache.
     """
     return min(padded_length(tokens, chunk), capacity)
 
@@ -48,9 +48,9 @@ def _round_up(number: int, unit: int) -> int:
 
 
 def own_cache_dtype(checkpoint: Checkpoint) -> Any:
-    """bfloat16 where weights are kept in fewer bits than float32, else the weights' own.
+    """The default dtype of the cache: bfloat16 for quantised weights, else the weights' own.
 
-    Without kernels it is float32 on the CPU, where XLA turns all of a bfloat16 cache into float32 to write to it.
+    On the CPU without kernels it is float32, because XLA converts a whole bfloat16 cache to float32 to write to it.
     """
     params = checkpoint.params
     if jax.default_backend() == "cpu" and why_not_cpu("bfloat16") is not None:

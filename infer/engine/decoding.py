@@ -1,4 +1,4 @@
-"""Compiled decoding: `read` takes in the prompts, chunk by chunk; `decode` writes the answers, one loop on the device.
+"""The compiled functions: `read` is the prefill, chunk by chunk; `decode` writes the answers in a loop on the device.
 
     begin -> read, read, ... -> answer -> decode, decode, ...   (back to read where LongRoPE's border is crossed)
 
@@ -40,8 +40,8 @@ class Settings:
       end_ids: int32 [E]: the ids that end an answer.
       sampling: how each row picks its tokens.
       prompt_lengths: int32 [B].
-      rope_policy: by what LongRoPE picks a row's factors: "length", by its own tokens; "capacity", by the tokens that
-        it may grow to; "batch", by the longest row's tokens, padding of finished rows included.
+      rope_policy: which number of tokens decides a row's LongRoPE factors: "length", its own; "capacity", that which it
+        may grow to; "batch", that of the longest row, padding of finished rows included.
     """
 
     limits: jax.Array
@@ -51,7 +51,7 @@ class Settings:
     rope_policy: RopePolicy = dataclasses.field(default="length", metadata={"static": True})
 
     def rope_lengths(self, lengths: jax.Array) -> jax.Array:
-        """The numbers of tokens by which the factors of rows of `lengths` tokens are picked: int32 [B]."""
+        """The numbers of tokens that decide the LongRoPE factors of rows of `lengths` tokens: int32 [B]."""
         if self.rope_policy == "capacity":
             return self.prompt_lengths + self.limits
         if self.rope_policy == "batch":
@@ -63,14 +63,14 @@ class Settings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
       cache: keys and values of every token but the newest of each row.
-      tokens: int32 [B, M]: prompt and answer so far; only the first `lengths` of a row mean something.
+      tokens: int32 [B, M]: prompt and answer so far; only the first `lengths` of a row are valid.
       lengths: int32 [B].
       done: bool [B]: the row has met an end id or its limit, or was ended from outside.
-      rope_lengths: int32 [B]: the numbers of tokens by which LongRoPE's factors were picked for what is in the cache.
+      rope_lengths: int32 [B]: the numbers of tokens that decided the LongRoPE factors of the keys in the cache.
       offered, taken: int32 [B]: how many guesses of a drafter were tried, and how many of them kept.
       logprobs: the tokens' log-probabilities, if they are wanted.
     """
@@ -86,7 +86,7 @@ class DecodeState:
 
 
 class Drafter(Protocol):
-    """Guesses how the rows go on; a pytree. See speculation.py.
+    """Guesses the next tokens of each row; a pytree. See speculation.py.
 
     Attributes:
       always_guesses: False if there may be turns without a guess; then `propose` must be cheap, and change nothing.
@@ -95,9 +95,9 @@ class Drafter(Protocol):
     always_guesses: ClassVar[bool]
 
     def propose(self, params: Params, state: DecodeState, settings: Settings) -> tuple[Drafter, jax.Array]:
-        """-> (itself, brought up to date; int32 [B, J - 1] tokens that may come next, -1 from where it has none).
+        """-> (the updated drafter, guessed next tokens int32 [B, J - 1]; -1 after the last guess of a row).
 
-        params are its weights, which are not part of it, because a drafter is donated.
+        params are its weights; they are not part of the drafter, because it is donated.
         """
 
 
@@ -122,7 +122,7 @@ def begin(
     """
     lengths = settings.prompt_lengths
     record = None if logprobs is None else LogprobRecord.create(len(tokens), tokens.shape[1], logprobs)
-    # Buffers of their own, because the state is donated.
+    # + 0 makes copies, because the state is donated.
     return DecodeState(
         cache=KVCache.create(config, len(tokens), capacity, dtype),
         tokens=tokens,
@@ -136,7 +136,7 @@ def begin(
 
 
 def restart(state: DecodeState, settings: Settings) -> DecodeState:
-    """The state with an empty cache, for reading all tokens again with the factors that their number asks for now."""
+    """The state with an empty cache, to read all tokens again with the LongRoPE factors of their present number."""
     empty = jnp.full_like(state.cache.positions, -1)
     cache = dataclasses.replace(state.cache, positions=empty)
     return dataclasses.replace(state, cache=cache, rope_lengths=settings.rope_lengths(state.lengths) + 0)
@@ -155,11 +155,11 @@ def read(
     """Reads `size` tokens of every row, from place `begin` (int32 scalar) on, into the cache.
 
     Args:
-      last: [B, D], the model's output at the last token of the rows whose last token has come by; others mean nothing.
+      last: [B, D], the model's output at the last token of the rows whose last token has been read; others are unset.
       echo: record the log-probabilities of these tokens' successors, which takes B x T x V floats of memory.
 
     Returns:
-      state and last, brought up to date.
+      (state, last), updated.
     """
     places = begin + jnp.arange(size)
     positions = jnp.where(places < state.lengths[:, None], places, -1)
@@ -203,7 +203,7 @@ def answer(
 def step(config: Phi3Config, params: Params, state: DecodeState) -> tuple[DecodeState, jax.Array]:
     """Runs the newest token of each row through the model -> (state, last [B, D]): half a turn of `decode`.
 
-    For hosts that want a say between the two halves; `answer` is the other one.
+    `answer` is the other half. For grammars, where the host acts between the two, and for beam search.
     """
     state, x = _forward(config, params, state, _no_guesses(state))
     return state, x[:, 0]
@@ -245,7 +245,7 @@ def decode(
         return turn((loop[0], loop[1], drafter), guesses)
 
     def turns(loop: _Loop) -> _Loop:
-        # Places of guesses cost something even where there are none. Two loops, because `lax.cond` copies the cache.
+        # Places for guesses cost time even if there are no guesses. Two loops, because `lax.cond` copies the cache.
         loop = jax.lax.while_loop(
             lambda loop: more(loop) & ~has_guesses(loop), lambda loop: turn(loop, _no_guesses(loop[1])), loop
         )
@@ -281,7 +281,7 @@ def unroll(config: Phi3Config, params: Params, state: DecodeState, settings: Set
 
 
 def must_restart(config: Phi3Config, state: DecodeState, settings: Settings) -> jax.Array:
-    """Whether a row's tokens have become too many for the factors that its cache was made with: bool scalar."""
+    """Whether a row has become too long for the LongRoPE factors that its keys were made with: bool scalar."""
     if config.long_rope is None:
         return jnp.asarray(False)
     border = config.long_rope.original_max_position_embeddings
@@ -322,10 +322,10 @@ def _accept(
     settings: Settings,
     allowed: jax.Array | None = None,
 ) -> DecodeState:
-    """Adds to each row the guesses that are what `pick` picks in their place, and the first pick that is not a guess.
+    """Adds to each row its guesses up to the first that differs from what `pick` picks there, and then that pick.
 
-    A pick depends on the row's seed and its place in the answer only, so the tokens are the ones that would have come
-    without guesses, one by one.
+    A random draw depends only on the row's seed and the token's place in the answer, so the tokens are the same as
+    without guesses.
 
     Args:
       x: [B, J, D], the model's output at the newest token and the guesses after it.
@@ -333,7 +333,7 @@ def _accept(
     """
     (rows, J), room = x.shape[:2], state.tokens.shape[1]
     logits: Any = Phi3(config).apply({"params": params}, x, method="unembed")
-    places = state.lengths[:, None] + jnp.arange(J)  # of what is predicted at each of the J
+    places = state.lengths[:, None] + jnp.arange(J)  # of the J predicted tokens
     row = jnp.arange(rows)[:, None]
     tokens = state.tokens.at[row, jnp.where(guesses >= 0, places[:, :-1], room)].set(guesses, mode="drop")
     permitted = logits
@@ -344,19 +344,19 @@ def _accept(
     taken = jnp.cumprod(picks[:, :-1] == guesses, axis=1).sum(axis=1)
     count = jnp.minimum(taken + 1, settings.prompt_lengths + settings.limits - state.lengths)
     if config.long_rope is not None:
-        # What is predicted from a token beyond the border would need the other factors.
+        # Predictions from a token beyond the border need the long factors.
         border = config.long_rope.original_max_position_embeddings
         count = jnp.where(state.rope_lengths <= border, jnp.minimum(count, border - state.lengths + 1), count)
     is_end = (picks[:, :, None] == settings.end_ids).any(axis=-1)
     first_end = jnp.where(is_end.any(axis=1), is_end.argmax(axis=1), J)
     count = jnp.where(state.done, 0, jnp.minimum(count, first_end + 1))
 
-    # What is not added is written past the end, where the scatter drops it.
+    # Tokens that are not added get a place past the end, where the scatter drops them.
     places = jnp.where(jnp.arange(J) < count[:, None], places, room)
     lengths = state.lengths + count
     cache = state.cache
     if J > 1:
-        # The keys of guesses that were not taken; the newest token has no keys yet.
+        # Forget the keys of guesses that were not taken; the newest token has no keys yet.
         cache = dataclasses.replace(
             cache, positions=jnp.where(cache.positions < lengths[:, None] - 1, cache.positions, -1)
         )

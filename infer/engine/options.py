@@ -1,4 +1,4 @@
-"""How a run is carried out, beside what is picked (sampling/params.py): one object for all rows."""
+"""How a run is carried out, one object for all rows; how tokens are picked is in sampling/params.py."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class Options:
 
     Attributes:
       prefill_chunk: how many tokens of the prompts are read at a time, which bounds the memory that reading takes.
-      cache_dtype: of the keys and values, one of CACHE_DTYPES; by default the weights' own, on the CPU float32.
-      rope_policy: by what LongRoPE picks a row's factors. "length": by the row's own tokens, exact at every step; a row
-        that grows past the border is read again, once, which costs a prefill of the batch. "capacity": by the tokens
-        that it may grow to (prompt and max_new_tokens): no second reading, but a short text is then treated as a long
-        one if its limit is large. "batch": by the longest row, as transformers does, for comparisons: a row then
-        depends on its neighbours.
+      cache_dtype: of the keys and values, one of CACHE_DTYPES; by default that of `prompt_cache`, if there is one, else
+        `buckets.own_cache_dtype`.
+      rope_policy: which number of tokens decides between LongRoPE's short and long factors. "length": the row's own,
+        exact at every step; a row that grows past the border is read again, once, which costs a prefill of the batch.
+        "capacity": the number that it may grow to (prompt and max_new_tokens): nothing is read again, but a short text
+        gets the long factors if its limit is large. "batch": that of the longest row, as in transformers, for
+        comparisons: a row then depends on the other rows.
       logprobs: record each new token's log-probability and those of this many most likely tokens (0: only its own);
         None records nothing.
-      echo: record the prompts' tokens, too; reading then takes B x prefill_chunk x V floats more.
-      deadline: seconds after which answers end as they are; looked at between the calls of the compiled loop.
+      echo: record the prompts' tokens, too; prefill then needs memory for B x prefill_chunk x V more floats.
+      deadline: seconds after which answers end as they are; checked between the calls of the compiled loop.
       speculation: guess several tokens at a time, which changes no token: `PromptLookup()` or `DraftModel(...)`.
-      prompt_cache: the keys and values of a beginning that the prompts share. What a prompt has in common with it
-        is not read again.
-      room: the least number of tokens, prompt and answer together, that memory is made for. Runs with the same room
-        share their compiled programs.
+      prompt_cache: the keys and values of a prefix; the part of it that all prompts begin with is not read again.
+      room: make memory for at least this many tokens, prompt and answer together. Runs with the same room share their
+        compiled programs.
     """
 
     prefill_chunk: int = 512

@@ -20,7 +20,7 @@ from .decoding import DecodeState
 
 @dataclasses.dataclass
 class Prefill:
-    """How far a batch has been read.
+    """The prefill of a batch, and how far it has come.
 
     Attributes:
       length: tokens of the longest row.

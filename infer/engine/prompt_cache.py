@@ -34,11 +34,11 @@ _SAMPLE = 4096  # elements of each weight that the fingerprint sees
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptCache:
-    """What a model remembers of a prefix. Made by `take` or `load`; only read afterwards.
+    """The keys and values of a prefix. Made by `take` or `load`, and not changed afterwards.
 
     Attributes:
-      tokens: the prefix. Keys and values of all of them were computed; in a ring the oldest may be gone.
-      cache: one row (B = 1), with the token at position p in slot p mod S, as always.
+      tokens: the prefix. Keys and values of all of them were computed; a ring buffer may have lost the oldest.
+      cache: one row (B = 1), with the token at position p in slot p mod S, as in every cache.
       is_long: whether LongRoPE's long factors were used; False for a model without LongRoPE.
       fingerprint: of the model, see `fingerprint`.
     """
@@ -78,11 +78,11 @@ class PromptCache:
         """How many tokens at the beginning of `prompt` need not be read again.
 
         That is the longest common prefix, but at most len(prompt) - 1, because the last token must be run to get
-        logits. It is 0 where the keys are of no use: they were rotated with LongRoPE's other factors, or a ring has
-        already lost some that the next token's window reaches.
+        logits. It is 0 if the keys cannot be used: they were rotated with LongRoPE's other factors, or a ring buffer
+        has already lost some that are in the next token's window.
 
         Args:
-          is_long: whether the whole sequence, of which the prompt is all or the beginning, uses the long factors.
+          is_long: whether the sequence that begins with the prompt uses the long factors.
         """
         if is_long != self.is_long:
             return 0
@@ -93,12 +93,13 @@ class PromptCache:
         return count if np.isin(needed, np.asarray(self.cache.positions)).all() else 0
 
     def place(self, cache: KVCache, count: int) -> KVCache:
-        """Puts the first `count` tokens into every row of a cache of any number of rows and slots.
+        """Copies the keys and values of the first `count` tokens into every row of a cache.
 
-        With fewer slots than tokens only the newest find room. Between float types values are converted.
+        It may have any number of rows and slots; with fewer slots than tokens only the newest are copied. Values are
+        converted between float dtypes.
 
         Args:
-          cache: an empty one; anything in it is forgotten. Its memory is donated to the result.
+          cache: its contents are lost, and its memory is donated to the result.
 
         Raises:
           ValueError: there are not so many tokens, the cache is another model's, or only one of the two is int8.
@@ -111,7 +112,7 @@ class PromptCache:
                 f"the prompt cache holds {ours.dtype} but the run's cache {theirs.dtype}, and int8 is not converted: "
                 f"pass cache_dtype={ours.dtype.name!r}, or make the prompt cache again with {theirs.dtype.name}"
             )
-        # A head that is longer here than there may be longer by a TPU's zeros only.
+        # Our head dim may be the larger one only if the difference is a TPU's padding with zeros.
         head_dim = ours.shape[-1] if ours.shape[-1] <= theirs.shape[-1] else _head_dim(self.cache)
         if (ours.shape[0], ours.shape[2]) != (theirs.shape[0], theirs.shape[2]) or head_dim > theirs.shape[-1]:
             raise ValueError(
@@ -121,7 +122,7 @@ class PromptCache:
         return _place(cache, self.cache, jnp.int32(count), head_dim)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, which appears whole or not at all, and which only its owner can read.
+        """Writes one safetensors file, atomically, which only its owner can read.
 
         It holds `tokens` int32 [tokens], `k` and `v` [L, K, P, H] in the order of their positions, the last of which is
         the last token's; with int8 also `k_scale` and `v_scale` [L, K, P].
@@ -160,7 +161,7 @@ class PromptCache:
                 raise ValueError(
                     f"{place}: token ids {outside[:5]} are outside of the vocabulary of {config.vocab_size}; {_AGAIN}"
                 )
-            # One tensor after another leaves the host, which so holds only one of them beside an accelerator's copy.
+            # One tensor after another, so that the host holds only one of them beside an accelerator's copy.
             arrays = {name: jnp.asarray(file.get_tensor(name)[:, None]) for name in shapes if name != "tokens"}
         run = np.arange(len(tokens) - arrays["k"].shape[3], len(tokens), dtype=np.int32)
         cache = KVCache(positions=jnp.asarray(run[None]), **arrays)
@@ -172,9 +173,9 @@ class PromptCache:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A short name for a model, the same in every process: a hash of its configuration and of samples of its weights.
 
-    Of every weight it sees the name, shape and dtype, and at most 4096 elements, spread evenly. So a whole matrix that
-    was changed is noticed, but not always a change to a part of one: a few rows of the embedding that were trained
-    further may lie between the samples. Keys that were made before such an edit would be taken for good ones.
+    It depends on the name, shape and dtype of every weight, and on at most 4096 of its elements, spread evenly. So a
+    change to a whole matrix is noticed, but a change to a part of one may not be: for example, a few further trained
+    rows of the embedding may lie between the samples. Keys from before such a change would then be accepted.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True).encode())
@@ -189,8 +190,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def _samples(leaves: Sequence[jax.Array]) -> list[np.ndarray]:
     """At most 4096 elements of each array, spread over all of it."""
-    # Odd strides: one that is a multiple of the row's length would look at a single column. Indices go by axis, because
-    # a flat one does not fit into the 32 bits that JAX has for it.
+    # Odd strides: a multiple of the row's length would take all samples from one column. One index for each axis,
+    # because a flat index does not fit into JAX's 32 bits.
     strides = [-(-leaf.size // _SAMPLE) | 1 for leaf in leaves]
     where = [np.unravel_index(np.arange(0, x.size, step), x.shape) for x, step in zip(leaves, strides, strict=True)]
     if all(map(_on_host, leaves)):
@@ -208,14 +209,14 @@ def _gather(leaves: Sequence[jax.Array], where: Sequence[tuple[jax.Array, ...]])
 
 
 def _newest_run(positions: np.ndarray) -> np.ndarray:
-    """positions [S] of a row -> those that it holds without a gap up to the newest, in order."""
+    """positions [S] of a row -> the newest run of them without a gap, in order."""
     present = np.sort(positions[positions >= 0])
     gaps = np.flatnonzero(np.diff(present) != 1)
     return present[gaps[-1] + 1 :] if len(gaps) else present
 
 
 def _in_slot_order(run: np.ndarray, slots: int) -> np.ndarray:
-    """Successive positions in the order in which a cache of so many slots holds them, position mod slots; -1: none."""
+    """Consecutive positions in the order of the slots that hold them, position mod slots; -1 for an empty slot."""
     held = run[-1] - (run[-1] - np.arange(slots)) % slots
     return np.where(held >= run[0], held, -1)
 
@@ -254,7 +255,7 @@ def _place(target: KVCache, source: KVCache, count: jax.Array, head_dim: int) ->
             part = jnp.broadcast_to(part, (1, old.shape[1], *part.shape[2:]))
             return jax.lax.dynamic_update_slice(old, part, (layer, *[0] * (old.ndim - 1)))
 
-        # Layer by layer: the scatter of all at once first writes the copies for all rows elsewhere.
+        # Layer by layer: a scatter of all layers at once would first write the copies for all rows to other memory.
         return jax.lax.fori_loop(0, len(old), one, old)
 
     positions = jnp.broadcast_to(jnp.where(found, wanted, -1), target.positions.shape)
@@ -281,7 +282,7 @@ def _tensors(prompt: PromptCache) -> dict[str, np.ndarray]:
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
-    with new_file(path, size, overwrite=True, private=True) as partial:  # what was said may be nobody else's business
+    with new_file(path, size, overwrite=True, private=True) as partial:  # the prompt may be confidential
         try:
             safetensors.numpy.save_file(tensors, partial, metadata)
         except safetensors.SafetensorError as error:

@@ -1,4 +1,4 @@
-"""A batch on its way from prompts to answers: the host's side of decoding.py, in token ids."""
+"""Runs a batch from prompts to answers, in token ids: the host's side of decoding.py."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class NewTokens:
 
 
 class Run:
-    """Prompts being answered.
+    """A batch of prompts that are being answered.
 
         run = Run(checkpoint, prompts, [32] * len(prompts))
         while not run.is_over:
@@ -65,7 +65,7 @@ class Run:
         options: Options | None = None,
         grammars: Sequence[Grammar | None] | None = None,
     ):
-        """Checks everything and makes room; nothing is run yet.
+        """Checks the arguments and sets the sizes of arrays; nothing is run yet.
 
         Args:
           max_new_tokens: the most new tokens of each row; the model's context is a limit, too.
@@ -98,7 +98,7 @@ class Run:
         self._fingerprint: str | None = None
         self._state: decoding.DecodeState | None = None  # made by the first call of `advance`
         self._prefill: Prefill | None = None
-        self._phase = "prefill"  # what reading is booked as: "decode" where rows are read again
+        self._phase = "prefill"  # the timing that reading counts to: "decode" if rows are read again
         self._drafter: Any = None
         self._done = np.zeros(len(prompts), bool)
         self.timings = Timings()
@@ -121,10 +121,10 @@ class Run:
         return (0, 0) if self._state is None else (int(self._state.offered.sum()), int(self._state.taken.sum()))
 
     def advance(self, steps: int = 1) -> list[NewTokens]:
-        """One call of a compiled function -> what it added to each row.
+        """Calls a compiled function once -> the new tokens of each row.
 
-        At first, each call reads a chunk of the prompts, and the last of these gives each row its first token. From
-        then on, each call takes up to `steps` turns of the loop.
+        The first calls each read a chunk of the prompts, and the last of these gives each row its first token. After
+        that, each call takes up to `steps` turns of the loop.
         """
         state = self._first_state() if self._state is None else self._state
         if self._state is None:
@@ -156,13 +156,13 @@ class Run:
             self._state = dataclasses.replace(self._state, done=jnp.array(self._done))
 
     def prompt_logprobs(self, row: int) -> list[TokenLogprob]:
-        """The log-probabilities of a prompt's tokens, after the first call of `advance`, with `Options.echo`."""
+        """A prompt's log-probabilities, once `advance` has read it. Raises ValueError without `Options.echo`."""
         if self._state is None or self._state.logprobs is None or not self.options.echo:
             raise ValueError("prompts have log-probabilities after `advance`, with Options(logprobs=..., echo=True)")
         return self._state.logprobs.read(row, self._prompts[row], 0)
 
     def prompt_cache(self, row: int = 0) -> PromptCache:
-        """The keys and values of a row as far as it has come, for `Options.prompt_cache` of another run."""
+        """A row's keys and values so far, for `Options.prompt_cache` of another run; ValueError if nothing was read."""
         if self._state is None:
             raise ValueError("nothing has been read yet: call `advance` first")
         tokens = np.asarray(self._state.tokens[row])[: self._lengths[row]].tolist()
@@ -182,7 +182,7 @@ class Run:
         return dataclasses.replace(state, done=state.done | jnp.array(self._done))
 
     def _place_prompt_cache(self) -> None:
-        """Finds out how much of the prompts need not be read."""
+        """Finds out how many tokens of the prompts need not be read."""
         cache = self.options.prompt_cache
         if cache is None or not self._prompts:
             return
@@ -212,7 +212,7 @@ class Run:
         return state
 
     def _start_drafter(self, tokens: jax.Array) -> Any:
-        """What guesses tokens, when the prompts have been read."""
+        """Makes the drafter, if one is asked for, when the prompts have been read."""
         asked = self.options.speculation
         if isinstance(asked, PromptLookup):
             return LookupDrafter(asked)
@@ -245,10 +245,10 @@ class Run:
         return new
 
     def _timed(self, phase: str, function: Any, *args: Any, model: Checkpoint | None = None, wait: bool = True) -> Any:
-        """Calls a jitted function of a model's config, weights and `args`; books its compilation and its run apart."""
+        """Calls a jitted function of a model's config, weights and `args`; times compilation and run separately."""
         model = model or self._checkpoint
         begin = time.perf_counter()
-        # Compiles where that has not happened yet; the call below finds the program.
+        # Compiles if that has not happened yet; the call below then finds the program.
         function.lower(model.config, model.params, *args).compile()
         compiled = time.perf_counter()
         result = function(model.config, model.params, *args)
@@ -259,7 +259,7 @@ class Run:
         return result
 
     def _capacity(self, config: Any) -> int:
-        """Slots of a row's cache for everything this run may write to it at once."""
+        """Slots of a row's cache, with room for the most tokens that this run writes to it at once."""
         return slots_needed(config, self._room, max(self.options.prefill_chunk, self.options.guesses + 2))
 
     def _cache_dtype(self) -> Any:

@@ -1,13 +1,13 @@
 """Speculative decoding: guess the next few tokens cheaply, run them through the model at once, keep the right ones.
 
-Reading weights is what a step costs, so five tokens at once take hardly longer than one. decoding.py keeps a guess only
-if it is the token that would have been picked in its place, greedily or with the row's own random numbers. So the
-answer is the same token by token, whatever guesses, and its distribution with it; only the time changes. (A drafter
-that draws does so with the model's noise. Both then agree nearly as often as two distributions can: at least
-(1 - d)/(1 + d) of the time at total variation distance d, "Coupling without Communication and Drafter-Invariant
-Speculative Decoding", Daliri et al. 2024.)
+Most of a step's time goes into reading the weights, so five tokens at once take hardly longer than one. decoding.py
+keeps a guess only if it is the token that would have been picked in its place, greedily or with the row's own random
+numbers. So the tokens of an answer, and their distribution, are the same with any drafter; only the time changes. (A
+draft model draws with the same random numbers as the model. Both then agree nearly as often as two distributions can:
+at least (1 - d)/(1 + d) of the time at total variation distance d, "Coupling without Communication and
+Drafter-Invariant Speculative Decoding", Daliri et al. 2024.)
 
-`PromptLookup` and `DraftModel` are what a caller asks for; `start` gives what the compiled loop carries.
+`PromptLookup` and `DraftModel` are options of a run; from them `Run` makes the drafter that the compiled loop carries.
 
 Axis letters: B batch, M tokens of prompt and answer together, J - 1 guesses.
 """
@@ -30,14 +30,14 @@ from .decoding import DecodeState, Settings
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
-    """Guesses that the text repeats itself: what came after the last tokens where they stood before.
+    """Finds an earlier occurrence of the text's last tokens, and guesses that the same tokens follow again.
 
-    Good for answers that copy from the prompt: edits, summaries, code.
+    Good for answers that copy from the prompt: edits, summaries, code. Raises ValueError for impossible numbers.
 
     Attributes:
-      guesses: how many tokens at a time.
-      longest: how many of the last tokens are compared. The place with the most equal ones wins, of several the latest.
-      shortest: with fewer equal tokens than this nothing is guessed.
+      guesses: how many tokens are guessed at a time.
+      longest: at most this many of the last tokens are compared. The longest match wins; of equal ones, the latest.
+      shortest: a match with fewer tokens than this gives no guess.
     """
 
     guesses: int = 8
@@ -51,11 +51,11 @@ class PromptLookup:
 
 @dataclasses.dataclass(frozen=True)
 class DraftModel:
-    """Lets a smaller model with the same vocabulary write the guesses.
+    """Lets a smaller model with the same vocabulary write the guesses. Raises ValueError for guesses below 1.
 
     Attributes:
       checkpoint: the smaller model.
-      guesses: how many tokens at a time.
+      guesses: how many tokens are guessed at a time.
     """
 
     checkpoint: Checkpoint
@@ -69,7 +69,7 @@ class DraftModel:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LookupDrafter:
-    """`PromptLookup` at work; it remembers nothing."""
+    """The drafter of `PromptLookup`; it has no state."""
 
     always_guesses: ClassVar[bool] = False
     lookup: PromptLookup = dataclasses.field(metadata={"static": True})
@@ -86,7 +86,7 @@ def look_up(tokens: jax.Array, lengths: jax.Array, lookup: PromptLookup) -> jax.
       tokens: int32 [B, M], of which the first `lengths` (int32 [B]) of a row are real.
     """
     places = jnp.arange(tokens.shape[1])
-    before = places < lengths[:, None] - 1  # an earlier occurrence has a successor
+    before = places < lengths[:, None] - 1  # an earlier occurrence has a next token
     equal, same = jnp.zeros_like(tokens), jnp.ones_like(tokens, bool)
     for back in range(lookup.longest):
         newest = jnp.take_along_axis(tokens, jnp.maximum(lengths[:, None] - 1 - back, 0), axis=1)
@@ -95,7 +95,7 @@ def look_up(tokens: jax.Array, lengths: jax.Array, lookup: PromptLookup) -> jax.
         equal += same
     score = jnp.where(before & (equal >= lookup.shortest), equal * tokens.shape[1] + places, -1)
     best = score.argmax(axis=1)[:, None]
-    # Where the successors reach the end of the text, it has a period, and they begin anew.
+    # If the tokens after the match reach the end of the text, it is periodic there: they are repeated.
     period = jnp.maximum(lengths[:, None] - 1 - best, 1)
     guesses = jnp.take_along_axis(tokens, best + 1 + jnp.arange(lookup.guesses) % period, axis=1)
     return jnp.where(jnp.take_along_axis(score, best, axis=1) >= 0, guesses, -1)
@@ -104,12 +104,12 @@ def look_up(tokens: jax.Array, lengths: jax.Array, lookup: PromptLookup) -> jax.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelDrafter:
-    """`DraftModel` at work.
+    """The drafter of `DraftModel`.
 
     Attributes:
-      cache: its keys and values of at least every token but the newest two of each row.
-      rope_lengths: int32 [B]: by what LongRoPE's factors are picked. They never change: guesses need not be exact, and
-        so are not worth a restart.
+      cache: its keys and values of every token of each row, except perhaps the newest two.
+      rope_lengths: int32 [B]: the numbers of tokens that decide LongRoPE's factors. They never change: guesses need not
+        be exact, so a restart is not worth its time.
     """
 
     always_guesses: ClassVar[bool] = True
@@ -121,7 +121,7 @@ class ModelDrafter:
     def propose(self, params: Params, state: DecodeState, settings: Settings) -> tuple[ModelDrafter, jax.Array]:
         """See `decoding.Drafter`."""
         newest = state.lengths[:, None] - 1
-        # Of the last guesses some were not taken, or all were, and the last one has not been through this model.
+        # Some of the last guesses may not have been taken; if all were, this model has not run the last one yet.
         positions = self.cache.positions
         cache = dataclasses.replace(self.cache, positions=jnp.where(positions < newest - 1, positions, -1))
         places = newest + jnp.asarray([-1, 0])

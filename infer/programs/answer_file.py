@@ -1,10 +1,10 @@
-"""Many prompts in a file, their answers in another: JSON lines in, JSON lines out, and an interrupted run goes on.
+"""The answers to a file of prompts: JSON lines in, JSON lines out, and an interrupted run can be resumed.
 
     answers.jsonl.partial   header, answer 1, answer 2, ...     while the run goes on
     answers.jsonl           answer 1, answer 2, ..., answer n   when it is over
 
-An answer is one write to the operating system, which survives the death of the process. What a kill can leave behind
-is half a line at the end, and the next run drops it.
+An answer is one write to the operating system, which survives a kill of the process. A kill can leave half a line at
+the end, which the next run drops.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _VERSION = 1
 class AnswerFile:
     """Writes the answers of a batch; a context manager.
 
-    Leaving the `with` block with all answers written gives the file its name, whatever the reason for leaving; with
-    fewer, the partial file stays for a later run with the same arguments, which goes on at `requests[done]`.
+    If all answers are written when the `with` block ends, for whatever reason, the file gets its final name. Otherwise
+    the partial file stays, and a later run with the same arguments goes on at `requests[done]`.
 
     Attributes:
       done: how many requests have their answers, those of an earlier run included.
@@ -40,8 +40,8 @@ class AnswerFile:
         """Opens the partial file, and locks it for as long as this object is open.
 
         Args:
-          path: of the file to be; it must not exist.
-          settings: whatever else decides the answers; only a run with the same ones may go on. Has to be JSON.
+          path: the final file; it must not exist.
+          settings: what else the answers depend on; only a run with the same settings may go on. Must be JSON.
 
         Raises:
           FileNotFoundError: there is no such folder.
@@ -76,8 +76,8 @@ class AnswerFile:
     def write(self, answer: Mapping[str, Any]) -> None:
         """Appends the answer of `requests[done]`, as {**its fields, **answer}.
 
-        When this returns, the answer survives a kill of the process (not a power cut). When it raises, nothing has been
-        written, and what had been is kept.
+        When this returns, the answer survives a kill of the process (not a power cut). When it raises, this answer has
+        not been written, and earlier ones are kept.
 
         Raises:
           OSError: the disk is full, for example.
@@ -96,7 +96,7 @@ class AnswerFile:
             raise ValueError(f"{self._path}: exists already; choose another name or delete it")
 
     def _open_locked(self) -> FileIO:
-        """The partial file, made if need be. The kernel drops the lock with the process, so none is left by a kill."""
+        """Opens or creates the partial file. The kernel drops the lock when the process ends, even by a kill."""
         while True:
             with (
                 _explained(self._partial, "choose an output on a disk that takes files, and locks on them"),
@@ -121,7 +121,7 @@ class AnswerFile:
             return False
 
     def _resume(self, settings: dict[str, Any]) -> None:
-        """Takes over what the partial file holds; begins it if that is nothing."""
+        """Counts the answers that the partial file holds; writes the header if it is empty."""
         header = {"phi3_jax_batch": _VERSION, "settings": settings, "requests_sha256": _digest(self._requests)}
         self._end = self._header_end = 0
         with open(self._partial, "rb") as lines:
@@ -142,7 +142,7 @@ class AnswerFile:
             self._header_end = self._end
 
     def _check_header(self, line: bytes, header: Mapping[str, Any]) -> None:
-        """Refuses files of other batches, and files that are none of ours; half a header passes."""
+        """Refuses files of other batches, and files that this class did not write; half a header passes."""
         if line[: len(_HEADER_BEGIN)] != _HEADER_BEGIN[: len(line)]:
             raise ValueError(f"{self._partial}: not the beginning of a batch; delete it or choose another output")
         if not line.endswith(b"\n"):
@@ -188,8 +188,8 @@ class AnswerFile:
         self._end += len(line)
 
     def _finish(self) -> None:
-        """Copies the answers, without the header, to where they belong; all of them appear there at once."""
-        # Of a fixed name, which the lock makes ours, so that kills do not pile up copies.
+        """Writes the answers, without the header, to the final file, atomically."""
+        # A fixed name, which the lock protects, so that kills do not leave many copies.
         copy = Path(f"{self._partial}.copy")
         with _explained(self._path, f"all answers are in {self._partial}: run the same command to finish"):
             try:
@@ -208,7 +208,7 @@ class AnswerFile:
 
 @contextlib.contextmanager
 def _explained(file: Path, remedy: str) -> Iterator[None]:
-    """OSErrors name the file and the remedy; their class and errno stay."""
+    """Adds the file and the remedy to OSErrors; their class and errno stay."""
     try:
         yield
     except OSError as error:
@@ -216,7 +216,7 @@ def _explained(file: Path, remedy: str) -> Iterator[None]:
 
 
 def _digest(requests: Sequence[Request]) -> str:
-    """Of all that the requests say and the program adds to them."""
+    """The SHA-256 of the requests, with what the program adds to them."""
     digest = hashlib.sha256()
     for request in requests:
         digest.update(json.dumps([request.fields, request.max_new_tokens, repr(request.sampling)]).encode() + b"\n")
@@ -224,7 +224,7 @@ def _digest(requests: Sequence[Request]) -> str:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """A line of a partial file; {} if it is damaged, which no header or answer is."""
+    """A line of a partial file; {} if it is damaged, because no header or answer is empty."""
     with contextlib.suppress(ValueError):
         return parse_object(line)
     return {}

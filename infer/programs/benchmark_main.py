@@ -80,7 +80,7 @@ _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 
 
 def main() -> int:
-    """Loads all sides, measures case after case, and tells."""
+    """Loads all sides, measures case after case, and prints the results."""
     _check_flags()
     spec, cases, load = _spec(), _cases(), _load_average()
     if load > _BUSY:
@@ -160,7 +160,7 @@ def _numbers(holder: flags.FlagHolder[Any]) -> list[int]:
 
 
 def _check_flags() -> None:
-    """Raises ValueError for flags that contradict one another, that nothing would read, or that would fail late."""
+    """Raises ValueError for flags that contradict one another, would have no effect, or would fail late."""
     if unknown := sorted(set(common.settings()) - {holder.name for holder in _SHARED}):
         raise ValueError(f"phi3-benchmark has no {', '.join('--' + name for name in unknown)}")
     if _RANDOM.value and CHECKPOINT.present:
@@ -175,7 +175,7 @@ def _check_flags() -> None:
         import matplotlib  # noqa: F401 - before minutes of measuring
 
 
-_BUSY = 0.5  # programs running, on average, at which a warning is due
+_BUSY = 0.5  # a higher load average gives a warning
 _HEADER = (
     "| case | program | tokens/s | least - greatest | of the limit | ours is | how |\n|---|---|---|---|---|---|---|"
 )
@@ -209,7 +209,7 @@ def _subtitle(about: Sequence[dict[str, Any]], machine: Machine | None) -> str:
 
 
 def _last_lines(sides: Sequence[Side], about: Sequence[dict[str, Any]], results: Sequence[Result]) -> str:
-    """What is told of each side once: memory, loading, compiling, the first token."""
+    """The second table, one line for each side: loading, compiling, the first token, memory; and notes."""
     lines = ["", "| program | loading, s | compiling, s | first token, s | peak memory, GB |", "|---|---|---|---|---|"]
     for side, reply in zip(sides, about, strict=True):
         own = [result for result in results if result.side == side.name]

@@ -33,7 +33,7 @@ _TOPICS = {"Conversation": [common.SYSTEM], **common.TOPICS}
 
 @dataclasses.dataclass(frozen=True)
 class _Command:
-    """What a line that begins with / does; `argument` is how /help writes what follows, "" if nothing may."""
+    """A command, a line that begins with /; `argument` is how /help names its argument, "" if it takes none."""
 
     run: Callable[[Chat, str], None]
     argument: str
@@ -44,7 +44,7 @@ class Chat:
     """Takes lines of input, writes answers.
 
     Attributes:
-      over: whether /exit was said.
+      over: whether /exit was given.
       failed: whether some line has failed.
     """
 
@@ -54,7 +54,7 @@ class Chat:
         self.over = self.failed = False
 
     def take(self, line: str) -> None:
-        """One line: a command, or a message to the model. Blank ones do not count."""
+        """Handles one line: a command, or a message to the model; blank lines are ignored."""
         if not line.strip():
             return
         try:
@@ -84,7 +84,7 @@ class Chat:
     def _answer(self, text: str) -> None:
         written = False
         try:
-            # Through a pipe nobody watches a single answer: there Ctrl-C ends the program.
+            # Through a pipe Ctrl-C ends the program, not only an answer.
             with interruptible() if self._on_terminal else contextlib.nullcontext(None) as interrupt:
                 for piece in self._conversation.ask(text, interrupt):
                     print(piece.text, end="", flush=True)
@@ -126,7 +126,7 @@ class Chat:
         self._conversation.reset()
 
     def _set_system(self, text: str) -> None:
-        self._warned.clear()  # the template may drop this one, too
+        self._warned.clear()  # to warn again if the template drops this one, too
         self._conversation.set_system(text or None)
 
     def _save(self, name: str) -> None:
@@ -205,7 +205,7 @@ def main() -> int:
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = chat.warn
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are an error of one line, not of all
+        sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is an error of one line, not of the program
     if sys.stdin.isatty():
         converse(chat)
         return 0

@@ -38,8 +38,8 @@ _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 def main() -> int:
-    """Loads and writes; says on standard error where other programs are known to make something else of the file."""
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports its plan as information, which absl shows
+    """Loads and writes; notes on standard error where other programs are known to read the file differently."""
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs its plan at level INFO, which absl shows
     output, kind = Path(_OUTPUT.value), _TYPE.value
     if output.exists():
         raise FileExistsError(f"{output}: exists already; name another one, or remove it first")
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def _stored_dtype(path: str) -> str:
-    """What to load as before rounding to integers: sixteen bits, if the weights have no more, take half the memory."""
+    """The dtype to load before rounding to integers: the stored one, to save memory; float32 if there are several."""
     place = resolve(path)
     found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
     return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"

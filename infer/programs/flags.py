@@ -1,4 +1,4 @@
-"""The flags that phi3-generate and phi3-chat share, and what they mean to the library."""
+"""The flags that phi3-generate and phi3-chat share, and the library's objects that they stand for."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 
 
 def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
-    """The checkpoint with its adapter, or another one, with a progress bar where loading takes more than a second."""
+    """Loads --checkpoint and --adapter, or only the checkpoint `path`; a progress bar appears after a second."""
     adapter = ADAPTER.value if path is None else None
     path, dtype = path or CHECKPOINT.value, DTYPE.value
     if dtype == "auto":
@@ -125,7 +125,7 @@ def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
 
 
 def sampling() -> Sampling:
-    """How tokens are to be picked."""
+    """How tokens are picked, from the flags."""
     return Sampling(
         temperature=TEMPERATURE.value,
         top_k=TOP_K.value,
@@ -145,7 +145,7 @@ def sampling() -> Sampling:
 
 
 def options(checkpoint: phi3_jax.Checkpoint) -> Options:
-    """How the run is to be carried out."""
+    """How the run is carried out, from the flags."""
     cache = PROMPT_CACHE.value
     return Options(
         prefill_chunk=PREFILL_CHUNK.value,
@@ -158,7 +158,7 @@ def options(checkpoint: phi3_jax.Checkpoint) -> Options:
 
 
 def grammar() -> Grammar | None:
-    """What answers must match. Raises ValueError if it is said in more than one way."""
+    """What answers must match, from the flags. Raises ValueError if more than one grammar is given."""
     asked = [flag for flag in (JSON_SCHEMA, REGEX, CHOICE) if flag.value]
     if len(asked) > 1:
         raise ValueError(f"give only one of {', '.join('--' + flag.name for flag in asked)}")

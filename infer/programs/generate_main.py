@@ -65,11 +65,11 @@ _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
     "Beam search": [_BEAMS, _LENGTH_PENALTY],
 }
 _TOPICS["Speed and memory"].append(_SAVE_PROMPT_CACHE)
-# The shared flags that change no answer: a run that was interrupted may go on with others.
+# The shared flags that change no answer: an interrupted run may go on with other values of them.
 _ONLY_SPEED = [
     flag.name for flag in (common.PREFILL_CHUNK, common.SPECULATE, common.GUESSES, common.PROMPT_CACHE, common.VERBOSE)
 ]
-_FOR_BEAMS = ("Model", "Speed and memory")  # the shared topics that beam search knows, and --max_new_tokens
+_FOR_BEAMS = ("Model", "Speed and memory")  # topics of the shared flags that beam search takes, with --max_new_tokens
 
 
 def main() -> int:
@@ -151,7 +151,7 @@ def _answers(
     options: Options,
     interrupt: Callable[[], bool],
 ) -> list[dict[str, Any]]:
-    """What is written of each answer; nothing if they were interrupted."""
+    """The output fields of each answer; an empty list if they were interrupted."""
     limits = [request.max_new_tokens or common.MAX_NEW_TOKENS.value for request in requests]
     if _BEAMS.value > 1:
         return _search(checkpoint, prompts, limits, options)
@@ -186,7 +186,7 @@ def _search(
 
 
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
-    """The prompt of a line as token ids; what is wrong with it is said with the line's number, before anything runs."""
+    """The token ids of a request's prompt. Raises ValueError with the line's number, before anything runs."""
     tokenizer = require_tokenizer(checkpoint)
     own = request.fields.keys() & {field.name for field in dataclasses.fields(Sampling)}
     if _BEAMS.value > 1 and own:
@@ -221,7 +221,7 @@ def _prompt_text() -> str:
 
 
 def _check_flags() -> None:
-    """Raises ValueError for flags that contradict one another, or that nothing would read."""
+    """Raises ValueError for flags that contradict one another, or that would have no effect."""
     prompts = [flag for flag in (_PROMPT, _PROMPT_FILE, _INPUT) if flag.value is not None]
     if len(prompts) != 1:
         raise ValueError("give one of --prompt, --prompt_file and --input")

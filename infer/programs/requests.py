@@ -24,11 +24,11 @@ class Request:
 
     Attributes:
       line: its number in the file, from 1 on.
-      fields: the line as it was read; it comes back in the output.
+      fields: the line as it was read; they are copied into the output.
       prompt: the text to continue, or None.
-      messages: the conversation to answer, or None. One of the two is there.
+      messages: the conversation to answer, or None. Exactly one of the two is given.
       max_new_tokens: the line's own, or None.
-      sampling: the program's, with the line's own values in place.
+      sampling: the program's, changed by the line's own values.
     """
 
     line: int
@@ -40,14 +40,14 @@ class Request:
 
 
 def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Request]:
-    """The requests of a file in UTF-8 with one JSON object per line; blank lines do not count.
+    """The requests of a file in UTF-8 with one JSON object per line; blank lines are ignored.
 
     An object has either "prompt", a text, or "messages", a list of {"role": text, "content": text}; and it may have
     "id" (text or a number; comes back in the output), "max_new_tokens" and every field of `Sampling`, where null is
     None and the keys of "logit_bias" are ids in quotes. Other keys are refused: one could be a typing error.
 
     Args:
-      sampling: of what a line does not say itself. Its seed + i is the seed of request i, counted from 0.
+      sampling: the values that a line does not give itself. Its seed + i is the seed of request i, counted from 0.
 
     Raises:
       FileNotFoundError: no such file.
@@ -138,7 +138,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (_is_whole(value) and abs(value) <= 2**53)  # more may be no float
+    return isinstance(value, float) or (_is_whole(value) and abs(value) <= 2**53)  # exact as floats
 
 
 def _is_bias(value: Any) -> bool:
@@ -156,7 +156,7 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(map(_is_message, value))
 
 
-# Whether a value has the form that it should have, and that form in words. Which numbers make sense `Sampling` says.
+# Whether a value has the right form, and that form in words. `Sampling` checks the ranges of numbers.
 _Form = tuple[Callable[[Any], bool], str]
 _BY_TYPE: dict[Any, _Form] = {
     int: (_is_whole, "a whole number"),
@@ -166,7 +166,7 @@ _BY_TYPE: dict[Any, _Form] = {
     Sequence[int]: (lambda x: isinstance(x, list) and all(map(_is_whole, x)), "a list of token ids"),
     Mapping[int, float]: (_is_bias, 'an object such as {"123": 1.5}, from token ids to numbers'),
 }
-# A field of Sampling of a type that is not above fails here, on import, and not silently later.
+# A field of Sampling with a type that is not above fails here, on import, and not silently later.
 _SAMPLING: dict[str, _Form] = {name: _BY_TYPE[kind] for name, kind in typing.get_type_hints(Sampling).items()}
 _OPTIONAL: dict[str, _Form] = {
     "id": (lambda x: isinstance(x, str | float) or _is_whole(x), "a text or a number"),

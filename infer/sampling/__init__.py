@@ -1,8 +1,8 @@
-"""Logits -> the next token, and what else may decide about an answer's tokens.
+"""From logits to the next token; grammars, stop strings and log-probabilities.
 
-params.py is what may be asked for, processors.py changes logits, pick.py takes a token. grammar.py allows only tokens
-that keep to a form, stop_strings.py ends an answer, logprobs.py records how likely tokens were. Others use the names
-below, and `pick.pick`.
+params.py has the sampling settings, processors.py changes logits, pick.py picks a token. grammar.py allows only tokens
+that fit a grammar, stop_strings.py ends an answer at a stop string, logprobs.py records log-probabilities. Other
+packages use the names below, and `pick.pick`.
 """
 
 from .grammar import Grammar as Grammar

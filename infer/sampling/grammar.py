@@ -1,12 +1,12 @@
-"""What an answer must look like: JSON of a schema, a regular expression, one of several texts.
+"""Grammars that an answer must match: a JSON schema, a regular expression, or one of several texts.
 
-The package llguidance (the extra `grammar`) knows which bytes may follow; this file ties bytes to tokens. Each step:
+The package llguidance (the extra `grammar`) knows which bytes may follow; this file maps bytes to tokens. Each step:
 
     host: masks() -> device: where(unpack(masks, V), logits, -inf) -> a token per row -> host: push(row, token)
 
-The text that matches is the text as `Tokenizer.stream` prints it. Sentencepiece vocabularies lose one space at its
-beginning, so that `▁yes`, as an answer's first token, prints "yes". llguidance therefore gets a second entry for every
-token with such a space, spelled without it: its twin, which stands for the token in the first step.
+The text that must match is the text as `Tokenizer.stream` prints it. Sentencepiece drops one space at its beginning, so
+that `▁yes`, as an answer's first token, prints "yes". llguidance therefore gets a second entry for every token with
+such a space, spelled without it: its twin, which replaces the token in the first step.
 
 Axis letters: B batch, V vocab, W = V / 32 rounded up, the words of a mask.
 """
@@ -28,10 +28,10 @@ import numpy as np
 
 from phi3_jax.text import Tokenizer
 
-# JSON may have white space almost anywhere and without end, which small models make use of. This allows ", " and ": "
-# on one line, and a line break with some indentation.
+# JSON may have any amount of white space almost anywhere, and small models may write it without end. This allows ", "
+# and ": " on one line, and a line break with some indentation.
 _JSON_SPACE = r" |\n {0,24}"
-# The entry of tokens that print nothing as the first one: they are only the space that is lost.
+# The entry of a token that prints nothing when it is the first one: it is only the space that is dropped.
 _NOTHING = -1
 
 
@@ -39,7 +39,7 @@ _NOTHING = -1
 class Grammar:
     """What an answer must match, from its first character to its last. Made by `json_schema`, `regex` or `choice`.
 
-    Whether it makes sense is found out when `GrammarMasks` takes it.
+    `GrammarMasks` checks whether it is valid.
 
     Attributes:
       source: the JSON text of the schema, the pattern, or the options as a JSON list.
@@ -80,9 +80,9 @@ class Grammar:
 
 
 class GrammarMasks:
-    """What each row of a batch may write next; lives on the host.
+    """Which tokens each row of a batch may take next; it stays on the host.
 
-    Special and other added tokens, unused rows and ids past the tokenizer are never part of an answer. An answer may
+    Special and other added tokens, unused ids and ids past the tokenizer's are never part of an answer. An answer may
     end, with any of the end ids, exactly when it matches; after that its row allows only end ids.
     """
 
@@ -92,8 +92,8 @@ class GrammarMasks:
         """Takes the grammar of each row, None for a row that may write anything.
 
         Raises:
-          ValueError: a grammar is wrong, asks for what llguidance lacks, or matches nothing; there is no end id for
-            rows with a grammar, or one is not in the vocabulary.
+          ValueError: a grammar is invalid, not supported by llguidance, or matches nothing; there is no end id for rows
+            with a grammar, or one is not in the vocabulary.
           ImportError: the extra `grammar` is not installed.
         """
         if any(grammars) and not end_ids:
@@ -139,7 +139,7 @@ class GrammarMasks:
         return masks
 
     def push(self, row: int, token: int) -> None:
-        """Takes note that the row has written this token; what comes after an end id is ignored.
+        """Records that the row has taken this token; tokens after an end id are ignored.
 
         Raises:
           ValueError: the mask did not allow the token.
@@ -174,10 +174,10 @@ def _pack(allowed: np.ndarray) -> np.ndarray:
 
 
 class _Row:
-    """An answer while it grows.
+    """The state of one answer.
 
     Attributes:
-      name: for messages.
+      name: for error messages.
       has_ended: whether an end id was written.
     """
 
@@ -189,13 +189,13 @@ class _Row:
     def next_texts(self) -> np.ndarray:
         """uint32 [words]: which tokens may follow; bits of entries past the tokens mean nothing.
 
-        No token where llguidance gave up: `is_complete`, asked next, then says so.
+        No token if llguidance gave up: `is_complete`, which is called next, then raises.
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if not self._is_first:
             return packed
         allowed = np.unpackbits(packed.view(np.uint8), bitorder="little")[: self._vocabulary.end_entry]
-        # Its last place, -1, is that of _NOTHING: such a token may come if another one can follow it.
+        # The last place, -1, is that of _NOTHING: such a token is allowed if any other token may follow it.
         return _pack(np.append(allowed, allowed.any())[self._vocabulary.first_entries])
 
     def push(self, token: int) -> None:
@@ -233,7 +233,7 @@ class _Vocabulary:
     end_entry: int
 
 
-# Weak, so that a tokenizer can go, and its tables with it.
+# Weak references, so that a tokenizer can be freed, and its tables with it.
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, _Vocabulary] = weakref.WeakKeyDictionary()
 
 
@@ -266,7 +266,7 @@ class _Entries:
         self.special_token_ids = [self.eos_token_id]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """llguidance asks only where it forces tokens on the model, which `_lark` turns off."""
+        """llguidance calls this only to force tokens on the model, which `_lark` turns off."""
         raise RuntimeError(f"llguidance wants the tokens of {text!r} in spite of no_forcing")
 
 
@@ -301,7 +301,7 @@ def _json_rule(source: str) -> str:
 
 
 def _regex_rule(source: str) -> str:
-    # Between slashes; those of the pattern are escaped, unless they are.
+    # Between slashes; slashes in the pattern are escaped, unless they already are.
     return "/" + re.sub(r"\\.|/", lambda match: r"\/" if match[0] == "/" else match[0], source, flags=re.DOTALL) + "/"
 
 
@@ -309,7 +309,7 @@ def _choice_rule(source: str) -> str:
     options = json.loads(source)
     if not options:
         raise ValueError("there are no options to choose from")
-    # Code points rather than characters: none of them can be taken for syntax.
+    # Code points rather than characters, so that none is taken for syntax.
     return "/" + "|".join("".join(f"\\x{{{ord(character):x}}}" for character in option) for option in options) + "/"
 
 

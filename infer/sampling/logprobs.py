@@ -1,4 +1,4 @@
-"""How likely the model thought each token: kept beside the tokens while the compiled loop writes them.
+"""The log-probabilities of tokens, which the compiled loop records beside the tokens.
 
 Axis letters: B batch, T tokens of one call, M tokens of prompt and answer together, N the most likely tokens, V vocab.
 """
@@ -16,10 +16,10 @@ from .pick import top_logprobs
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """One token of a prompt or an answer, as the model saw it.
+    """The log-probability of one token of a prompt or an answer.
 
-    The numbers are log-softmax of the model's own logits, before temperature, penalties and bans: what OpenAI's API
-    reports, too.
+    The numbers are the log-softmax of the model's own logits, before temperature, penalties and bans, as in OpenAI's
+    API.
 
     Attributes:
       token_id: the token.

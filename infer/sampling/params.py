@@ -1,5 +1,5 @@
-"""What may be asked for when tokens are picked: `Sampling` is what a person writes for one answer, `SamplingArrays` the
-same for a batch of rows, as arrays.
+"""The sampling settings: `Sampling` is what a user writes for one answer, `SamplingArrays` the same as arrays, for a
+batch of rows.
 
 Axis letters: B batch, E entries of a list.
 """
@@ -26,9 +26,9 @@ class Sampling:
     Attributes:
       temperature: 0 takes the most likely token; larger values draw from softmax(logits / temperature).
       top_k: draw from the k most likely tokens. This and the next three need a temperature above 0.
-      top_p: draw from the fewest tokens with this probability together, in (0, 1].
+      top_p: draw from the fewest most likely tokens whose probabilities add up to this, in (0, 1].
       min_p: draw from tokens at least this fraction as likely as the most likely one, in [0, 1].
-      typical_p: draw from the tokens of typical surprise with this probability together, in (0, 1].
+      typical_p: draw from the tokens of most typical surprise whose probabilities add up to this, in (0, 1].
       repetition_penalty: divides the logits of tokens in prompt and answer; 1 is off.
       presence_penalty: subtracted from the logits of tokens in the answer, in [-2, 2].
       frequency_penalty: the same, once for each time a token occurs, in [-2, 2].
@@ -84,7 +84,7 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """`Sampling` of every row, as arrays [B] or, for lists of ids padded with -1, [B, E]. "Off" is in brackets.
+    """`Sampling` of every row, as arrays [B] or, for lists of ids padded with -1, [B, E]; in brackets the "off" value.
 
     Attributes:
       temperature: float32 (0: greedy).

@@ -1,9 +1,9 @@
 """One function for each way of changing the next token's logits before it is picked.
 
-All take float32 logits [B, V] first and return the same; every parameter has one value for each row, so that rows of
-one batch may differ. A parameter at its "off" value leaves its row exactly as it was. A logit of -inf is a token that
-cannot be picked. The numbers are those of the classes in transformers' module generation.logits_process, where it has
-one. pick.py puts the functions in order.
+All take float32 logits [B, V] first and return new ones; every parameter has one value for each row, so that rows of
+one batch may differ. A parameter at its "off" value leaves its row exactly as it was. A token with a logit of -inf
+cannot be picked. The results are those of the class in transformers' module generation.logits_process, if it has one.
+pick.py calls the functions in the right order.
 
 Axis letters: B batch, V vocab, S history (prompt and answer so far, padded on the right), E entries of a list.
 Lists of ids are padded with -1.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Processors that know the text so far.
+# Processors that depend on the text so far.
 
 
 def penalise_repetition(logits: jax.Array, penalty: jax.Array, history: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ def penalise_repetition(logits: jax.Array, penalty: jax.Array, history: jax.Arra
     ids = jnp.where(jnp.arange(history.shape[1]) < lengths[:, None], history, -1)
     old = jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=1)
     new = jnp.where(old < 0, old * penalty[:, None], old / penalty[:, None])
-    # Set rather than scaled: a token that occurs twice is punished once.
+    # Set rather than scaled: a token that occurs twice is penalised once.
     return _set(logits, ids, new)
 
 
@@ -77,7 +77,7 @@ def forbid_repeated_ngrams(logits: jax.Array, size: jax.Array, history: jax.Arra
     return forbid(logits, jnp.where(matches, history, -1))
 
 
-# Processors that name tokens.
+# Processors for given tokens.
 
 
 def add_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.Array:
@@ -122,13 +122,13 @@ def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Keeps the fewest, most likely tokens that have a probability of p (float32 [B]; 1 is off) together, at least one.
+    """Keeps the fewest most likely tokens whose probabilities add up to p (float32 [B]; 1 is off), at least one.
 
     "The Curious Case of Neural Text Degeneration" (Holtzman et al. 2020). Of equally likely tokens the smaller ids are
-    kept first, so that a tiny p is greedy; in transformers an unstable sort decides which, of equally many.
+    kept first, so that a tiny p is greedy; transformers keeps as many, but an unstable sort decides which.
     """
     probs = jax.nn.softmax(logits, axis=1)
-    spare = 1 - p  # the least likely tokens go as long as they have no more than this together
+    spare = 1 - p  # the least likely tokens go as long as their probabilities add up to no more than this
 
     def mass(tokens: jax.Array) -> jax.Array:
         return jnp.where(tokens, probs, 0).sum(axis=1)
@@ -154,7 +154,7 @@ def keep_min_p(logits: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def keep_typical_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Keeps the tokens whose surprise is nearest to the entropy, until they have a probability of p together.
+    """Keeps the tokens whose surprise (-log p) is nearest to the entropy, until their probabilities add up to p.
 
     "Locally Typical Sampling" (Meister et al. 2023). May remove the most likely token.
 
@@ -169,7 +169,7 @@ def keep_typical_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     return jnp.where((distance > bound) & (p[:, None] < 1), -jnp.inf, logits)
 
 
-# What they share.
+# Helpers.
 
 
 def _where(ids: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -185,12 +185,12 @@ def _set(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
 def _smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
     """The smallest integer in [low, high] from which on `holds` (int32 [B] -> bool [B]) is true; `high` if none is.
 
-    Halving an interval 32 times and looking at all tokens each time sounds slow, but sorting them is slower still.
+    The bisection looks at all tokens up to 32 times, but sorting them is slower.
     """
 
     def halve(interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = interval
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # of numbers whose sum overflows
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their sum may overflow
         true = holds(middle)
         return jnp.where(true | (low == high), low, middle + 1), jnp.where(true, middle, high)
 
@@ -198,7 +198,7 @@ def _smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax
 
 
 def _smallest_float(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
-    """As `_smallest`, over all floats from -inf to inf, both ways as [B, 1]: floats are ordered as their bits are."""
+    """Like `_smallest`, but over all floats, as [B, 1] in and out: floats are ordered like their (flipped) bits."""
 
     def flip(bits: jax.Array) -> jax.Array:
         return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -1,4 +1,4 @@
-"""Stop strings in a text that arrives in pieces, however their characters are spread over the tokens."""
+"""Finds stop strings in a text that arrives in pieces, even if one is spread over several pieces."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopWatch:
-    """Passes a text through until one of the stop strings appears in it.
+    """Passes a text through until one of the stop strings appears in it. Raises ValueError for an empty one.
 
     Attributes:
-      stopped: whether one has appeared; the text before it has been passed on, it and what follows have not.
+      stopped: whether one has appeared; only the text before it has been passed on.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -20,7 +20,7 @@ class StopWatch:
         self.stopped = False
 
     def push(self, piece: str) -> str:
-        """The text that is now certain not to be (the beginning of) a stop string."""
+        """Adds a piece -> the text that is now certain not to be (the beginning of) a stop string."""
         if self.stopped:
             return ""
         text = self._held + piece
@@ -33,11 +33,11 @@ class StopWatch:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """At the end of the text: what was held back."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of the text that `stop` begins with."""
+    """The length of the longest suffix of the text with which `stop` begins."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""What a training step is given.
+"""The input of a training step.
 
 Axis letters: B rows, T tokens.
 """
@@ -18,10 +18,10 @@ class Batch:
 
     Attributes:
       tokens: int32 [B, T].
-      weights: float32 [B, T]: how much it counts to have predicted this token from those before; 0 for what is not
-        learned, for padding and for the first token of each text.
+      weights: float32 [B, T]: the weight of the loss of predicting this token from those before; 0 for tokens that are
+        not learned, for padding and for the first token of each text.
       positions: int32 [B, T], restarting at 0 with each text; -1 for padding.
-      segments: int32 [B, T]: which text of the row, ids in [0, T).
+      segments: int32 [B, T]: which text of the row it belongs to, ids in [0, T).
     """
 
     tokens: Any
@@ -33,7 +33,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Preferences: in each row of `chosen` a text that is better than that in the same row of `rejected`."""
+    """Preferences: the text in each row of `chosen` is better than the text in the same row of `rejected`."""
 
     chosen: Batch
     rejected: Batch

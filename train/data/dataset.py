@@ -1,11 +1,11 @@
-"""Texts in token ids as files that are mapped, not read: rows of them are put together when they are asked for.
+"""Texts in token ids, in files that are memory-mapped; rows are put together from them when they are asked for.
 
     tokens.bin        int32, the texts one after the other
     learned.bin       bool, one for each token
     text_starts.bin   int64 [texts + 1], where in the two files above each text begins
     row_texts.bin     int64 [texts], texts in the order of the rows that they are in
     row_starts.bin    int64 [rows + 1], where in the file above each row begins
-    header.json       the report, how long the others are, and the fingerprint of all of them
+    header.json       the report, the lengths of the other files, and the fingerprint of all of them
 
 Axis letters: B rows, T tokens.
 """
@@ -33,15 +33,15 @@ DTYPES: dict[str, type] = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of a data file.
+    """Statistics of a data file that was prepared.
 
     Attributes:
       texts, rows, tokens: how many; of a preference both answers count.
-      learned_tokens: of the tokens, those that the model is to predict.
+      learned_tokens: how many of the tokens the model is to predict.
       efficiency: the share of the rows that is not padding.
       bad_lines: how many lines were left out.
       reasons: (line number, what is wrong with it) of the first of them.
-      ignored_fields: names of fields in the file that mean nothing here.
+      ignored_fields: names of fields in the file that are not used.
     """
 
     texts: int
@@ -59,8 +59,8 @@ class Dataset:
     """Rows to train on; `len` is their number.
 
     Attributes:
-      report: what became of the file.
-      fingerprint: of what the rows hold; a run that goes on needs the same one.
+      report: statistics of the file.
+      fingerprint: a hash of the rows' contents; a run that is resumed needs the same one.
       sequence_length: T.
       preferences: whether each row is a pair of answers ("dpo").
     """
@@ -75,7 +75,7 @@ class Dataset:
         return self.report.rows
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> Batch | Pair:
-        """The rows with these indices, in this order: arrays of numpy [B, T]. An index of -1 gives a row of padding."""
+        """The rows with these indices, in this order: numpy arrays [B, T]. An index of -1 gives a row of padding."""
         texts = [self._texts_of(int(index)) for index in indices]
         if self.preferences:
             return Pair(self._lay_out([each[:1] for each in texts]), self._lay_out([each[1:] for each in texts]))
@@ -105,7 +105,7 @@ class Dataset:
 
 
 def write_header(folder: Path, report: Report, sizes: dict[str, int], fingerprint: str) -> None:
-    """The last file of a dataset: `sizes` are the numbers of elements of the others."""
+    """Writes the last file of a dataset: `sizes` are the numbers of elements of the others."""
     content = {"report": dataclasses.asdict(report), "sizes": sizes, "fingerprint": fingerprint}
     (folder / "header.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -25,13 +25,13 @@ class Text:
 
 
 def read_line(line: bytes, tokenizer: Tokenizer, settings: Settings) -> tuple[list[Text], set[str]]:
-    """The texts of one line, and the names of those of its fields that mean nothing here.
+    """The texts of one line, and the names of its fields that are not used.
 
     The line is a JSON object. With method "sft" it has one of
 
       messages: a chat, in the checkpoint's own template; learned are the answers with their end tokens.
       prompt and completion: plain text with no template; learned are the completion and the eos token behind it.
-      text: plain text, all of it learned, eos too; it is cut where it is longer than a row.
+      text: plain text, all of it learned, eos too; if it is longer than a row, it is cut into several texts.
 
     and with "dpo" messages or prompt, and both chosen and rejected: two answers or completions. These give two texts,
     the chosen one first, in which only that last answer is learned. With loss_on "all", chats and prompts are learned

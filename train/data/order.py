@@ -1,4 +1,4 @@
-"""In which order rows are trained on, a function of the seed and the step alone: to go on with a run is to count on.
+"""In which order rows are trained on: it depends on the seed and the step alone, so a run is resumed by its step.
 
 Axis letters: A accumulated batches, B rows, T tokens.
 """
@@ -20,7 +20,7 @@ def batches(dataset: Dataset, settings: Settings, start_step: int = 0) -> Iterat
     """The batches of the steps from `start_step` on, without end; their leaves are numpy's, [A, B, T].
 
     Every epoch has every row once, in a new order; a batch may end one epoch and begin the next. With several
-    processes, B is this process's share: the batches of all of them, side by side along B, are those of one.
+    processes, B is this process's share: the batches of all processes, joined along B, are those of a single one.
 
     Raises:
       ValueError: the batch does not divide into equal shares.
@@ -57,7 +57,7 @@ def rows_of_step(count: int, settings: Settings, step: int) -> np.ndarray:
 def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch, int64 [count]: rows sorted by random numbers.
 
-    numpy keeps the numbers of Philox (Salmon et al., SC 2011) the same for ever, but not those of its shuffles.
+    numpy guarantees the same numbers of Philox (Salmon et al., SC 2011) in all versions, but not the same shuffles.
     """
     keys = np.random.Philox(key=[seed, epoch]).random_raw(count)
     return np.argsort(keys, kind="stable")

@@ -8,11 +8,11 @@ import numpy as np
 
 
 class FirstFit:
-    """Puts each text into the first row that has room for it, as they come, or else into a new one.
+    """Puts each text, in the order given, into the first row that has room for it, or else into a new one.
 
     First-fit needs at most 1.7 times the rows of the best packing (Dosa and Sgall, STACS 2013), and for texts much
     shorter than a row it leaves almost nothing empty. Here it takes O(T) operations of numpy for each text: for each
-    amount of room, a heap holds the rows with just so much of it.
+    amount of room, a heap holds the rows with exactly that much.
 
     Attributes:
       rows: how many have been begun.

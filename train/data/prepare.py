@@ -24,7 +24,7 @@ from .dataset import DTYPES, Dataset, Report, open_dataset, write_header
 from .examples import Text, read_line
 from .packing import FirstFit
 
-_VERSION = 2  # of how lines become rows: a new one makes old datasets useless
+_VERSION = 2  # of how lines become rows: a new one makes old datasets invalid
 _READ_BY_DATA = ("method", "loss_on", "on_bad_line", "sequence_length", "pack")  # what decides what the rows are
 _REASONS_KEPT = 1000
 
@@ -38,9 +38,9 @@ def prepare(
 ) -> Dataset:
     """Tokenises a file of JSON lines (examples.py) and keeps the result in a folder; the next time it is only mapped.
 
-    The file is read once, front to back, and written as it is read, so that it may be larger than the memory: of each
-    text 24 bytes stay there. What is kept is found again by the file's place, size and time, the vocabulary, and the
-    settings that matter. It appears whole or not at all; of several processes that want it, one makes it.
+    The file is read once, front to back, and written as it is read, so that it may be larger than the memory, which
+    holds only 24 bytes for each text. The result is found again by the file's path, size and time, the vocabulary, and
+    the settings that matter. It is written atomically; if several processes want it, one of them makes it.
 
     Args:
       on_progress: called with (bytes done, bytes in all) of the file.
@@ -74,7 +74,7 @@ def prepare(
 
 
 def _key(source: Path, tokenizer: Tokenizer, settings: Settings) -> str:
-    """By which what is kept is found again, without reading the file."""
+    """A hash by which the result is found again, without reading the file."""
     status = source.stat()
     document = {
         "version": _VERSION,
@@ -142,7 +142,7 @@ class _Writer:
         return "; line {}: {}".format(*self._reasons[0]) if self._reasons else ": it is empty"
 
     def _add(self, texts: list[Text], tokens: IO[bytes], learned: IO[bytes]) -> None:
-        """The texts of one line, of which preferences share a row and others need not."""
+        """Adds the texts of one line; the two of a preference share a row, others need not."""
         first_row = self._rows[-1] + 1 if self._rows else 0
         for index, text in enumerate(texts):
             for file, values in ((tokens, text.tokens), (learned, text.learned)):

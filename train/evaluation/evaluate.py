@@ -19,13 +19,13 @@ from .score import Request, score
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """How surprising texts are.
+    """The perplexity of texts.
 
     Attributes:
       tokens: how many were predicted.
       loss: the mean of -log p over them, in nats.
       perplexity: its exponential.
-      bits_per_byte: the loss by byte of text, which other vocabularies can be compared with.
+      bits_per_byte: the total loss in bits per byte of text, which can be compared between vocabularies.
     """
 
     tokens: int
@@ -36,7 +36,7 @@ class Perplexity:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutLoss:
-    """How surprising those tokens are that training would learn, as the held-out loss of a run.
+    """The loss of those tokens that training would learn, like the held-out loss of a run.
 
     Attributes:
       tokens: how many.
@@ -56,7 +56,7 @@ class Accuracy:
     Attributes:
       questions: how many.
       accuracy: by the choice's log-probability.
-      accuracy_normalised: by its log-probability by character, which is fair to long choices.
+      accuracy_normalised: by its log-probability per character, which is fair to long choices.
       standard_error: of `accuracy`.
     """
 
@@ -73,7 +73,7 @@ def perplexity(
     stride: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Perplexity:
-    """Of all tokens of all texts; of the first one of each only if the vocabulary puts a bos token before it.
+    """The perplexity of all tokens of all texts; a text's first token counts only if there is a bos token before it.
 
     A text that is longer than a window is read in windows that begin every `stride` tokens; each token is predicted
     once, in the first window that has it, from at least window - stride tokens before it where there are so many. These
@@ -123,7 +123,7 @@ def held_out_loss(checkpoint: Checkpoint, texts: Sequence[Text], on_progress: On
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Request]:
-    """The windows of a text, each with where its own tokens begin."""
+    """The windows of a text; each scores only the tokens that were not in the window before."""
     end = 0
     for begin in range(0, len(ids), stride):
         new_end = min(begin + window, len(ids))
@@ -134,7 +134,7 @@ def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Request]:
 
 
 def accuracy(checkpoint: Checkpoint, questions: Sequence[Question], on_progress: OnProgress | None = None) -> Accuracy:
-    """Of questions whose choices are scored as they would stand after the question, with a space between.
+    """The accuracy on questions; each choice is scored as the text after the question, with a space between.
 
     Raises:
       ValueError: a choice is longer than the model's context; the checkpoint has no tokenizer.
@@ -156,10 +156,10 @@ def accuracy(checkpoint: Checkpoint, questions: Sequence[Question], on_progress:
 
 
 def continuation(tokenizer: Tokenizer, context: str, text: str, limit: int) -> Request:
-    """A text after a context, as one text; where there is too much, the context's beginning is left out.
+    """A request to score a text after a context; if both are too long, the context's beginning is left out.
 
-    As in lm-evaluation-harness, white space at the context's end belongs to the text, the border between tokens is
-    where the context's own tokens end, and without a context bos or eos stands there.
+    As in lm-evaluation-harness, white space at the context's end belongs to the text, the text begins after as many
+    tokens as the context has by itself, and an empty context is replaced by the bos or eos token.
 
     Raises:
       ValueError: the text alone is longer than `limit` tokens.

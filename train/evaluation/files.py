@@ -25,11 +25,11 @@ class Question:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
-    """The texts of a file: of .jsonl the field "text" of every line, of any other file all of it.
+    """The texts of a file: the field "text" of every line of a .jsonl; any other file is one text.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is not UTF-8, or a line is not as it should be.
+      ValueError: it is not UTF-8, or a line is not a JSON object with a text.
     """
     if Path(path).suffix != ".jsonl":
         return [_decoded(path)]
@@ -42,10 +42,10 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_data(path: str | os.PathLike[str], tokenizer: Tokenizer, longest: int) -> list[Text]:
-    """The texts of a file of JSON lines as training has it (examples.py), with which of their tokens are learned.
+    """The texts of a file of JSON lines in the formats of training (data/examples.py), and which tokens are learned.
 
     Args:
-      longest: tokens of a text.
+      longest: the most tokens of a text.
 
     Raises:
       OSError: the file cannot be read.
@@ -71,7 +71,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is not UTF-8, has no lines, or one that is not as it should be.
+      ValueError: it is not UTF-8, has no lines, or a line is not such a question.
     """
     questions = [_question(place, record) for place, record in _records(path)]
     if not questions:

@@ -31,13 +31,13 @@ _BATCH = 8  # prompts that are answered at a time
 
 
 class HarnessModel(LM):  # type: ignore[misc]
-    """A checkpoint as lm-evaluation-harness wants it. Prompts are plain text, without a chat template."""
+    """A checkpoint with the interface of lm-evaluation-harness. Prompts are plain text, without a chat template."""
 
     def __init__(self, checkpoint: Checkpoint, generate: Callable[..., Sequence[Any]]):
         """Wraps a checkpoint.
 
         Args:
-          generate: `phi3_jax.infer.generate`, for tasks whose answers are written and not chosen.
+          generate: `phi3_jax.infer.generate`, for tasks whose answers are generated and not chosen.
 
         Raises:
           ValueError: the checkpoint has no tokenizer, or neither a bos nor an eos token.
@@ -68,7 +68,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         answers: list[str] = []
         while len(answers) < len(requests):
             how = requests[len(answers)].args[1]
-            # As many as want to be answered in the same way.
+            # The next requests with the same settings.
             batch = itertools.takewhile(lambda request: request.args[1] == how, requests[len(answers) :])  # noqa: B023
             answers += self._answers([request.args[0] for request in itertools.islice(batch, _BATCH)], how)
         return answers

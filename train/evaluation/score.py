@@ -1,4 +1,4 @@
-"""How likely a model finds texts, token by token: what all evaluations are made of.
+"""The log-probabilities of texts, token by token, which all evaluations are made of.
 
 Axis letters: B rows, T tokens, D model, V vocab, C chunks, W columns of a chunk.
 """
@@ -20,7 +20,7 @@ from phi3_jax.model import Phi3
 from phi3_jax.progress import OnProgress
 
 _LOGITS = 1024  # tokens whose logits are held at a time
-_BATCH_TOKENS = 4096  # tokens of a batch: rows are few where they are long
+_BATCH_TOKENS = 4096  # tokens of a batch: the longer the rows, the fewer
 _SHORTEST = 16
 
 
@@ -46,7 +46,7 @@ class Score:
 
 
 def score(checkpoint: Checkpoint, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Score]:
-    """Scores texts, each on its own; in batches of like lengths, so that few programs are compiled.
+    """Scores texts, each on its own; in batches of similar lengths, so that few programs are compiled.
 
     Args:
       on_progress: called with (requests done, requests in all).

@@ -52,12 +52,12 @@ _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 
 
 def main() -> int:
-    """Reads the files, loads, evaluates and tells."""
+    """Reads the files, loads the model, evaluates and prints."""
     if not (_TEXT.value or _DATA.value or _QUESTIONS.value):
         raise ValueError("give --text, --data or --questions, or several of them")
     texts = read_texts(_TEXT.value) if _TEXT.value else []
     questions = read_questions(_QUESTIONS.value) if _QUESTIONS.value else []
-    if _DATA.value and not Path(_DATA.value).is_file():  # the tokenizer that reads it takes the model's time to load
+    if _DATA.value and not Path(_DATA.value).is_file():  # before the model is loaded, with the tokenizer that reads it
         raise FileNotFoundError(f"{_DATA.value}: no such file; give one of JSON lines")
     checkpoint = _load()
     limit = checkpoint.config.max_position_embeddings

@@ -49,7 +49,7 @@ class Screen(Observer):
         self._stack.close()
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """A bar where it takes more than a second."""
+        """Shows a bar if it takes more than a second."""
         if what not in self._bars:
             bar = tqdm(total=total, desc=what, delay=1, disable=None, leave=False, unit_scale=True)
             self._bars[what] = self._stack.enter_context(bar)
@@ -68,7 +68,7 @@ class Screen(Observer):
         self._bars["steps"] = self._stack.enter_context(bar)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Moves it on."""
+        """Advances the bar of the steps."""
         if "eval_loss" in record:
             self.note(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
         if "loss" in record:
@@ -81,7 +81,7 @@ class Screen(Observer):
 def main() -> int:
     """Trains, and says where the result is."""
     settings = _settings()
-    logging.set_verbosity(logging.FATAL)  # Orbax reports its work, and its faults, which are also raised
+    logging.set_verbosity(logging.FATAL)  # Orbax logs its work, and errors that it also raises
     from ..run.loop import train  # needs the extra `train`; --help does not
 
     begun = time.perf_counter()
@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def _settings() -> Settings:
-    """The recipe's, changed as asked."""
+    """The recipe's settings, changed by --set."""
     if _RECIPE.value is None:
         if not _SET.value:
             raise ValueError("name a --recipe, or at least --set train_file=FILE; see phi3-train --help")

@@ -6,7 +6,7 @@
 
 Hardware: two cores of a CPU.
 Memory: 0.5 GB.
-Time: 4 minutes, of 350 steps of 0.5 to 0.9 s (Xeon of the Sapphire Rapids generation).
+Time: 4 minutes, with 350 steps of 0.5 to 0.9 s (Xeon of the Sapphire Rapids generation).
 Expect: held-out loss 7.67 before (guessing among 2048 tokens is 7.62), 4.98 after 140 steps, 4.52 at the end: it writes
     pieces of biblical sentences. That is two thirds of an epoch; steps=2000 would be nearly four.
 """

@@ -6,9 +6,9 @@
 
 Hardware: two cores of a CPU.
 Memory: 3.4 GB.
-Time: 4 minutes, of 48 steps of 4.0 s (Xeon of the Sapphire Rapids generation).
+Time: 4 minutes, with 48 steps of 4.0 s (Xeon of the Sapphire Rapids generation).
 Expect: held-out loss 4.39 before, 0.27 after. Of 22 trained facts that are asked for in the held-out form, all are then
-    answered in the style, and 18 correctly; of 11 facts that were not trained on, all and 5.
+    answered in the style and 18 correctly; of 11 facts that were not trained on, all in the style and 5 correctly.
 """
 
 from ..settings import Settings

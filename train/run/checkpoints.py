@@ -1,11 +1,11 @@
-"""A run's checkpoints, by Orbax: written beside the training, each whole or not there, the last and the best kept.
+"""A run's checkpoints, by Orbax: written in the background and atomically; the last and the best are kept.
 
 A checkpoint `checkpoints/STEP/` holds the training state and what `Checkpoints.save` is told about the run. Batches and
-random numbers depend on (seed, step) alone, so that the state's step is all that is to be known of the data's order.
+random numbers depend on (seed, step) alone, so that the state's step is enough to continue in the data's order.
 
-Orbax writes into a folder of another name and renames it. It removes checkpoints file by file, though, and a kill in
-between would leave half of one: they are renamed, too, and then removed here. It has no checksums of what it
-compresses: a file that was cut off or is missing is noticed, a flipped bit is not.
+Orbax writes into a folder of another name and renames it. But it removes checkpoints file by file, and a kill in
+between would leave half of one: so they are renamed first, and then removed here. It has no checksums of what it
+compresses: a truncated or missing file is noticed, a flipped bit is not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError(f"training needs more packages ({error}): pip install 'phi3_jax[train]'") from None
 
 _OVERHEAD = 1 << 20  # bytes of a checkpoint besides its arrays
-_REMOVED = "removed"  # a folder beside the checkpoints: what is in it waits for its end
+_REMOVED = "removed"  # a folder beside the checkpoints, for those that will be deleted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Checkpoints:
     """The checkpoints in a folder, which is made if it is not there. To be closed, or used in a `with`."""
 
     def __init__(self, folder: Path, keep_last: int, keep_best: int):
-        """Opens a folder; remains of saves and removals that were cut off vanish.
+        """Opens a folder, and removes what interrupted saves and removals have left there.
 
         Args:
           keep_last: how many of the newest stay.
-          keep_best: how many of those with the lowest evaluation loss stay, besides.
+          keep_best: how many of those with the lowest evaluation loss stay, too.
 
         Raises:
           OSError: the folder cannot be written.
@@ -99,7 +99,7 @@ class Checkpoints:
         return None
 
     def require_room(self, like: Any) -> None:
-        """Raises OSError if the disk is too small for as many checkpoints as are kept, and one that is written.
+        """Raises OSError if the disk has no room for all checkpoints that are kept, and one that is being written.
 
         Args:
           like: a tree of arrays, or of what has their shapes.
@@ -146,7 +146,7 @@ class Checkpoints:
         wanted = ocp.args.StandardRestore(dict(zip(names, leaves, strict=True)))
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
-        except Exception as error:  # Orbax raises no particular one
+        except Exception as error:  # Orbax has no error class for this
             raise ValueError(f"checkpoint {step} cannot be read: {_first_words(error)}") from error
         return jax.tree.unflatten(structure, [found[name] for name in names])
 
@@ -156,11 +156,11 @@ class Checkpoints:
         return math.isfinite(eval_loss) and better < self._keep_best
 
     def save(self, step: int, state: Any, run: Mapping[str, Any], eval_loss: float | None = None) -> None:
-        """Begins to write a checkpoint, when the one before is done; the state may be used up meanwhile.
+        """Begins to write a checkpoint, when the one before is done; the state may be donated meanwhile.
 
         Args:
-          run: what `about` tells; JSON.
-          eval_loss: of this very state, if it was evaluated.
+          run: what `about` returns; it must be JSON.
+          eval_loss: of this state, if it was evaluated.
 
         Raises:
           OSError: this one or the one before could not be written.
@@ -170,7 +170,7 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
             self._remove()
-            # Orbax would notice, too, but its threads would print what they think of it.
+            # Orbax would notice, too, but its threads would print messages of their own.
             if (size := _size(state)) > (free := shutil.disk_usage(self._folder).free):
                 raise OSError(f"it takes {size / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free")
             if eval_loss is not None and math.isfinite(eval_loss):
@@ -191,7 +191,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        with contextlib.suppress(OSError):  # the first fault is the one to be told
+        with contextlib.suppress(OSError):  # the first error is the one to report
             self.close()
 
     def _about(self, step: int) -> tuple[dict[str, Any], float | None] | None:
@@ -199,7 +199,7 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
             return found["run"], found["eval_loss"]
-        except Exception:  # see `restore`
+        except Exception:  # see `read`
             return None
 
     def _remove(self) -> None:
@@ -213,7 +213,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Faults of writing, which come as many kinds of exceptions from below, as one."""
+        """Turns errors of writing, for which Orbax raises many kinds of exceptions, into OSError."""
         try:
             yield
         except Exception as error:
@@ -249,5 +249,5 @@ def _size(tree: Any) -> int:
 
 
 def _first_words(error: Exception) -> str:
-    """TensorStore's messages go on for pages."""
+    """The beginning of an error's message, because TensorStore's are pages long."""
     return str(error).split(" [tensorstore")[0].splitlines()[0][:300] if str(error).strip() else type(error).__name__

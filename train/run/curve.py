@@ -16,7 +16,7 @@ _WINDOW = 0.05  # of the run: what is averaged for the smooth line
 
 
 def save_curve(records: Sequence[Record], path: str | os.PathLike[str], title: str) -> None:
-    """Draws the losses of a metrics file as a PNG file: each step's, their moving mean, and those held out.
+    """Draws the losses of a metrics file as a PNG file: each step's, their moving mean, and the held-out losses.
 
     Raises:
       ImportError: matplotlib is not installed.

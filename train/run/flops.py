@@ -1,6 +1,6 @@
 """How much arithmetic a step needs, for the model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B).
 
-What is needed counts, not what is done: padding, and what `remat` computes again, are left out.
+Only operations that are necessary count: padding, and what `remat` computes again, are left out.
 
 Axis letters: A batches of a step, B rows, T tokens, L layers, N heads, H head dim.
 """
@@ -23,11 +23,11 @@ from ..settings import Settings
 
 
 def step_flops(settings: Settings, config: Phi3Config, batch: Batch | Pair) -> float:
-    """Products and sums of one step on a batch of numpy arrays [A, B, T].
+    """The operations (products and sums) of one step on a batch of numpy arrays [A, B, T].
 
-    Each weight of a matrix takes a product and a sum per token in the forward pass, as many for the gradient of what
-    goes in, and as many again for its own gradient, if it has one. Attention takes 4 L N H operations for each pair of
-    a token and one that it sees, and twice that in the backward pass.
+    Each weight of a matrix takes a product and a sum per token in the forward pass, as many for the gradient of the
+    input, and as many again for its own gradient, if it has one. Attention takes 4 L N H operations for each pair of a
+    token and one that it sees, and twice that in the backward pass.
     """
     parts = jax.tree.leaves(batch, is_leaf=lambda leaf: isinstance(leaf, Batch))
     positions = np.concatenate([np.asarray(part.positions).reshape(-1) for part in parts])
@@ -39,7 +39,7 @@ def step_flops(settings: Settings, config: Phi3Config, batch: Batch | Pair) -> f
 
 @functools.cache
 def _rates(settings: Settings, config: Phi3Config) -> tuple[float, float]:
-    """What a token takes in the matrices, and in attention a token with one that it sees."""
+    """Operations for each token in the matrices, and in attention for each pair of a token and one that it sees."""
     # An embedding multiplies nothing, unless it is the output head as well.
     head = "embed_tokens/weight" if config.tie_word_embeddings else "lm_head/weight"
     shapes = parameter_shapes(config)
@@ -50,6 +50,6 @@ def _rates(settings: Settings, config: Phi3Config) -> tuple[float, float]:
         adapter = sum(math.prod(shape) for shape in adapter_shapes(config, adapter_config(settings)).values())
         linear = 4.0 * matrices + 6.0 * adapter
     attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    if settings.method == "dpo":  # the model at the start, forwards
+    if settings.method == "dpo":  # the forward pass of the model at the start
         linear, attention = linear + 2.0 * matrices, attention * 4 / 3
     return linear, attention

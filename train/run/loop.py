@@ -2,8 +2,8 @@
 
 A run's folder (`Settings.output`) holds data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/, loss.png, and at
 the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is adapter-best/ or
-model-best/. The same settings in the same folder go on with the run, wherever it was stopped or killed, and its weights
-and metrics are bit for bit those of a run that was not.
+model-best/. The same settings in the same folder resume a run that was stopped or killed; its weights and metrics are
+bit for bit those of a run that was not.
 
 Axis letters: A batches of a step, B rows, T tokens.
 """
@@ -39,14 +39,15 @@ from .window import Window, with_perplexity
 def train(
     settings: Settings, observer: Observer | None = None, interrupt: Callable[[], bool] = lambda: False
 ) -> Outcome:
-    """Trains.
+    """Begins or resumes a training run -> how it ended.
 
     Args:
-      interrupt: asked after each step; True saves and ends the run.
+      observer: its methods are called while the run goes on.
+      interrupt: called after each step; True saves and ends the run.
 
     Raises:
       FileNotFoundError: a file or the checkpoint is not there.
-      ValueError: settings that cannot be followed, or not those that the folder's run began with; data that cannot be
+      ValueError: settings that cannot be used, or that differ from those of the run in the folder; data that cannot be
         used; too little memory; too many steps in a row that were not finite.
       OSError: the folder cannot be written, has too little room, or is another process's.
     """
@@ -108,7 +109,7 @@ def train(
 
 @dataclasses.dataclass
 class _Run:
-    """The steps of a run: what they are computed from, and what hears of them."""
+    """The steps of a run: what they are computed from, and what their results are written to."""
 
     settings: Settings
     data: Dataset
@@ -121,7 +122,7 @@ class _Run:
     interrupt: Callable[[], bool]
 
     def go_on(self, step: Callable[..., Any], state: TrainState, frozen: Any, is_new: bool) -> TrainState:
-        """All the steps that are left, or those until the run is interrupted."""
+        """Takes all the steps that are left, or those until the run is interrupted."""
         s, done, bad_in_row = self.settings, int(state.step), int(state.bad_in_row)
         self.observer.begin(done, s.steps)
         if is_new and self.evaluate is not None:
@@ -156,7 +157,7 @@ class _Run:
             self.observer.record(record)
 
     def _count_bad(self, records: list[Record], in_row: int) -> int:
-        """How many steps in a row were skipped at last. Raises ValueError if these are too many."""
+        """How many of the latest steps, in a row, were skipped. Raises ValueError if these are too many."""
         for number, record in enumerate(records):
             in_row = 0 if record["finite"] else in_row + 1
             if in_row >= self.settings.max_bad_steps:
@@ -180,7 +181,7 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
 
 
 def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, observer: Observer) -> Dataset:
-    assert checkpoint.tokenizer is not None  # `_load` looks
+    assert checkpoint.tokenizer is not None  # `_load` checks
     on_progress = functools.partial(observer.progress, "preparing")
     data = prepare(path, checkpoint.tokenizer, settings, Path(settings.output) / "data", on_progress)
     report = data.report
@@ -194,7 +195,7 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
 
 
 def _start_like(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tuple[Any, Any]:
-    """What `start` will give, (state, frozen), as shapes and places."""
+    """What `start` will return, (state, frozen), as shapes with shardings."""
     shapes = jax.eval_shape(lambda params: start(settings, checkpoint.config, params), checkpoint.params)
     places = sharding.of_state(sharding.make_mesh(), shapes, settings.shard_weights)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
@@ -211,7 +212,7 @@ def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> TrainSt
 def _evaluation(
     settings: Settings, checkpoint: phi3_jax.Checkpoint, frozen: Any, held_out: Dataset, observer: Observer
 ) -> Callable[[TrainState], Record]:
-    """A function that computes the means over all that is held out, under names that begin with eval_."""
+    """A function that computes the means over all held-out data, under names that begin with eval_."""
     step = make_eval_step(settings, checkpoint.config)
     total = -(-len(held_out) // settings.batch_size)
 
@@ -229,7 +230,7 @@ def _evaluation(
 
 
 def _export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, folder: Path) -> None:
-    """The adapter in PEFT's format, or the model in Hugging Face's, where that is not done already."""
+    """Writes the adapter in PEFT's format, or the model in Hugging Face's, if that is not done already."""
     if folder.exists():
         return
     if settings.train == "lora":

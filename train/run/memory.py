@@ -1,6 +1,6 @@
-"""How much memory a step takes, before there are steps, and whether there is so much.
+"""How much memory a step takes, computed before the first step, and whether there is enough.
 
-The numbers are the compiler's own: it has laid out every array of the compiled step. Analytic formulas of activations
+The numbers are the compiler's own: it has placed every array of the compiled step in memory. Formulas for activations
 would have to know what it fuses, computes again and overlaps.
 """
 
@@ -22,14 +22,14 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on each device while a step runs; on the CPU all devices are one memory.
+    """Bytes on each device while a step runs; on the CPU, of all devices together, because they share one memory.
 
     Attributes:
       state: what is trained, and the optimizer's state.
       frozen: weights that stay as they are.
       working: gradients, activations and the batch.
-      saving: the state that is written and what it is compressed to, while a checkpoint is written; only where device
-        and host are one memory.
+      saving: a copy of the state and its compressed form, while a checkpoint is written; only if device and host share
+        one memory.
       available: what there is; None if it is not known.
     """
 
@@ -70,14 +70,14 @@ def estimate(compiled: jax.stages.Compiled, state: Any, frozen: Any) -> Estimate
     stats = compiled.memory_analysis()
     state_bytes, frozen_bytes = (_bytes_of_device(tree) * devices for tree in (state, frozen))
     whole = 0 if stats is None else stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    if stats is not None:  # of what the step returns, the new state lies where the old one was
+    if stats is not None:  # the new state is written over the old one, which is donated
         whole += stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     working = max(0, whole * devices - state_bytes - frozen_bytes)
     return Estimate(state_bytes, frozen_bytes, working, 2 * state_bytes if on_cpu else 0, _available())
 
 
 def require_fit(found: Estimate, settings: Settings) -> None:
-    """Raises ValueError if there is not enough memory, with what of the settings to change."""
+    """Raises ValueError if there is not enough memory; its message names the settings to change."""
     if found.fits:
         return
     raise ValueError(f"the run {found}; {_remedies(found, settings)}")

@@ -1,6 +1,7 @@
-"""What a run measures, written down while it goes on: a line of JSON for each step, and TensorBoard's events.
+"""The metrics of a run, written while it goes on: a line of JSON for each step, and TensorBoard's events.
 
-Both can be cut at a step and gone on with, so that those of a run that was killed are those of one that was not.
+Both can be cut off after a step and continued, so that a run that was killed and resumed has the metrics of one that
+was not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from phi3_jax.checkpoint.atomic_write import new_file
 from .tensorboard import EventFile
 
 Record = dict[str, Any]
-# What is not the same each time: it says how fast the machine was.
+# Metrics that differ each time, because they depend on the machine's speed.
 TIMES = frozenset({"seconds", "tokens_per_second", "mfu"})
 
 
@@ -25,10 +26,10 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl` and `tensorboard/` in a run's folder. To be closed, or used in a `with`."""
 
     def __init__(self, folder: Path, step: int):
-        """Opens both for what comes after a step.
+        """Opens both to continue after a step.
 
         Args:
-          step: lines of later steps, which are to be done again, vanish; -1 begins anew.
+          step: lines of later steps are removed, because these steps are done again; -1 removes all lines.
 
         Raises:
           OSError: the folder cannot be written.
@@ -59,7 +60,7 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # every line was written before; what could not be was told
+        with contextlib.suppress(OSError):  # `write` has flushed every line, and raised its errors
             self._file.close()
         self._events.close()
 

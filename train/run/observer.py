@@ -1,4 +1,4 @@
-"""What a run tells to whoever watches it."""
+"""What a run reports while it goes on, and at its end."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .metrics import Record
 
 
 class Observer:
-    """Told what a run does; a program overrides these to show it."""
+    """Is called while a run goes on; a program overrides these methods to show it."""
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Something before or between the steps has come so far."""
+        """Work before or between the steps has come to `done` of `total`."""
 
     def note(self, text: str) -> None:
-        """Something to know, in one line."""
+        """A message, in one line."""
 
     def begin(self, step: int, steps: int) -> None:
-        """The steps begin, `step` of them done before. From now on the run asks whether it is interrupted."""
+        """The steps begin; `step` of them were done before. From now on the run checks whether it is interrupted."""
 
     def record(self, record: Record) -> None:
         """A line of metrics was written."""
@@ -30,8 +30,7 @@ class Outcome:
 
     Attributes:
       step: steps done, in all.
-      exported: the folder of the adapter or the model; None if the run was interrupted, and the same settings go on
-        with it.
+      exported: the folder of the adapter or the model; None if the run was interrupted; the same settings resume it.
     """
 
     step: int

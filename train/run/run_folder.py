@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and whether a run may go on in it."""
+"""The folder of a run: its lock, its names, and whether a run may go on in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..settings import Settings
 
-# What may differ when a run goes on. Of the file trained on the contents are compared, not the name.
+# The settings that may differ when a run is resumed. Of the training file the contents are compared, not the name.
 _FREE = {
     "output", "train_file", "eval_file", "log_every", "eval_every", "save_every", "keep_last", "keep_best",
     "max_bad_steps",
@@ -25,13 +25,13 @@ def export_folder(settings: Settings) -> Path:
 
 
 def best_folder(settings: Settings) -> Path:
-    """Where that of the lowest held-out loss is written, if it is not the last."""
+    """Where the adapter or model of the lowest held-out loss is written, if it is not that of the last step."""
     last = export_folder(settings)
     return last.with_name(f"{last.name}-best")
 
 
 def describe(settings: Settings, data: str) -> dict[str, Any]:
-    """What is kept with a checkpoint to know its run by, as JSON has it; `data` is the fingerprint of the dataset."""
+    """What is saved with a checkpoint to identify its run, as JSON; `data` is the fingerprint of the dataset."""
     fields = dataclasses.asdict(settings)
     return {"settings": {name: _listed(value) for name, value in fields.items()}, "data": data}
 
@@ -64,7 +64,7 @@ def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Inside, no other process trains into the folder, which is made if need be; a kill leaves no lock.
+    """Locks the folder, which is created if necessary, against other training processes; a kill leaves no lock.
 
     Raises:
       OSError: another process does, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Numbers over steps in TensorBoard's files, which are appended to at once: nothing waits in another thread.
+"""Writes numbers over steps into TensorBoard's files, immediately and without another thread.
 
 A file is a sequence of records: length uint64, its checksum, the data, its checksum (TensorFlow's record_writer.h). The
 data are protocol buffers of the type Event (TensorFlow's event.proto), few fields of which are needed here.
@@ -32,7 +32,7 @@ class EventFile:
     """A new file of events in a folder, to be closed."""
 
     def __init__(self, folder: Path, step: int):
-        """Opens the file; events of earlier files in the folder from `step` on are to be forgotten.
+        """Opens the file, and tells TensorBoard to ignore events of earlier files in the folder from `step` on.
 
         Raises:
           OSError: the folder cannot be written.

