@@ -1,15 +1,16 @@
-"""Prompts before they run: text becomes token ids, and what cannot be answered is refused."""
+"""Prompts before they run: text becomes token ids, and a prompt that cannot be answered raises an error."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
 
 
 def encode_prompt(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
@@ -24,15 +25,21 @@ def encode_prompt(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several -> several."""
+    """One prompt or several -> a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, np.ndarray | jax.Array):
+        if prompts.ndim not in (1, 2) or not np.issubdtype(prompts.dtype, np.integer):
+            raise ValueError(
+                f"an array of prompts must hold token ids [T] or [B, T], not {prompts.dtype} {prompts.shape}"
+            )
+        prompts = prompts.tolist()
     items: list[Any] = list(prompts)
     return [items] if items and isinstance(items[0], int | np.integer) else items
 
 
 def for_each(value: Any, rows: int, single: Any, name: str) -> list[Any]:
-    """One value for each row, from one for all of them or a list. Raises ValueError for a list of another length."""
+    """One value for each row, from a single value or a list. Raises ValueError for a list of another length."""
     if isinstance(value, single):
         return [value] * rows
     if len(value) != rows:

@@ -1,15 +1,15 @@
-"""From logits to the next token, for a batch of rows that may all want something else.
+"""From logits to the next token, for a batch whose rows may have different settings.
 
-`pick` takes one token per row. What a row may ask for is in params.py.
+`pick` picks one token per row. The settings are in params.py.
 
 The order is that of transformers' `generate`:
 
 1. bias, repetition, presence and frequency penalties, no repeated n-grams, banned tokens, early ends, forced tokens;
 2. temperature, top-k, top-p, min-p, typical-p, each on what the one before has left, and only for rows that draw.
 
-First what changes logits by an amount, then what forbids, so that nothing lifts a ban; forcing is last, and wins over
-a ban. Temperature comes before the cuts, because they look at probabilities and so at the ones that are drawn from.
-transformers has no presence and frequency penalties; they stand beside their relative.
+Biases and penalties come before bans, so that nothing lifts a ban; forcing is last, and overrides a ban. Temperature
+comes before top-k and the like, so that these see the probabilities that are drawn from. transformers has no presence
+and frequency penalties; here they follow the repetition penalty.
 
 Axis letters: B batch, V vocab, S history, E end ids, N the most likely tokens.
 """
@@ -44,7 +44,7 @@ def pick(
 
     def draw() -> jax.Array:
         def noise(seed: jax.Array, step: jax.Array) -> jax.Array:
-            return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[1:])
+            return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[1:], jnp.float32)
 
         # The largest of logit + Gumbel noise is a draw from the softmax.
         noisy = _shape(adjusted, params) + jax.vmap(noise)(params.seed, lengths - prompt_lengths)
@@ -63,8 +63,8 @@ def process(
 ) -> jax.Array:
     """The logits [B, V] that `pick` draws from, or takes the largest of; the module's docstring has the order.
 
-    What no row asks for is skipped when the program runs, so that one compiled program serves all settings. (Under
-    `jax.vmap` everything would run: call it with a batch.)
+    Steps that no row needs are skipped when the program runs, so that one compiled program serves all settings. (Under
+    `jax.vmap` all steps would run: call it with a batch.)
 
     Args:
       logits: float32 [B, V].
@@ -79,8 +79,8 @@ def process(
 def top_logprobs(logits: jax.Array, chosen: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities of the chosen token and of the n most likely ones.
 
-    Give it the model's own logits, as they were before `process`, to report what OpenAI's API reports: how likely the
-    model thought a token, whatever was banned or penalised.
+    Give it the model's own logits, from before `process`, to report what OpenAI's API reports: the log-probabilities
+    without bans and penalties.
 
     Args:
       logits: float32 [..., V].
@@ -102,7 +102,7 @@ def _adjust(
     prompt_lengths: jax.Array,
     end_ids: jax.Array,
 ) -> jax.Array:
-    """Part 1 of the order: what also changes a greedy row."""
+    """Part 1 of the order: the steps that also change a greedy row."""
     generated = lengths - prompt_lengths
     presence, frequency = params.presence_penalty, params.frequency_penalty
     ngram = params.no_repeat_ngram_size

@@ -15,7 +15,7 @@ from phi3_jax.checkpoint.parameter_builders import FloatBuilder, IntegerBuilder,
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import why_unavailable
-from phi3_jax.model import DTYPES, Params, parameter_shapes, tensor_names
+from phi3_jax.model import DTYPES, Params, dtype_name, parameter_shapes, tensor_names
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization import Format, formats
 
@@ -33,7 +33,7 @@ def fastest_layout() -> Layout:
 def assemble(
     sources: Mapping[str, TensorSource],
     config: Phi3Config,
-    dtype: str,
+    dtype: jax.typing.DTypeLike,
     origin: str,
     on_progress: OnProgress | None = None,
     quantize: str | None = None,
@@ -43,7 +43,7 @@ def assemble(
 
     Args:
       sources: the checkpoint's tensors by Hugging Face name.
-      dtype: "float32", "bfloat16" or "float16": the dtype of parameters that stay floats.
+      dtype: float32, bfloat16 or float16, as a name or a type: the dtype of parameters that stay floats.
       origin: file or folder, for messages.
       on_progress: called with (bytes done, bytes in all) after each tensor.
       quantize: a policy of policy.py, by which matrices become integers; "stored" keeps the file's integers of 4 and 8
@@ -56,12 +56,11 @@ def assemble(
         message); a value does not fit into float16.
       Unavailable: packed weights are asked for where there are no kernels.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
+    floats = DTYPES[dtype_name(dtype)]
     shapes = parameter_shapes(config)
     _check_names(sources, shapes, config, origin)
     forms = _formats(sources, shapes, config, quantize)
-    builders = {path: _builder(path, shape, DTYPES[dtype], forms[path], layout) for path, shape in shapes.items()}
+    builders = {path: _builder(path, shape, floats, forms[path], layout) for path, shape in shapes.items()}
     jobs = [
         (path, i if path.startswith("layers/") else None, name)
         for path in shapes
@@ -70,7 +69,7 @@ def assemble(
 
     def size(path: str, name: str) -> int:
         form = forms[path]
-        return math.prod(sources[name].shape) * (form.bits if form else 8 * DTYPES[dtype].itemsize) // 8
+        return math.prod(sources[name].shape) * (form.bits if form else 8 * floats.itemsize) // 8
 
     def put(job: tuple[str, int | None, str]) -> int:
         path, layer, name = job

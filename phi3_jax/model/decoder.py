@@ -254,6 +254,7 @@ class Phi3(nn.Module):
         if positions is None:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(steps if cache is None else cache.lengths[:, None] + steps, tokens.shape)
+        positions = positions.astype(jnp.int32)  # with jax_enable_x64, sums with `arange` are int64
         if cache is not None:
             cache = cache.claim(positions)
         k_positions = positions if cache is None else cache.positions

@@ -27,6 +27,20 @@ DTYPES = {
 }
 
 
+def dtype_name(dtype: jax.typing.DTypeLike) -> str:
+    """The name, of those in DTYPES, of a dtype given as a name, a scalar type (jnp.bfloat16) or a numpy dtype.
+
+    Raises ValueError if it is another one.
+    """
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
+    return name
+
+
 def parameter_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameter tree by path ("layers/mlp/down_proj/weight"); those below "layers/" start with L."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -42,13 +56,13 @@ def tensor_names(path: str, layers: int) -> list[str]:
     return [dotted if path.startswith("lm_head/") else f"model.{dotted}"]
 
 
-def random_params(config: Phi3Config, dtype: str = "float32", seed: int = 0) -> Params:
+def random_params(config: Phi3Config, dtype: jax.typing.DTypeLike = "float32", seed: int = 0) -> Params:
     """Random parameters of a dtype named in DTYPES: normal with `initializer_range`; the weights of norms are 1."""
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init(key: jax.Array) -> Params:
         params = Phi3(config).init(key, tokens)["params"]
-        return jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype_name(dtype)), params)
 
     return jax.jit(init)(jax.random.key(seed))
 

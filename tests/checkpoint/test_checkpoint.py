@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -81,6 +82,8 @@ def test_every_float_type_is_cast_as_numpy_casts(tiny_folder, stored, wanted):
     originals = {name: tensor.astype(dtype) for name, tensor in safetensors.numpy.load_file(path).items()}
     write_by_hand(path, originals, KINDS[stored])
     loaded = dict(named_tensors(phi3_jax.load(tiny_folder, wanted).params))
+    for same in (getattr(jnp, wanted), np.dtype(wanted)):
+        assert phi3_jax.load(tiny_folder, same).params["norm"]["weight"].dtype == wanted
     for name, tensor in originals.items():
         expected = tensor.astype(DTYPES[wanted])
         np.testing.assert_array_equal(loaded[name].view(np.uint8), expected.view(np.uint8), err_msg=name)
@@ -210,6 +213,8 @@ def test_broken_folders(tiny_folder, break_it, kind, message):
 
 
 def test_unknown_dtype_and_wrong_file(tiny_folder):
+    with pytest.raises(ValueError, match="is not one of"):
+        phi3_jax.random_params(phi3_jax.PRESETS["phi-3-mini"], jnp.int8)
     with pytest.raises(ValueError, match="dtype 'int8' is not one of"):
         phi3_jax.load(tiny_folder, "int8")
     with pytest.raises(FileNotFoundError, match="name the folder that also has"):

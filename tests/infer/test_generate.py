@@ -1,13 +1,16 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import without_cache
 
 import phi3_jax
+from phi3_jax.checkpoint import fastest_layout
 from phi3_jax.infer import Options, Run, Sampling, generate, stream
+from phi3_jax.infer.prompts import as_list
 from phi3_jax.infer.sampling import StopWatch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -24,6 +27,29 @@ def test_equals_decoding_without_a_cache_alone_and_in_a_ragged_batch(tiny, greed
     alone = [generate(tiny, prompt, max_new_tokens=24)[0].token_ids for prompt in PROMPTS]
     assert alone == greedy
     assert [result.token_ids for result in generate(tiny, PROMPTS, max_new_tokens=24)] == greedy
+
+
+def test_prompts_may_be_arrays_of_token_ids(tiny, greedy):
+    assert generate(tiny, jnp.asarray(PROMPTS[0]), max_new_tokens=24)[0].token_ids == greedy[0]
+    assert as_list(np.array([[5, 1, 7], [2, 3, 4]])) == [[5, 1, 7], [2, 3, 4]]
+    for wrong in (np.ones(3), jnp.ones((1, 1, 3), int), np.array(5)):
+        with pytest.raises(ValueError, match=r"token ids \[T\] or \[B, T\]"):
+            generate(tiny, wrong)
+
+
+def test_64_bit_mode_changes_no_token(tiny_folder):
+    """Neither for the CPU kernels, which take positions as int32 only, nor for random draws."""
+    model = phi3_jax.load(tiny_folder, quantize="int4", layout=fastest_layout())
+    drawn = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1, no_repeat_ngram_size=3, seed=5)
+    options = Options(cache_dtype="int8", logprobs=1)
+
+    def run():
+        results = generate(model, PROMPTS, 24, sampling=[Sampling(), drawn, drawn], options=options)
+        return [result.token_ids for result in results]
+
+    expected = run()
+    with jax.enable_x64(True):
+        assert run() == expected
 
 
 def test_a_prompt_that_is_already_long(tiny):
