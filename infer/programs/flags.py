@@ -37,7 +37,7 @@ VERBOSE = flags.DEFINE_bool(
 
 SYSTEM = flags.DEFINE_string("system", None, "A system message at the beginning of a chat.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens of an answer.", lower_bound=1)
-MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "An answer does not end before.")
+MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "The least tokens of an answer: it does not end before.")
 STOP = flags.DEFINE_multi_string("stop", [], "A string that ends an answer; may be given several times.")
 DEADLINE = flags.DEFINE_float("deadline", None, "Seconds after which an answer ends as it is.")
 
@@ -51,8 +51,10 @@ TYPICAL_P = flags.DEFINE_float("typical_p", None, "Draw from tokens of typical s
 SEED = flags.DEFINE_integer("seed", 0, "Of the random draws at a temperature above 0.")
 
 REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens of prompt and answer less likely.")
-PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", 0.0, "Off the logits of tokens that the answer has.")
-FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, for each time that it has them.")
+PRESENCE_PENALTY = flags.DEFINE_float(
+    "presence_penalty", 0.0, "Subtracted from the logits of tokens in the answer so far."
+)
+FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, once for each time that a token is there.")
 NO_REPEAT_NGRAM_SIZE = flags.DEFINE_integer("no_repeat_ngram_size", 0, "No sequence of this many tokens comes twice.")
 LOGIT_BIAS = flags.DEFINE_multi_string("logit_bias", [], "ID=X: add X to a token's logit; may be given several times.")
 BANNED_TOKENS = flags.DEFINE_list("banned_tokens", [], "Token ids that never come, with commas between.")
@@ -70,14 +72,15 @@ CACHE_DTYPE = flags.DEFINE_enum(
     None,
     CACHE_DTYPES,
     "What keys and values are kept as; int8 takes a quarter of float32's memory. By default the weights' own type, "
-    "on the CPU float32.",
+    "bfloat16 for quantised weights; on a CPU without compiled kernels float32.",
 )
 ROPE_POLICY = flags.DEFINE_enum(
     "rope_policy",
     "length",
     typing.get_args(RopePolicy),
-    "By what LongRoPE picks its factors: a row's length (exact, reads the text again where it grows past the border), "
-    "the length that it may grow to (never reads again), or the longest row's (as transformers).",
+    "What LongRoPE picks its factors by. length: each row's own length, which is exact, and reads a row again "
+    "that grows past the border; capacity: the length that it may grow to, which never reads again; batch: the longest "
+    "row's, as transformers does.",
 )
 SPECULATE = flags.DEFINE_string(
     "speculate",

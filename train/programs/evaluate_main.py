@@ -4,9 +4,9 @@ phi3-evaluate --checkpoint demo --text held-out.txt --stride 512
 phi3-evaluate --checkpoint demo --adapter runs/train/adapter --data held_out.jsonl
 phi3-evaluate --checkpoint demo --questions quiz.jsonl --json figures.json
 
-A text is a file as it is, or JSON lines {"text": ...}, each a text of its own. Data are JSON lines as for phi3-train,
-of chats for instance, and measured on what that would learn: the answers. Questions are JSON lines
-{"question": ..., "choices": [..., ...], "answer": NUMBER}, the first choice being 0.
+--text takes a file of plain text, or JSON lines {"text": ...}, each a text of its own. --data takes JSON lines as for
+phi3-train, and gives the loss of the tokens that training would learn: in chats, the answers. --questions takes JSON
+lines {"question": ..., "choices": [..., ...], "answer": NUMBER}, where 0 is the first choice.
 """
 
 from __future__ import annotations
