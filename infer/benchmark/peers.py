@@ -113,7 +113,7 @@ def _nearest(program: str, dtype: str, quantize: str | None) -> str:
 def _file(peer: Peer, spec: ModelSpec, folder: Path, python: str | None, say: Callable[[str], None]) -> Path:
     """The file or folder with our weights in the peer's format."""
     if peer.kind == _OWN:
-        if spec.is_random or (path := resolve(spec.checkpoint)).suffix != ".gguf":
+        if spec.is_random or (path := resolve(spec.checkpoint)).is_dir():
             raise ValueError("--peers=llama_cpp:own is for a --checkpoint that is a .gguf file")
         return path
     name = spec.name if spec.window else f"{spec.name}-no-window"

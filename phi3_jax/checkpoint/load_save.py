@@ -17,6 +17,7 @@ from phi3_jax.adapters import require_merged
 from phi3_jax.checkpoint import quantized_files, safetensors_files
 from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors
 from phi3_jax.checkpoint.atomic_write import new_folder
+from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.peft_files import merged_sources
@@ -106,7 +107,7 @@ def load(
     place = resolve(path)
     if adapter is not None and quantize == "stored":
         raise ValueError("quantize='stored' keeps a file's integers, which an adapter changes: name another policy")
-    if place.suffix == ".gguf":
+    if place.is_file():
         from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
@@ -179,9 +180,11 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             )
         return place
     if place.is_file():
-        if place.suffix != ".gguf":
+        with place.open("rb") as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC  # caches of other programs name files by their hash
+        if not is_gguf and place.suffix != ".gguf":
             raise FileNotFoundError(
-                f"{place}: not a .gguf file; for safetensors name the folder that also has config.json"
+                f"{place}: not a GGUF file; for safetensors name the folder that also has config.json"
             )
         return place
     if is_hub_id(path):

@@ -43,7 +43,7 @@ def write_data(path: Path, lines: int, seed: int) -> Path:
         for _ in range(lines):
             a, b = rng.randrange(50), rng.randrange(50)
             chat = [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}]
-            file.write(json.dumps({"messages": chat}) + "\n")
+            file.write(json.dumps({"messages": chat, "source": "sums"}) + "\n")
     return path
 
 

@@ -187,6 +187,8 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
     report = data.report
     text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
     text += f"{len(data)} rows that are {report.efficiency:.0%} full"
+    if report.ignored_fields:
+        text += f"; not used are the fields {', '.join(report.ignored_fields)}"
     if report.bad_lines:
         line, reason = report.reasons[0]
         text += f"; {report.bad_lines} lines left out, as line {line}: {reason}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {
@@ -63,8 +63,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         raise damaged(path, "it is shorter than a header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         reader = _Reader(path, view)
-        if reader.take(4) != _MAGIC:
-            raise ValueError(f"{path}: not a GGUF file (it does not start with {_MAGIC.decode()})")
+        if reader.take(4) != MAGIC:
+            raise ValueError(f"{path}: not a GGUF file (it does not start with {MAGIC.decode()})")
         version = reader.number("<u4")
         if version not in _VERSIONS:
             order = "is big-endian" if version & 0xFFFF == 0 else f"has version {version}"

@@ -25,7 +25,6 @@ from phi3_jax.text import Tokenizer
 _Kind = type | list[type]  # [str] is an array of strings
 
 _ARCHITECTURES = ("phi3", "llama")
-_KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -52,7 +51,6 @@ _REQUIRED_KEYS: dict[str, _Kind] = {
     "context_length": int,
     "embedding_length": int,
     "feed_forward_length": int,
-    "rope.freq_base": float,
 }
 _OPTIONAL_KEYS: dict[str, _Kind] = {
     "attention.head_count_kv": int,
@@ -60,6 +58,7 @@ _OPTIONAL_KEYS: dict[str, _Kind] = {
     "attention.sliding_window": int,
     "attention.value_length": int,
     "rope.dimension_count": int,
+    "rope.freq_base": float,
     "rope.scaling.attn_factor": float,
     "rope.scaling.original_context_length": int,
     "rope.scaling.type": str,
@@ -140,13 +139,24 @@ def read_gguf(path: Path) -> GgufFile:
 
 @functools.cache
 def _tensor_kinds() -> dict[int, tuple[str, int, int]]:
-    """Supported tensor types by number -> (name, values per block, bytes per block)."""
+    """Tensor types by number -> (name, values per block, bytes per block): floats, and what gguf dequantises."""
     try:
         import gguf
     except ImportError:
         raise ImportError("reading GGUF files needs the gguf package: pip install 'phi3_jax[gguf]'") from None
-    kinds = {name: gguf.GGMLQuantizationType[name] for name in _KINDS}
-    return {int(kind): (name, *gguf.GGML_QUANT_SIZES[kind]) for name, kind in kinds.items()}
+
+    def is_readable(kind: Any) -> bool:
+        try:
+            gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+        except NotImplementedError:
+            return False
+        return True
+
+    return {
+        int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind])
+        for kind in gguf.GGMLQuantizationType
+        if kind in gguf.GGML_QUANT_SIZES and (kind.name in _PLAIN or is_readable(kind))
+    }
 
 
 def _wrong_types(values: Mapping[str, Any], kinds: Mapping[str, _Kind], prefix: str = "") -> list[str]:
@@ -218,7 +228,9 @@ def _tensor_problems(
         found.append(f"tensors that a Phi-3 decoder does not have: {unknown[:8]} ({len(unknown)} in all)")
     if unsupported := {name: tensor.kind for name, tensor in table.items() if tensor.kind not in kinds}:
         some = {name: _kind_name(kind) for name, kind in list(unsupported.items())[:8]}
-        found.append(f"tensors of unsupported types {some} ({len(unsupported)} in all; supported: {', '.join(_KINDS)})")
+        found.append(
+            f"tensors of unsupported types {some} ({len(unsupported)} in all): convert it, for example to Q8_0"
+        )
     if len(table.get("token_embd.weight", GgufTensor((), 0, 0)).shape) != 2:
         found.append("there is no matrix token_embd.weight")
     return found
@@ -255,7 +267,7 @@ def _config(
             num_key_value_heads=keys.get("attention.head_count_kv", heads),
             head_dim=head_dim,
             max_position_embeddings=keys["context_length"],
-            rope_theta=keys["rope.freq_base"],
+            rope_theta=keys.get("rope.freq_base", 10000.0),  # what llama.cpp takes where a file does not say
             rms_norm_eps=_shortest(keys["attention.layer_norm_rms_epsilon"]),
             partial_rotary_factor=_share(keys.get("rope.dimension_count", head_dim), head_dim),
             long_rope=_long_rope(path, keys, table),

@@ -53,6 +53,17 @@ def test_keys_that_change_nothing(tiny, tmp_path):
     assert_same(phi3_jax.load(write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", change)), tiny)
 
 
+def test_a_file_without_the_suffix_is_known_by_how_it_begins(tiny, tmp_path):
+    path = write(tmp_path / "sha256-0123", tiny.config, as_phi3(tiny), "phi3")
+    assert_same(phi3_jax.load(path), tiny)
+
+
+def test_the_rotary_base_may_be_left_out_if_it_is_the_formats_default(tiny, tmp_path):
+    path = write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", lambda keys: keys.pop("rope.freq_base"))
+    assert tiny.config.rope_theta == 10000.0
+    assert_same(phi3_jax.load(path), tiny)
+
+
 def test_longropes_attention_factor_is_taken_over(tiny, tmp_path):
     def change(keys):
         keys["rope.scaling.attn_factor"] = 1.1902380
@@ -80,6 +91,13 @@ def slow_q4_0(b: bytes) -> list[float]:
 def slow_q4_1(b: bytes) -> list[float]:
     nibbles = [byte & 15 for byte in b[4:20]] + [byte >> 4 for byte in b[4:20]]
     return [half(b[:2]) * q + half(b[2:4]) for q in nibbles]
+
+
+def slow_q5(b: bytes, has_min: bool) -> list[float]:
+    at = 4 if has_min else 2
+    high, low = int.from_bytes(b[at : at + 4], "little"), b[at + 4 :]
+    q = [(low[i % 16] >> 4 * (i // 16) & 15) + 16 * (high >> i & 1) for i in range(32)]
+    return [half(b[:2]) * x + half(b[2:4]) for x in q] if has_min else [half(b[:2]) * (x - 16) for x in q]
 
 
 def six_bit(scales: bytes, j: int) -> tuple[int, int]:
@@ -120,6 +138,8 @@ SLOW = {
     "Q4_0": slow_q4_0,
     "Q4_1": slow_q4_1,
     "Q4_K": lambda b: slow_k(b, fifth_bit=False),
+    "Q5_0": lambda b: slow_q5(b, has_min=False),
+    "Q5_1": lambda b: slow_q5(b, has_min=True),
     "Q5_K": lambda b: slow_k(b, fifth_bit=True),
     "Q6_K": slow_q6_k,
 }
@@ -132,7 +152,7 @@ def test_quantised_types_equal_their_definition(tiny, tmp_path, name):
     random = np.random.default_rng(3)
     raw = random.integers(0, 256, (7, 256 // block, size), dtype=np.uint8)
     # The half-precision scales: random bytes would be infinite or NaN now and then.
-    for start in {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0]}.get(name, [0, 2]):
+    for start in {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0]}.get(name, [0] if name == "Q5_0" else [0, 2]):
         scales = random.uniform(-0.1, 0.1, raw.shape[:2]).astype(np.float16)
         raw[..., start : start + 2] = scales[..., None].view(np.uint8)
     expected = np.array([[value for cell in row for value in SLOW[name](cell.tobytes())] for row in raw])

@@ -16,7 +16,7 @@ from phi3_jax.checkpoint.gguf.reader import read_gguf
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda keys: keys.pop("rope.freq_base"), "phi3.rope.freq_base is missing"),
+        (lambda keys: keys.pop("context_length"), "phi3.context_length is missing"),
         (lambda keys: keys.pop("block_count"), "phi3.block_count is missing"),
         (lambda keys: keys.update({"expert_count": 8}), r"unsupported keys \['phi3.expert_count'\]"),
         (lambda keys: keys.update({"rope.scaling.type": "linear"}), "phi3.rope.scaling.type"),
@@ -36,8 +36,8 @@ from phi3_jax.checkpoint.gguf.reader import read_gguf
         (lambda keys: keys.update({"rope.scaling.type": "none"}), "phi3.rope.scaling.type is 'none'"),
         (lambda keys: keys.update({"attention.causal": False}), r"unsupported keys \['phi3.attention.causal'\]"),
         (
-            lambda keys: keys.update({"expert_count": 8, "clamp": 1.0}) or keys.pop("rope.freq_base"),
-            r"\['phi3.clamp', 'phi3.expert_count'\].*phi3.rope.freq_base is missing",
+            lambda keys: keys.update({"expert_count": 8, "clamp": 1.0}) or keys.pop("context_length"),
+            r"\['phi3.clamp', 'phi3.expert_count'\].*phi3.context_length is missing",
         ),
     ],
 )

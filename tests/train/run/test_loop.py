@@ -102,6 +102,7 @@ def test_a_run_writes_what_it_tells(whole):
     data, held_out, fits = heard.notes
     assert data.startswith(f"{settings.train_file}: 40 texts, ")
     assert held_out.startswith(f"{settings.eval_file}: 7 texts, ")
+    assert data.endswith("; not used are the fields source")
     assert fits.startswith("needs ")
     assert fits.endswith(": fits")
 
