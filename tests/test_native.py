@@ -26,7 +26,7 @@ pytestmark = [
 def compile_and_run(name, compiler, sources, folder, flags=(), runner=()):
     objects = {path: folder / f"{path.stem}.o" for path in sources}
     commands = [
-        [compiler, *build._FLAGS, *own, *flags, "-c", str(path), "-o", str(objects[path])]
+        [compiler, *build._FLAGS, f"-I{SOURCES}", *own, *flags, "-c", str(path), "-o", str(objects[path])]
         for path, own in sources.items()
     ]
     program = folder / name

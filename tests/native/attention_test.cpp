@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "attention.h"
+#include "attention/attention.h"
 #include "guarded.h"
 #include "tables.h"
 

@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "guarded.h"
-#include "linear_panels.h"
+#include "linear/panels.h"
 #include "numbers.h"
-#include "pack.h"
+#include "linear/pack.h"
 #include "tables.h"
 
 using namespace phi3;

@@ -113,7 +113,7 @@ def _compiler() -> str:
 def _sources(isa: str) -> dict[Path, tuple[str, ...]]:
     """The files of a library for an instruction set, each with its own flags."""
     found = {}
-    for path in sorted(_SOURCES.glob("*.cpp")):
+    for path in sorted(_SOURCES.rglob("*.cpp")):
         own = next((name for name in _INSTRUCTION_SETS if path.stem.endswith(f"_{name}")), None)
         if own in (None, isa) and path.stem != "isa":
             found[path] = _INSTRUCTION_SETS[own] if own else (f"-DPHI3_CHOSEN={isa}",)
@@ -126,8 +126,8 @@ def _key(compiler: str) -> str:
     settings = (repr(_FLAGS), repr(_INSTRUCTION_SETS))
     for text in (jaxlib.version.__version__, platform.machine(), compiler, version, *settings):
         digest.update(text.encode() + b"\0")
-    for path in sorted(path for end in ("cpp", "h", "inc") for path in _SOURCES.glob(f"*.{end}")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(path for end in ("cpp", "h", "inc") for path in _SOURCES.rglob(f"*.{end}")):
+        digest.update(str(path.relative_to(_SOURCES)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 
 
@@ -135,7 +135,7 @@ def _compile(compiler: str, sources: dict[Path, tuple[str, ...]], target: Path, 
     if isa is not None:
         _note(f"compiling the CPU kernels for this machine ({isa}), once (about ten seconds)")
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        headers = ("-isystem", jax.ffi.include_dir())
+        headers = (f"-I{_SOURCES}", "-isystem", jax.ffi.include_dir())
         objects = {path: Path(scratch, f"{path.stem}.o") for path in sources}
         commands = [
             [compiler, *_FLAGS, *flags, *headers, "-c", str(path), "-o", str(objects[path])]

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "isa.h"
-#include "linear_panels.h"
+#include "linear/panels.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 

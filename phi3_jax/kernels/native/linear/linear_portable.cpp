@@ -84,7 +84,7 @@ struct V {
 };
 
 #include "linear_tiles.inc"
-#include "linear_rounding.inc"
+#include "round_row.h"
 
 template <int kRows, int kVectors, int kBits, bool kOnlyPass>
 void V::dot32(Ints (&dots)[kRows][kVectors], const uint8_t* w, const int8_t* q, int64_t stride, uintptr_t ahead) {

@@ -41,8 +41,8 @@ typedef int32_t I __attribute__((vector_size(32)));
 inline unsigned bits(I mask) { return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)); }
 
 #include "attention_simple.inc"
-#include "attention_vectors.inc"
-#include "attention_cells.inc"
+#include "vectors.h"
+#include "cells_float.h"
 #include "attention_body.inc"
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
+#include "attention/attention.h"
 #include "isa.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"

@@ -81,7 +81,7 @@ struct V {
 };
 
 #include "linear_tiles.inc"
-#include "linear_rounding.inc"
+#include "round_row.h"
 
 // The one instruction that multiplies bytes wants one side unsigned, and its sums of two products must fit 16 bits:
 // |q| * (sign(q) * (w - 128)) for 8 bits, at most 2 * 127 * 127; w * q for 4 bits, where even 8 such sums fit.

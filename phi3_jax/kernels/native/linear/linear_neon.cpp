@@ -65,7 +65,7 @@ struct V {
 };
 
 #include "linear_tiles.inc"
-#include "linear_rounding.inc"
+#include "round_row.h"
 
 // A vector holds 4 outputs x 4 inputs of weights. Products are summed in 16 bits while they fit, two of 8 bits
 // (2 * 127 * 127) or eight of 4 bits (8 * 15 * 127), each half of the outputs for itself, then pairwise down to 4 sums.

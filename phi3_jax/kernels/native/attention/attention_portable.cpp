@@ -44,8 +44,8 @@ inline V dots(const V* a) {
 inline unsigned bits(I mask) { return (mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8); }
 
 #include "attention_simple.inc"
-#include "attention_vectors.inc"
-#include "attention_cells.inc"
+#include "vectors.h"
+#include "cells_float.h"
 #include "attention_body.inc"
 
 }  // namespace

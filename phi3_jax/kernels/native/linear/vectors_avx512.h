@@ -122,7 +122,7 @@ void round_row(const float* x, int64_t k, void* rounded) {
   }
 }
 #else
-#include "linear_rounding.inc"
+#include "round_row.h"
 #endif
 
 }  // namespace

@@ -40,8 +40,8 @@ inline unsigned bits(I mask) {
 }
 
 #include "attention_simple.inc"
-#include "attention_vectors.inc"
-#include "attention_cells.inc"
+#include "vectors.h"
+#include "cells_float.h"
 #include "attention_body.inc"
 
 }  // namespace

@@ -68,8 +68,8 @@ inline int64_t append(int32_t* list, int32_t first, unsigned bits) {
   return __builtin_popcount(bits);
 }
 
-#include "attention_vectors.inc"
-#include "attention_cells.inc"
+#include "vectors.h"
+#include "cells_float.h"
 
 #if PHI3_BF16
 // Two bfloat16 to a cell: half the multiplications.
