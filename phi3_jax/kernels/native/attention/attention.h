@@ -1,9 +1,8 @@
-// Attention over the key-value cache, and writing to it: what every instruction set offers, as a table of functions.
+// Attention over the key-value cache, and writing to it.
 //
 // Axis letters: L layer, B batch, T query token, S slot, N query heads, K key-value heads, G = N/K query heads that
 // share a key-value head, H head dim of the cache (its last axis), head_dim (<= H) the part of it that is used.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 
 namespace phi3 {
@@ -47,27 +46,21 @@ inline int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 // sums of p.
 inline int64_t partial_size(int64_t rows, int64_t head_dim) { return (rows + 3) / 4 * 4 * padded(head_dim) + 2 * rows; }
 
-struct AttentionKernels {
-  const char* name;
+// Shrinks [slot_begin, slot_end) to the smallest range that holds every slot which some query of the task may see.
+void narrow(AttentionTask& task);
 
-  // Shrinks [slot_begin, slot_end) to the smallest range that holds every slot which some query of the task may see.
-  void (*narrow)(AttentionTask& task);
+// Room that `attend` needs, in bytes; any alignment of a float will do, 64 is best.
+int64_t scratch_bytes(int64_t head_dim);
 
-  // Room that `attend` needs, in bytes; any alignment of a float will do, 64 is best.
-  int64_t (*scratch_bytes)(int64_t head_dim);
+// Softmax attention of the task's rows over its slots, not yet divided by the sum of p: all of `partial` is written.
+void attend(const AttentionTask& task, void* scratch, float* partial);
 
-  // Softmax attention of the task's rows over its slots, not yet divided by the sum of p: all of `partial` is written.
-  void (*attend)(const AttentionTask& task, void* scratch, float* partial);
+// Merges `count` partial results of the same rows, one behind the other, over different slots, and writes `out`.
+// A query that saw no key gives zeros.
+void finish(const AttentionTask& task, const float* partials, int64_t count);
 
-  // Merges `count` partial results of the same rows, one behind the other, over different slots, and writes `out`.
-  // A query that saw no key gives zeros.
-  void (*finish)(const AttentionTask& task, const float* partials, int64_t count);
-
-  // Writes one token's head_dim floats to a row of the cache, the rest of the row_length as zeros. Only int8 sets
-  // *scale.
-  void (*store)(CacheType type, const float* x, int64_t head_dim, int64_t row_length, void* row, float* scale);
-};
-
-extern const AttentionKernels attention_avx512_bf16, attention_avx512, attention_avx2, attention_neon, attention_portable;
+// Writes one token's head_dim floats to a row of the cache, the rest of the row_length as zeros. Only int8 sets
+// *scale.
+void store_row(CacheType type, const float* x, int64_t head_dim, int64_t row_length, void* row, float* scale);
 
 }  // namespace phi3

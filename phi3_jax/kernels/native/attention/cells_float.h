@@ -1,5 +1,10 @@
-// "Cells" are what the tiles of attention_block.inc multiply: 4 bytes that hold kStep neighbours along the axis that is
-// summed over. This is the plain sort, one float to a cell.
+// Cells of one float.
+#pragma once
+#include <cstdint>
+
+#include "attention/vectors.h"
+
+namespace phi3 {
 
 struct FloatCells {
   typedef float Cell;
@@ -21,8 +26,4 @@ struct FloatCells {
   static void pack(const V* x, Cell* cells) { store(cells, *x); }
 };
 
-// Which cells a cache of type C is packed into.
-template <class C>
-struct CellsFor {
-  typedef FloatCells type;
-};
+}  // namespace phi3

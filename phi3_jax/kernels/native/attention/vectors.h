@@ -1,12 +1,32 @@
-// Small things on vectors that read the same for every instruction set. Included inside an anonymous namespace, behind
-// the set's own: V (kLanes floats), fma, maximum, load(bf16*), load(int8*), dots, bits, append, exponent.
+// Vectors of floats for attention. A header for each instruction set has
+//   V (kLanes floats), I (as many int32_t, what comparisons give), fma (a * b + c), maximum, load (of bfloat16, as
+//   uint16_t, and of int8_t), dots (lane i: the sum of the lanes of a[i]), bits (one of a comparison's for each lane)
+//   and how much fits its registers:
+//     kDots          dot products at once where lanes lie along the head
+//     kSums          accumulators of the sums of values
+//     kTileSums      accumulators of a tile of scores, which is at most
+//     kTileVectors   vectors of query rows wide
+//     kValueVectors  vectors of a tile of sums of values, which has 4 query rows
+// What reads the same for every instruction set is here.
+#pragma once
+#include <cstdint>
+#include <cstring>
 
-using phi3::AttentionTask;
-using phi3::CacheType;
-using phi3::kBlockRows;
-using phi3::padded;
+#if defined(PHI3_PORTABLE)
+#include "attention/vectors_portable.h"
+#elif defined(__AVX512F__)
+#include "attention/vectors_avx512.h"
+#elif defined(__AVX2__)
+#include "attention/vectors_avx2.h"
+#elif defined(__aarch64__)
+#include "attention/vectors_neon.h"
+#else
+#include "attention/vectors_portable.h"
+#endif
 
-typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+namespace phi3 {
+
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 
 inline V load(const float* p) {
   V v;
@@ -14,6 +34,11 @@ inline V load(const float* p) {
   return v;
 }
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline U as_bits(V v) {
+  U u;
+  std::memcpy(&u, &v, sizeof u);
+  return u;
+}
 inline V splat(float x) { return x - V{}; }
 inline I splat(int32_t x) { return x - I{}; }
 inline I load_int(const int32_t* p) {
@@ -22,13 +47,33 @@ inline I load_int(const int32_t* p) {
   return v;
 }
 
-#ifndef PHI3_MASKED_LOADS
+#if !defined(PHI3_HAS_MASKS)
 // The first n < kLanes elements, then zeros; nothing is read behind them.
 template <class C>
 inline V load_first(const C* p, int64_t n) {
   C full[kLanes] = {};
   std::memcpy(full, p, n * sizeof(C));
   return load(full);
+}
+
+// p * 2^n for a whole n in [-160, 0], 0 where n < -126.
+inline V exponent(V p, V n) {
+  const V biased = n + (12582912.f + 127 - V{});  // 1.5 * 2^23: the sum's last bits are n + 127
+  const U bits = as_bits(biased) << 23;
+  V scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return n < -126.f - V{} ? V{} : p * scale;
+}
+
+// Appends first + i for every set bit i; up to kLanes elements may be written.
+inline int64_t append(int32_t* list, int32_t first, unsigned bits) {
+  if (bits == (1u << kLanes) - 1) {
+    for (int i = 0; i < kLanes; ++i) list[i] = first + i;
+    return kLanes;
+  }
+  int64_t n = 0;
+  for (; bits; bits &= bits - 1) list[n++] = first + __builtin_ctz(bits);
+  return n;
 }
 #endif
 
@@ -58,7 +103,7 @@ inline float lanes_max(V v) {
 // 2^x for x <= 0, with a relative error below 2e-7; 0 below -126, NaN for NaN. The polynomial is the minimax one of 2^r
 // on [-1/2, 1/2].
 inline V exp2(V x) {
-  x = maximum(splat(-160.f), x);                            // this order lets NaN through
+  x = maximum(splat(-160.f), x);                            // a NaN in x stays one
   const V n = (x + splat(12582912.f)) - splat(12582912.f);  // 1.5 * 2^23: rounds to the nearest integer
   const V r = x - n;
   V p = splat(1.5353362e-4f);
@@ -74,3 +119,5 @@ inline V exp2(V x) {
 inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
+
+}  // namespace phi3

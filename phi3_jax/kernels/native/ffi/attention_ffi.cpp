@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "attention/attention.h"
-#include "isa.h"
-#include "parallel.h"
+#include "ffi/parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace phi3 {
@@ -142,7 +141,6 @@ ffi::Error cache_write(ffi::ThreadPool pool, ffi::AnyBuffer k_in, ffi::AnyBuffer
     chosen.insert(chosen.end(), chosen_of_row.begin(), chosen_of_row.end());
   }
   const char* written = chosen.data();
-  const AttentionKernels& kernels = PHI3_OF_CHOSEN(attention);
   const auto write_head = [&, written](int64_t i) {
     const int64_t b = i / cache.K, head = cache.head(b, i % cache.K);
     for (int64_t t = 0; t < T; ++t) {
@@ -150,9 +148,9 @@ ffi::Error cache_write(ffi::ThreadPool pool, ffi::AnyBuffer k_in, ffi::AnyBuffer
       const int64_t slot = positions.typed_data()[b * T + t] % cache.S;
       const int64_t from = ((b * T + t) * cache.K + i % cache.K) * head_dim, to = head * cache.S + slot;
       for (const auto& [news, rows, scales] : {std::tuple(&k_new, &k, &k_scale), std::tuple(&v_new, &v, &v_scale)})
-        kernels.store(cache.type, news->typed_data() + from, head_dim, cache.H,
-                      static_cast<char*>((*rows)->untyped_data()) + to * cache.H * bytes(cache.type),
-                      scaled ? (*scales)->typed_data() + to : nullptr);
+        store_row(cache.type, news->typed_data() + from, head_dim, cache.H,
+                  static_cast<char*>((*rows)->untyped_data()) + to * cache.H * bytes(cache.type),
+                  scaled ? (*scales)->typed_data() + to : nullptr);
     }
   };
   const int64_t heads = cache.B * cache.K;
@@ -225,7 +223,6 @@ ffi::Error check_queries(const std::string& who, Operands& o) {
 // Runs all tasks: heads, blocks of query rows and, where these are too few for the threads, parts of the slots.
 // Returns false if there was no memory.
 bool attend_all(ffi::ThreadPool& pool, const Operands& o) {
-  const AttentionKernels& kernels = PHI3_OF_CHOSEN(attention);
   const int64_t heads = o.cache.B * o.cache.K, rows = o.T * o.group(), blocks = (rows + kBlockRows - 1) / kBlockRows;
   const int64_t tasks = heads * blocks, wanted = kTasksPerThread * std::max<int64_t>(1, pool.num_threads());
 
@@ -238,7 +235,7 @@ bool attend_all(ffi::ThreadPool& pool, const Operands& o) {
     longest = 0;
     for (int64_t b = 0; b < o.cache.B; ++b) {
       narrowed.push_back(o.task(b, 0));
-      kernels.narrow(narrowed.back());
+      narrow(narrowed.back());
       longest = std::max(longest, narrowed.back().slot_end - narrowed.back().slot_begin);
     }
   }
@@ -266,15 +263,15 @@ bool attend_all(ffi::ThreadPool& pool, const Operands& o) {
       task.slot_begin = range.slot_begin + slots * part / parts;
       task.slot_end = range.slot_begin + slots * (part + 1) / parts;
     }
-    const int64_t room = (kernels.scratch_bytes(o.head_dim) + 63) / 64 * 64;
+    const int64_t room = (scratch_bytes(o.head_dim) + 63) / 64 * 64;
     char* memory = scratch.get<char>(room + (parts > 1 ? 0 : size * 4));
     if (!memory) {
       complete = false;
       return;
     }
     float* partial = parts > 1 ? partials + chunk * size : reinterpret_cast<float*>(memory + room);
-    kernels.attend(task, memory, partial);
-    if (parts == 1) kernels.finish(task, partial, 1);
+    attend(task, memory, partial);
+    if (parts == 1) finish(task, partial, 1);
   };
   if (work < kSerialWork)
     for (int64_t chunk = 0; chunk < tasks; ++chunk) run(chunk);
@@ -282,7 +279,7 @@ bool attend_all(ffi::ThreadPool& pool, const Operands& o) {
     parallel(pool, tasks * parts, run);
   if (parts > 1 && complete)
     for (int64_t head = 0; head < heads; ++head)
-      kernels.finish(o.task(head / o.cache.K, head % o.cache.K), partials + head * parts * size, parts);
+      finish(o.task(head / o.cache.K, head % o.cache.K), partials + head * parts * size, parts);
   return complete;
 }
 

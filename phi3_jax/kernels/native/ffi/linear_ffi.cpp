@@ -2,9 +2,8 @@
 #include <algorithm>
 #include <string>
 
-#include "isa.h"
+#include "ffi/parallel.h"
 #include "linear/panels.h"
-#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace phi3 {
@@ -106,9 +105,7 @@ ffi::Error linear_bf16(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
     return invalid(std::string(name) + ": the weights have " + std::to_string(shape[2]) +
                    " pairs of inputs, but x has " + std::to_string(sizes.inputs) + " inputs, which make " +
                    std::to_string(matrix.pairs()));
-  const LinearKernels& kernels = PHI3_OF_CHOSEN(linear);
-  const int64_t row_bytes = matrix.x_stride(kernels) * kernels.rounded_bytes,
-                panel_elements = matrix.pairs() * 2 * kBf16Panel;
+  const int64_t row_bytes = matrix.x_stride() * kRoundedBytes, panel_elements = matrix.pairs() * 2 * kBf16Panel;
   matrix.panels += sizes.layer * matrix.count() * panel_elements;
   static thread_local Scratch scratch;
   for (int64_t begin = 0; begin < sizes.rows; begin += kRowBlock) {
@@ -119,9 +116,9 @@ ffi::Error linear_bf16(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
     float* to = y->typed_data() + begin * sizes.outputs;
     const bool complete = for_all_parts(
         pool, sizes, rows, matrix.count(), kBf16Panel, panel_elements * 2,
-        [&](int64_t r) { kernels.round_row(from + r * sizes.inputs, sizes.inputs, rounded + r * row_bytes); },
+        [&](int64_t r) { round_row(from + r * sizes.inputs, sizes.inputs, rounded + r * row_bytes); },
         [&](int64_t row, int64_t last_row, int64_t panel, int64_t last_panel, float* edge) {
-          bf16_panels(kernels, matrix, rounded, row, last_row, panel, last_panel, edge, to);
+          bf16_panels(matrix, rounded, row, last_row, panel, last_panel, edge, to);
         });
     if (!complete) return no_memory(name, rows);
   }
@@ -174,7 +171,6 @@ ffi::Error linear_quantized(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
   if (ffi::Error error = check(name, x, data.dimensions(), kQuantizedPanel, layer, *y, &sizes); error.failure())
     return error;
   if (ffi::Error error = check_quantized(name, data, scales, mins, bits, sizes, &matrix); error.failure()) return error;
-  const LinearKernels& kernels = PHI3_OF_CHOSEN(linear);
   static thread_local Scratch integers, numbers;
   for (int64_t begin = 0; begin < sizes.rows; begin += kRowBlock) {
     const int64_t rows = std::min(kRowBlock, sizes.rows - begin), scales_of_rows = rows * matrix.groups();
@@ -193,11 +189,10 @@ ffi::Error linear_quantized(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
     const bool complete = for_all_parts(
         pool, sizes, rows, matrix.count(), kQuantizedPanel, matrix.panel_bytes(),
         [&](int64_t r) {
-          kernels.quantize_row(from + r * sizes.inputs, sizes.inputs, matrix.layer.bits, matrix.layer.mins, quantized,
-                               r);
+          quantize_row(from + r * sizes.inputs, sizes.inputs, matrix.layer.bits, matrix.layer.mins, quantized, r);
         },
         [&](int64_t row, int64_t last_row, int64_t panel, int64_t last_panel, float* edge) {
-          quantized_panels(kernels, matrix, quantized, row, last_row, panel, last_panel, edge, to);
+          quantized_panels(matrix, quantized, row, last_row, panel, last_panel, edge, to);
         });
     if (!complete) return no_memory(name, rows);
   }

@@ -7,9 +7,6 @@
 //   4 bits  uint8  [ceil(N/32), Kp/8, 32 outputs, 4 bytes]: byte i of row j: inputs 8j+i (low half), 8j+4+i (high)
 //   scales, mins   float16 [ceil(N/32), Kp/group, 32 outputs]
 // weight = (q - 128) * scale or (q - 8) * scale, and q * scale + min where there are mins.
-//
-// The files compiled for one instruction set include this header: it must hold no inline function, or the linker might
-// keep the copy made of instructions that the processor lacks.
 #pragma once
 #include <cstdint>
 
@@ -37,23 +34,22 @@ struct QuantizedWeights {
   int bits;
 };
 
-struct LinearKernels {
-  const char* name;
-  // Size of one rounded input: 2 where the processor multiplies bf16, 4 where it must be widened to float32 anyway.
-  int64_t rounded_bytes;
-  // One row [k], rounded to bf16 (nearest even), to [k rounded up to even].
-  void (*round_row)(const float* x, int64_t k, void* rounded);
-  // One panel: y[i, 0..63] for `rows` rounded rows of 2 * pairs inputs. Rows are x_stride inputs and y_stride floats
-  // apart.
-  void (*bf16_panel)(const void* x, int64_t x_stride, int64_t rows, int64_t pairs, const uint16_t* panel, float* y,
-                     int64_t y_stride);
-  // Row `row` of x [k] into `rows`, for weights of this kind.
-  void (*quantize_row)(const float* x, int64_t k, int bits, bool has_mins, const QuantizedRows& rows, int64_t row);
-  // One panel: y[i, 0..31] for rows [first_row, first_row + count); `panel` is this panel's data, scales and mins.
-  void (*quantized_panel)(const QuantizedRows& rows, int64_t first_row, int64_t count, const QuantizedWeights& panel,
-                          float* y, int64_t stride);
-};
+// Size of one rounded input: 2 where the processor multiplies bf16, 4 where it must be widened to float32 anyway.
+extern const int64_t kRoundedBytes;
 
-extern const LinearKernels linear_avx512_bf16, linear_avx512, linear_avx2, linear_neon, linear_portable;
+// One row [k], rounded to bf16 (nearest even), to [k rounded up to even].
+void round_row(const float* x, int64_t k, void* rounded);
+
+// One panel: y[i, 0..63] for `rows` rounded rows of 2 * pairs inputs. Rows are x_stride inputs and y_stride floats
+// apart.
+void bf16_panel(const void* x, int64_t x_stride, int64_t rows, int64_t pairs, const uint16_t* panel, float* y,
+                int64_t y_stride);
+
+// Row `row` of x [k] into `rows`, for weights of this kind.
+void quantize_row(const float* x, int64_t k, int bits, bool has_mins, const QuantizedRows& rows, int64_t row);
+
+// One panel: y[i, 0..31] for rows [first_row, first_row + count); `panel` is this panel's data, scales and mins.
+void quantized_panel(const QuantizedRows& rows, int64_t first_row, int64_t count, const QuantizedWeights& panel,
+                     float* y, int64_t stride);
 
 }  // namespace phi3

@@ -1,10 +1,9 @@
 // A run of panels, for a block of rows: what one thread does at a time, for the handlers and for the test.
-// Compiled for the plain processor only; see linear.h.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-#include "linear.h"
+#include "linear/linear.h"
 
 namespace phi3 {
 
@@ -29,23 +28,23 @@ struct Bf16Matrix {
   int64_t outputs, inputs;
 
   int64_t pairs() const { return (inputs + 1) / 2; }
-  int64_t x_stride(const LinearKernels& kernels) const {  // of the rounded rows
-    return row_stride(2 * pairs() * kernels.rounded_bytes) / kernels.rounded_bytes;
+  int64_t x_stride() const {  // of the rounded rows
+    return row_stride(2 * pairs() * kRoundedBytes) / kRoundedBytes;
   }
   int64_t count() const { return (outputs + kBf16Panel - 1) / kBf16Panel; }
 };
 
 // y[r, outputs of panels first .. last - 1] for rows r first_row .. last_row - 1 of `rounded` and y [rows, outputs];
 // `edge` has room for (last_row - first_row) * kBf16Panel floats.
-inline void bf16_panels(const LinearKernels& kernels, const Bf16Matrix& matrix, const void* rounded, int64_t first_row,
-                        int64_t last_row, int64_t first, int64_t last, float* edge, float* y) {
-  const int64_t rows = last_row - first_row, pairs = matrix.pairs(), x_stride = matrix.x_stride(kernels);
-  const char* x = static_cast<const char*>(rounded) + first_row * x_stride * kernels.rounded_bytes;
+inline void bf16_panels(const Bf16Matrix& matrix, const void* rounded, int64_t first_row, int64_t last_row,
+                        int64_t first, int64_t last, float* edge, float* y) {
+  const int64_t rows = last_row - first_row, pairs = matrix.pairs(), x_stride = matrix.x_stride();
+  const char* x = static_cast<const char*>(rounded) + first_row * x_stride * kRoundedBytes;
   for (int64_t p = first; p < last; ++p) {
     float* corner = y + first_row * matrix.outputs + p * kBf16Panel;
     write_panel(kBf16Panel, matrix.outputs - p * kBf16Panel, rows, matrix.outputs, corner, edge,
                 [&](float* to, int64_t stride) {
-                  kernels.bf16_panel(x, x_stride, rows, pairs, matrix.panels + p * pairs * 2 * kBf16Panel, to, stride);
+                  bf16_panel(x, x_stride, rows, pairs, matrix.panels + p * pairs * 2 * kBf16Panel, to, stride);
                 });
   }
 }
@@ -61,8 +60,8 @@ struct QuantizedMatrix {
 };
 
 // The same for integers; `edge` has room for (last_row - first_row) * kQuantizedPanel floats.
-inline void quantized_panels(const LinearKernels& kernels, const QuantizedMatrix& matrix, const QuantizedRows& x,
-                             int64_t first_row, int64_t last_row, int64_t first, int64_t last, float* edge, float* y) {
+inline void quantized_panels(const QuantizedMatrix& matrix, const QuantizedRows& x, int64_t first_row, int64_t last_row,
+                             int64_t first, int64_t last, float* edge, float* y) {
   const int64_t rows = last_row - first_row, scales = matrix.groups() * kQuantizedPanel;
   for (int64_t p = first; p < last; ++p) {
     QuantizedWeights panel = matrix.layer;
@@ -71,7 +70,7 @@ inline void quantized_panels(const LinearKernels& kernels, const QuantizedMatrix
     if (panel.mins) panel.mins += p * scales;
     float* corner = y + first_row * matrix.outputs + p * kQuantizedPanel;
     write_panel(kQuantizedPanel, matrix.outputs - p * kQuantizedPanel, rows, matrix.outputs, corner, edge,
-                [&](float* to, int64_t stride) { kernels.quantized_panel(x, first_row, rows, panel, to, stride); });
+                [&](float* to, int64_t stride) { quantized_panel(x, first_row, rows, panel, to, stride); });
   }
 }
 

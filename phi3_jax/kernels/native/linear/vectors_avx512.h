@@ -1,16 +1,14 @@
-// AVX512 with VNNI: all four products of a quad of integers are one instruction. Compiled twice: where PHI3_BF16 is 1,
-// both products of a pair of bf16 are one instruction, too; else bf16 is widened to float32.
-#if defined(__x86_64__)
-#if !defined(__clang__)
-// GCC 12's own header leaves a value that it never uses uninitialised, and warns about it.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
+// AVX-512 with VNNI: all four products of a quad of integers are one instruction. With AVX512_BF16 both products of a
+// pair of bf16 are one instruction, too; else bf16 is widened to float32.
+#pragma once
+#include <cstdint>
 
-#include "linear.h"
+#include "intrinsics_avx512.h"
+#include "linear/fetch.h"
+#include "linear/round_row.h"
+#include "linear/unroll.h"
 
-namespace {
+namespace phi3 {
 
 struct V {
   static constexpr int kLanes = 16;
@@ -26,13 +24,21 @@ struct V {
   static Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
   static Ints set_ints(int32_t a) { return _mm512_set1_epi32(a); }
 
-#if PHI3_BF16
+#if defined(__AVX512BF16__)
   using Rounded = uint16_t;
   using Weights = __m512bh;
   using Inputs = __m512bh;
   static constexpr int kBf16Rows = 6;
   static constexpr int bf16_vectors(int64_t) { return 4; }
   static Weights weights(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static void round_row(const float* x, int64_t k, uint16_t* out) {
+    for (int64_t i = 0; i < k; i += 16) {
+      const __mmask16 in = k - i < 16 ? (1u << (k - i)) - 1 : 0xffff;
+      const int64_t even = k + k % 2 - i;
+      const __mmask16 to = even < 16 ? (1u << even) - 1 : 0xffff;
+      _mm256_mask_storeu_epi16(out + i, to, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(in, x + i)));
+    }
+  }
   static Inputs inputs(const uint16_t* p) { return (__m512bh)quad(p); }
   static Floats dot2(Floats sum, Weights w, Inputs x) { return _mm512_dpbf16_ps(sum, x, w); }
 #else
@@ -50,6 +56,7 @@ struct V {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(pairs, set_ints(static_cast<int32_t>(0xffff0000u))))};
   }
+  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<kLanes>(x, k, out); }
   static Inputs inputs(const float* p) { return {set(p[0]), set(p[1])}; }
   static Floats dot2(Floats sum, Weights w, Inputs x) {
     return add_product(add_product(sum, w.even, x.even), w.odd, x.odd);
@@ -64,7 +71,29 @@ struct V {
   }
   template <int kRows, int kVectors, int kBits, bool kOnlyPass>
   __attribute__((always_inline)) static inline void dot32(Ints (&dots)[kRows][kVectors], const uint8_t* w,
-                                                          const int8_t* q, int64_t stride, uintptr_t ahead);
+                                                          const int8_t* q, int64_t stride, uintptr_t ahead) {
+    const Ints low_half = _mm512_set1_epi8(15);
+    PHI3_UNROLL
+    for (int k = 0; k < 32; k += 32 / kBits) {
+      fetch_step<kBits, kOnlyPass>(ahead, k * kBits / 32);
+      Ints low[kVectors], high[kVectors];
+      PHI3_EACH (v, kVectors) {
+        low[v] = _mm512_loadu_si512(w + k * 4 * kBits + 64 * v);
+        if constexpr (kBits == 4) {
+          high[v] = _mm512_and_si512(_mm512_srli_epi16(low[v], 4), low_half);
+          low[v] = _mm512_and_si512(low[v], low_half);
+        }
+      }
+      PHI3_EACH (r, kRows) {
+        const Ints first = quad(q + r * stride + k);
+        PHI3_EACH (v, kVectors) dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], low[v], first);
+        if constexpr (kBits == 4) {
+          const Ints second = quad(q + r * stride + k + 4);
+          PHI3_EACH (v, kVectors) dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], high[v], second);
+        }
+      }
+    }
+  }
 
   static Ints magnitude_bits(Floats a) { return _mm512_and_si512(_mm512_castps_si512(a), set_ints(0x7fffffff)); }
   static Ints bits_max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
@@ -83,51 +112,4 @@ struct V {
   }
 };
 
-#include "linear_tiles.inc"
-
-template <int kRows, int kVectors, int kBits, bool kOnlyPass>
-inline void V::dot32(Ints (&dots)[kRows][kVectors], const uint8_t* w, const int8_t* q, int64_t stride,
-                     uintptr_t ahead) {
-  const Ints low_half = _mm512_set1_epi8(15);
-  PHI3_UNROLL
-  for (int k = 0; k < 32; k += 32 / kBits) {
-    fetch_step<kBits, kOnlyPass>(ahead, k * kBits / 32);
-    Ints low[kVectors], high[kVectors];
-    PHI3_EACH (v, kVectors) {
-      low[v] = _mm512_loadu_si512(w + k * 4 * kBits + 64 * v);
-      if constexpr (kBits == 4) {
-        high[v] = _mm512_and_si512(_mm512_srli_epi16(low[v], 4), low_half);
-        low[v] = _mm512_and_si512(low[v], low_half);
-      }
-    }
-    PHI3_EACH (r, kRows) {
-      const Ints first = quad(q + r * stride + k);
-      PHI3_EACH (v, kVectors) dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], low[v], first);
-      if constexpr (kBits == 4) {
-        const Ints second = quad(q + r * stride + k + 4);
-        PHI3_EACH (v, kVectors) dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], high[v], second);
-      }
-    }
-  }
-}
-
-#if PHI3_BF16
-void round_row(const float* x, int64_t k, void* rounded) {
-  uint16_t* out = static_cast<uint16_t*>(rounded);
-  for (int64_t i = 0; i < k; i += 16) {
-    const __mmask16 in = k - i < 16 ? (1u << (k - i)) - 1 : 0xffff;
-    const int64_t even = k + k % 2 - i;
-    const __mmask16 to = even < 16 ? (1u << even) - 1 : 0xffff;
-    _mm256_mask_storeu_epi16(out + i, to, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(in, x + i)));
-  }
-}
-#else
-#include "round_row.h"
-#endif
-
-}  // namespace
-
-namespace phi3 {
-const LinearKernels PHI3_TABLE = {PHI3_NAME, sizeof(V::Rounded), round_row, bf16_panel, quantize_row, quantized_panel};
-}
-#endif
+}  // namespace phi3

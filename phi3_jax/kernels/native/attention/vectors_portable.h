@@ -1,13 +1,9 @@
-// Attention for any processor: the compiler's own vectors of 4 floats.
-#include <algorithm>
-#include <cmath>
+// Any processor: the compiler's own vectors of 4 floats.
+#pragma once
+#include <cstdint>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 
-#include "attention.h"
-
-namespace {
+namespace phi3 {
 
 typedef float V __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
@@ -43,13 +39,4 @@ inline V dots(const V* a) {
 
 inline unsigned bits(I mask) { return (mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8); }
 
-#include "attention_simple.inc"
-#include "vectors.h"
-#include "cells_float.h"
-#include "attention_body.inc"
-
-}  // namespace
-
-namespace phi3 {
-const AttentionKernels attention_portable = {"portable", narrow, scratch_bytes, attend, finish, store_row};
-}
+}  // namespace phi3

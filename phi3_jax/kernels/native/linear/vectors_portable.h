@@ -1,11 +1,15 @@
-// Plain C++ with the vectors of GCC and clang, for any processor; and the choice between the instruction sets.
-#include "linear.h"
+// Plain C++ with the vectors of GCC and clang, for any processor.
+#pragma once
+#include <cstdint>
+
+#include "linear/fetch.h"
+#include "linear/round_row.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the packed weights are little-endian"
 #endif
 
-namespace {
+namespace phi3 {
 
 struct V {
   static constexpr int kLanes = 4;
@@ -35,6 +39,7 @@ struct V {
     const Words pairs = load_as<Words>(p);
     return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000u)};
   }
+  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<kLanes>(x, k, out); }
   static Inputs inputs(const float* p) { return {set(p[0]), set(p[1])}; }
   static Floats dot2(Floats sum, Weights w, Inputs x) { return sum + w.even * x.even + w.odd * x.odd; }
 
@@ -43,7 +48,18 @@ struct V {
   static constexpr int zero_point(int) { return 0; }
   static Floats halves(const uint16_t* p) { return Floats{half(p[0]), half(p[1]), half(p[2]), half(p[3])}; }
   template <int kRows, int kVectors, int kBits, bool kOnlyPass>
-  static void dot32(Ints (&dots)[kRows][kVectors], const uint8_t* w, const int8_t* q, int64_t stride, uintptr_t ahead);
+  static void dot32(Ints (&dots)[kRows][kVectors], const uint8_t* w, const int8_t* q, int64_t stride, uintptr_t ahead) {
+    for (int k = 0; k < 32; k += 32 / kBits) {
+      fetch_step<kBits, kOnlyPass>(ahead, k * kBits / 32);
+      for (int v = 0; v < kVectors; ++v) {
+        const Words four = load_as<Words>(w + k * 4 * kBits + 16 * v);
+        for (int i = 0; i < 32 / kBits; ++i) {
+          const Ints weight = (Ints)(four >> (i % 4 * 8 + i / 4 * 4) & (kBits == 8 ? 255u : 15u));
+          for (int r = 0; r < kRows; ++r) dots[r][v] += weight * q[r * stride + k + i];
+        }
+      }
+    }
+  }
 
   static Ints magnitude_bits(Floats a) { return (Ints)a & 0x7fffffff; }
   static Ints bits_max(Ints a, Ints b) {
@@ -82,28 +98,5 @@ struct V {
     return sign ? -magnitude : magnitude;
   }
 };
-
-#include "linear_tiles.inc"
-#include "round_row.h"
-
-template <int kRows, int kVectors, int kBits, bool kOnlyPass>
-void V::dot32(Ints (&dots)[kRows][kVectors], const uint8_t* w, const int8_t* q, int64_t stride, uintptr_t ahead) {
-  for (int k = 0; k < 32; k += 32 / kBits) {
-    fetch_step<kBits, kOnlyPass>(ahead, k * kBits / 32);
-    for (int v = 0; v < kVectors; ++v) {
-      const Words four = load_as<Words>(w + k * 4 * kBits + 16 * v);
-      for (int i = 0; i < 32 / kBits; ++i) {
-        const Ints weight = (Ints)(four >> (i % 4 * 8 + i / 4 * 4) & (kBits == 8 ? 255u : 15u));
-        for (int r = 0; r < kRows; ++r) dots[r][v] += weight * q[r * stride + k + i];
-      }
-    }
-  }
-}
-
-}  // namespace
-
-namespace phi3 {
-
-const LinearKernels linear_portable = {"portable", 4, round_row, bf16_panel, quantize_row, quantized_panel};
 
 }  // namespace phi3

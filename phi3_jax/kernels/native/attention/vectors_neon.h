@@ -1,15 +1,11 @@
-// Attention on aarch64's NEON: 4 floats to a vector, 32 registers.
+// aarch64's NEON: 4 floats to a vector, 32 registers.
+#pragma once
 #include <arm_neon.h>
 
-#include <algorithm>
-#include <cmath>
+#include <cstdint>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 
-#include "attention.h"
-
-namespace {
+namespace phi3 {
 
 typedef float32x4_t V;
 constexpr int kLanes = 4;
@@ -39,13 +35,4 @@ inline unsigned bits(I mask) {
   return vaddvq_u32(vandq_u32(reinterpret_cast<uint32x4_t>(mask), vld1q_u32(lane_bits)));
 }
 
-#include "attention_simple.inc"
-#include "vectors.h"
-#include "cells_float.h"
-#include "attention_body.inc"
-
-}  // namespace
-
-namespace phi3 {
-const AttentionKernels attention_neon = {"neon", narrow, scratch_bytes, attend, finish, store_row};
-}
+}  // namespace phi3

@@ -1,15 +1,10 @@
-// Attention on AVX2 with FMA: 8 floats to a vector.
+// AVX2 with FMA: 8 floats to a vector.
+#pragma once
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
+#include <cstdint>
 
-#include "attention.h"
-
-namespace {
+namespace phi3 {
 
 typedef __m256 V;
 constexpr int kLanes = 8;
@@ -40,13 +35,4 @@ inline V dots(const V* a) {
 typedef int32_t I __attribute__((vector_size(32)));
 inline unsigned bits(I mask) { return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)); }
 
-#include "attention_simple.inc"
-#include "vectors.h"
-#include "cells_float.h"
-#include "attention_body.inc"
-
-}  // namespace
-
-namespace phi3 {
-const AttentionKernels attention_avx2 = {"avx2", narrow, scratch_bytes, attend, finish, store_row};
-}
+}  // namespace phi3

@@ -1,83 +1,16 @@
 // Attention of a few query rows (decoding): bound by reading keys and values once. Lanes lie along the head.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
 
-constexpr int kFewRows = 4;
+#include "attention/attend.h"
+#include "attention/attention.h"
+#include "attention/rows.h"
+#include "attention/values.h"
+#include "attention/vectors.h"
 
-// What the keys of the next block need to be fetched while this one is in work.
-template <class C>
-struct Ahead {
-  const C* rows;
-  const int32_t* slots;
-  int64_t keys, bytes;
-};
-
-// sums[r] = sums[r] * decay[r] + sum over keys of p[r][key] * v[slots[key]], for R rows and NV vectors of the head; if
-// kPart, NV is 1 and only the first `last` elements are there.
-template <class C, int R, int NV, bool kPart>
-__attribute__((noinline)) void add_values(const C* v, int64_t row_length, const int32_t* slots, int64_t keys,
-                                          const float* p, const float* decay, float* sums, int64_t sums_length,
-                                          int64_t last, const Ahead<C>& ahead) {
-  V sum[R][NV];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < NV; ++i) sum[r][i] = load(sums + r * sums_length + i * kLanes) * splat(decay[r]);
-  for (int64_t key = 0; key < keys; ++key) {
-    const C* row = v + slots[key] * row_length;
-    if (key < ahead.keys) prefetch(ahead.rows + ahead.slots[key] * row_length, ahead.bytes);
-    V x[NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < NV; ++i) x[i] = kPart ? load_first(row, last) : load(row + i * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int i = 0; i < NV; ++i) sum[r][i] = fma(splat(p[r * kBlockKeys + key]), x[i], sum[r][i]);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < NV; ++i) store(sums + r * sums_length + i * kLanes, sum[r][i]);
-}
-
-// The same for the whole head, in passes of a few widths: each is code of its own.
-template <class C, int R>
-inline void add_all_values(const AttentionTask& task, const int32_t* slots, int64_t keys, const float* p,
-                           const float* decay, float* sums, const Block& block) {
-  const C* v = static_cast<const C*>(task.v);
-  const int64_t length = padded(task.head_dim), bytes = task.head_dim * sizeof(C);
-  Ahead<C> ahead = {static_cast<const C*>(task.k), block.next_slots, block.next_keys, bytes};
-  int64_t begin = 0;
-  const auto pass = [&](auto width, auto part) {
-    constexpr int NV = decltype(width)::value;
-    if constexpr (NV == 1 || NV * R <= kSums)
-      while (task.head_dim - begin >= (part ? 1 : NV * kLanes)) {
-        add_values<C, R, NV, decltype(part)::value>(v + begin, task.row_length, slots, keys, p, decay, sums + begin,
-                                                    length, task.head_dim - begin, ahead);
-        begin += NV * kLanes;
-        ahead.keys = 0;
-      }
-  };
-  constexpr std::false_type whole{};
-  if (task.head_dim != 8 * kLanes) pass(std::integral_constant<int, 6>(), whole);  // 8 = 4 + 4
-  pass(std::integral_constant<int, 4>(), whole);
-  pass(std::integral_constant<int, 2>(), whole);
-  pass(std::integral_constant<int, 1>(), whole);
-  pass(std::integral_constant<int, 1>(), std::true_type());
-}
-
-// The same for one row and only the keys that it sees: p is 0 where it does not, but 0 * NaN would be NaN.
-template <class C>
-inline void add_visible_values(const AttentionTask& task, const Rows& rows, const Block& block, int64_t r,
-                               const float* p, float decay, float* sums) {
-  int32_t slots[kBlockKeys];
-  float visible[kBlockKeys];
-  int64_t keys = 0;
-  for (int64_t j = 0; j < block.keys; ++j) {
-    if (block.masked(task, rows, r, j)) continue;
-    slots[keys] = block.slots[j];
-    visible[keys++] = p[j];
-  }
-  add_all_values<C, 1>(task, slots, keys, visible, &decay, sums, Block{nullptr, 0, nullptr, 0, true});
-}
+namespace phi3 {
+namespace {
 
 // scores[r][key] = q[r] . k[slots[key]] for all keys of a block, rounded up to whole vectors; meanwhile the block's
 // values are fetched.
@@ -137,8 +70,8 @@ inline float soften(float* scores, const float* factors, int64_t keys, float& ma
 }
 
 template <class C, int R>
-void attend_few(const AttentionTask& task, const Rows& rows, float* scratch, float* sums, float* maxima,
-                float* totals) {
+void attend_rows(const AttentionTask& task, const Rows& rows, float* scratch, float* sums, float* maxima,
+                 float* totals) {
   const int64_t length = padded(task.head_dim);
   float* q = scratch;  // [R, length]
   std::fill_n(q, R * length, 0.f);
@@ -180,3 +113,23 @@ void attend_few(const AttentionTask& task, const Rows& rows, float* scratch, flo
     }
   });
 }
+
+template <class C>
+void attend_as(const AttentionTask& task, const Rows& rows, float* scratch, float* sums, float* maxima, float* totals) {
+  if (rows.count == 1) return attend_rows<C, 1>(task, rows, scratch, sums, maxima, totals);
+  if (rows.count == 2) return attend_rows<C, 2>(task, rows, scratch, sums, maxima, totals);
+  if (rows.count == 3) return attend_rows<C, 3>(task, rows, scratch, sums, maxima, totals);
+  attend_rows<C, 4>(task, rows, scratch, sums, maxima, totals);
+}
+
+}  // namespace
+
+void attend_few(const AttentionTask& task, const Rows& rows, float* scratch, float* sums, float* maxima,
+                float* totals) {
+  const auto attend = task.type == CacheType::kFloat32    ? attend_as<float>
+                      : task.type == CacheType::kBfloat16 ? attend_as<uint16_t>
+                                                          : attend_as<int8_t>;
+  attend(task, rows, scratch, sums, maxima, totals);
+}
+
+}  // namespace phi3

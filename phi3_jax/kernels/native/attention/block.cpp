@@ -3,6 +3,20 @@
 //
 // Per block of keys: pack the keys and values that are seen, wherever they lie; scores [key][row]; p in cells
 // [key step][row]; sums [row][head] += p . v.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "attention/attend.h"
+#include "attention/attention.h"
+#include "attention/cells.h"
+#include "attention/rows.h"
+#include "attention/values.h"
+#include "attention/vectors.h"
+
+namespace phi3 {
+namespace {
 
 template <class Cells>
 struct BlockScratch {
@@ -79,6 +93,13 @@ __attribute__((noinline)) void value_tile(const typename Cells::Cell* p, int64_t
   for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < NV; ++i) store(sums + r * v_stride + i * kLanes, sum[r][i]);
+}
+
+// f(integral_constant n) for an n in [1, Most] that is only known now.
+template <int Most, class F>
+inline void with_constant(int64_t n, const F& f) {
+  if (n == Most) return f(std::integral_constant<int, Most>());
+  if constexpr (Most > 1) with_constant<Most - 1>(n, f);
 }
 
 template <class C>
@@ -237,3 +258,20 @@ struct BlockAttention {
     });
   }
 };
+
+}  // namespace
+
+void attend_block(const AttentionTask& task, const Rows& rows, float* scratch, float* sums, float* maxima,
+                  float* totals) {
+  float decay[kBlockRows];
+  if (task.type == CacheType::kFloat32)
+    BlockAttention<float>(task, rows, scratch, sums, maxima, totals, decay).run();
+  else if (task.type == CacheType::kBfloat16)
+    BlockAttention<uint16_t>(task, rows, scratch, sums, maxima, totals, decay).run();
+  else
+    BlockAttention<int8_t>(task, rows, scratch, sums, maxima, totals, decay).run();
+}
+
+int64_t block_scratch(int64_t head_dim) { return BlockScratch<FloatCells>::floats(padded(head_dim)); }
+
+}  // namespace phi3
