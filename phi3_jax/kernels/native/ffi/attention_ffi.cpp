@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "attention/attention.h"
+#include "ffi/check.h"
 #include "ffi/parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -15,19 +18,10 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
-using Shape = ffi::Span<const int64_t>;
 
 constexpr int64_t kSerialWork = 1 << 16;  // products that one thread does before another would have woken up
 constexpr int64_t kSplitSlots = 256;      // fewer slots are not worth merging for
 constexpr int64_t kTasksPerThread = 4;    // threads get unequal shares of the processor
-
-ffi::Error invalid(const std::string& sentence) { return ffi::Error::InvalidArgument(sentence); }
-
-std::string text(Shape shape) {
-  std::string all = "[";
-  for (size_t i = 0; i < shape.size(); ++i) all += (i ? ", " : "") + std::to_string(shape[i]);
-  return all + "]";
-}
 
 bool same(Shape a, std::initializer_list<int64_t> b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
 
@@ -75,13 +69,7 @@ ffi::Error check_cache(const std::string& who, const ffi::AnyBuffer& k, const ff
       return invalid(who + name + " has shape " + text(scales->dimensions()) + ", but only an int8 cache has scales");
     }
   }
-  if (layer.element_count() != 1)
-    return invalid(who + "layer has shape " + text(layer.dimensions()) + ", expected one number");
-  cache->layer = layer.typed_data()[0];
-  if (cache->layer < 0 || cache->layer >= L)
-    return invalid(who + "layer is " + std::to_string(cache->layer) + ", but the cache has " + std::to_string(L) +
-                   " layers");
-  return ffi::Error::Success();
+  return check_layer(who, layer, L, "the cache has", &cache->layer);
 }
 
 // Which tokens of a row are written: those at a position, and of several in one slot the one with the latest position.

@@ -1,7 +1,9 @@
 // The handlers that XLA calls for y = x W^T: they check the operands and deal the panels out to XLA's threads.
 #include <algorithm>
+#include <atomic>
 #include <string>
 
+#include "ffi/check.h"
 #include "ffi/parallel.h"
 #include "linear/panels.h"
 #include "xla/ffi/api/ffi.h"
@@ -10,28 +12,19 @@ namespace phi3 {
 namespace {
 
 namespace ffi = xla::ffi;
-using Dimensions = ffi::Span<const int64_t>;
 
 constexpr int64_t kRowBlock = 128;        // their rounded inputs stay in L2 while all panels pass
 constexpr int64_t kChunkWork = 64 << 10;  // bytes of weights: about 3 us for a few rows, beside 0.3 us to wake a thread
 constexpr int64_t kRoundingWork = 1 << 16;  // inputs that one thread rounds as fast as several would
-
-ffi::Error invalid(const std::string& sentence) { return ffi::Error::InvalidArgument(sentence); }
-
-std::string text(Dimensions shape) {
-  std::string all = "[";
-  for (size_t i = 0; i < shape.size(); ++i) all += (i ? ", " : "") + std::to_string(shape[i]);
-  return all + "]";
-}
 
 // The sizes of one product, out of the operands that both handlers have.
 struct Sizes {
   int64_t rows, inputs, outputs, layer;
 };
 
-ffi::Error check(const char* name, const ffi::Buffer<ffi::F32>& x, Dimensions weights, int64_t panel_width,
+ffi::Error check(const char* name, const ffi::Buffer<ffi::F32>& x, Shape weights, int64_t panel_width,
                  const ffi::Buffer<ffi::S32>& layer, ffi::Buffer<ffi::F32>& y, Sizes* sizes) {
-  const Dimensions from = x.dimensions(), to = y.dimensions();
+  const Shape from = x.dimensions(), to = y.dimensions();
   const std::string who = std::string(name) + ": ";
   if (from.size() == 0 || to.size() != from.size() || !std::equal(from.begin(), from.end() - 1, to.begin()))
     return invalid(who + "x has shape " + text(from) + " and y " + text(to) +
@@ -48,13 +41,7 @@ ffi::Error check(const char* name, const ffi::Buffer<ffi::F32>& x, Dimensions we
   if (weights[1] != panels)
     return invalid(who + "the weights have " + std::to_string(weights[1]) + " panels, but y has " +
                    std::to_string(sizes->outputs) + " outputs, which take " + std::to_string(panels));
-  if (layer.element_count() != 1)
-    return invalid(who + "layer has shape " + text(layer.dimensions()) + ", expected one number");
-  sizes->layer = layer.typed_data()[0];
-  if (sizes->layer < 0 || sizes->layer >= weights[0])
-    return invalid(who + "layer is " + std::to_string(sizes->layer) + ", but the weights have " +
-                   std::to_string(weights[0]) + " layers");
-  return ffi::Error::Success();
+  return check_layer(who, layer, weights[0], "the weights have", &sizes->layer);
 }
 
 // Calls prepare(row) for all rows of a block and then part(first row, last row, first panel, last panel) for all parts,
@@ -98,7 +85,7 @@ ffi::Error linear_bf16(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
                        ffi::Buffer<ffi::S32> layer, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const char* const name = "phi3_linear_bf16";
   Sizes sizes;
-  const Dimensions shape = weights.dimensions();
+  const Shape shape = weights.dimensions();
   if (ffi::Error error = check(name, x, shape, kBf16Panel, layer, *y, &sizes); error.failure()) return error;
   Bf16Matrix matrix = {reinterpret_cast<const uint16_t*>(weights.untyped_data()), sizes.outputs, sizes.inputs};
   if (shape[2] != matrix.pairs())
@@ -131,7 +118,7 @@ ffi::Error check_quantized(const char* name, const ffi::Buffer<ffi::U8>& data, c
                            QuantizedMatrix* matrix) {
   const std::string who = std::string(name) + ": ";
   if (bits != 4 && bits != 8) return invalid(who + "bits is " + std::to_string(bits) + ", expected 4 or 8");
-  const Dimensions shape = data.dimensions(), scale_shape = scales.dimensions();
+  const Shape shape = data.dimensions(), scale_shape = scales.dimensions();
   const int64_t inputs = shape[2] * (32 / bits);
   if (scale_shape.size() != 4 || scale_shape[0] != shape[0] || scale_shape[1] != shape[1] || scale_shape[2] < 1 ||
       scale_shape[3] != kQuantizedPanel)
@@ -150,7 +137,7 @@ ffi::Error check_quantized(const char* name, const ffi::Buffer<ffi::U8>& data, c
     return invalid(who + "the weights have " + std::to_string(inputs) + " inputs, but x has " +
                    std::to_string(sizes.inputs) + ", which make " + std::to_string(matrix->groups() * group));
   if (mins.element_count() != 0) {
-    const Dimensions min_shape = mins.dimensions();
+    const Shape min_shape = mins.dimensions();
     if (min_shape.size() != 4 || !std::equal(min_shape.begin(), min_shape.end(), scale_shape.begin()))
       return invalid(who + "mins have shape " + text(min_shape) + ", but scales " + text(scale_shape));
     matrix->layer.mins = reinterpret_cast<const uint16_t*>(mins.untyped_data());
