@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "guarded.h"
+#include "numbers.h"
 
 using phi3::AttentionTask;
 using phi3::CacheType;
@@ -50,18 +51,6 @@ struct Case {
   }
 };
 
-float bf16_to_float(uint16_t x) {
-  const uint32_t u = uint32_t{x} << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-uint16_t float_to_bf16(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 // One head's cache as floats, and as stored.
 struct Cache {
   std::vector<float> k, v, k_scale, v_scale;  // [S, head_dim]; [S]
@@ -71,7 +60,7 @@ struct Cache {
 void set(const Case& c, std::vector<char>& stored, int64_t i, float x) {
   if (c.type == CacheType::kFloat32) std::memcpy(&stored[4 * i], &x, 4);
   if (c.type == CacheType::kBfloat16) {
-    const uint16_t u = float_to_bf16(x);
+    const uint16_t u = to_bf16(x);
     std::memcpy(&stored[2 * i], &u, 2);
   }
 }
@@ -92,7 +81,7 @@ Cache make_cache(const Case& c, std::mt19937& random) {
     for (int64_t s = 0; s < c.slots; ++s)
       for (int64_t h = 0; h < c.head_dim; ++h) {
         float x = normal(random);
-        if (c.type == CacheType::kBfloat16) x = bf16_to_float(float_to_bf16(x));
+        if (c.type == CacheType::kBfloat16) x = from_bf16(to_bf16(x));
         if (c.type == CacheType::kInt8) {
           const int8_t q = static_cast<int8_t>(byte(random));
           (*stored)[s * H + h] = static_cast<char>(q);
@@ -156,7 +145,7 @@ void naive(const Case& c, const Positions& p, const Cache& cache, const float* q
     if (!visible(c, p, t, s)) continue;
     double sum = 0;
     for (int64_t h = 0; h < c.head_dim; ++h) {
-      const float x = rounded ? bf16_to_float(float_to_bf16(q[h])) : q[h];
+      const float x = rounded ? from_bf16(to_bf16(q[h])) : q[h];
       sum += static_cast<double>(x) * cache.k[s * c.head_dim + h];
     }
     scores[s] = sum / std::sqrt(static_cast<double>(c.head_dim));
@@ -340,8 +329,8 @@ void test_store() {
         for (int64_t i = 0; i < H; ++i) {
           const float want = i < n ? x[i] : 0.f;
           expect(!std::memcmp(&f[i], &want, 4), "float32", n);
-          const uint16_t rounded = float_to_bf16(want);
-          expect(std::isnan(want) ? std::isnan(bf16_to_float(b[i])) : b[i] == rounded, "bfloat16", n);
+          const uint16_t rounded = to_bf16(want);
+          expect(std::isnan(want) ? std::isnan(from_bf16(b[i])) : b[i] == rounded, "bfloat16", n);
           const float quotient = special == 1 || special == 2 ? 0.f : std::nearbyint(want / scale[0]);
           expect(q[i] == quotient, "int8", n);
         }

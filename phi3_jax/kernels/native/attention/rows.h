@@ -109,8 +109,8 @@ inline bool is_full(const AttentionTask& task, const Rows& rows, const int32_t* 
   return full;
 }
 
-// Calls f(block) for all slots of the task that some row may see. Not inlined, because GCC 12 then makes slower loops of
-// what f does: 10% for two rows.
+// Calls f(block) for all slots of the task that some row may see. Not inlined, because GCC 12 then makes slower loops
+// of what f does: 10% for two rows.
 template <class F>
 __attribute__((noinline)) void each_block(const AttentionTask& task, const Rows& rows, const F& f) {
   int32_t slots[kScan + 2 * kBlockKeys];

@@ -5,16 +5,12 @@
 
 #include "attention/attention.h"
 #include "attention/vectors.h"
+#include "bf16.h"
 
 namespace phi3 {
 namespace {
 
-// Rounds to the nearest bfloat16, of two to the even one. A NaN only gets its quiet bit: rounding could make it
-// infinite.
-inline U to_bf16(V x) {
-  const U u = as_bits(x);
-  return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40;
-}
+inline U to_bf16(V x) { return round_to_bf16(as_bits(x)) >> 16; }
 
 // Writes n values, given as vectors of 32-bit integers, as type T, and zeros up to row_length.
 template <class T, class F>

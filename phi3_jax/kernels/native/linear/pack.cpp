@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bf16.h"
+
 namespace {
 
 // Four 32-bit words: the unit of all layouts is one (two bf16 inputs, four bytes, eight halves of bytes).
@@ -25,15 +27,8 @@ inline Words pair_halves(Words h) {
   return spread(h & 0xffffu) | spread(h >> 16) << 4;
 }
 
-// float32 to the bits of bf16 in the upper half of each word.
-inline Words round_to_bf16(Words bits) {
-  const Words is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
-  const Words nearest = bits + 0x7fff + ((bits >> 16) & 1);  // the carry could turn a NaN into something else
-  return (nearest & ~is_nan) | ((bits | 0x400000u) & is_nan);
-}
-
 inline Words pair_up(Words first, Words second) {  // the floats at even and at odd places, rounded, into words
-  return (round_to_bf16(first) >> 16) | (round_to_bf16(second) & 0xffff0000u);
+  return phi3::round_to_bf16(first) >> 16 | phi3::round_to_bf16(second);
 }
 
 // Words w .. w + 3 of four rows to four neighbouring outputs of lines w .. w + 3 of the panel.

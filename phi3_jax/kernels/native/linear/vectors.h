@@ -1,13 +1,18 @@
 // The vectors of the instruction set that is compiled, as `struct V`:
-//   kLanes, Floats, Ints; zero, load, store, set, add_product (a + b * c), product, to_floats, set_ints
-//   bfloat16 weights: Rounded (a rounded input), round_row (a row of them); Weights and Inputs, loaded by weights
-//     (kLanes outputs x 2 inputs) and inputs (2, for all lanes); dot2 (sum + weights . inputs)
-//     kBf16Rows, bf16_vectors(rows): the tile that the registers can hold
-//   integer weights: halves (kLanes float16); dot32 (sums += 32 inputs of weights . q, calling fetch_step once a step);
-//     zero_point(bits): what dot32 has already taken from the weights; kQuantizedRows, quantized_vectors(rows): the
-//     tile
-//   integers out of floats: magnitude_bits, bits_max, largest (of non-negative integers), round_to_ints, store_bytes,
-//     add, total
+//   kLanes, Floats, Ints, Words (of uint32_t); zero, load, store, set, set_ints, to_floats, product,
+//   add_product (a + b * c)
+// For bfloat16 weights:
+//   Rounded (a rounded input); round_row (a row of them)
+//   Weights (kLanes outputs x 2 inputs), loaded by weights; Inputs (2, in all lanes), loaded by inputs
+//   dot2 (sum + weights . inputs)
+//   kBf16Rows, bf16_vectors(rows): the tile that the registers can hold
+// For weights as integers:
+//   halves (kLanes float16 as floats)
+//   dot32 (sums += 32 inputs of weights . q); it calls fetch_step once a step
+//   zero_point(bits): what dot32 has already taken from the weights
+//   kQuantizedRows, quantized_vectors(rows): the tile that the registers can hold
+// For x as integers:
+//   magnitude_bits (of floats), bits_max, largest (of non-negative integers), round_to_ints, store_bytes, add, total
 #pragma once
 
 #if defined(PHI3_PORTABLE)

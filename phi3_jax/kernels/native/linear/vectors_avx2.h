@@ -14,6 +14,7 @@ struct V {
   static constexpr int kLanes = 8;
   using Floats = __m256;
   using Ints = __m256i;
+  typedef uint32_t Words __attribute__((vector_size(32)));
 
   static Floats zero() { return _mm256_setzero_ps(); }
   static Floats load(const float* p) { return _mm256_loadu_ps(p); }
@@ -38,7 +39,7 @@ struct V {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(pairs, set_ints(static_cast<int32_t>(0xffff0000u))))};
   }
-  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<kLanes>(x, k, out); }
+  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<Words>(x, k, out); }
   static Inputs inputs(const float* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1)}; }
   static Floats dot2(Floats sum, Weights w, Inputs x) {
     return add_product(add_product(sum, w.even, x.even), w.odd, x.odd);

@@ -14,6 +14,7 @@ struct V {
   static constexpr int kLanes = 16;
   using Floats = __m512;
   using Ints = __m512i;
+  typedef uint32_t Words __attribute__((vector_size(64)));
 
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -56,7 +57,7 @@ struct V {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(pairs, set_ints(static_cast<int32_t>(0xffff0000u))))};
   }
-  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<kLanes>(x, k, out); }
+  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<Words>(x, k, out); }
   static Inputs inputs(const float* p) { return {set(p[0]), set(p[1])}; }
   static Floats dot2(Floats sum, Weights w, Inputs x) {
     return add_product(add_product(sum, w.even, x.even), w.odd, x.odd);

@@ -14,6 +14,7 @@ struct V {
   static constexpr int kLanes = 4;
   using Floats = float32x4_t;
   using Ints = int32x4_t;
+  typedef uint32_t Words __attribute__((vector_size(16)));
 
   static Floats zero() { return vdupq_n_f32(0); }
   static Floats load(const float* p) { return vld1q_f32(p); }
@@ -36,7 +37,7 @@ struct V {
     return {vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16)),
             vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)))};
   }
-  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<kLanes>(x, k, out); }
+  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<Words>(x, k, out); }
   static Inputs inputs(const float* p) { return vld1_f32(p); }
   static Floats dot2(Floats sum, Weights w, Inputs x) {
     return vfmaq_lane_f32(vfmaq_lane_f32(sum, w.even, x, 0), w.odd, x, 1);

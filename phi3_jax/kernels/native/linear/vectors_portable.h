@@ -39,7 +39,7 @@ struct V {
     const Words pairs = load_as<Words>(p);
     return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000u)};
   }
-  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<kLanes>(x, k, out); }
+  static void round_row(const float* x, int64_t k, float* out) { round_row_as_floats<Words>(x, k, out); }
   static Inputs inputs(const float* p) { return {set(p[0]), set(p[1])}; }
   static Floats dot2(Floats sum, Weights w, Inputs x) { return sum + w.even * x.even + w.odd * x.odd; }
 
