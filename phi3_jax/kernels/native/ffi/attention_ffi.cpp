@@ -1,13 +1,12 @@
-// The handlers that XLA calls for attention over the key-value cache and for writing to it: they check the operands and
-// deal the work out to XLA's threads. Axis letters as in attention.h.
+// The handler that XLA calls for attention over the key-value cache: it checks the operands and deals the work out to
+// XLA's threads. Axis letters as in attention.h.
 #include <algorithm>
 #include <atomic>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "attention/attention.h"
+#include "ffi/cache.h"
 #include "ffi/check.h"
 #include "ffi/parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -16,138 +15,9 @@ namespace phi3 {
 namespace {
 
 namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
 
-constexpr int64_t kSerialWork = 1 << 16;  // products that one thread does before another would have woken up
-constexpr int64_t kSplitSlots = 256;      // fewer slots are not worth merging for
-constexpr int64_t kTasksPerThread = 4;    // threads get unequal shares of the processor
-
-bool same(Shape a, std::initializer_list<int64_t> b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
-
-ffi::Error check_shape(const std::string& who, const char* name, Shape shape, std::initializer_list<int64_t> expected,
-                       const char* because) {
-  if (same(shape, expected)) return ffi::Error::Success();
-  return invalid(who + name + " has shape " + text(shape) + ", expected " +
-                 text(Shape(expected.begin(), expected.size())) + " " + because);
-}
-
-// One layer of the cache.
-struct Cache {
-  CacheType type;
-  int64_t B, K, S, H, layer;
-
-  int64_t head(int64_t b, int64_t k) const { return (layer * B + b) * K + k; }  // counted over all layers
-  int64_t head_bytes() const { return S * H * bytes(type); }
-};
-
-ffi::Error check_cache(const std::string& who, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v, const Floats& k_scale,
-                       const Floats& v_scale, const Ints& layer, Cache* cache) {
-  const Shape shape = k.dimensions();
-  if (k.element_type() == ffi::F32)
-    cache->type = CacheType::kFloat32;
-  else if (k.element_type() == ffi::BF16)
-    cache->type = CacheType::kBfloat16;
-  else if (k.element_type() == ffi::S8)
-    cache->type = CacheType::kInt8;
-  else
-    return invalid(who + "the cache's type is none of float32, bfloat16 and int8");
-  if (v.element_type() != k.element_type()) return invalid(who + "k and v have different types");
-  if (shape.size() != 5 || !std::equal(shape.begin(), shape.end(), v.dimensions().begin(), v.dimensions().end()))
-    return invalid(who + "k has shape " + text(shape) + " and v " + text(v.dimensions()) +
-                   ", expected [L, B, K, S, H] twice");
-  const int64_t L = shape[0];
-  cache->B = shape[1], cache->K = shape[2], cache->S = shape[3], cache->H = shape[4];
-  if (cache->S > INT32_MAX)
-    return invalid(who + "the cache has " + std::to_string(cache->S) + " slots, more than 2^31 - 1");
-  for (const auto& [name, scales] : {std::pair("k_scale", &k_scale), std::pair("v_scale", &v_scale)}) {
-    if (cache->type == CacheType::kInt8) {
-      ffi::Error error =
-          check_shape(who, name, scales->dimensions(), {L, cache->B, cache->K, cache->S}, "for an int8 cache");
-      if (error.failure()) return error;
-    } else if (scales->element_count() != 0) {
-      return invalid(who + name + " has shape " + text(scales->dimensions()) + ", but only an int8 cache has scales");
-    }
-  }
-  return check_layer(who, layer, L, "the cache has", &cache->layer);
-}
-
-// Which tokens of a row are written: those at a position, and of several in one slot the one with the latest position.
-void choose(const int32_t* positions, int64_t T, int64_t S, std::vector<int32_t>& winner, std::vector<char>& chosen) {
-  chosen.assign(T, 0);
-  int64_t first = INT32_MAX, last = -1;
-  for (int64_t t = 0; t < T; ++t) {
-    if (positions[t] < 0) continue;
-    chosen[t] = 1;
-    first = std::min<int64_t>(first, positions[t]);
-    last = std::max<int64_t>(last, positions[t]);
-  }
-  if (last - first < S) return;  // no two positions share a slot
-  winner.assign(S, -1);
-  for (int64_t t = 0; t < T; ++t) {
-    if (!chosen[t]) continue;
-    int32_t& best = winner[positions[t] % S];
-    if (best >= 0) chosen[positions[best] <= positions[t] ? best : t] = 0;
-    if (chosen[t]) best = static_cast<int32_t>(t);
-  }
-}
-
-ffi::Error cache_write(ffi::ThreadPool pool, ffi::AnyBuffer k_in, ffi::AnyBuffer v_in, Floats k_scale_in,
-                       Floats v_scale_in, Floats k_new, Floats v_new, Ints positions, Ints layer,
-                       ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v, ffi::Result<Floats> k_scale,
-                       ffi::Result<Floats> v_scale) {
-  const std::string who = "phi3_cache_write: ";
-  Cache cache;
-  if (ffi::Error error = check_cache(who, *k, *v, *k_scale, *v_scale, layer, &cache); error.failure()) return error;
-  const bool scaled = cache.type == CacheType::kInt8;
-  for (const auto& [in, written] : {std::pair(&k_in, &*k), std::pair(&v_in, &*v)})
-    if (in->element_type() != written->element_type() || in->size_bytes() != written->size_bytes())
-      return invalid(who + "an output has shape " + text(written->dimensions()) + ", but its input " +
-                     text(in->dimensions()));
-  if (k->untyped_data() != k_in.untyped_data() || v->untyped_data() != v_in.untyped_data() ||
-      (scaled &&
-       (k_scale->untyped_data() != k_scale_in.untyped_data() || v_scale->untyped_data() != v_scale_in.untyped_data())))
-    return invalid(who +
-                   "an output is not the input's own buffer; the call needs input_output_aliases for k, v and scales");
-  const Shape shape = k_new.dimensions();
-  if (shape.size() != 4 || shape[0] != cache.B || shape[2] != cache.K || shape[3] < 1 || shape[3] > cache.H)
-    return invalid(who + "k_new has shape " + text(shape) + ", expected [" + std::to_string(cache.B) + ", T, " +
-                   std::to_string(cache.K) + ", 1 to " + std::to_string(cache.H) + "] for a cache of shape " +
-                   text(k->dimensions()));
-  const int64_t T = shape[1], head_dim = shape[3];
-  ffi::Error error = check_shape(who, "v_new", v_new.dimensions(), {cache.B, T, cache.K, head_dim}, "like k_new");
-  if (error.failure()) return error;
-  error = check_shape(who, "positions", positions.dimensions(), {cache.B, T}, "for the new tokens");
-  if (error.failure()) return error;
-  if (cache.S == 0 || T == 0) return ffi::Error::Success();
-
-  static thread_local std::vector<char> chosen, chosen_of_row;
-  static thread_local std::vector<int32_t> winner;
-  chosen.clear();
-  for (int64_t b = 0; b < cache.B; ++b) {
-    choose(positions.typed_data() + b * T, T, cache.S, winner, chosen_of_row);
-    chosen.insert(chosen.end(), chosen_of_row.begin(), chosen_of_row.end());
-  }
-  const char* written = chosen.data();
-  const auto write_head = [&, written](int64_t i) {
-    const int64_t b = i / cache.K, head = cache.head(b, i % cache.K);
-    for (int64_t t = 0; t < T; ++t) {
-      if (!written[b * T + t]) continue;
-      const int64_t slot = positions.typed_data()[b * T + t] % cache.S;
-      const int64_t from = ((b * T + t) * cache.K + i % cache.K) * head_dim, to = head * cache.S + slot;
-      for (const auto& [news, rows, scales] : {std::tuple(&k_new, &k, &k_scale), std::tuple(&v_new, &v, &v_scale)})
-        store_row(cache.type, news->typed_data() + from, head_dim, cache.H,
-                  static_cast<char*>((*rows)->untyped_data()) + to * cache.H * bytes(cache.type),
-                  scaled ? (*scales)->typed_data() + to : nullptr);
-    }
-  };
-  const int64_t heads = cache.B * cache.K;
-  if (heads * T * head_dim < kSerialWork)
-    for (int64_t i = 0; i < heads; ++i) write_head(i);
-  else
-    parallel(pool, heads, write_head);
-  return ffi::Error::Success();
-}
+constexpr int64_t kSplitSlots = 256;    // fewer slots are not worth merging for
+constexpr int64_t kTasksPerThread = 4;  // threads get unequal shares of the processor
 
 struct Operands {
   const Floats &q, &k_scale, &v_scale;
@@ -241,7 +111,7 @@ bool attend_all(ffi::ThreadPool& pool, const Operands& o) {
   const auto run = [&, ranges](int64_t chunk) {
     static thread_local Scratch scratch;
     const int64_t head = chunk / parts / blocks, part = chunk % parts;
-    const int64_t block = blocks - 1 - chunk / parts % blocks;  // the last see the most: they first
+    const int64_t block = blocks - 1 - chunk / parts % blocks;  // the last sees the most keys, so it comes first
     AttentionTask task = o.task(head / o.cache.K, head % o.cache.K);
     task.row_begin = block * kBlockRows;
     task.row_end = std::min(task.row_begin + kBlockRows, rows);
@@ -305,19 +175,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(phi3_attention, phi3::attention,
                                   .Arg<phi3::Ints>()           // layer
                                   .Ret<phi3::Floats>()
                                   .Attr<int64_t>("window"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(phi3_cache_write, phi3::cache_write,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // k
-                                  .Arg<xla::ffi::AnyBuffer>()  // v
-                                  .Arg<phi3::Floats>()         // k_scale
-                                  .Arg<phi3::Floats>()         // v_scale
-                                  .Arg<phi3::Floats>()         // k_new
-                                  .Arg<phi3::Floats>()         // v_new
-                                  .Arg<phi3::Ints>()           // positions
-                                  .Arg<phi3::Ints>()           // layer
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<phi3::Floats>()
-                                  .Ret<phi3::Floats>());
 #pragma GCC visibility pop
