@@ -26,7 +26,7 @@ import jax
 import jaxlib.version
 
 _SOURCES = Path(__file__).parent
-# The vectoriser is off, because that of GCC 12 read past the end of a buffer: the kernels say what a vector holds.
+# The vectoriser is off, because GCC 12's read past the end of a buffer; the kernels are written in vectors anyway.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-tree-vectorize"),

@@ -1,5 +1,5 @@
-// Which instruction set the kernels are compiled for. A library of its own that is asked before, so it must run on every
-// processor: it is compiled without the flags of an instruction set.
+// Which instruction set the kernels are compiled for. A library of its own that is asked before, so it must run on
+// every processor: it is compiled without the flags of an instruction set.
 #include <cstring>
 
 namespace {

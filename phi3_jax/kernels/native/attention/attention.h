@@ -1,7 +1,8 @@
 // Attention over the key-value cache, and writing to it.
 //
-// Axis letters: L layer, B batch, T query token, S slot, N query heads, K key-value heads, G = N/K query heads that
-// share a key-value head, H head dim of the cache (its last axis), head_dim (<= H) the part of it that is used.
+// Axis letters: L layer, B batch, T query, S key (a slot of the cache), N query heads, K key-value heads, G = N/K query
+// heads that share a key-value head, H head dim of the cache (its last axis), head_dim (<= H) the part of it that is
+// used.
 #pragma once
 #include <cstdint>
 

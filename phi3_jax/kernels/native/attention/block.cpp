@@ -1,5 +1,5 @@
-// Attention of a block of query rows (prefill): bound by arithmetic. Lanes are query rows in scores, which makes the
-// softmax vertical, and lie along the head in sums of values.
+// Attention of a block of query rows (prefill): bound by arithmetic. Lanes are query rows in scores, so that no
+// sum of the softmax crosses lanes, and lie along the head in sums of values.
 //
 // Per block of keys: pack the keys and values that are seen, wherever they lie; scores [key][row]; p in cells
 // [key step][row]; sums [row][head] += p . v.
@@ -40,8 +40,8 @@ struct BlockScratch {
   static int64_t floats(int64_t length) { return (kBlockRows + 2 * kBlockKeys) * length + 2 * kBlockKeys * kBlockRows; }
 };
 
-// Keys of a tile of scores with RV vectors of rows: fewer vectors leave registers for more keys, but not for more than
-// 8 pointers.
+// Keys of a tile of scores with RV vectors of rows. Fewer vectors leave registers for more keys; at most 8, because
+// each takes a pointer, too.
 constexpr int tile_keys(int RV) { return std::min(8, kTileSums / (RV == 3 ? 4 : RV)); }
 
 // Scores of RV vectors of rows and tile_keys(RV) keys.
@@ -95,7 +95,7 @@ __attribute__((noinline)) void value_tile(const typename Cells::Cell* p, int64_t
     for (int i = 0; i < NV; ++i) store(sums + r * v_stride + i * kLanes, sum[r][i]);
 }
 
-// f(integral_constant n) for an n in [1, Most] that is only known now.
+// Calls f(std::integral_constant<int, n>()) for an n in [1, Most] that is known only when the program runs.
 template <int Most, class F>
 inline void with_constant(int64_t n, const F& f) {
   if (n == Most) return f(std::integral_constant<int, Most>());

@@ -21,7 +21,7 @@ struct CellsFor<uint16_t> {
   typedef Bf16Cells type;
 };
 template <>
-struct CellsFor<int8_t> {  // an int8 is a bfloat16 without loss; its scale goes into factors and p
+struct CellsFor<int8_t> {  // bfloat16 holds every int8; the scales go into factors and p
   typedef Bf16Cells type;
 };
 #endif

@@ -90,7 +90,7 @@ void attend_rows(const AttentionTask& task, const Rows& rows, float* scratch, fl
     std::fill(factors + keys, factors + kBlockKeys, 1.f);
     for (int r = 0; r < R; ++r) {
       float* row = scores + r * kBlockKeys;
-      // A factor may be NaN, -inf times one would be too: what is hidden gets the factor 1.
+      // Hidden keys get the factor 1: their own may be NaN, and -inf * NaN is NaN.
       if (!block.full) {
         float visible[kBlockKeys];
         for (int64_t j = 0; j < keys; ++j) {

@@ -9,7 +9,7 @@
 
 namespace phi3 {
 
-// What the keys of the next block need to be fetched while this one is in work.
+// The keys of the next block, which are fetched while the values of this one are added.
 template <class C>
 struct Ahead {
   const C* rows;
@@ -45,7 +45,7 @@ __attribute__((noinline)) void add_values(const C* v, int64_t row_length, const 
     for (int i = 0; i < NV; ++i) store(sums + r * sums_length + i * kLanes, sum[r][i]);
 }
 
-// The same for the whole head, in passes of a few widths: each is code of its own.
+// The same for the whole head, in passes of 6, 4, 2 or 1 vectors: few widths, because each is compiled separately.
 template <class C, int R>
 inline void add_all_values(const AttentionTask& task, const int32_t* slots, int64_t keys, const float* p,
                            const float* decay, float* sums, const Block& block) {
@@ -64,7 +64,7 @@ inline void add_all_values(const AttentionTask& task, const int32_t* slots, int6
       }
   };
   constexpr std::false_type whole{};
-  if (task.head_dim != 8 * kLanes) pass(std::integral_constant<int, 6>(), whole);  // 8 = 4 + 4
+  if (task.head_dim != 8 * kLanes) pass(std::integral_constant<int, 6>(), whole);  // 8 are 4 + 4, not 6 + 2
   pass(std::integral_constant<int, 4>(), whole);
   pass(std::integral_constant<int, 2>(), whole);
   pass(std::integral_constant<int, 1>(), whole);

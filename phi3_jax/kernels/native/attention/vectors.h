@@ -1,13 +1,16 @@
-// Vectors of floats for attention. A header for each instruction set has
-//   V (kLanes floats), I (as many int32_t, what comparisons give), fma (a * b + c), maximum, load (of bfloat16, as
-//   uint16_t, and of int8_t), dots (lane i: the sum of the lanes of a[i]), bits (one of a comparison's for each lane)
-//   and how much fits its registers:
-//     kDots          dot products at once where lanes lie along the head
-//     kSums          accumulators of the sums of values
-//     kTileSums      accumulators of a tile of scores, which is at most
-//     kTileVectors   vectors of query rows wide
-//     kValueVectors  vectors of a tile of sums of values, which has 4 query rows
-// What reads the same for every instruction set is here.
+// The vectors of the instruction set that is compiled:
+//   V (kLanes floats), I (as many int32_t, which comparisons give)
+//   fma (a * b + c), maximum, dots (lane i is the sum of the lanes of a[i])
+//   load (bfloat16, given as uint16_t, and int8_t; as floats)
+//   bits (one bit for each lane of a comparison)
+//   PHI3_HAS_MASKS, if it also has load_first, exponent and append of its own
+// and what fits its registers:
+//   kDots          dot products at once where lanes lie along the head
+//   kSums          accumulators of the sums of values
+//   kTileSums      accumulators of a tile of scores
+//   kTileVectors   vectors of query rows in a tile of scores, at most
+//   kValueVectors  vectors of a tile of sums of values, which has 4 query rows
+// Below the choice is what reads the same for every instruction set.
 #pragma once
 #include <cstdint>
 #include <cstring>

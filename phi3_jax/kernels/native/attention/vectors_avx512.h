@@ -29,7 +29,7 @@ inline V load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(fi
 inline V load_first(const uint16_t* p, int64_t n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline V load_first(const int8_t* p, int64_t n) { return from_int8(_mm_maskz_loadu_epi8(first(n), p)); }
 
-// Lane i is the sum of the lanes of a[i]: a transposition of 16 x 16 that adds on its way.
+// Lane i is the sum of the lanes of a[i]: the steps of a 16 x 16 transposition, each adding the halves.
 inline V dots(const V* a) {
   V quarter[4];
   for (int i = 0; i < 4; ++i) {

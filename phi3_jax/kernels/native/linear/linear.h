@@ -1,11 +1,11 @@
 // y = x W^T for weights in panels: a run of neighbouring outputs lies in the lanes of the vectors, and the inputs
 // follow one another, so that one panel is one sequential stream of memory and no sum crosses lanes.
 //
-// One layer of N outputs and K inputs (Kp = K rounded up to whole groups of 32, 64 or 128):
-//   bf16    uint16 [ceil(N/64), ceil(K/2), 64 outputs, 2 inputs]
-//   8 bits  uint8  [ceil(N/32), Kp/4, 32 outputs, 4 inputs], q in 1..255
-//   4 bits  uint8  [ceil(N/32), Kp/8, 32 outputs, 4 bytes]: byte i of row j: inputs 8j+i (low half), 8j+4+i (high)
-//   scales, mins   float16 [ceil(N/32), Kp/group, 32 outputs]
+// One layer of O outputs and I inputs (J = I rounded up to whole groups of 32, 64 or 128):
+//   bf16    uint16 [ceil(O/64), ceil(I/2), 64 outputs, 2 inputs]
+//   8 bits  uint8  [ceil(O/32), J/4, 32 outputs, 4 inputs], q in 1..255
+//   4 bits  uint8  [ceil(O/32), J/8, 32 outputs, 4 bytes]: byte b of step s: inputs 8s+b (low half), 8s+4+b (high)
+//   scales, mins   float16 [ceil(O/32), J/group, 32 outputs]
 // weight = (q - 128) * scale or (q - 8) * scale, and q * scale + min where there are mins.
 #pragma once
 #include <cstdint>
@@ -16,12 +16,12 @@ constexpr int64_t kBf16Panel = 64;       // outputs
 constexpr int64_t kQuantizedPanel = 32;  // outputs
 constexpr int64_t kMaxGroup = 128;       // inputs that share a scale
 
-// Rows of x as integers: x = q * scale, one scale for each row and group. Inputs from K to Kp are zeros.
+// Rows of x as integers: x = q * scale, one scale for each row and group. Inputs from I to J are zeros.
 struct QuantizedRows {
   int8_t* q;        // [rows, stride], of which groups * group are used, -127..127
   float* scales;    // [rows, groups]; NaN where the group holds a NaN or an infinity
   float* sums;      // [rows, groups]: the sum of q
-  int32_t* starts;  // [rows, groups]: where the integer sums start, to take the zero point of the weights out
+  int32_t* starts;  // [rows, groups]: what integer sums start with, minus q times the zero point of the weights
   int64_t stride;
   int64_t groups;
   int64_t group;
@@ -34,7 +34,7 @@ struct QuantizedWeights {
   int bits;
 };
 
-// Size of one rounded input: 2 where the processor multiplies bf16, 4 where it must be widened to float32 anyway.
+// Size of one rounded input: 2 where the processor multiplies bf16, 4 where it multiplies float32.
 extern const int64_t kRoundedBytes;
 
 // One row [k], rounded to bf16 (nearest even), to [k rounded up to even].

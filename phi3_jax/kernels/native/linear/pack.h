@@ -7,7 +7,7 @@
 
 #define PHI3_EXPORT extern "C" __attribute__((visibility("default")))
 
-// rows [n, k], the bits of bf16 -> packed [ceil(n/64), ceil(k/2), 64, 2]; zeros beyond n and k.
+// rows [n outputs, k inputs], the bits of bf16 -> packed [ceil(n/64), ceil(k/2), 64, 2]; zeros beyond n and k.
 PHI3_EXPORT int phi3_pack_bf16(const uint16_t* rows, int64_t n, int64_t k, int64_t begin, int64_t end,
                                uint16_t* packed);
 

@@ -11,9 +11,9 @@ namespace phi3 {
 // two apart would all compete for the same few places of the caches.
 inline int64_t row_stride(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
-// Calls panel(to, stride of its rows), and puts what it wrote into y. Beside y, in `edge` [rows, width], go the last
-// panel, which may be wider than what is left of y, and the sums of many rows, to which the kernel returns again and
-// again: rows of y may lie a power of two apart.
+// Calls panel(to, stride of its rows) and sees to it that y gets what it writes. The last panel, which may be wider
+// than the rest of y, goes to `edge` [rows, width] first, and so do many rows: the kernel reads and writes their sums
+// often, and rows of y may lie a power of two apart.
 template <class Panel>
 void write_panel(int64_t width, int64_t left, int64_t rows, int64_t stride, float* y, float* edge, const Panel& panel) {
   constexpr int64_t kFewRows = 8;

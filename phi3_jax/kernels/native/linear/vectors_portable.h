@@ -89,7 +89,7 @@ struct V {
     return value;
   }
 
-  // Without float32 denormals on the way: the thread that runs this may flush them to zero.
+  // Makes no float32 denormals, because the thread that runs this may flush them to zero.
   static float half(uint16_t bits) {
     const uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = (bits & 0x3ffu) << 13;
     const uint32_t high = exponent == 31 ? 255 : exponent == 0 ? 127 - 14 : exponent + 127 - 15;
