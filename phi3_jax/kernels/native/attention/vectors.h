@@ -119,7 +119,8 @@ inline V exp2(V x) {
   return exponent(p, n);
 }
 
-inline void prefetch(const void* p, int64_t bytes) {
+// Always inlined, because GCC 12 deletes calls of a function that only prefetches.
+__attribute__((always_inline)) inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
