@@ -48,9 +48,7 @@ def test_the_wheel_holds_the_library_and_both_applications_once(wheel):
         sources |= {f"phi3_jax/{path.relative_to(ROOT)}" for path in (ROOT / top).rglob("*.py")}
     assert sorted(names) == sorted(sources)
     others = {
-        str(path.relative_to(ROOT))
-        for kind in ("cpp", "h", "inc", "typed")
-        for path in ROOT.glob(f"phi3_jax/**/*.{kind}")
+        str(path.relative_to(ROOT)) for kind in ("cpp", "h", "typed") for path in ROOT.glob(f"phi3_jax/**/*.{kind}")
     }
     assert others <= set(zipfile.ZipFile(wheel).namelist())
 

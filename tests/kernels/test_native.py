@@ -3,6 +3,7 @@
 They run without Python and XLA, so that they can be compiled with sanitizers, and for other processors.
 """
 
+import ctypes
 import os
 import platform
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import pytest
 
 from phi3_jax.kernels import native
@@ -17,57 +19,85 @@ from phi3_jax.kernels.native import build
 
 SOURCES, TESTS = Path(native.__file__).parent, Path(__file__).parent / "native"
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+PROGRAMS = {"linear": ["quick"], "attention": []}  # a folder of kernels: the arguments of its test
+FAMILY = ["portable", "avx2", "avx512", "avx512_bf16"] if platform.machine() == "x86_64" else ["portable", "neon"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++: apt install g++"),
 ]
 
 
-def compile_and_run(name, compiler, sources, folder, flags=(), runner=()):
-    objects = {path: folder / f"{path.stem}.o" for path in sources}
-    commands = [
-        [compiler, *build._FLAGS, *own, *flags, "-c", str(path), "-o", str(objects[path])]
-        for path, own in sources.items()
-    ]
-    program = folder / name
-    main = [compiler, "-O2", "-std=c++17", *flags, "-pthread", f"-I{SOURCES}", str(TESTS / f"{name}.cpp")]
+def run_all(commands):
+    def run(command):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
-            assert done.returncode == 0, done.stderr
-    linked = subprocess.run([*main, *map(str, objects.values()), "-o", str(program)], capture_output=True, text=True)
-    assert linked.returncode == 0, linked.stderr
-    done = subprocess.run([*runner, program, *ARGUMENTS[name]], capture_output=True, text=True, timeout=1500)
+        list(pool.map(run, commands))
+
+
+def compile_and_run(kernels, compiler, isa, folder, flags=(), runner=()):
+    always = [*build._FLAGS, *build._INSTRUCTION_SETS[isa], f"-I{SOURCES}", *flags]
+    sources = [*(SOURCES / kernels).glob("*.cpp"), TESTS / f"{kernels}_test.cpp"]
+    objects = {str(folder / f"{path.stem}.o"): str(path) for path in sources}
+    run_all([compiler, *always, "-c", path, "-o", made] for made, path in objects.items())
+    program = folder / "test"
+    run_all([[compiler, *flags, *objects, "-o", str(program)]])
+    command = [*runner, program, *PROGRAMS[kernels]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
-ARGUMENTS = {"linear_test": ["quick"], "attention_test": []}
-FAMILY = ["portable", "avx2", "avx512", "avx512_bf16"] if platform.machine() == "x86_64" else ["portable", "neon"]
-PARTS = {"linear_test": ("linear", "pack"), "attention_test": ("attention",)}
-
-
-def sources_of(name, instruction_sets):
-    return {
-        path: flags
-        for isa in instruction_sets
-        for path, flags in build._sources(isa).items()
-        if path.stem.startswith(PARTS[name]) and not path.stem.endswith("_ffi")
-    }
+@pytest.fixture(scope="module")
+def of_this_processor(tmp_path_factory):
+    path = tmp_path_factory.mktemp("isa") / "isa.so"
+    build._compile("g++", [SOURCES / "isa.cpp"], (), path)
+    loaded = ctypes.CDLL(str(path))
+    return [name for name in build._INSTRUCTION_SETS if loaded.phi3_supports_isa(name.encode())]
 
 
 @pytest.mark.parametrize("flags", [[], SANITIZERS], ids=["optimised", "sanitizers"])
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_every_instruction_set_of_this_processor(name, flags, tmp_path):
-    out = compile_and_run(name, "g++", sources_of(name, FAMILY), tmp_path, flags)
-    assert "portable" in out
+@pytest.mark.parametrize("isa", FAMILY)
+@pytest.mark.parametrize("kernels", PROGRAMS)
+def test_kernels(kernels, isa, flags, of_this_processor, tmp_path):
+    if isa not in of_this_processor:
+        pytest.skip(f"this processor has no {isa}")
+    compile_and_run(kernels, "g++", isa, tmp_path, flags)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_neon_under_an_emulator(name, tmp_path):
-    if not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"):
-        pytest.skip("needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user")
-    sources = sources_of(name, ["portable", "neon"])
-    out = compile_and_run(
-        name, "aarch64-linux-gnu-g++", sources, tmp_path, runner=("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
-    )
-    assert "neon" in out
+def cross_compiler():
+    if not shutil.which("aarch64-linux-gnu-g++"):
+        pytest.skip("needs a cross compiler: apt install g++-aarch64-linux-gnu")
+    return "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.parametrize("isa", ["portable", "neon"])
+@pytest.mark.parametrize("kernels", PROGRAMS)
+def test_aarch64_under_an_emulator(kernels, isa, tmp_path):
+    compiler = cross_compiler()
+    if not shutil.which("qemu-aarch64"):
+        pytest.skip("needs an emulator: apt install qemu-user")
+    compile_and_run(kernels, compiler, isa, tmp_path, runner=("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"))
+
+
+def check_headers(compiler, isa, folder):
+    """Compiles a file for each header that holds nothing but its #include."""
+    commands = []
+    for number, path in enumerate(sorted(SOURCES.rglob("*.h"))):
+        owner = next((name for name in build._INSTRUCTION_SETS if path.stem.endswith(f"_{name}")), "")
+        if not isa.startswith(owner):  # avx512_bf16 is avx512 and more
+            continue
+        alone = folder / f"{number}.cpp"
+        alone.write_text(f'#include "{path.relative_to(SOURCES)}"\n')
+        flags = [*build._FLAGS, *build._INSTRUCTION_SETS[isa], "-Werror", "-fsyntax-only"]
+        commands.append([compiler, *flags, f"-I{SOURCES}", "-isystem", jax.ffi.include_dir(), str(alone)])
+    run_all(commands)
+
+
+@pytest.mark.parametrize("isa", FAMILY)
+def test_every_header_stands_alone(isa, tmp_path):
+    check_headers("g++", isa, tmp_path)
+
+
+def test_every_header_stands_alone_on_aarch64(tmp_path):
+    check_headers(cross_compiler(), "neon", tmp_path)

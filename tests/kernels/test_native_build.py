@@ -19,14 +19,14 @@ SCRIPT = "from phi3_jax.kernels import status; print(status()['attention'])"
 @pytest.fixture
 def one_source(tmp_path, monkeypatch):
     """A library of one small file, so that compiling takes no time, and a cache folder of its own."""
-    source = tmp_path / "sources" / "version_ffi.cpp"
-    source.parent.mkdir()
-    for name in ("version_ffi.cpp", "isa.cpp", "isa.h"):
-        (source.parent / name).write_text((SOURCES / name).read_text())
-    monkeypatch.setattr(build, "_SOURCES", source.parent)
+    sources = tmp_path / "sources"
+    for name in ("isa.cpp", "ffi/version_ffi.cpp"):
+        (sources / name).parent.mkdir(exist_ok=True)
+        (sources / name).write_text((SOURCES / name).read_text())
+    monkeypatch.setattr(build, "_SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("PHI3_JAX_NATIVE", raising=False)
-    return source
+    return sources / "ffi" / "version_ffi.cpp"
 
 
 @needs_kernels
@@ -48,7 +48,7 @@ def test_two_processes_at_once_make_one_library(one_source, tmp_path):
         "import sys, pathlib; from phi3_jax.kernels.native import build;"
         "build._SOURCES = pathlib.Path(sys.argv[1]); print(build._build())"
     )
-    command = [sys.executable, "-c", script, str(one_source.parent)]
+    command = [sys.executable, "-c", script, str(build._SOURCES)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in processes]
     assert answers[0][0] == answers[1][0] != ""

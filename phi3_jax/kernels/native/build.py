@@ -2,6 +2,7 @@
 
 The folder's name says what the library was made from: the sources, the compiler, the flags and jaxlib's headers. When
 one of them changes, another library is made. A library is for one instruction set; isa.cpp says which is best here.
+All its files are compiled with the flags of that set; linear/vectors.h and attention/vectors.h pick the vector code.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ import jax
 import jaxlib.version
 
 _SOURCES = Path(__file__).parent
-# The vectoriser is off, because that of GCC 12 read past the end of a buffer: the kernels say what a vector holds.
+# The vectoriser is off, because GCC 12's read past the end of a buffer; the kernels are written in vectors anyway.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-tree-vectorize"),
 )
-# The flags of the files whose names end so; kernels exist once for each instruction set.
+# The flags of each instruction set that there is vector code for.
 _INSTRUCTION_SETS = {
     "avx512_bf16": ("-march=skylake-avx512", "-mavx512vnni", "-mavx512bf16"),
     "avx512": ("-march=skylake-avx512", "-mavx512vnni"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "neon": (),
-    "portable": (),
+    "portable": ("-DPHI3_PORTABLE",),  # no vector code, although the compiler may know some for this processor
 }
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
 _HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_attention", "phi3_cache_write")
@@ -88,8 +89,8 @@ def _build() -> Path:
     folder = cache_folder() / _key(compiler)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        isa = _choose(_made(folder / "isa.so", lambda path: _compile(compiler, {_SOURCES / "isa.cpp": ()}, path)))
-        return _made(folder / f"{isa}.so", lambda path: _compile(compiler, _sources(isa), path, isa))
+        isa = _choose(_made(folder / "isa.so", lambda path: _compile(compiler, [_SOURCES / "isa.cpp"], (), path)))
+        return _made(folder / f"{isa}.so", lambda path: _compile_kernels(compiler, isa, path))
     except OSError as error:
         raise Unavailable(f"they could not be written to {folder} ({error}); set XDG_CACHE_HOME elsewhere") from None
 
@@ -123,14 +124,9 @@ def _compiler() -> str:
     raise Unavailable("there is no C++ compiler; install one, for instance with: apt install g++")
 
 
-def _sources(isa: str) -> dict[Path, tuple[str, ...]]:
-    """The files of a library for an instruction set, each with its own flags."""
-    found = {}
-    for path in sorted(_SOURCES.glob("*.cpp")):
-        own = next((name for name in _INSTRUCTION_SETS if path.stem.endswith(f"_{name}")), None)
-        if own in (None, isa) and path.stem != "isa":
-            found[path] = _INSTRUCTION_SETS[own] if own else (f"-DPHI3_CHOSEN={isa}",)
-    return found
+def _sources() -> list[Path]:
+    """The files of a library, which are the same for every instruction set."""
+    return sorted(path for path in _SOURCES.rglob("*.cpp") if path.name != "isa.cpp")
 
 
 def _key(compiler: str) -> str:
@@ -139,25 +135,25 @@ def _key(compiler: str) -> str:
     settings = (repr(_FLAGS), repr(_INSTRUCTION_SETS))
     for text in (jaxlib.version.__version__, platform.machine(), compiler, version, *settings):
         digest.update(text.encode() + b"\0")
-    for path in sorted(path for end in ("cpp", "h", "inc") for path in _SOURCES.glob(f"*.{end}")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(path for end in ("cpp", "h") for path in _SOURCES.rglob(f"*.{end}")):
+        digest.update(str(path.relative_to(_SOURCES)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: str, sources: dict[Path, tuple[str, ...]], target: Path, isa: str | None = None) -> None:
-    if isa is not None:
-        _note(f"compiling the CPU kernels for this machine ({isa}), once (about ten seconds)")
+def _compile_kernels(compiler: str, isa: str, target: Path) -> None:
+    _note(f"compiling the CPU kernels for this machine ({isa}), once (about ten seconds)")
+    _compile(compiler, _sources(), _INSTRUCTION_SETS[isa], target)
+
+
+def _compile(compiler: str, sources: list[Path], flags: tuple[str, ...], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        headers = ("-isystem", jax.ffi.include_dir())
-        objects = {path: Path(scratch, f"{path.stem}.o") for path in sources}
-        commands = [
-            [compiler, *_FLAGS, *flags, *headers, "-c", str(path), "-o", str(objects[path])]
-            for path, flags in sources.items()
-        ]
+        always = (*_FLAGS, *flags, f"-I{_SOURCES}", "-isystem", jax.ffi.include_dir())
+        objects = {str(Path(scratch, f"{number}.o")): str(path) for number, path in enumerate(sources)}
+        commands = [[compiler, *always, "-c", path, "-o", made] for made, path in objects.items()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         library = Path(scratch, target.name)
-        _run([compiler, "-shared", "-pthread", *map(str, objects.values()), "-o", str(library)])
+        _run([compiler, "-shared", "-pthread", *objects, "-o", str(library)])
         library.rename(target)
 
 

@@ -1,5 +1,6 @@
-// What this machine can do at best, for benchmarks: bytes read per second, and operations per second of the instructions
-// that matrix products are made of. Called through ctypes. Uses threads of its own, because nothing of XLA runs here.
+// What this machine can do at best, for benchmarks: bytes read per second, and operations per second of the
+// instructions that matrix products are made of. Called through ctypes. Uses threads of its own, because nothing of XLA
+// runs here.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -116,7 +117,8 @@ Reader best_reader() {
 
 // ---- arithmetic: each function runs kTurns turns of kChains independent chains, and returns the operations done ----
 
-constexpr int kTurns = 20000, kChains = 12;  // chains enough to cover an instruction's latency, few enough for registers
+constexpr int kTurns = 20000;
+constexpr int kChains = 12;  // enough to cover an instruction's latency, few enough for the registers
 
 // Hides what a value is from the compiler, which would otherwise compute chains that begin alike only once.
 #if defined(__x86_64__)
@@ -128,10 +130,10 @@ constexpr int kTurns = 20000, kChains = 12;  // chains enough to cover an instru
 #endif
 
 // The turns are unrolled by hand, because the vector type and the instruction differ and everything else is the same.
-#define PHI3_CHAINS(STEP)                                                                                   \
-  for (int i = 0; i < kChains; ++i) PHI3_HIDE(acc[i]);                                                      \
-  for (int turn = 0; turn < kTurns; ++turn) {                                                               \
-    STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)       \
+#define PHI3_CHAINS(STEP)                                                                             \
+  for (int i = 0; i < kChains; ++i) PHI3_HIDE(acc[i]);                                                \
+  for (int turn = 0; turn < kTurns; ++turn) {                                                         \
+    STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11) \
   }
 
 typedef float Float4 __attribute__((vector_size(16)));
@@ -140,7 +142,9 @@ typedef float Float4 __attribute__((vector_size(16)));
 double fma_plain() {
   Float4 acc[kChains] = {}, x = {1e-3f, 1e-3f, 1e-3f, 1e-3f};
   // Hidden again in each step, or the product would be computed once for all.
-#define STEP(i) PHI3_HIDE(x); acc[i] += x * x;
+#define STEP(i) \
+  PHI3_HIDE(x); \
+  acc[i] += x * x;
   PHI3_CHAINS(STEP)
 #undef STEP
   keep(acc);
@@ -302,7 +306,8 @@ extern "C" {
 // or an argument makes no sense.
 double phi3_read_bandwidth(int64_t bytes, int threads, double seconds) {
   if (!sensible(threads, seconds) || bytes < threads * kTurn || bytes > (int64_t{1} << 40)) return -1;
-  const int64_t part = bytes / threads / kTurn * kTurn, whole = (part * threads + kHugePage - 1) / kHugePage * kHugePage;
+  const int64_t part = bytes / threads / kTurn * kTurn,
+                whole = (part * threads + kHugePage - 1) / kHugePage * kHugePage;
   std::unique_ptr<char, void (*)(void*)> data(static_cast<char*>(std::aligned_alloc(kHugePage, whole)), std::free);
   if (!data) return -1;
 #if defined(__linux__)
@@ -323,8 +328,9 @@ double phi3_read_bandwidth(int64_t bytes, int threads, double seconds) {
   return std::max(measure(kTurn, kBlock), measure(kBlock, part / kRuns));
 }
 
-// Operations (products and sums) per second in registers, of chains that do not wait for one another. kind: 0 float32, 1 dot products of
-// bfloat16, 2 dot products of 8-bit integers. 0 if this processor has no such instruction, -1 for senseless arguments.
+// Operations (products and sums) per second in registers, of chains that do not wait for one another. kind: 0 float32,
+// 1 dot products of bfloat16, 2 dot products of 8-bit integers. 0 if this processor has no such instruction, -1 for
+// senseless arguments.
 double phi3_peak_rate(int kind, int threads, double seconds) {
   if (!sensible(threads, seconds) || kind < kFloat32 || kind > kInt8) return -1;
   const Loop loop = best_loop(kind);

@@ -1,15 +1,20 @@
-// Every attention table that this processor supports against float64, in buffers between guard pages.
+// The attention kernels against float64, in buffers between guard pages. Compiled for one instruction set, with the
+// files of native/attention.
+#include "attention/attention.h"
+
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
 #include <tuple>
+#include <vector>
 
-#include "attention.h"
 #include "guarded.h"
-#include "tables.h"
+#include "numbers.h"
 
-using phi3::AttentionKernels;
 using phi3::AttentionTask;
 using phi3::CacheType;
 
@@ -18,6 +23,13 @@ namespace {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 int failures = 0;
+
+// Whether blocks of queries are rounded to bfloat16 where the cache is no float32.
+#if defined(__AVX512BF16__)
+constexpr bool kRoundsQueries = true;
+#else
+constexpr bool kRoundsQueries = false;
+#endif
 
 enum class Layout { kFull, kRing, kHoles };
 enum class Poison { kNone, kInvisible, kVisibleKey, kVisibleValue, kVisibleQuery, kFuture };
@@ -39,18 +51,6 @@ struct Case {
   }
 };
 
-float bf16_to_float(uint16_t x) {
-  const uint32_t u = uint32_t{x} << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-uint16_t float_to_bf16(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 // One head's cache as floats, and as stored.
 struct Cache {
   std::vector<float> k, v, k_scale, v_scale;  // [S, head_dim]; [S]
@@ -60,7 +60,7 @@ struct Cache {
 void set(const Case& c, std::vector<char>& stored, int64_t i, float x) {
   if (c.type == CacheType::kFloat32) std::memcpy(&stored[4 * i], &x, 4);
   if (c.type == CacheType::kBfloat16) {
-    const uint16_t u = float_to_bf16(x);
+    const uint16_t u = to_bf16(x);
     std::memcpy(&stored[2 * i], &u, 2);
   }
 }
@@ -81,7 +81,7 @@ Cache make_cache(const Case& c, std::mt19937& random) {
     for (int64_t s = 0; s < c.slots; ++s)
       for (int64_t h = 0; h < c.head_dim; ++h) {
         float x = normal(random);
-        if (c.type == CacheType::kBfloat16) x = bf16_to_float(float_to_bf16(x));
+        if (c.type == CacheType::kBfloat16) x = from_bf16(to_bf16(x));
         if (c.type == CacheType::kInt8) {
           const int8_t q = static_cast<int8_t>(byte(random));
           (*stored)[s * H + h] = static_cast<char>(q);
@@ -145,7 +145,7 @@ void naive(const Case& c, const Positions& p, const Cache& cache, const float* q
     if (!visible(c, p, t, s)) continue;
     double sum = 0;
     for (int64_t h = 0; h < c.head_dim; ++h) {
-      const float x = rounded ? bf16_to_float(float_to_bf16(q[h])) : q[h];
+      const float x = rounded ? from_bf16(to_bf16(q[h])) : q[h];
       sum += static_cast<double>(x) * cache.k[s * c.head_dim + h];
     }
     scores[s] = sum / std::sqrt(static_cast<double>(c.head_dim));
@@ -165,7 +165,7 @@ void naive(const Case& c, const Positions& p, const Cache& cache, const float* q
   }
 }
 
-void run(const AttentionKernels& kernels, const Case& c, Guard guard, unsigned seed) {
+void run(const Case& c, Guard guard, unsigned seed) {
   std::mt19937 random(seed);
   const Positions p = make_positions(c, random);
   Cache cache = make_cache(c, random);
@@ -202,19 +202,19 @@ void run(const AttentionKernels& kernels, const Case& c, Guard guard, unsigned s
   task.q_positions = q_positions.data(), task.k_positions = k_positions.data(), task.window = c.window;
   if (c.segments) task.q_segments = q_segments.data(), task.k_segments = k_segments.data();
   // What lies in a buffer that is used again may be anything.
-  Guarded<char> scratch(std::vector<char>(kernels.scratch_bytes(c.head_dim), static_cast<char>(0xff)), guard);
+  Guarded<char> scratch(std::vector<char>(phi3::scratch_bytes(c.head_dim), static_cast<char>(0xff)), guard);
   for (int64_t begin = 0; begin < c.tokens * c.group; begin += phi3::kBlockRows) {
     task.row_begin = begin, task.row_end = std::min(begin + phi3::kBlockRows, c.tokens * c.group);
     task.slot_begin = 0, task.slot_end = c.slots;
-    if (c.splits > 1) kernels.narrow(task);
+    if (c.splits > 1) phi3::narrow(task);
     const int64_t first = task.slot_begin, slots = task.slot_end - first;
     const int64_t size = phi3::partial_size(task.rows(), c.head_dim);
     Guarded<float> partials(std::vector<float>(c.splits * size, kNan), guard);
     for (int64_t i = 0; i < c.splits; ++i) {
       task.slot_begin = first + slots * i / c.splits, task.slot_end = first + slots * (i + 1) / c.splits;
-      kernels.attend(task, scratch.data(), partials.data() + i * size);
+      phi3::attend(task, scratch.data(), partials.data() + i * size);
     }
-    kernels.finish(task, partials.data(), c.splits);
+    phi3::finish(task, partials.data(), c.splits);
   }
 
   std::vector<double> expected, spread;
@@ -224,7 +224,7 @@ void run(const AttentionKernels& kernels, const Case& c, Guard guard, unsigned s
       if (c.poison == Poison::kFuture && g < c.group && visible(c, p, t, latest)) continue;
       const int64_t row = t * c.group + g,
                     block = std::min<int64_t>(phi3::kBlockRows, c.tokens * c.group - row / 64 * 64);
-      const bool rounded = !std::strcmp(kernels.name, "avx512_bf16") && c.type != CacheType::kFloat32 && block > 4;
+      const bool rounded = kRoundsQueries && c.type != CacheType::kFloat32 && block > 4;
       if (g < c.group)
         naive(c, p, cache, &q[(t * heads + g) * c.head_dim], rounded, t, expected, spread);
       else
@@ -235,8 +235,8 @@ void run(const AttentionKernels& kernels, const Case& c, Guard guard, unsigned s
             spread[h] * (rounded ? 1. / 200 : 2e-5 * std::max(1.f, c.magnitude * c.magnitude)) + 1e-30;
         if (std::isnan(want) ? std::isnan(got) : std::abs(got - want) <= allowed) continue;
         if (++failures <= 20)
-          std::printf("FAILED %s%s: t=%ld g=%ld h=%ld: %g, not %g\n", kernels.name, c.text().c_str(),
-                      long(t), long(g), long(h), got, want);
+          std::printf("FAILED%s: t=%ld g=%ld h=%ld: %g, not %g\n", c.text().c_str(), long(t), long(g), long(h), got,
+                      want);
         return;
       }
     }
@@ -244,12 +244,12 @@ void run(const AttentionKernels& kernels, const Case& c, Guard guard, unsigned s
 
 constexpr CacheType kTypes[] = {CacheType::kFloat32, CacheType::kBfloat16, CacheType::kInt8};
 
-void test_attend(const AttentionKernels& kernels) {
+void test_attend() {
   unsigned seed = 0;
   int cases = 0;
   const auto both = [&](const Case& c) {
     ++cases, ++seed;
-    run(kernels, c, seed % 2 ? Guard::kBehind : Guard::kBefore, seed);
+    run(c, seed % 2 ? Guard::kBehind : Guard::kBefore, seed);
   };
   for (CacheType type : kTypes) {
     for (int64_t head_dim = 1; head_dim <= 130; ++head_dim)
@@ -295,14 +295,14 @@ void test_attend(const AttentionKernels& kernels) {
     both(Case{type, 1, 2600, 2, 16, 0, 0, 3});
     both(Case{type, 2, 50, 71, 16});
   }
-  std::printf("%s: %d attention cases\n", kernels.name, cases);
+  std::printf("%d attention cases\n", cases);
 }
 
-void expect(bool ok, const AttentionKernels& kernels, const char* what, int64_t n) {
-  if (!ok && ++failures <= 20) std::printf("FAILED %s: %s, n=%ld\n", kernels.name, what, long(n));
+void expect(bool ok, const char* what, int64_t n) {
+  if (!ok && ++failures <= 20) std::printf("FAILED: %s, n=%ld\n", what, long(n));
 }
 
-void test_store(const AttentionKernels& kernels) {
+void test_store() {
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
   for (int64_t n = 1; n <= 130; ++n)
@@ -316,23 +316,23 @@ void test_store(const AttentionKernels& kernels) {
         Guarded<float> f(std::vector<float>(H, -7.f), guard);
         Guarded<uint16_t> b(std::vector<uint16_t>(H, 7), guard);
         Guarded<int8_t> q(std::vector<int8_t>(H, 7), guard);
-        kernels.store(CacheType::kFloat32, x.data(), n, H, f.data(), scale.data());
-        kernels.store(CacheType::kBfloat16, x.data(), n, H, b.data(), scale.data());
-        expect(scale[0] == -7.f, kernels, "floats have no scale", n);
-        kernels.store(CacheType::kInt8, x.data(), n, H, q.data(), scale.data());
+        phi3::store_row(CacheType::kFloat32, x.data(), n, H, f.data(), scale.data());
+        phi3::store_row(CacheType::kBfloat16, x.data(), n, H, b.data(), scale.data());
+        expect(scale[0] == -7.f, "floats have no scale", n);
+        phi3::store_row(CacheType::kInt8, x.data(), n, H, q.data(), scale.data());
         float most = 0;
         for (int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(x[i]));
         if (special == 1)
-          expect(!std::isfinite(scale[0]), kernels, "the scale of NaN or inf", n);
+          expect(!std::isfinite(scale[0]), "the scale of NaN or inf", n);
         else
-          expect(scale[0] == most / 127, kernels, "scale", n);
+          expect(scale[0] == most / 127, "scale", n);
         for (int64_t i = 0; i < H; ++i) {
           const float want = i < n ? x[i] : 0.f;
-          expect(!std::memcmp(&f[i], &want, 4), kernels, "float32", n);
-          const uint16_t rounded = float_to_bf16(want);
-          expect(std::isnan(want) ? std::isnan(bf16_to_float(b[i])) : b[i] == rounded, kernels, "bfloat16", n);
+          expect(!std::memcmp(&f[i], &want, 4), "float32", n);
+          const uint16_t rounded = to_bf16(want);
+          expect(std::isnan(want) ? std::isnan(from_bf16(b[i])) : b[i] == rounded, "bfloat16", n);
           const float quotient = special == 1 || special == 2 ? 0.f : std::nearbyint(want / scale[0]);
-          expect(q[i] == quotient, kernels, "int8", n);
+          expect(q[i] == quotient, "int8", n);
         }
       }
 }
@@ -340,12 +340,8 @@ void test_store(const AttentionKernels& kernels) {
 }  // namespace
 
 int main() {
-  for (const AttentionKernels* table : PHI3_TABLES(attention)) {
-    if (!phi3::supported(table->name)) continue;
-    const AttentionKernels& kernels = *table;
-    test_attend(kernels);
-    test_store(kernels);
-  }
+  test_attend();
+  test_store();
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);
   return failures != 0;
 }

@@ -1,5 +1,7 @@
-// Every table of linear kernels that this processor supports, against float64; and the packing, against the definition
-// of the layouts. Compiled with linear_*.cpp (each with its flags, see build.py; not linear_ffi.cpp) and pack.cpp.
+// The linear kernels against float64; and the packing, against the definition of the layouts. Compiled for one
+// instruction set, with the files of native/linear.
+#include "linear/linear.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -11,10 +13,9 @@
 #include <vector>
 
 #include "guarded.h"
-#include "linear_panels.h"
+#include "linear/pack.h"
+#include "linear/panels.h"
 #include "numbers.h"
-#include "pack.h"
-#include "tables.h"
 
 using namespace phi3;
 
@@ -22,7 +23,7 @@ namespace {
 
 std::mt19937 random_bits(1);
 int failures = 0;
-double worst_error = 0;  // of the table under test, relative to the sum of the magnitudes of all terms
+double worst_error = 0;  // relative to the sum of the magnitudes of all terms
 
 int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n)); }
 float normal() { return std::normal_distribution<float>()(random_bits); }
@@ -114,9 +115,8 @@ void spoil(const std::string& where, Guarded<float>& x, int64_t m, int64_t n, in
 
 constexpr int64_t kLayers = 3, kLayer = 1;  // the layers around the one that is used are filled with NaN or 0xff
 
-void test_bf16(const LinearKernels& kernels, int64_t m, int64_t n, int64_t k, Kind kind, Kind weight_kind,
-               bool spoiled) {
-  const std::string where = describe((std::string(kernels.name) + " bf16").c_str(), m, n, k, kind);
+void test_bf16(int64_t m, int64_t n, int64_t k, Kind kind, Kind weight_kind, bool spoiled) {
+  const std::string where = describe("bf16", m, n, k, kind);
   const Guard guard = below(2) ? Guard::kBefore : Guard::kBehind;
   Bf16Matrix matrix = {nullptr, n, k};
   const int64_t pairs = matrix.pairs(), layer_size = matrix.count() * pairs * 128;
@@ -139,15 +139,15 @@ void test_bf16(const LinearKernels& kernels, int64_t m, int64_t n, int64_t k, Ki
 
   Guarded<float> x = rows_of(kind, m * k, guard);
   auto run = [&] {
-    const int64_t stride = matrix.x_stride(kernels), row_bytes = stride * kernels.rounded_bytes;
+    const int64_t stride = matrix.x_stride(), row_bytes = stride * kRoundedBytes;
     Guarded<char> rounded(m * row_bytes, guard);
     std::fill(rounded.begin(), rounded.end(), char(0xff));
-    for (int64_t r = 0; r < m; ++r) kernels.round_row(x.data() + r * k, k, rounded.data() + r * row_bytes);
+    for (int64_t r = 0; r < m; ++r) round_row(x.data() + r * k, k, rounded.data() + r * row_bytes);
     Guarded<float> y(m * n, guard);
     std::fill(y.begin(), y.end(), std::nanf(""));
     divided(m, matrix.count(), [&](int64_t row, int64_t last_row, int64_t first, int64_t last) {
       Guarded<float> edge((last_row - row) * kBf16Panel, guard);
-      bf16_panels(kernels, matrix, rounded.data(), row, last_row, first, last, edge.data(), y.data());
+      bf16_panels(matrix, rounded.data(), row, last_row, first, last, edge.data(), y.data());
     });
     return y;
   };
@@ -198,11 +198,10 @@ struct Format {
   bool has_mins;
 };
 
-void test_quantized(const LinearKernels& kernels, const Format& f, int64_t m, int64_t n, int64_t k, Kind kind,
-                    bool spoiled) {
+void test_quantized(const Format& f, int64_t m, int64_t n, int64_t k, Kind kind, bool spoiled) {
   const std::string format =
-      " " + std::to_string(f.bits) + " bits, groups of " + std::to_string(f.group) + (f.has_mins ? ", mins," : "");
-  const std::string where = describe((kernels.name + format).c_str(), m, n, k, kind);
+      std::to_string(f.bits) + " bits, groups of " + std::to_string(f.group) + (f.has_mins ? ", mins," : "");
+  const std::string where = describe(format.c_str(), m, n, k, kind);
   const Guard guard = below(2) ? Guard::kBefore : Guard::kBehind;
   QuantizedMatrix matrix = {{nullptr, nullptr, nullptr, f.bits}, n, k, f.group};
   const int64_t groups = matrix.groups(), padded = groups * f.group, row_bytes = padded * f.bits / 8,
@@ -267,12 +266,12 @@ void test_quantized(const LinearKernels& kernels, const Format& f, int64_t m, in
                               matrix.x_stride(), groups,          f.group};
   auto run = [&] {
     std::fill(q.begin(), q.end(), 0x7f);
-    for (int64_t r = 0; r < m; ++r) kernels.quantize_row(x.data() + r * k, k, f.bits, f.has_mins, rows, r);
+    for (int64_t r = 0; r < m; ++r) quantize_row(x.data() + r * k, k, f.bits, f.has_mins, rows, r);
     Guarded<float> y(m * n, guard);
     std::fill(y.begin(), y.end(), std::nanf(""));
     divided(m, matrix.count(), [&](int64_t row, int64_t last_row, int64_t first, int64_t last) {
       Guarded<float> edge((last_row - row) * kQuantizedPanel, guard);
-      quantized_panels(kernels, matrix, rows, row, last_row, first, last, edge.data(), y.data());
+      quantized_panels(matrix, rows, row, last_row, first, last, edge.data(), y.data());
     });
     return y;
   };
@@ -304,7 +303,7 @@ void test_quantized(const LinearKernels& kernels, const Format& f, int64_t m, in
 }
 
 // Every float16 as a scale, and then as a min: y = scale * 1 and y = min * 1.
-void test_all_halves(const LinearKernels& kernels) {
+void test_all_halves() {
   constexpr int64_t n = 65536, k = 1, group = 32;
   for (bool as_min : {false, true}) {
     std::vector<uint8_t> data(n * group, as_min ? 1 : 129);
@@ -316,21 +315,21 @@ void test_all_halves(const LinearKernels& kernels) {
     float x = 1, scale, sum;
     int32_t start;
     const QuantizedRows rows = {q.data(), &scale, &sum, &start, matrix.x_stride(), 1, group};
-    kernels.quantize_row(&x, k, 8, as_min, rows, 0);
+    quantize_row(&x, k, 8, as_min, rows, 0);
     std::vector<float> y(n), edge(32);
-    quantized_panels(kernels, matrix, rows, 0, 1, 0, matrix.count(), edge.data(), y.data());
+    quantized_panels(matrix, rows, 0, 1, 0, matrix.count(), edge.data(), y.data());
     for (int64_t i = 0; i < n; ++i) {
       const double expected = from_half(static_cast<uint16_t>(i));
       const bool right = std::isnan(expected)   ? std::isnan(y[i])
                          : std::isinf(expected) ? y[i] == expected
                                                 : std::fabs(y[i] - expected) <= 3e-7 * std::fabs(expected);
-      if (!right) fail("%s: float16 0x%04x gave %g instead of %g", kernels.name, int(i), y[i], expected);
+      if (!right) fail("float16 0x%04x gave %g instead of %g", int(i), y[i], expected);
     }
   }
 }
 
 // Values where rounding to bf16 is delicate, by the kernels and by the packing.
-void test_rounding(const LinearKernels& kernels) {
+void test_rounding() {
   std::vector<float> delicate;
   for (uint32_t high :
        {0x3f80u, 0x3f81u, 0x7f7fu, 0xff7fu, 0x4000u, 0x80u, 0x7f80u, 0xff80u, 0x7fffu, 0xffffu, 0x7fc0u, 0u, 0x8000u})
@@ -341,31 +340,29 @@ void test_rounding(const LinearKernels& kernels) {
     Guarded<float> x(k);
     std::copy(delicate.begin(), delicate.begin() + k, x.begin());
     const int64_t even = (k + 1) / 2 * 2;
-    Guarded<char> rounded(even * kernels.rounded_bytes);
+    Guarded<char> rounded(even * kRoundedBytes);
     Guarded<uint16_t> packed(even * 64);
-    kernels.round_row(x.data(), k, rounded.data());
+    round_row(x.data(), k, rounded.data());
     if (phi3_pack_f32_as_bf16(x.data(), 1, k, 0, 1, packed.data())) fail("packing refused");
     for (int64_t i = 0; i < even; ++i) {
       const uint16_t expected = i < k ? to_bf16(x[i]) : 0, pack = packed[i / 2 * 128 + i % 2];
       uint32_t bits = 0;
-      std::memcpy(&bits, rounded.data() + i * kernels.rounded_bytes, kernels.rounded_bytes);
-      const uint16_t got = kernels.rounded_bytes == 4 ? bits >> 16 : bits;
+      std::memcpy(&bits, rounded.data() + i * kRoundedBytes, kRoundedBytes);
+      const uint16_t got = kRoundedBytes == 4 ? bits >> 16 : bits;
       auto same = [&](uint16_t other, bool flushes) {
         if (std::isnan(from_bf16(expected))) return std::isnan(from_bf16(other));
         return other == expected || (flushes && denormal(x[i]) && std::fabs(from_bf16(other)) <= 0x1p-126);
       };
-      if (!same(got, true) || !same(pack, false))
-        fail("%s: %a rounded to %04x, packed as %04x", kernels.name, double(x[i]), got, pack);
+      if (!same(got, true) || !same(pack, false)) fail("%a rounded to %04x, packed as %04x", double(x[i]), got, pack);
     }
   }
 }
 
 int64_t odd_up_to(int64_t most) { return below(most) | 1; }
 
-void test_table(const LinearKernels& kernels, bool quick) {
-  worst_error = 0;
-  test_rounding(kernels);
-  test_all_halves(kernels);
+void test_all(bool quick) {
+  test_rounding();
+  test_all_halves();
   std::vector<Format> formats;
   for (int bits : {8, 4})
     for (int64_t group : {32, 64, 128})
@@ -374,26 +371,25 @@ void test_table(const LinearKernels& kernels, bool quick) {
   for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32, 130})
     for (int repeat = 0; repeat < (quick ? 2 : 7); ++repeat, ++turn) {
       const Kind kind = static_cast<Kind>(turn % kKinds), weights = static_cast<Kind>(turn / kKinds % kKinds);
-      test_bf16(kernels, m, odd_up_to(130), odd_up_to(130), kind, weights, true);
-      test_bf16(kernels, m, 1 + below(200), 1 + below(520), kRandom, kRandom, false);
+      test_bf16(m, odd_up_to(130), odd_up_to(130), kind, weights, true);
+      test_bf16(m, 1 + below(200), 1 + below(520), kRandom, kRandom, false);
       for (const Format& format : formats) {
-        test_quantized(kernels, format, m, odd_up_to(130), odd_up_to(130), kind, m < 32);
-        if (repeat % 2) test_quantized(kernels, format, m, 1 + below(70), 1 + below(1200), kRandom, false);
+        test_quantized(format, m, odd_up_to(130), odd_up_to(130), kind, m < 32);
+        if (repeat % 2) test_quantized(format, m, 1 + below(70), 1 + below(1200), kRandom, false);
       }
     }
   for (auto [m, n, k] : {std::array<int64_t, 3>{1, 192, 3072}, {7, 192, 3072}, {13, 33, 8192}, {1, 65, 8191}}) {
-    test_bf16(kernels, m, n, k, kRandom, kRandom, true);
-    for (const Format& format : formats) test_quantized(kernels, format, m, n, k, kRandom, false);
+    test_bf16(m, n, k, kRandom, kRandom, true);
+    for (const Format& format : formats) test_quantized(format, m, n, k, kRandom, false);
   }
-  std::printf("%-9s largest error %.2e of the sum of magnitudes\n", kernels.name, worst_error);
+  std::printf("largest error %.2e of the sum of magnitudes\n", worst_error);
 }
 
 }  // namespace
 
 // With an argument: fewer sizes, for an emulator.
 int main(int count, char**) {
-  for (const LinearKernels* table : PHI3_TABLES(linear))
-    if (phi3::supported(table->name)) test_table(*table, count > 1);
+  test_all(count > 1);
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }

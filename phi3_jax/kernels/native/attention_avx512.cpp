@@ -1,4 +1,0 @@
-#define PHI3_BF16 0
-#define PHI3_NAME "avx512"
-#define PHI3_TABLE attention_avx512
-#include "attention_avx512.inc"
