@@ -1,7 +1,7 @@
 """Weights in the order in which the CPU kernels read them: in panels, whose outputs fill the lanes of a vector.
 
 Axis letters: L layer, O outputs, I inputs, P panels of 64 (bfloat16) or 32 outputs, J inputs rounded up to whole
-groups, A = J / group groups. The layouts are drawn in native/linear.h.
+groups, A = J / group groups. The layouts are drawn in native/linear/linear.h.
 """
 
 from __future__ import annotations

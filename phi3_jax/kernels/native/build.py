@@ -48,7 +48,7 @@ class Unavailable(Exception):  # noqa: N818 - a reason rather than a fault
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library, its handlers known to XLA. Raises Unavailable if it cannot be had."""
+    """The loaded library, its handlers known to XLA. Raises Unavailable if the kernels cannot be used here."""
     loaded = _load_once()
     if isinstance(loaded, str):
         raise Unavailable(loaded)
@@ -63,7 +63,7 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def _load_once() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none, which standard error is told, too."""
+    """The library, or the reason why there is none, which is also printed to standard error."""
     try:
         loaded = ctypes.CDLL(str(_build()))
         _check_version(loaded)
@@ -104,9 +104,9 @@ def _made(target: Path, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _choose(asked: Path) -> str:
-    """The instruction set that PHI3_JAX_ISA names, or the best one of this processor."""
-    loaded = ctypes.CDLL(str(asked))
+def _choose(probe: Path) -> str:
+    """The instruction set that PHI3_JAX_ISA names, or the best one of this processor; `probe` is isa.cpp, compiled."""
+    loaded = ctypes.CDLL(str(probe))
     loaded.phi3_best_isa.restype = ctypes.c_char_p
     wanted = os.environ.get("PHI3_JAX_ISA")
     if not wanted:
@@ -178,7 +178,7 @@ def _check_version(loaded: ctypes.CDLL) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process is inside."""
+    """Holds an exclusive lock on the file; waits while another process holds it."""
     import fcntl  # not on Windows
 
     with path.open("w") as file:
@@ -187,5 +187,5 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _note(text: str) -> None:
-    # Said by a library, because silence of ten seconds, or a run that is many times slower, would be worse.
+    # A library should not print; but ten silent seconds, or a run that is many times slower, would be worse.
     print(f"phi3_jax: {text}", file=sys.stderr, flush=True)
