@@ -28,7 +28,7 @@ from phi3_jax.train.step import make_train_step, start
 # The kind of an operation is the first one whose pattern is in the operation's name, as JAX gives it.
 _KINDS = {
     "products with weights": r"\.\.\.i,oi->\.\.\.o",
-    "products of the adapter": r"\.\.\.r,\.\.\.o->ro|\.\.\.o,or->\.\.\.r|low_rank",
+    "products of the adapter": r"\.\.\.r,\.\.\.o->ro|\.\.\.o,or->\.\.\.r",
     "products of attention": r"BKG.*dot_general|BKG\w+,BK\w+->",
     "the rest of attention": r"self_attn",
     "the rest of the layers": r"layers|Phi3\.hidden|Phi3\.embed",

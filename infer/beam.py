@@ -155,8 +155,12 @@ def start(prompts: DecodeState, last: jax.Array, beams: int) -> tuple[Search, ja
     """From B prompts that have been read, and `last` [B, D], to beams, equal for each prompt, and `last` [R, D]."""
     B, M = prompts.tokens.shape
     origin = jnp.repeat(jnp.arange(B), beams)
-    sums = jnp.where(jnp.arange(beams) == 0, jnp.zeros((B, beams)), -jnp.inf)
-    finished = jnp.zeros((B, beams, M), jnp.int32), jnp.zeros((B, beams), jnp.int32), jnp.full((B, beams), -jnp.inf)
+    sums = jnp.where(jnp.arange(beams) == 0, jnp.zeros((B, beams), jnp.float32), -jnp.inf)
+    finished = (
+        jnp.zeros((B, beams, M), jnp.int32),
+        jnp.zeros((B, beams), jnp.int32),
+        jnp.full((B, beams), -jnp.inf, jnp.float32),
+    )
     return Search(reorder(prompts, origin), sums, *finished), last[origin]
 
 

@@ -33,7 +33,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
             raise ValueError(
                 f"an array of prompts must hold token ids [T] or [B, T], not {prompts.dtype} {prompts.shape}"
             )
-        prompts = prompts.tolist()
+        return [prompts.tolist()] if prompts.ndim == 1 else prompts.tolist()
     items: list[Any] = list(prompts)
     return [items] if items and isinstance(items[0], int | np.integer) else items
 

@@ -21,11 +21,10 @@ from phi3_jax.kernels.attention.masks import positions_from_mask as positions_fr
 from phi3_jax.model import random_params as random_params
 
 
-__version__ = importlib.metadata.version("phi3_jax")
-
-
 def __getattr__(name: str) -> Any:
     # infer and train import the library, so it must not import them: they are loaded at first use.
     if name in ("infer", "train"):
         return importlib.import_module(f"phi3_jax.{name}")
+    if name == "__version__":  # asked for late, so that the library can be imported without being installed
+        return importlib.metadata.version("phi3_jax")
     raise AttributeError(f"module 'phi3_jax' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -45,24 +46,32 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for top in STOREYS for path in sorted((ROOT / top).rglob("*.py"))}
 
 
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
 def imports(name: str) -> set[str]:
-    """The modules of ours that a module imports, be it inside of a function."""
-    found = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+    """The modules of ours that a module imports, be it inside of a function, or reaches as attributes of phi3_jax."""
+    asked = set()
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
-            asked = [alias.name for alias in node.names]
+            asked |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = name.split(".")[: -node.level] if node.level else []
             base += node.module.split(".") if node.module else []
-            asked = [".".join([*base, alias.name]) for alias in node.names]
-        else:
-            continue
-        for target in asked:
-            if target.split(".")[0] == "phi3_jax":  # a module, a package, or a name inside of one of them
-                around = target.rpartition(".")[0]
-                candidates = (target, f"{target}.__init__", around, f"{around}.__init__")
-                found.add(next(module for module in candidates if module in MODULES))
-    return found
+            asked |= {".".join([*base, alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"phi3_jax(\.\w+)+", dotted := ast.unparse(node)):
+            asked.add(dotted)
+    assert not {target for target in asked if target.split(".")[0] in ("infer", "train")}, name
+    found = set()
+    for target in asked:
+        parts = target.split(".")
+        while parts[0] == "phi3_jax":  # a module, a package, or a name inside of one of them
+            known = [each for each in (".".join(parts), ".".join([*parts, "__init__"])) if each in MODULES]
+            if known:
+                found.add(known[0])
+                break
+            parts.pop()
+    return found - {name}
 
 
 def room(module: str) -> str:
@@ -98,11 +107,30 @@ def test_generation_knows_nothing_of_training_and_training_only_its_public_names
             assert public or not name.startswith("phi3_jax.train."), (name, other)
 
 
-def test_only_programs_have_flags():
-    for name, path in MODULES.items():
+def test_only_programs_have_flags_and_print_and_nothing_imports_a_program():
+    may_print = {
+        "phi3_jax.kernels.native.build",  # ten silent seconds, or a run many times slower, would be worse
+        "phi3_jax.infer.benchmark.peer_process",  # its requests and replies go through pipes
+    }
+    for name, tree in TREES.items():
         is_program = room(name).endswith((".programs", ".command_line"))
         assert is_program or not any("phi3_jax.command_line" in other for other in GRAPH[name]), name
-        assert is_program or "absl" not in path.read_text(encoding="utf-8"), name
+        assert not any(other.endswith("_main") for other in GRAPH[name]), name
+        source, words = ast.unparse(tree), {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert is_program or not re.search(r"(from|import) (absl|argparse)\b", source), name
+        assert is_program or "print" not in words or name in may_print, name
+
+
+def test_a_package_says_which_of_its_names_others_use():
+    """They are imported from the package itself, or from a module that its docstring names."""
+    untold = set()
+    for name, others in GRAPH.items():
+        for other in others:
+            package = room(other)
+            if package != room(name) and f"{package}.__init__" in MODULES and not other.endswith("__init__"):
+                named = re.findall(r"\w+", ast.get_docstring(TREES[f"{package}.__init__"]) or "")
+                untold |= set() if set(other.split(".")) & set(named) else {f"{other} (by {name})"}
+    assert not untold
 
 
 def test_no_folder_has_more_than_fifteen_modules():
@@ -113,5 +141,5 @@ def test_no_folder_has_more_than_fifteen_modules():
 
 def test_every_room_says_what_it_is_for():
     for folder in {path.parent for path in MODULES.values()}:
-        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        docstring = ast.get_docstring(TREES[module_name(folder / "__init__.py")])
         assert docstring, f"{folder}: an __init__.py with a docstring is missing"

@@ -1,4 +1,4 @@
-"""Training, on top of the library and of generation.
+"""Training, on top of the library.
 
 A training step, in reading order: settings.py, step.py, forward.py, loss.py (dpo.py for preferences), optimizer.py,
 sharding.py. The subpackages are data/, run/ (a whole run), evaluation/, recipes/ and programs/. From Python a run is

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from phi3_jax.checkpoint.atomic_write import new_file
 
 from .rounds import Result
 
@@ -50,7 +53,8 @@ def save_chart(results: Sequence[Result], path: str | os.PathLike[str], title: s
         text = "red line: what this machine's memory and arithmetic allow for these weights"
         figure.text(0.98, 0.14 / total, text, fontsize=8, color=_LIMIT, va="center", ha="right")
     figure.tight_layout(rect=(0.01, 0.30 / total, 0.99, 1 - 0.72 / total), h_pad=1.6, w_pad=2.0)
-    canvas.print_png(os.fspath(path))
+    with new_file(Path(path), overwrite=True) as partial:
+        canvas.print_png(os.fspath(partial))
 
 
 def _panel(axes: Any, results: Sequence[Result]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import zlib
 
-import jax
 import ml_dtypes
 import numpy as np
 
 import phi3_jax
-from phi3_jax.checkpoint import Layout, fastest_layout
+from phi3_jax.checkpoint import Layout, default_dtype, fastest_layout
 from phi3_jax.checkpoint.assemble import assemble
 from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows
 from phi3_jax.checkpoint.tensor_source import TensorSource
@@ -50,9 +49,7 @@ class ModelSpec:
 
     def resolved_dtype(self) -> str:
         """The dtype's name with "auto" looked up."""
-        if self.dtype != "auto":
-            return self.dtype
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return default_dtype() if self.dtype == "auto" else self.dtype
 
     def fastest_layout(self) -> Layout:
         """Packed if the CPU kernels take it, as in phi3-generate."""

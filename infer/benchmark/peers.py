@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3_jax.checkpoint import resolve, safetensors_files
+from phi3_jax.checkpoint import resolve, stored_dtype
 from phi3_jax.checkpoint.gguf.header import read_header
 from phi3_jax.kernels.machine import Rate, threads
 
-from . import processes as processes
+from . import processes
 from .model import ModelSpec
 from .rounds import Side
 
@@ -132,12 +132,8 @@ def _file(peer: Peer, spec: ModelSpec, folder: Path, python: str | None, say: Ca
 
 
 def _stored(spec: ModelSpec) -> str:
-    """The dtype to round from: the stored one, to save memory, or float32 if there are several."""
-    if spec.is_random:
-        return "bfloat16"
-    place = resolve(spec.checkpoint)
-    found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
-    return found.pop() if len(found) == 1 and found <= set(_BY_US.values()) else "float32"
+    """The dtype to round from."""
+    return "bfloat16" if spec.is_random else stored_dtype(spec.checkpoint)
 
 
 def _export(path: Path, kind: str, spec: ModelSpec, dtype: str, say: Callable[[str], None]) -> Path:

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.checkpoint import Checkpoint
-from phi3_jax.checkpoint.quantized_files import is_quantized
+from phi3_jax.checkpoint import Checkpoint, is_quantized
 from phi3_jax.kernels.attention import why_not_cpu
 
 from .options import Options

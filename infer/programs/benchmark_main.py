@@ -70,7 +70,6 @@ _WORK_DIR = flags.DEFINE_string(
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 _CHART = flags.DEFINE_string("chart", None, "A PNG file for a chart (needs the extra plot).")
 
-_SHARED = [CHECKPOINT, common.DTYPE, QUANTIZE, common.CACHE_DTYPE]
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
     "Model": [CHECKPOINT, _RANDOM, common.DTYPE, QUANTIZE, common.CACHE_DTYPE, _WINDOW],
     "What is measured": [_PROMPT_LENGTHS, _CONTEXTS, _BATCHES, _NEW_TOKENS, _ROUNDS],
@@ -161,8 +160,6 @@ def _numbers(holder: flags.FlagHolder[Any]) -> list[int]:
 
 def _check_flags() -> None:
     """Raises ValueError for flags that contradict one another, would have no effect, or would fail late."""
-    if unknown := sorted(set(common.settings()) - {holder.name for holder in _SHARED}):
-        raise ValueError(f"phi3-benchmark has no {', '.join('--' + name for name in unknown)}")
     if _RANDOM.value and CHECKPOINT.present:
         raise ValueError("give --checkpoint or --random, not both")
     for flag in (_PEER_PYTHON, _FLASH_ATTENTION, _WORK_DIR):

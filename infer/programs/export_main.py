@@ -16,12 +16,11 @@ from pathlib import Path
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import resolve, safetensors_files
+from phi3_jax.checkpoint import stored_dtype
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
-from phi3_jax.model import DTYPES
 
 _FORMAT = flags.DEFINE_enum(
     "format", "gguf", ["gguf", "safetensors"], "One file for llama.cpp (needs the extra gguf), or a folder."
@@ -48,7 +47,7 @@ def main() -> int:
     if _FORMAT.value == "safetensors" and not _TOKENIZER.value:
         raise ValueError("--notokenizer is for --format gguf")
     with progress_bar("loading") as on_progress:
-        dtype = _DTYPES.get(kind) or _stored_dtype(CHECKPOINT.value)
+        dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
         checkpoint = phi3_jax.load(CHECKPOINT.value, dtype, adapter=ADAPTER.value, on_progress=on_progress)
     if _FORMAT.value == "safetensors":
         phi3_jax.save(checkpoint, output)
@@ -60,13 +59,6 @@ def main() -> int:
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     return 0
-
-
-def _stored_dtype(path: str) -> str:
-    """The dtype to load before rounding to integers: the stored one, to save memory; float32 if there are several."""
-    place = resolve(path)
-    found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
-    return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
 
 
 def run() -> None:

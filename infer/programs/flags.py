@@ -6,11 +6,10 @@ import sys
 import typing
 from typing import Any
 
-import jax
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import fastest_layout
+from phi3_jax.checkpoint import default_dtype, fastest_layout
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
@@ -114,9 +113,7 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
     """Loads --checkpoint and --adapter, or only the checkpoint `path`; a progress bar appears after a second."""
     adapter = ADAPTER.value if path is None else None
-    path, dtype = path or CHECKPOINT.value, DTYPE.value
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    path, dtype = path or CHECKPOINT.value, default_dtype() if DTYPE.value == "auto" else DTYPE.value
     with progress_bar("loading") as on_progress:
         checkpoint = phi3_jax.load(
             path, dtype, quantize=QUANTIZE.value, layout=fastest_layout(), adapter=adapter, on_progress=on_progress

@@ -2,7 +2,7 @@
 
 params.py has the sampling settings, processors.py changes logits, pick.py picks a token. grammar.py allows only tokens
 that fit a grammar, stop_strings.py ends an answer at a stop string, logprobs.py records log-probabilities. Other
-packages use the names below, and `pick.pick`.
+packages use the names below, `pick.pick`, and the arrays of `grammar` and `logprobs` in the compiled loop.
 """
 
 from .grammar import Grammar as Grammar

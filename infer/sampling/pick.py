@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from . import processors
-from .params import Sampling as Sampling
-from .params import SamplingArrays as SamplingArrays
+from .params import SamplingArrays
 
 
 def pick(

@@ -25,6 +25,11 @@ Layout = Literal["rows", "packed"]
 _THREADS = 4
 
 
+def default_dtype() -> str:
+    """What floats are loaded as where nothing else is asked for: float32 on the CPU, bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def fastest_layout() -> Layout:
     """ "packed" where there are CPU kernels that read it, else "rows"."""
     return "packed" if jax.default_backend() == "cpu" and why_unavailable() is None else "rows"
@@ -46,8 +51,9 @@ def assemble(
       dtype: float32, bfloat16 or float16, as a name or a type: the dtype of parameters that stay floats.
       origin: file or folder, for messages.
       on_progress: called with (bytes done, bytes in all) after each tensor.
-      quantize: a policy of policy.py, by which matrices become integers; "stored" keeps the file's integers of 4 and 8
-        bits, leaves 16-bit floats as floats, and rounds the rest to 8 bits; None makes floats.
+      quantize: a policy of quantization/policy.py, by which matrices become integers; "stored" keeps integers of the
+        types Q8_0, Q4_0, Q4_1 and Q4_K, leaves 16-bit floats as floats, and rounds the rest to 8 bits; None makes
+        floats.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; "rows"
         is Hugging Face's order.
 
@@ -109,7 +115,7 @@ def _formats(
             found[path] = None
         elif bits in ({4}, {8}):
             found[path] = Format(4 if bits == {4} else 8, symmetric=not has_mins)
-        else:  # layers that differ, or integers of 5 or 6 bits
+        else:  # layers that differ, or integers of types that are not kept
             found[path] = Format(8)
     return found
 

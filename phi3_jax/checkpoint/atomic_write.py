@@ -25,19 +25,23 @@ def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: b
     """
     if not overwrite:
         _refuse_existing(target)
+    elif target.exists() and not target.is_file() and not target.is_dir():
+        yield target  # a pipe or a terminal, for example /dev/stdout, which must not be replaced
+        return
+    place = target.resolve() if overwrite else target  # a link stays one
     partial = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
         os.close(handle)
         partial = Path(name)
         _require_room(target, size)
         yield partial
-        partial.chmod(0o600 if private else 0o644)
-        os.replace(partial, target)
+        partial.chmod(0o600 if private else 0o666 & ~_umask())  # mkstemp's files are private
+        os.replace(partial, place)
     except OSError as error:
         if error.strerror is None:  # not from the operating system: it names the file and the remedy already
             raise
-        room = f", with {size / 1e9:.3f} GB left" if size else ""
+        room = f", with {_shown(size)} left" if size else ""
         raise OSError(
             f"{target}: cannot be written ({error.strerror}); name a file in a folder that is there and may be written "
             f"to{room}"
@@ -78,4 +82,15 @@ def _refuse_existing(target: Path) -> None:
 def _require_room(target: Path, size: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if size > free:
-        raise OSError(f"{target}: takes {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
+        raise OSError(f"{target}: takes {_shown(size)}, but only {_shown(free)} are free there")
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def _umask() -> int:
+    """The bits that this process takes from the permissions of new files; they can only be read by setting them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

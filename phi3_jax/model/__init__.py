@@ -1,7 +1,8 @@
 """The decoder: token ids -> logits, as a pure function of a tree of parameters.
 
 Read decoder.py first; rope.py rotates queries and keys, cache.py holds the keys and values of earlier tokens, and
-parameters.py says which parameters there are and how checkpoints name them. Other packages use the names below.
+parameters.py says which parameters there are and how checkpoints name them. Other packages use the names below, and
+`rope` and `decoder` where they run a single layer or write its constants into a file.
 """
 
 from phi3_jax.model.cache import KVCache as KVCache

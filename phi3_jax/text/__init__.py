@@ -1,7 +1,8 @@
 """Text <-> token ids, and the messages of a chat -> a prompt.
 
 It reads a checkpoint's tokenizer files and its chat template, encodes text as token ids, and decodes ids to text, also
-one by one during generation. Other packages use the names below, and `tokenizer_files` for reading JSON.
+one by one during generation. Other packages use the names below, `tokenizer_files` to read JSON, and `backends` to
+build a tokenizer from other files.
 """
 
 from phi3_jax.text.chat import encode_answers as encode_answers

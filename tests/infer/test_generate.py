@@ -9,7 +9,7 @@ import without_cache
 
 import phi3_jax
 from phi3_jax.checkpoint import fastest_layout
-from phi3_jax.infer import Options, Run, Sampling, generate, stream
+from phi3_jax.infer import Options, Run, Sampling, beam_search, generate, stream
 from phi3_jax.infer.prompts import as_list
 from phi3_jax.infer.sampling import StopWatch
 
@@ -32,6 +32,8 @@ def test_equals_decoding_without_a_cache_alone_and_in_a_ragged_batch(tiny, greed
 def test_prompts_may_be_arrays_of_token_ids(tiny, greedy):
     assert generate(tiny, jnp.asarray(PROMPTS[0]), max_new_tokens=24)[0].token_ids == greedy[0]
     assert as_list(np.array([[5, 1, 7], [2, 3, 4]])) == [[5, 1, 7], [2, 3, 4]]
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        generate(tiny, np.array([], int))
     for wrong in (np.ones(3), jnp.ones((1, 1, 3), int), np.array(5)):
         with pytest.raises(ValueError, match=r"token ids \[T\] or \[B, T\]"):
             generate(tiny, wrong)
@@ -45,7 +47,8 @@ def test_64_bit_mode_changes_no_token(tiny_folder):
 
     def run():
         results = generate(model, PROMPTS, 24, sampling=[Sampling(), drawn, drawn], options=options)
-        return [result.token_ids for result in results]
+        (beams,) = beam_search(model, PROMPTS[0], 5, beams=2, answers=2)
+        return [result.token_ids for result in results], [(beam.token_ids, beam.score) for beam in beams]
 
     expected = run()
     with jax.enable_x64(True):

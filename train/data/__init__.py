@@ -1,7 +1,7 @@
 """The data of training runs: JSON lines -> texts in token ids -> rows -> batches.
 
 examples.py reads a line, prepare.py writes a whole file as arrays that dataset.py maps (packing.py puts several texts
-into a row), and order.py says which rows make a step. Others use the names below.
+into a row), and order.py says which rows make a step. Other packages use the names below.
 """
 
 from .batch import Batch as Batch

@@ -320,7 +320,6 @@ def _machine():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--temperature", "1"], "has no --temperature"),
         (["--work_dir", "x"], "needs --peers"),
         (["--random", "phi-4", "--checkpoint", "demo"], "not both"),
         (["--json", "nowhere/a.json"], "there is no folder nowhere"),
