@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 # Keys that cannot change a logit: bookkeeping, and dropout on the embedding, which transformers never applies.
-INERT_KEYS = frozenset(
+_BOOKKEEPING = frozenset(
     {
         "_attn_implementation",
+        "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
         "auto_map",
@@ -28,13 +29,30 @@ INERT_KEYS = frozenset(
         "model_type",
         "output_attentions",
         "output_hidden_states",
+        "pretraining_tp",
         "problem_type",
         "return_dict",
+        "tokenizer_class",
         "torch_dtype",
         "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
         "use_cache",
     }
 )
+# What transformers 4 adds in a full dump of any configuration, and its Phi-3 never reads: encoders, heads for other
+# tasks, and settings of generation, which have a file of their own.
+_OF_EVERY_MODEL = frozenset({
+    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "is_decoder", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "top_k", "top_p", "torchscript", "typical_p",
+})  # fmt: skip
+INERT_KEYS = _BOOKKEEPING | _OF_EVERY_MODEL
 # Keys that are accepted with these values only, because the decoder has no code for others.
 FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -238,6 +256,12 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
         if (value := raw.pop(key, allowed[0])) not in allowed:
             raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is implemented")
 
+    if (quantization := raw.pop("quantization_config", None)) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ValueError(
+            f"quantization_config: weights that were quantised by {method!r} cannot be read; load the checkpoint that "
+            "they were made from, and quantise it here (quantize=..., or phi3-quantize)"
+        )
     fields: dict[str, Any] = {}
     rope, theta, partial = _rope_keys(raw)
     original = raw.pop("original_max_position_embeddings", None)
@@ -246,7 +270,7 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     for field in dataclasses.fields(Phi3Config):
         if field.name in raw:
             fields[field.name] = raw.pop(field.name)
-    unknown = sorted(raw.keys() - INERT_KEYS)
+    unknown = sorted(key for key in raw.keys() - INERT_KEYS if raw[key] is not None)  # null: the default
     if unknown:
         raise ValueError(
             f"unsupported keys {unknown}; they may change what the model computes: remove them only if you "

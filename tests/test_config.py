@@ -79,6 +79,25 @@ def test_the_original_length_at_the_top_level_wins():
     assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 32
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"unsloth_version": "2024.9", "unsloth_fixed": True, "_attn_implementation_autoset": True, "pretraining_tp": 1},
+        {
+            "temperature": 0.7,
+            "max_length": 20,
+            "is_decoder": False,
+            "pruned_heads": {},
+            "num_beams": 1,
+            "sep_token_id": None,
+        },
+        {"quantization_config": None, "logit_softcap": None, "mlp_bias": None, "hidden_act": "silu"},
+    ],
+)
+def test_bookkeeping_and_nulls_change_nothing(extra):
+    assert Phi3Config.from_hf(V4 | extra) == Phi3Config.from_hf(V4)
+
+
 @pytest.mark.parametrize("name", phi3_jax.PRESETS)
 def test_round_trip(name):
     config = dataclasses.replace(phi3_jax.PRESETS[name], eos_token_id=(7,), bos_token_id=1)
@@ -120,6 +139,12 @@ def with_rope(**changes) -> dict:
     [
         (V4 | {"logit_softcap": 30.0}, r"unsupported keys \['logit_softcap'\]"),
         (V4 | {"quantization_config": {}}, "quantization_config"),
+        (
+            V4 | {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "by 'awq' cannot be read; load the checkpoint",
+        ),
+        (V4 | {"quantization_config": {"quant_method": "bitsandbytes"}}, "by 'bitsandbytes' .* quantise it here"),
+        (V4 | {"logit_scale": None, "attn_logit_softcapping": 50.0}, r"unsupported keys \['attn_logit_softcapping'\]"),
         (V4 | {"model_type": "llama"}, "model_type is 'llama'"),
         (V4 | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (V4 | {"attention_bias": True}, "attention_bias=True"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -21,6 +23,7 @@ from phi3_jax.quantization import Format, formats
 
 Layout = Literal["rows", "packed"]
 
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two threads are enough to copy at memory speed; many more would only compete for the cores.
 _THREADS = 4
 
@@ -33,6 +36,28 @@ def default_dtype() -> str:
 def fastest_layout() -> Layout:
     """ "packed" where there are CPU kernels that read it, else "rows"."""
     return "packed" if jax.default_backend() == "cpu" and why_unavailable() is None else "rows"
+
+
+def without_redundant(
+    sources: Mapping[str, TensorSource], config: Phi3Config, origin: str
+) -> tuple[dict[str, TensorSource], Phi3Config]:
+    """The tensors, each stored once, and the configuration that fits them, as in transformers 5.
+
+    A tied head that is stored, too, is left out if it equals the embedding. If it differs, a warning says that the two
+    are not tied; if only the head is stored, it is the embedding.
+    """
+    found = dict(sources)
+    if not config.tie_word_embeddings or _HEAD not in found:
+        return found, config
+    head = found.pop(_HEAD)
+    table = found.setdefault(_TABLE, head)
+    if table is head or (table.shape == head.shape and np.array_equal(table.read(), head.read())):
+        return found, config
+    warnings.warn(
+        f"{origin}: config.json ties {_HEAD} to {_TABLE}, but both are stored and differ: they are not tied",
+        stacklevel=3,
+    )
+    return found | {_HEAD: head}, dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def assemble(

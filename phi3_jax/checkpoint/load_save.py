@@ -15,7 +15,7 @@ import numpy as np
 
 from phi3_jax.adapters import require_merged
 from phi3_jax.checkpoint import quantized_files, safetensors_files
-from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors
+from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors, without_redundant
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
@@ -97,6 +97,9 @@ def load(
         they are converted as `dtype` or `quantize` say.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
+    Warns:
+      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it.
+
     Raises:
       FileNotFoundError: a file is missing.
       ImportError: it is a .gguf file, and the extra `gguf` is not installed.
@@ -130,7 +133,8 @@ def load(
             raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
         params = quantized_files.read(place, described, config, packed=layout == "packed")
     else:
-        sources = merged_sources(safetensors_files.read_folder(place), adapter, config)
+        stored, config = without_redundant(safetensors_files.read_folder(place), config, str(place))
+        sources = merged_sources(stored, adapter, config)
         params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
     return Checkpoint(config, params, tokenizer, generation, place)
 

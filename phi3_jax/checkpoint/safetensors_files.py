@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ FLOATS: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+# Constants that older versions of transformers stored beside the parameters, integers among them.
+_BUFFERS = (".rotary_emb.inv_freq", ".position_ids")
+_ANY = FLOATS | {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -47,8 +51,7 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
         sources |= tensors
     if duplicates:
         raise ValueError(f"{folder}: tensors stand in more than one file: {duplicates}")
-    # Old checkpoints carry the rotary frequencies, which follow from the configuration.
-    return {name: source for name, source in sources.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: source for name, source in sources.items() if not name.endswith(_BUFFERS)}
 
 
 def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, TensorSource]:
@@ -74,7 +77,7 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
     start = 8 + length
     sources, end = {}, start
     for name, entry in header.items():
-        source, stop = _tensor(path, name, entry, start, size, kinds)
+        source, stop = _tensor(path, name, entry, start, size, _ANY if name.endswith(_BUFFERS) else kinds)
         sources[name], end = source, max(end, stop)
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end} of {size}")
@@ -109,10 +112,14 @@ def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if not index.exists():
-        if not (folder / SINGLE).exists():
-            raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; download the weights into it")
+    if (folder / SINGLE).exists():
+        if index.exists():
+            warnings.warn(
+                f"{folder}: {SINGLE} is read, as by transformers, and the shards of {INDEX} are not", stacklevel=4
+            )
         return [folder / SINGLE]
+    if not index.exists():
+        raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; download the weights into it")
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))

@@ -64,6 +64,40 @@ def test_tied_checkpoints_have_no_head(tiny, tmp_path):
     assert_same_tree(phi3_jax.load(tmp_path / "tied").params, tied.params)
 
 
+def test_one_file_beside_an_index_of_others_is_read_with_a_word(tiny, tiny_folder):
+    other = phi3_jax.random_params(tiny.config, seed=5)
+    phi3_jax.save(dataclasses.replace(tiny, params=other), tiny_folder / "shards", max_shard_size=9_000)
+    for path in (tiny_folder / "shards").glob("model*"):
+        shutil.copy(path, tiny_folder)
+    with pytest.warns(
+        UserWarning, match=r"model\.safetensors is read, .* the shards of model\.safetensors\.index\.json"
+    ):
+        loaded = phi3_jax.load(tiny_folder)
+    assert_same_tree(loaded.params, tiny.params)
+
+
+def test_a_tied_head_that_is_stored_too(tiny, tmp_path):
+    """As in transformers 5: equal, it is left out; different, the two are not tied; alone, it is the embedding."""
+    config = dataclasses.replace(tiny.config, tie_word_embeddings=True)
+    tied = dataclasses.replace(tiny, config=config, params=phi3_jax.random_params(config))
+    phi3_jax.save(tied, tmp_path / "tied")
+    path = tmp_path / "tied" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    table, head = tensors["model.embed_tokens.weight"], "lm_head.weight"
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(3)}
+
+    safetensors.numpy.save_file(tensors | buffers | {head: table, "model.position_ids": np.arange(9)}, path)
+    assert_same_tree(phi3_jax.load(tmp_path / "tied").params, tied.params)
+    safetensors.numpy.save_file(tensors | {head: table[::-1].copy()}, path)
+    with pytest.warns(UserWarning, match=r"both are stored and differ: they are not tied"):
+        loose = phi3_jax.load(tmp_path / "tied")
+    assert not loose.config.tie_word_embeddings
+    assert_same_tree(loose.params, tied.params | {"lm_head": {"weight": table[::-1]}})
+    del tensors["model.embed_tokens.weight"]
+    safetensors.numpy.save_file(tensors | {head: table}, path)
+    assert_same_tree(phi3_jax.load(tmp_path / "tied").params, tied.params)
+
+
 KINDS = {
     "float64": "F64",
     "float32": "F32",
