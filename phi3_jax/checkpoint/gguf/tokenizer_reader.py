@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from phi3_jax.text.backends import SPACE_MARK, AddedToken, TokenizersEncoder, de
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")  # ids that have a key of their own
+_MARKER = re.compile(r"<\|\w+\|>")  # of roles, ends and padding, in all vocabularies of the family
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -166,13 +169,20 @@ def _added_tokens(
     # GGUF has no place for rstrip, but Phi-3's published files set it on all added tokens except these three. Phi-4
     # has the same architecture name and no rstrip: its vocabulary is of the other kind, gpt2.
     phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
-    named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+    named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _NAMED}
+    template = metadata.get("tokenizer.chat_template") or ""
+
+    def is_special(token_id: int, token: str, token_type: int) -> bool:
+        # Early files of Phi-3 mark <|end|> and others as user-defined; a user who types it would then end the turn.
+        marks = _MARKER.fullmatch(token) is not None or token in template
+        return token_type != USER_DEFINED or token_id in named or marks
+
     return tuple(
         AddedToken(
             id=token_id,
             content=token,
             rstrip=phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
-            special=token_type != USER_DEFINED or token_id in named,
+            special=is_special(token_id, token, token_type),
         )
         for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True))
         if token and token_type in (UNKNOWN, CONTROL, USER_DEFINED)

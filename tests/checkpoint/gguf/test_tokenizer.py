@@ -260,3 +260,26 @@ def having(key: str, value: Any) -> dict[str, Any]:
 def test_errors(metadata: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenizer_from_gguf(metadata, "x.gguf")
+
+
+def test_markers_are_special_whatever_the_file_says_of_them():
+    """Early files of Phi-3 mark <|end|> as user-defined; then what a user types would end the turn."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
+    names = ["<s>", "<|end|>", "<|placeholder3|>", "[INST]", "</eot>", "<gap>"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": alphabet + names,
+        "tokenizer.ggml.token_type": [1] * 256 + [4] * len(names),
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.eot_token_id": 260,
+        "tokenizer.chat_template": "{% for m in messages %}[INST]{{ m.content }}{% endfor %}",
+    }
+    tokenizer = tokenizer_from_gguf(metadata, "early.gguf")
+    for token_id, name in enumerate(names, start=256):
+        is_special = name != "<gap>"
+        assert (token_id in tokenizer.encode(f"a{name}b")) != is_special, name
+        assert token_id in tokenizer.encode(f"a{name}b", parse_special=True), name
+        assert tokenizer.decode([token_id], skip_special_tokens=True) == ("" if is_special else name)
