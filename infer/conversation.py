@@ -118,7 +118,7 @@ class Conversation:
           ValueError: the template refuses the messages, or a number makes no sense.
 
         Warns:
-          UserWarning: the template drops the system message.
+          UserWarning: the template drops a message, for example the system's.
         """
         begin = time.perf_counter()
         question = {"role": "user", "content": text}

@@ -43,11 +43,11 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
         ValueError: messages of another shape, no template, or a template that fails or refuses the messages.
 
     Warns:
-        UserWarning: the template drops the system message.
+        UserWarning: the template drops a message, for example because it does not know the role.
     """
     plain = _validated(messages)
     text = _render(tokenizer, plain, add_generation_prompt)
-    _warn_if_system_is_dropped(tokenizer, plain, add_generation_prompt)
+    _warn_of_dropped(tokenizer, plain, add_generation_prompt)
     return text
 
 
@@ -60,7 +60,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
     plain = _validated(messages)
     mark = _unused_noncharacter(tokenizer, plain)
     text = _render(tokenizer, [_defused(tokenizer, message, mark) for message in plain], add_generation_prompt)
-    _warn_if_system_is_dropped(tokenizer, plain, add_generation_prompt)
+    _warn_of_dropped(tokenizer, plain, add_generation_prompt)
     return tokenizer.encode(text, parse_special=True, add_bos=False, literal_mark=mark)
 
 
@@ -75,10 +75,8 @@ def encode_answers(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[l
 
     Raises:
         ValueError: as in `encode_chat`; or there is no answer, the template ends answers with no special token or
-            rewrites them, or the tokenizer makes one token of a header's end and an answer's beginning.
-
-    Warns:
-        UserWarning: the template drops the system message.
+            rewrites them or drops a message, or the tokenizer makes one token of a header's end and an answer's
+            beginning.
     """
     plain = _validated(messages)
     last = max((i for i, message in enumerate(plain) if message["role"] == "assistant"), default=None)
@@ -87,7 +85,8 @@ def encode_answers(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[l
     plain = plain[: last + 1]
     mark = _unused_noncharacter(tokenizer, plain)
     text, spans = _find_answers(tokenizer, [_defused(tokenizer, message, mark) for message in plain], mark)
-    _warn_if_system_is_dropped(tokenizer, plain, generation_prompt=False)
+    if dropped := _dropped(tokenizer, plain, generation_prompt=False):
+        raise ValueError(dropped[0])
     return encode_spans(tokenizer, text, spans, parse_special=True, add_bos=False, literal_mark=mark)
 
 
@@ -153,19 +152,25 @@ def _defuse(tokenizer: Tokenizer, text: str, mark: str) -> str:
     return re.sub(f"(?=({'|'.join(map(re.escape, present))}))(.)", rf"\2{mark}", text, flags=re.S) if present else text
 
 
-def _warn_if_system_is_dropped(tokenizer: Tokenizer, messages: list[dict[str, str]], generation_prompt: bool) -> None:
-    if not any(message["role"] == "system" for message in messages):
-        return
+def _dropped(tokenizer: Tokenizer, messages: list[dict[str, str]], generation_prompt: bool) -> list[str]:
+    """Says of each message that the template does not write, because of its role or its place, what to do instead."""
     # Searching for the content is not enough: another message may have the same.
     probe = _unused_noncharacter(tokenizer, messages)
-    probed = [m | {"content": m["content"] + probe} if m["role"] == "system" else m for m in messages]
-    if probe not in _render(tokenizer, probed, generation_prompt):
-        warnings.warn(
-            f"{tokenizer.source}: the checkpoint's chat template drops the system message; "
-            "put its text into the first user message.",
-            UserWarning,
-            stacklevel=3,
-        )
+    marks = [f"{probe}{index}{probe}" for index in range(len(messages))]
+    probed = [message | {"content": message["content"] + mark} for message, mark in zip(messages, marks, strict=True)]
+    text = _render(tokenizer, probed, generation_prompt)
+    found = []
+    for index, (message, mark) in enumerate(zip(messages, marks, strict=True)):
+        if mark not in text:
+            which = "the system message" if message["role"] == "system" else f"messages[{index}]"
+            what = f"{tokenizer.source}: the checkpoint's chat template drops {which}, of role {message['role']!r}; "
+            found.append(what + "put its text into a message of the user, or use a role that the template knows.")
+    return found
+
+
+def _warn_of_dropped(tokenizer: Tokenizer, messages: list[dict[str, str]], generation_prompt: bool) -> None:
+    for text in _dropped(tokenizer, messages, generation_prompt):
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -51,6 +51,7 @@ def test_exact_strings(template: str, messages: list[dict[str, str]], generation
     assert ids.count(256) == text.count("<s>")
 
 
+@pytest.mark.filterwarnings("ignore:.*drops messages")  # they write what they are about, and not all messages
 def test_environment_of_templates() -> None:
     template = (
         "{% for m in messages %}\n"
@@ -62,6 +63,21 @@ def test_environment_of_templates() -> None:
     messages = [{"role": "user", "content": "<é>"}, ASSISTANT]
     text = render_chat(small_tokenizer(template), messages)
     assert text == '{"role": "user", "content": "<é>"}<é>% True abab 6'
+
+
+def test_warns_of_every_message_that_the_template_drops() -> None:
+    template = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content | trim }}{% endfor %}"
+    odd = [{"role": role, "content": "Hello"} for role in ("developer", "tool", "function")]
+    for call in (render_chat, encode_chat):
+        with pytest.warns(UserWarning, match="drops messages") as caught:
+            call(small_tokenizer(template), [odd[0], USER, odd[1], ASSISTANT, odd[2], USER])
+        said = [str(warning.message) for warning in caught]
+        assert len(said) == 3
+        for text, (index, role) in zip(said, [(0, "developer"), (2, "tool"), (4, "function")], strict=True):
+            assert f"drops messages[{index}], of role {role!r}; put its text into" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        render_chat(small_tokenizer(PHI4_MINI), [odd[0], USER, odd[1], {"role": "assistant", "content": ""}])
 
 
 def test_warns_when_the_template_drops_the_system_message() -> None:

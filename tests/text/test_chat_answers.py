@@ -111,10 +111,14 @@ def test_templates_and_chats_that_cannot_be_learned_from(template, messages, mes
         encode_answers(small_tokenizer(template), messages)
 
 
-def test_warns_when_the_template_drops_the_system_message():
-    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|end|>{% endfor %}"
-    with pytest.warns(UserWarning, match="drops the system message"):
-        encode_answers(small_tokenizer(template), [{"role": "system", "content": "Be brief."}, ANSWER])
+@pytest.mark.parametrize(("role", "index"), [("system", 0), ("tool", 2), ("developer", 1)])
+def test_a_message_that_the_template_drops_is_not_learned_around(role, index):
+    template = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}<|end|>{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "there"}, ANSWER]
+    messages.insert(index, {"role": role, "content": "Hi"})  # the user's words must not hide the loss
+    which = "the system message" if role == "system" else rf"messages\[{index}\]"
+    with pytest.raises(ValueError, match=rf"drops {which}, of role '{role}'; put its text into a message of the user"):
+        encode_answers(small_tokenizer(template), messages)
 
 
 def test_spans_of_plain_text_and_bos():
