@@ -39,6 +39,7 @@ def test_prompts_may_be_arrays_of_token_ids(tiny, greedy):
             generate(tiny, wrong)
 
 
+@pytest.mark.slow
 def test_64_bit_mode_changes_no_token(tiny_folder):
     """Neither for the CPU kernels, which take positions as int32 only, nor for random draws."""
     model = phi3_jax.load(tiny_folder, quantize="int4", layout=fastest_layout())
