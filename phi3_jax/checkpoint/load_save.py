@@ -18,6 +18,7 @@ from phi3_jax.checkpoint import quantized_files, safetensors_files
 from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors, without_redundant
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
+from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.peft_files import merged_sources
@@ -203,6 +204,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     place = Path(path)
     if place.is_dir():
         if not (place / "config.json").exists():
+            if (gguf := only_gguf(place)) is not None:
+                return gguf
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )
