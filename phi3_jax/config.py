@@ -346,27 +346,26 @@ def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_ty
     )
 
 
+_MOST_ROTARY = 1 << 16
+
+
 def _static_rope(kind: str, rope: Mapping[str, Any], original: Any, config: Phi3Config) -> LongRope | None:
     """Llama's scalings, which are divisors of the frequencies that do not depend on the length: LongRoPE of one set.
 
     linear divides all frequencies by `factor`. llama3 divides those of which less than `low_freq_factor` periods fit
     into the original length, keeps those of which more than `high_freq_factor` do, and interpolates between them.
     """
-    values = [
-        rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")[: 1 if kind == "linear" else 3]
-    ]
-    if not all(_is_number(value) and value > 0 for value in [*values, original]):
-        raise ValueError(f"rope type {kind!r} needs positive numbers as factor{'s' * (kind != 'linear')}, not {values}")
-    factor, *bounds = values
-    divisors = [float(factor)] * (config.rotary_dim // 2)
-    if bounds:
-        low, high = bounds
-        if low == high:
-            raise ValueError("low_freq_factor and high_freq_factor must differ")
-        for i in range(len(divisors)):
-            periods = original * config.rope_theta ** (-2 * i / config.rotary_dim) / (2 * math.pi)
-            kept = min(max((periods - low) / (high - low), 0.0), 1.0)
-            divisors[i] = 1 / ((1 - kept) / factor + kept)
+    given: dict[str, Any] = {key: rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    factor, low, high = (given["factor"], 0, 1) if kind == "linear" else given.values()
+    if not all(_is_number(value) for value in (factor, low, high, original)) or factor <= 0 or not 0 <= low < high:
+        raise ValueError(f"rope type {kind!r} needs a positive factor, and llama3 a low and a higher one, not {given}")
+    if config.rotary_dim > _MOST_ROTARY:  # a damaged number; the list would be as long
+        raise ValueError(f"{config.rotary_dim} rotated dimensions are more than any model has")
+    divisors = []
+    for i in range(config.rotary_dim // 2):
+        periods = original * config.rope_theta ** (-2 * i / config.rotary_dim) / (2 * math.pi)
+        kept = 0.0 if kind == "linear" else min(max((periods - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - kept) / factor + kept))
     if all(divisor == 1 for divisor in divisors):
         return None
     return LongRope(tuple(divisors), tuple(divisors), config.max_position_embeddings, attention_factor=1.0)

@@ -39,7 +39,7 @@ INERT_ROPE_KEYS = frozenset({"short_mscale", "long_mscale"})
 LONG_ROPE_NAMES = frozenset({"longrope", "su", "yarn"})  # Phi-3's; for other model types, yarn is something else
 
 # What an absent key means: the defaults of transformers' configuration class for this model_type.
-_SHARED = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_SHARED: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _SHARED |= {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "phi3": {

@@ -188,8 +188,12 @@ def test_a_llama_has_no_window_and_a_mistral_has():
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"\['dynamic'\] is not supported; known for llama are"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"\['yarn'\] is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, r"'linear' needs positive numbers as factor, not \[None\]"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"'llama3' needs .* \[8\.0, None, None\]"),
+        ({"rope_scaling": {"type": "linear"}}, r"'linear' needs a positive factor, .* not \{'factor': None"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            r"'llama3' needs a positive factor, .*'low_freq_factor': None",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "head_dim": 10**12}, "more than any model has"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not defined for model_type 'llama'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),

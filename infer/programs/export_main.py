@@ -61,7 +61,7 @@ def main() -> int:
         dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
         checkpoint = phi3_jax.load(CHECKPOINT.value, dtype, adapter=ADAPTER.value, on_progress=on_progress)
     if _FORMAT.value == "safetensors":
-        phi3_jax.save(checkpoint, output, architecture=_AS.value)
+        phi3_jax.save(checkpoint, output, architecture=typing.cast(Architecture, _AS.value))
         return 0
     if not _TOKENIZER.value:
         checkpoint = dataclasses.replace(checkpoint, tokenizer=None)

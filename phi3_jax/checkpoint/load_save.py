@@ -211,6 +211,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             )
         return place
     if place.is_file():
+        safetensors_files.refuse_pointer(place)
         with place.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC  # caches of other programs name files by their hash
         if not is_gguf and place.suffix != ".gguf":

@@ -46,6 +46,7 @@ _INSTEAD = {
     "trust it, and call save_pretrained",
     "*.pt*": "pickled weights, which could execute code; save them as safetensors where you trust them",
 }
+_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -79,6 +80,7 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
       ValueError: the header is damaged, the file is shorter or longer than it says, or a dtype is not accepted.
     """
     size = path.stat().st_size
+    refuse_pointer(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -98,6 +100,13 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end} of {size}")
     return sources
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError if a file is what Git LFS leaves in the place of one that was not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path}: a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
 
 
 def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_size: int) -> None:

@@ -253,3 +253,11 @@ def test_what_lies_in_the_folder_instead_is_named_with_the_remedy(tiny_folder, f
         (tiny_folder / name).write_bytes(b"?")
     with pytest.raises(FileNotFoundError, match=message):
         phi3_jax.load(tiny_folder)
+
+
+def test_pointers_of_git_lfs_are_named(tiny_folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7600000000\n"
+    for path in (tiny_folder / "model.safetensors", tiny_folder / "phi3.gguf"):
+        path.write_text(pointer)
+        with pytest.raises(ValueError, match=rf"{path.name}: a pointer of Git LFS, not the weights; .*: git lfs pull"):
+            phi3_jax.load(tiny_folder if path.suffix == ".safetensors" else path)

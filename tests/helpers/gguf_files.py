@@ -57,6 +57,13 @@ def write(path: Path, config: phi3_jax.Phi3Config, tensors: dict, architecture: 
             int: writer.add_uint32,
             str: writer.add_string,
             list: writer.add_array,
+            np.uint8: writer.add_uint8,
+            np.int16: writer.add_int16,
+            np.uint16: writer.add_uint16,
+            np.int32: writer.add_int32,
+            np.uint64: writer.add_uint64,
+            np.int64: writer.add_int64,
+            np.float64: writer.add_float64,
         }
         add[type(value)](full, value)
     for name, tensor in tensors.items():

@@ -87,6 +87,8 @@ _FILE_KEYS: dict[str, _Kind] = {
     "tokenizer.ggml.tokens": [str],
     **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "eom", "unknown", "padding")},
 }
+# What llama.cpp takes for a vocabulary of sentencepiece where a file does not say.
+_DEFAULT_IDS = {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("unknown", "bos", "eos"))}
 _NO_TOKENIZER = ("no_vocab", "none")
 # A GGUF file often names one or two end ids, but chat models have more: these tokens end a turn in all of them.
 _END_TEXTS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
@@ -121,6 +123,8 @@ def read_gguf(path: Path) -> GgufFile:
     """
     tensor_kinds()  # without the package, this says so before anything is read
     metadata, table = read_headers(path)
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        metadata = _DEFAULT_IDS | metadata
     if wrong := _wrong_types(metadata, _FILE_KEYS):
         raise damaged(path, "; ".join(wrong))
     architecture = metadata.get("general.architecture")
@@ -300,10 +304,10 @@ def _long_rope(path: Path, keys: Mapping[str, Any], table: Mapping[str, GgufTens
     """LongRoPE's factors; or divisors that are the same at every length, which is LongRoPE with equal ones."""
     original = keys.get("rope.scaling.original_context_length", keys["context_length"])
     if _SHORT_FACTORS in table:
-        if original == keys["context_length"]:
+        if "rope.scaling.original_context_length" not in keys:
             warnings.warn(
-                f"{path}: rope.scaling.original_context_length is the context length, or missing: as in llama.cpp, "
-                "LongRoPE's long factors are not used within it",
+                f"{path}: rope.scaling.original_context_length is missing: as in llama.cpp, it is the context length, "
+                f"{original}, so that LongRoPE's long factors are not used within it",
                 stacklevel=5,
             )
         short, long = (_factors(table[name]) for name in (_SHORT_FACTORS, _LONG_FACTORS))

@@ -104,7 +104,7 @@ def test_without_the_original_length_longropes_long_factors_are_not_used(tiny, t
     """llama.cpp's default of the original length is the context length."""
     path = tmp_path / "x.gguf"
     write(path, tiny.config, as_phi3(tiny), "phi3", lambda keys: keys.pop("rope.scaling.original_context_length"))
-    with pytest.warns(UserWarning, match=r"x\.gguf: rope\.scaling\.original_context_length is .* or missing: as in"):
+    with pytest.warns(UserWarning, match=r"original_context_length is missing: as in llama\.cpp, .* 64"):
         loaded = phi3_jax.load(path)
     rope = dataclasses.replace(tiny.config.long_rope, original_max_position_embeddings=64)
     assert loaded.config.long_rope == rope
@@ -136,6 +136,36 @@ def test_the_key_of_the_vocabularys_size_counts_only_without_tokens(tiny, tmp_pa
 
     loaded = phi3_jax.load(write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", change))
     assert loaded.config.vocab_size == loaded.tokenizer.vocab_size == 97
+
+
+def test_ids_of_a_sentencepiece_vocabulary_have_llama_cpps_defaults(tiny, tmp_path):
+    """0, 1 and 2 are unknown, bos and eos; other kinds of vocabularies have no such order."""
+    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(94))]
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 97,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * 94,
+    }
+    path = write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", lambda given: given.update(keys))
+    loaded = phi3_jax.load(path)
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (1, (2,))
+    assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (1, 2)
+    assert loaded.generation.eos_token_ids == (2,)
+    assert loaded.tokenizer.encode("a")[0] == 1
+    explicit = {f"tokenizer.ggml.{name}_token_id": i for name, i in {"bos": 5, "eos": 6, "unknown": 0}.items()}
+    path = write(tmp_path / "y.gguf", tiny.config, as_phi3(tiny), "phi3", lambda given: given.update(keys | explicit))
+    assert (phi3_jax.load(path).config.bos_token_id, phi3_jax.load(path).config.eos_token_id) == (5, (6,))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.uint64, np.int64])
+def test_numbers_of_any_width(tiny, tmp_path, kind):
+    def change(keys):
+        for key in ("block_count", "context_length", "attention.head_count_kv", "rope.dimension_count"):
+            keys[key] = kind(keys[key])
+        keys["rope.freq_base"] = np.float64(keys["rope.freq_base"])
+
+    assert_same(phi3_jax.load(write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", change)), tiny)
 
 
 def test_longropes_attention_factor_is_taken_over(tiny, tmp_path):
