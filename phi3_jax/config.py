@@ -7,12 +7,21 @@ skipped, the results could differ from the published model's, and nobody would n
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from phi3_jax.config_keys import DEFAULTS, DROPOUT_KEYS, FIXED_KEYS, INERT_ROPE_KEYS, LONG_ROPE_NAMES, is_inert
+from phi3_jax.config_keys import (
+    DEFAULTS,
+    DROPOUT_KEYS,
+    FIXED_KEYS,
+    INERT_ROPE_KEYS,
+    LONG_ROPE_NAMES,
+    is_inert,
+    is_number,
+    rope_divisors,
+    rope_keys,
+)
 
 Architecture = Literal["phi3", "llama"]
 
@@ -171,7 +180,7 @@ def _problems(config: Phi3Config) -> list[str]:
         )
     for name in ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "initializer_range"):
         value = getattr(config, name)
-        if not _is_number(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             found.append(f"{name} must be a positive number, not {value!r}")
     if found:
         return found
@@ -213,7 +222,7 @@ def _long_rope_problems(config: Phi3Config, rope: LongRope) -> list[str]:
         if not isinstance(factors, tuple) or len(factors) != config.rotary_dim // 2:
             length = len(factors) if isinstance(factors, tuple) else repr(factors)
             found.append(f"LongRoPE {name} must list rotary_dim/2 = {config.rotary_dim // 2} numbers, not {length}")
-        elif not all(_is_number(value) and value > 0 for value in factors):
+        elif not all(is_number(value) and value > 0 for value in factors):
             found.append(f"LongRoPE {name} must hold positive numbers only")
     if not _is_count(rope.original_max_position_embeddings) or rope.original_max_position_embeddings < 2:
         found.append(
@@ -222,7 +231,7 @@ def _long_rope_problems(config: Phi3Config, rope: LongRope) -> list[str]:
         )
     for name in ("factor", "attention_factor"):
         value = getattr(rope, name)
-        if value is not None and not (_is_number(value) and value > 0):
+        if value is not None and not (is_number(value) and value > 0):
             found.append(f"LongRoPE {name} must be a positive number or absent, not {value!r}")
     return found
 
@@ -242,11 +251,9 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
             f"quantization_config: weights that were quantised by {method!r} cannot be read; load the checkpoint that "
             "they were made from, and quantise it here (quantize=..., or phi3-quantize)"
         )
-    _tell_what_is_left_out(raw, model_type)
-    rope, theta, partial = _rope_keys(raw)
-    original = raw.pop("original_max_position_embeddings", None)
-    # As in transformers, the value at the top level takes precedence over the one among the rope parameters.
-    original = rope.pop("original_max_position_embeddings", None) if original is None else original
+    _drop_what_has_no_effect(raw, model_type)
+    rope, theta, partial = rope_keys(raw)
+    top, nested = (where.pop("original_max_position_embeddings", None) for where in (raw, rope))
     fields = {field.name: raw.pop(field.name) for field in dataclasses.fields(Phi3Config) if field.name in raw}
     unknown = sorted(key for key in raw if not is_inert(key) and raw[key] is not None)  # null: the default
     if unknown:
@@ -266,9 +273,17 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
         if model_type != "phi3" and partial != 1:
             raise ValueError(f"partial_rotary_factor={partial!r} is not defined for model_type {model_type!r}")
     plain = Phi3Config(**fields)  # checks the sizes
-    if original is None:
-        original = DEFAULTS[model_type].get("original_max_position_embeddings", plain.max_position_embeddings)
-    return dataclasses.replace(plain, long_rope=_long_rope(rope, original, plain, model_type))
+    default = DEFAULTS[model_type].get("original_max_position_embeddings", plain.max_position_embeddings)
+    # As in transformers, the value at the top level takes precedence over the one among the rope parameters.
+    original = next((value for value in (top, nested) if value is not None), default)
+    long_rope = _long_rope(rope, original, plain, model_type)
+    if long_rope is not None and model_type == "phi3" and top is None and original != default:
+        warnings.warn(
+            f"config.json: original_max_position_embeddings={original} stands among the rope parameters only, where "
+            f"transformers' Phi-3 does not read it (it would take {default}); put it at the top level, too",
+            stacklevel=4,
+        )
+    return dataclasses.replace(plain, long_rope=long_rope)
 
 
 def _with_defaults(raw: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +295,7 @@ def _with_defaults(raw: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return filled
 
 
-def _tell_what_is_left_out(raw: dict[str, Any], model_type: str) -> None:
+def _drop_what_has_no_effect(raw: dict[str, Any], model_type: str) -> None:
     """Removes keys that change no logit of the reference's, with a warning where a reader could think otherwise."""
     for key in DROPOUT_KEYS:
         if rate := raw.pop(key, None):
@@ -292,39 +307,23 @@ def _tell_what_is_left_out(raw: dict[str, Any], model_type: str) -> None:
             f"config.json: sliding_window={window} is left out, as in transformers: a llama has none (a mistral has)",
             stacklevel=5,
         )
-
-
-def _rope_keys(raw: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """Removes the rotary keys of either layout from raw -> (rope dictionary, theta, partial_rotary_factor)."""
-    scaling, parameters = raw.pop("rope_scaling", None), raw.pop("rope_parameters", None)
-    if scaling and parameters and scaling != parameters:
-        raise ValueError("rope_scaling and rope_parameters are both given and differ: keep one of them")
-    rope = scaling or parameters or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_scaling / rope_parameters must be a dictionary or null, not {rope!r}")
-    rope = dict(rope)
-
-    def one_of(key: str) -> Any:
-        values = [v for v in (raw.pop(key, None), rope.pop(key, None)) if v is not None]
-        if len(values) == 2 and values[0] != values[1]:
-            raise ValueError(f"{key} is {values[0]!r} at the top level but {values[1]!r} among the rope parameters")
-        return values[0] if values else None
-
-    return rope, one_of("rope_theta"), one_of("partial_rotary_factor")
+    kind = "full_attention" if raw.get("sliding_window") is None else "sliding_attention"
+    layer_types = raw.pop("layer_types", None) or []
+    if not isinstance(layer_types, list) or any(each != kind for each in layer_types):
+        raise ValueError(f"layer_types={layer_types!r} is not supported: here all of them would be {kind!r}")
 
 
 def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_type: str) -> LongRope | None:
     """The rope dictionary, without theta and the share that is rotated, of a model with this configuration."""
-    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
+    kinds = {str(rope.pop(key)) for key in ("type", "rope_type") if key in rope} or {"default"}
     kinds = {"longrope" if model_type == "phi3" and kind in LONG_ROPE_NAMES else kind for kind in kinds}
     rope = {key: value for key, value in rope.items() if key not in INERT_ROPE_KEYS}
-    rope.pop("original_max_position_embeddings", None)
     known = {"default": (), "longrope": ("short_factor", "long_factor", "factor", "attention_factor")}
     if model_type != "phi3":
         known |= {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     if len(kinds) > 1 or not kinds <= known.keys():
         raise ValueError(
-            f"rope type {sorted(map(str, kinds))} is not supported; known for {model_type} are {', '.join(known)}"
+            f"rope type {sorted(kinds)} is not supported; known for {model_type} are {', '.join(known)}"
             + (", su and yarn" if model_type == "phi3" else "")
         )
     (kind,) = kinds
@@ -333,7 +332,9 @@ def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_ty
     if kind == "default":
         return None
     if kind != "longrope":
-        return _static_rope(kind, rope, original, config)
+        divisors = rope_divisors(kind, rope, original, config.rope_theta, config.rotary_dim)
+        same = all(divisor == 1 for divisor in divisors)
+        return None if same else LongRope(divisors, divisors, config.max_position_embeddings, attention_factor=1.0)
     missing = [key for key in ("short_factor", "long_factor") if not isinstance(rope.get(key), list)]
     if missing:
         raise ValueError(f"LongRoPE needs lists of numbers in {missing}")
@@ -344,31 +345,6 @@ def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_ty
         factor=rope.get("factor"),
         attention_factor=rope.get("attention_factor"),
     )
-
-
-_MOST_ROTARY = 1 << 16
-
-
-def _static_rope(kind: str, rope: Mapping[str, Any], original: Any, config: Phi3Config) -> LongRope | None:
-    """Llama's scalings, which are divisors of the frequencies that do not depend on the length: LongRoPE of one set.
-
-    linear divides all frequencies by `factor`. llama3 divides those of which less than `low_freq_factor` periods fit
-    into the original length, keeps those of which more than `high_freq_factor` do, and interpolates between them.
-    """
-    given: dict[str, Any] = {key: rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
-    factor, low, high = (given["factor"], 0, 1) if kind == "linear" else given.values()
-    if not all(_is_number(value) for value in (factor, low, high, original)) or factor <= 0 or not 0 <= low < high:
-        raise ValueError(f"rope type {kind!r} needs a positive factor, and llama3 a low and a higher one, not {given}")
-    if config.rotary_dim > _MOST_ROTARY:  # a damaged number; the list would be as long
-        raise ValueError(f"{config.rotary_dim} rotated dimensions are more than any model has")
-    divisors = []
-    for i in range(config.rotary_dim // 2):
-        periods = original * config.rope_theta ** (-2 * i / config.rotary_dim) / (2 * math.pi)
-        kept = 0.0 if kind == "linear" else min(max((periods - low) / (high - low), 0.0), 1.0)
-        divisors.append(1 / ((1 - kept) / factor + kept))
-    if all(divisor == 1 for divisor in divisors):
-        return None
-    return LongRope(tuple(divisors), tuple(divisors), config.max_position_embeddings, attention_factor=1.0)
 
 
 def _derived_head_dim(hidden_size: Any, heads: Any) -> int:
@@ -384,7 +360,3 @@ def _is_int(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return _is_int(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

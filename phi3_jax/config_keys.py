@@ -1,7 +1,9 @@
-"""The keys of a config.json: which ones change nothing, which must have one value, and what absent ones mean."""
+"""The keys of a config.json: which change nothing, which must have one value, what absent ones mean; rotary ones."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 # Keys that cannot change a logit: bookkeeping, and dropout on the embedding, which transformers never applies.
@@ -69,3 +71,54 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def is_inert(key: str) -> bool:
     """Whether a key cannot change what the model computes; transformers' own bookkeeping begins with an underscore."""
     return key.startswith("_") or key in _BOOKKEEPING or key in _OF_EVERY_MODEL
+
+
+def rope_keys(raw: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+    """Removes the rotary keys of either layout from raw -> (rope dictionary, theta, partial_rotary_factor)."""
+    scaling, parameters = raw.pop("rope_scaling", None), raw.pop("rope_parameters", None)
+    if scaling and parameters and scaling != parameters:
+        raise ValueError("rope_scaling and rope_parameters are both given and differ: keep one of them")
+    rope = scaling or parameters or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling / rope_parameters must be a dictionary or null, not {rope!r}")
+    rope = dict(rope)
+
+    def one_of(key: str) -> Any:
+        values = [v for v in (raw.pop(key, None), rope.pop(key, None)) if v is not None]
+        if len(values) == 2 and values[0] != values[1]:
+            raise ValueError(f"{key} is {values[0]!r} at the top level but {values[1]!r} among the rope parameters")
+        return values[0] if values else None
+
+    return rope, one_of("rope_theta"), one_of("partial_rotary_factor")
+
+
+_MOST_ROTARY = 1 << 16
+
+
+def rope_divisors(
+    kind: str, rope: Mapping[str, Any], original: Any, theta: float, rotary_dim: int
+) -> tuple[float, ...]:
+    """Llama's scalings of the rotary frequencies, which do not depend on the length: what each is divided by.
+
+    linear divides all frequencies by `factor`. llama3 divides those of which less than `low_freq_factor` periods fit
+    into the original length, keeps those of which more than `high_freq_factor` do, and interpolates between them.
+
+    Raises ValueError if the factors are missing or make no sense.
+    """
+    given: dict[str, Any] = {key: rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    factor, low, high = (given["factor"], 0, 1) if kind == "linear" else given.values()
+    if not all(is_number(value) for value in (factor, low, high, original)) or factor <= 0 or not 0 <= low < high:
+        raise ValueError(f"rope type {kind!r} needs a positive factor, and llama3 a low and a higher one, not {given}")
+    if rotary_dim > _MOST_ROTARY:  # a damaged number; the list would be as long
+        raise ValueError(f"{rotary_dim} rotated dimensions are more than any model has")
+    divisors = []
+    for i in range(rotary_dim // 2):
+        periods = original * theta ** (-2 * i / rotary_dim) / (2 * math.pi)
+        kept = 0.0 if kind == "linear" else min(max((periods - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - kept) / factor + kept))
+    return tuple(divisors)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

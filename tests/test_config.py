@@ -79,7 +79,10 @@ def test_the_original_length_at_the_top_level_wins():
     raw["rope_parameters"]["original_max_position_embeddings"] = 32
     assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 16
     del raw["original_max_position_embeddings"]
-    assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 32
+    with pytest.warns(UserWarning, match=r"=32 stands among the rope parameters only, .*it would take 4096"):
+        assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 32
+    del raw["rope_parameters"]["original_max_position_embeddings"]
+    assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 4096  # the class's default
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_the_original_length_at_the_top_level_wins():
             "sep_token_id": None,
         },
         {"quantization_config": None, "logit_softcap": None, "mlp_bias": None, "hidden_act": "swish"},
+        {"layer_types": ["full_attention"] * 2},
         {"_flash_attn_2_enabled": True, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"}},
     ],
 )
@@ -267,6 +271,7 @@ def with_rope(**changes) -> dict:
         (V4 | {"model_type": "mixtral"}, "model_type is 'mixtral', but only these can be loaded: phi3, llama, mistral"),
         (V4 | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (V4 | {"attention_bias": True}, "attention_bias=True"),
+        (V4 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* is not supported"),
         (V4 | {"hidden_size": None}, "hidden_size=None cannot be split"),
         (with_rope(type="llama3"), r"rope type \['llama3'\] is not supported"),
         (with_rope(rope_type="linear"), "is not supported"),
