@@ -48,7 +48,9 @@ def main() -> int:
         raise ValueError("--notokenizer is for --format gguf")
     with progress_bar("loading") as on_progress:
         dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
-        checkpoint = phi3_jax.load(CHECKPOINT.value, dtype, adapter=ADAPTER.value, on_progress=on_progress)
+        checkpoint = phi3_jax.load(
+            CHECKPOINT.value, dtype, layout="rows", adapter=ADAPTER.value, on_progress=on_progress
+        )
     if _FORMAT.value == "safetensors":
         phi3_jax.save(checkpoint, output)
         return 0
