@@ -83,6 +83,13 @@ def test_what_does_not_fit_the_description_is_refused(tiny_folder, tmp_path):
     refused("which is unknown", **{"layers/mlp/down_proj/weight": down | {"group": 31}})
     refused("which is unknown", **{"layers/mlp/down_proj/weight": down | {"kind": "int3"}})
     refused("down_proj/weight.values is not uint8", **{"layers/mlp/down_proj/weight": down | {"kind": "int8"}})
+    for odd in (None, [], "int4", 4, {}, {"kind": ["int4"]}, down | {"group": "32"}, down | {"group": 32.0}):
+        refused(
+            r"describes layers/mlp/down_proj/weight as .*, which is unknown", **{"layers/mlp/down_proj/weight": odd}
+        )
+    for odd in ({"symmetric": "no"}, {"packed": 1}, {"kind": None}, {"kind": "float16", "packed": True}):
+        refused("which is unknown", **{"layers/mlp/down_proj/weight": down | odd})
+    refused("describes norm/weight as .*, which is unknown", **{"norm/weight": down})  # a vector
     refused("does not describe", extra=down)
     (tmp_path / "q" / quantized_files.FILE).unlink()
     with pytest.raises(FileNotFoundError, match="phi3-quantize"):
