@@ -22,7 +22,8 @@ from typing import TextIO
 
 from absl import flags
 
-from phi3_jax.command_line.model_flags import CHECKPOINT, require_tokenizer
+from phi3_jax.checkpoint import require_tokenizer
+from phi3_jax.command_line.model_flags import CHECKPOINT
 from phi3_jax.command_line.program import interruptible, run_program
 
 from ..conversation import ContextFullError, Conversation, load_messages, save_messages

@@ -59,7 +59,9 @@ def main() -> int:
         raise ValueError(f"--as={_AS.value} is for --format safetensors")
     with progress_bar("loading") as on_progress:
         dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
-        checkpoint = phi3_jax.load(CHECKPOINT.value, dtype, adapter=ADAPTER.value, on_progress=on_progress)
+        checkpoint = phi3_jax.load(
+            CHECKPOINT.value, dtype, layout="rows", adapter=ADAPTER.value, on_progress=on_progress
+        )
     if _FORMAT.value == "safetensors":
         phi3_jax.save(checkpoint, output, architecture=typing.cast(Architecture, _AS.value))
         return 0

@@ -9,7 +9,6 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import default_dtype, fastest_layout
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
@@ -25,7 +24,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
     ["auto", "float32", "bfloat16", "float16"],
-    "What weights become that are not quantised. auto: float32 on the CPU, bfloat16 elsewhere. On the CPU bfloat16 is "
+    "What weights become that are not quantised. auto: float32 on the CPU, elsewhere as stored. On the CPU bfloat16 is "
     "rounded a little, reads half as much, and needs a C++ compiler: XLA alone is slow in it.",
 )
 VERBOSE = flags.DEFINE_bool(
@@ -113,10 +112,9 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
     """Loads --checkpoint and --adapter, or only the checkpoint `path`; a progress bar appears after a second."""
     adapter = ADAPTER.value if path is None else None
-    path, dtype = path or CHECKPOINT.value, default_dtype() if DTYPE.value == "auto" else DTYPE.value
     with progress_bar("loading") as on_progress:
         checkpoint = phi3_jax.load(
-            path, dtype, quantize=QUANTIZE.value, layout=fastest_layout(), adapter=adapter, on_progress=on_progress
+            path or CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value, adapter=adapter, on_progress=on_progress
         )
     if VERBOSE.value:
         for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():

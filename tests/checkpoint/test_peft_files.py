@@ -222,13 +222,13 @@ def test_a_checkpoint_is_loaded_with_an_adapter(kind):
     expected = merge(base.params, adapter, lora)
     loaded = phi3_jax.load(BASE, adapter=RECORDED / kind)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), loaded.params, expected)
-    in_bfloat16 = phi3_jax.load(BASE, "bfloat16", adapter=RECORDED / kind)
+    in_bfloat16 = phi3_jax.load(BASE, "bfloat16", layout="rows", adapter=RECORDED / kind)
     assert_equal(in_bfloat16.params, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), loaded.params))
 
 
 def test_an_adapter_is_added_before_weights_are_rounded():
     loaded = phi3_jax.load(BASE, adapter=RECORDED / "lora")
-    rounded = phi3_jax.load(BASE, quantize="int8", adapter=RECORDED / "lora")
+    rounded = phi3_jax.load(BASE, quantize="int8", layout="rows", adapter=RECORDED / "lora")
     assert_equal(rounded.params, quantize_params(loaded.params, "int8"))
 
 
@@ -281,10 +281,11 @@ def test_programs_write_checkpoints_with_the_adapter_added(program, tmp_path):
     command += ["--adapter", str(RECORDED / "dora"), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    params = phi3_jax.load(BASE, "float32" if program == "export" else "bfloat16", adapter=RECORDED / "dora").params
+    dtype = "float32" if program == "export" else "bfloat16"
+    params = phi3_jax.load(BASE, dtype, layout="rows", adapter=RECORDED / "dora").params
     if program == "export":
         assert_equal(phi3_jax.load(tmp_path / "out").params, params)
         return
-    integers = phi3_jax.load(tmp_path / "out").params["layers"]["mlp"]["down_proj"]["weight"]
+    integers = phi3_jax.load(tmp_path / "out", layout="rows").params["layers"]["mlp"]["down_proj"]["weight"]
     floats = np.asarray(params["layers"]["mlp"]["down_proj"]["weight"], np.float32)
     assert np.abs(integers.dequantize() - floats).max() < np.abs(floats).max() / 100

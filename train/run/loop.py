@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 import phi3_jax
-from phi3_jax.checkpoint import save_adapter
+from phi3_jax.checkpoint import require_tokenizer, save_adapter
 
 from .. import sharding
 from ..data import Dataset, batches, eval_batches, prepare
@@ -174,9 +174,10 @@ class _Run:
 def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     on_progress = functools.partial(observer.progress, "loading")
     quantize = settings.quantize or None
-    checkpoint = phi3_jax.load(settings.checkpoint, settings.dtype, quantize=quantize, on_progress=on_progress)
-    if checkpoint.tokenizer is None:
-        raise ValueError(f"{settings.checkpoint}: no tokenizer.json or tokenizer.model there; put one of them there")
+    checkpoint = phi3_jax.load(
+        settings.checkpoint, settings.dtype, quantize=quantize, layout="rows", on_progress=on_progress
+    )
+    require_tokenizer(checkpoint)
     return checkpoint
 
 
