@@ -15,6 +15,6 @@ from phi3_jax.checkpoint.load_save import load as load
 from phi3_jax.checkpoint.load_save import resolve as resolve
 from phi3_jax.checkpoint.load_save import save as save
 from phi3_jax.checkpoint.load_save import stored_dtype as stored_dtype
-from phi3_jax.checkpoint.peft_files import load_adapter as load_adapter
-from phi3_jax.checkpoint.peft_files import save_adapter as save_adapter
+from phi3_jax.checkpoint.peft import load_adapter as load_adapter
+from phi3_jax.checkpoint.peft import save_adapter as save_adapter
 from phi3_jax.checkpoint.quantized_files import is_quantized as is_quantized

@@ -20,7 +20,7 @@ from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id
-from phi3_jax.checkpoint.peft_files import merged_sources
+from phi3_jax.checkpoint.peft import merged_sources
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import DTYPES, Params
 from phi3_jax.progress import OnProgress
@@ -93,7 +93,7 @@ def load(
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
-      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft_files.py), before
+      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft/), before
         they are converted as `dtype` or `quantize` say.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
@@ -114,9 +114,9 @@ def load(
         from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
-        sources = merged_sources(gguf.tensors, adapter, gguf.config)
-        params = assemble(sources, gguf.config, dtype, str(place), on_progress, quantize, layout)
-        return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
+        sources, config = merged_sources(gguf.tensors, adapter, gguf.config)
+        params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
+        return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
     described = settings.get("quantization_config")
     ours = isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
@@ -134,7 +134,7 @@ def load(
         params = quantized_files.read(place, described, config, packed=layout == "packed")
     else:
         stored, config = without_redundant(safetensors_files.read_folder(place), config, str(place))
-        sources = merged_sources(stored, adapter, config)
+        sources, config = merged_sources(stored, adapter, config)
         params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
     return Checkpoint(config, params, tokenizer, generation, place)
 
