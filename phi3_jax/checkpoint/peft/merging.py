@@ -34,13 +34,14 @@ def merged_sources(
     Raises:
       The errors of `read_adapter`.
     """
-    if folder is None or config.num_hidden_layers > len(sources):  # `assemble` reports the second
+    if folder is None or config.num_hidden_layers > len(sources):  # `assemble` refuses the second
         return sources, config
     files = read_adapter(folder, config)
     found = dict(sources)
     for module, source in files.base:
         tied = config.tie_word_embeddings and module.name == HEAD
-        _change(found, f"{TABLE}.weight" if tied else module.weight, functools.partial(_put, module.rows, source))
+        name = f"{TABLE}.weight" if tied else module.weight
+        _change(found, name, functools.partial(_put, module.rows, source), files)
     own = {m.name for m, _ in files.whole} | {update.module.name for update in files.updates}
     if config.tie_word_embeddings and own & {TABLE, HEAD} and f"{TABLE}.weight" in found:
         if not files.settings.tied:
@@ -49,7 +50,7 @@ def merged_sources(
         found[f"{HEAD}.weight"] = found[f"{TABLE}.weight"]
         config = dataclasses.replace(config, tie_word_embeddings=False)
     for weight, change in _changes(files):
-        _change(found, weight, change)
+        _change(found, weight, change, files)
     return found, config
 
 
@@ -64,10 +65,10 @@ def _changes(files: AdapterFiles) -> list[tuple[str, Change]]:
     return changes
 
 
-def _change(sources: dict[str, TensorSource], name: str, change: Change) -> None:
-    """Puts a change on top of a tensor, if it is there; `assemble` reports those that are missing."""
+def _change(sources: dict[str, TensorSource], name: str, change: Change, files: AdapterFiles) -> None:
+    """Puts a change on top of a tensor."""
     if name not in sources:
-        return
+        raise ValueError(f"{files.weights}: changes {name}, which is missing in the checkpoint")
     source = sources[name]
 
     def read() -> np.ndarray:

@@ -3,19 +3,19 @@
 Python's own `re` tries one way after another, which takes 2 ** 40 steps for "(a+)+x" on a name of 40 letters. Here an
 expression that `re` has parsed maps the set of places in the name where it may begin to the set where it may end. That
 gives the same answer to "does all of it match?", for all that `re` has but back references, possessive and atomic
-parts, conditions and flags.
+parts, conditions and ignored case.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
-_LONGEST = 20_000  # characters of a pattern; each layer's name written out is half of it
+_LONGEST = 10_000  # characters: each module of 32 layers fits, written out
 _CATEGORIES = {
     codes.CATEGORY_DIGIT: r"\d",
     codes.CATEGORY_NOT_DIGIT: r"\D",
@@ -51,8 +51,8 @@ def _parsed(pattern: str) -> Any:
         tree = parser.parse(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-    if tree.state.flags != re.UNICODE:
-        raise ValueError(f"{pattern!r} has flags, which are not computed here: write the names out")
+    if tree.state.flags & re.IGNORECASE:
+        raise ValueError(f"{pattern!r} ignores the case, which is not computed here: write the names out")
     return tree
 
 
@@ -68,37 +68,36 @@ class _Matcher:
         key = (id(items), start)
         if key not in self._known:
             places = frozenset({start})
-            for item in items:
-                places = frozenset(end for place in places for end in self._item(item, place))
+            for code, rest in items:
+                places = self._item(code, rest, places)
             self._known[key] = places
         return self._known[key]
 
-    def _item(self, item: tuple[Any, Any], start: int) -> Iterable[int]:
-        code, rest = item
+    def _item(self, code: Any, rest: Any, starts: frozenset[int]) -> frozenset[int]:
         if code in (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN):
-            return {start + 1} if start < len(self.name) and _is_in(self.name[start], [item]) else ()
+            return frozenset(i + 1 for i in starts if i < len(self.name) and _is_in(self.name[i], [(code, rest)]))
         if code is codes.BRANCH:
-            return {end for choice in rest[1] for end in self.ends(choice, start)}
-        if code is codes.SUBPATTERN and rest[1:3] == (0, 0):
-            return self.ends(rest[3], start)
+            return frozenset(end for choice in rest[1] for start in starts for end in self.ends(choice, start))
+        if code is codes.SUBPATTERN and not (rest[1] | rest[2]) & re.IGNORECASE:
+            return frozenset(end for start in starts for end in self.ends(rest[3], start))
         if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):
-            least, most, repeated = rest
-            return self._repeat(least, most, lambda place: self.ends(repeated, place), start)
+            least, most, items = rest
+            return self._repeat(least, most, items, starts)
         if code is codes.AT and rest in _PLACES:
-            return {start} if re.compile(_PLACES[rest]).match(self.name, start) else ()
+            return frozenset(i for i in starts if re.compile(_PLACES[rest]).match(self.name, i))
         if code in (codes.ASSERT, codes.ASSERT_NOT):
-            found = self._looks(*rest, start)
-            return {start} if found == (code is codes.ASSERT) else ()
+            direction, items = rest
+            return frozenset(i for i in starts if self._looks(direction, items, i) == (code is codes.ASSERT))
         raise ValueError(f"{code} in a regular expression is not computed here: write the names out")
 
-    def _repeat(self, least: int, most: int, once: Callable[[int], Iterable[int]], start: int) -> set[int]:
+    def _repeat(self, least: int, most: int, items: Any, starts: frozenset[int]) -> frozenset[int]:
         # A repetition beyond the name's length changes nothing: some of the earlier ones were empty.
-        places, least = {start}, min(least, len(self.name) + 1)
-        for _ in range(least):
-            places = {end for place in places for end in once(place)}
+        places, longest = starts, len(self.name) + 1
+        for _ in range(min(least, longest)):
+            places = frozenset(end for place in places for end in self.ends(items, place))
         new = places
-        for _ in range(min(most, len(self.name) + 1 + least) - least):
-            new = {end for place in new for end in once(place)} - places
+        for _ in range(min(most - least, longest)):
+            new = frozenset(end for place in new for end in self.ends(items, place)) - places
             if not new:
                 break
             places = places | new

@@ -105,21 +105,21 @@ def read_adapter(folder: str | os.PathLike[str], config: Phi3Config) -> AdapterF
     updated, replaced = {m.name for m in adapted}, {m.name for m in saved}
     also = {(name, "base" if name in updated else "whole"): m.shape for name, m in known.items()}
     _check(found, expected, also, known, path)
-    tensors = {key: source for key, (_, source) in found.items()}
-    whole = [(known[name], source) for (name, part), source in tensors.items() if part in ("base", "whole")]
+    sources = {key: source for key, (_, source) in found.items()}
+    whole = [(known[name], source) for (name, part), source in sources.items() if part in ("base", "whole")]
     return AdapterFiles(
         settings,
         path,
         [(m, source) for m, source in whole if m.name not in replaced],
         [(m, source) for m, source in whole if m.name in replaced],
-        [(m, ids, tensors[m.name, "tokens"]) for m, ids in chosen],
+        [(m, ids, sources[m.name, "tokens"]) for m, ids in chosen],
         [
             Update(
                 m,
                 settings.of(m.name),
-                tensors[m.name, "a"],
-                tensors[m.name, "b"],
-                tensors[m.name, "magnitude"] if settings.lora.dora else None,
+                sources[m.name, "a"],
+                sources[m.name, "b"],
+                sources[m.name, "magnitude"] if settings.lora.dora else None,
             )
             for m in adapted
         ],
