@@ -13,8 +13,8 @@ from phi3_jax.checkpoint.load_save import require_tokenizer as require_tokenizer
 from phi3_jax.checkpoint.load_save import resolve as resolve
 from phi3_jax.checkpoint.load_save import save as save
 from phi3_jax.checkpoint.load_save import stored_dtype as stored_dtype
-from phi3_jax.checkpoint.peft_files import load_adapter as load_adapter
-from phi3_jax.checkpoint.peft_files import save_adapter as save_adapter
+from phi3_jax.checkpoint.peft import load_adapter as load_adapter
+from phi3_jax.checkpoint.peft import save_adapter as save_adapter
 from phi3_jax.checkpoint.placement import Layout as Layout
 from phi3_jax.checkpoint.placement import auto_dtype as auto_dtype
 from phi3_jax.checkpoint.placement import fastest_layout as fastest_layout

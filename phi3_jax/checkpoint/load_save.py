@@ -21,7 +21,7 @@ from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
-from phi3_jax.checkpoint.peft_files import merged_sources
+from phi3_jax.checkpoint.peft import merged_sources
 from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
 from phi3_jax.config import Architecture, Phi3Config
@@ -108,9 +108,9 @@ def load(
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
-        stay as they are. "rows" is for everything else, such as training. "auto" is
-        "packed" for a single CPU with kernels, else "rows". A file that is packed already stays so.
-      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft_files.py), before
+        stay as they are. "rows" is for everything else, such as training. "auto" is "packed" for a single CPU with
+        kernels, else "rows". A file that is packed already stays so.
+      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft/), before
         they are converted as `dtype` or `quantize` say.
       revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.
       device: where the parameters are put, one after another, from the host's memory: a jax.Device, a
@@ -137,10 +137,10 @@ def load(
         from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
-        sources = merged_sources(gguf.tensors, adapter, gguf.config)
+        sources, config = merged_sources(gguf.tensors, adapter, gguf.config)
         floats = auto_dtype((), device) if is_auto else dtype
-        params = assemble(sources, gguf.config, floats, str(place), on_progress, quantize, layout, device)
-        return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
+        params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
+        return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
     described = settings.get("quantization_config")
     ours = isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
@@ -161,7 +161,7 @@ def load(
     else:
         found = published_names(safetensors_files.read_folder(place), str(place))
         stored, config = without_redundant(fused(found, config, str(place)), config, str(place))
-        sources = merged_sources(stored, adapter, config)
+        sources, config = merged_sources(stored, adapter, config)
         floats = auto_dtype(stored.values(), device) if is_auto else dtype
         params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
     return Checkpoint(config, params, tokenizer, generation, place)
