@@ -121,7 +121,7 @@ def _files(folder: Path) -> list[Path]:
     if not index.exists():
         raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; download the weights into it")
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None

@@ -20,7 +20,7 @@ from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged, read_header
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
-from phi3_jax.text import Tokenizer
+from phi3_jax.text import Tokenizer, end_ids
 
 _Kind = type | list[type]  # [str] is an array of strings
 
@@ -85,7 +85,6 @@ _FILE_KEYS: dict[str, _Kind] = {
 }
 _NO_TOKENIZER = ("no_vocab", "none")
 # A GGUF file often names one or two end ids, but chat models have more: these tokens end a turn in all of them.
-_END_TEXTS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,8 +392,7 @@ def _dequantiser() -> Callable[[np.ndarray, int], np.ndarray]:
 
 def _end_ids(path: Path, metadata: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
     named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    known = [t.id for t in tokenizer.added_tokens if t.content in _END_TEXTS] if tokenizer else []
-    ids = sorted({token_id for token_id in [*named, *known] if token_id is not None})
+    ids = sorted(end_ids([token_id for token_id in named if token_id is not None], tokenizer))
     if any(not 0 <= token_id < vocab_size for token_id in ids):
         raise damaged(path, f"ids {ids} that end a text, but an embedding of {vocab_size} rows")
     return tuple(ids)

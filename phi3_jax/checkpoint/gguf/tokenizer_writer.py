@@ -94,7 +94,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int, unknown: str | None, byte_level
         elif piece == unknown:
             kind = UNKNOWN
         elif token_id in added:
-            kind = CONTROL if added[token_id].special else USER_DEFINED
+            kind = CONTROL if added[token_id].hidden else USER_DEFINED
         else:
             kind = BYTE if not byte_level and _BYTE_PIECE.fullmatch(piece) else NORMAL
         tokens.append(piece)
