@@ -15,7 +15,7 @@ def end_ids(named: Iterable[int], tokenizer: Tokenizer | None) -> tuple[int, ...
         its chat template ends an answer (training teaches these two), and tokens such as `<|end|>` (`END_NAMES`), so
         that no answer runs into the next turn.
     """
-    found = list(named)
+    found: list[int | None] = list(named)
     if tokenizer is not None:
         found += [tokenizer.eos_id, _turn_end(tokenizer)]
         found += [token.id for token in tokenizer.added_tokens if token.content in END_NAMES]

@@ -103,7 +103,8 @@ def _named_entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     values = [config.get(key) for key in (*_NAMES, *own)]
     values += extra.values() if isinstance(extra, dict) else extra
     entries = [value if isinstance(value, dict) else {"content": value} for value in values]
-    return {e["content"]: {**e, "special": True} for e in entries if isinstance(e.get("content"), str)}
+    named = [entry for entry in entries if isinstance(entry.get("content"), str)]
+    return {str(entry["content"]): {**entry, "special": True} for entry in named}
 
 
 def listed_in_config(config: Mapping[str, Any], older: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -74,6 +74,7 @@ _FILE_KEYS: dict[str, _Kind] = {
     "split.count": int,
     "tokenizer.chat_template": str,
     "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
     "tokenizer.ggml.add_space_prefix": bool,
     "tokenizer.ggml.merges": [str],
     "tokenizer.ggml.model": str,

@@ -74,17 +74,20 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     if add_bos and bos_id is None:
         raise ValueError(f"{path}: bos is to be added but there is no tokenizer.ggml.bos_token_id; set the key.")
+    eos_id = _token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens), path)
+    closes = metadata.get("tokenizer.ggml.add_eos_token", False)
     return Tokenizer(
         encoder=TokenizersEncoder(spec, added, path),
         new_decoder=decoder_for(spec["decoder"], path),
         pieces=tuple(None if t == UNUSED else token for token, t in zip(tokens, types, strict=True)),
         added_tokens=added,
         bos_id=bos_id,
-        eos_id=_token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens), path),
+        eos_id=eos_id,
         add_bos=add_bos,
         chat_template=metadata.get("tokenizer.chat_template"),
         source=path,
         document=spec,
+        closing=(eos_id,) if closes and eos_id is not None else (),
     )
 
 
@@ -103,14 +106,15 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     for entry in added:
         del entry["hidden"], entry["spelling"]
         entry["normalized"] = False  # GGUF knows no other
-    opening = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
-    bos = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_id], "tokens": [tokenizer.bos_token]}
+    opening, closing = [tokenizer.bos_token] * tokenizer.add_bos, [tokenizer.eos_token] * len(tokenizer.closing)
+    ids = {tokenizer.bos_token: tokenizer.bos_id, tokenizer.eos_token: tokenizer.eos_id}
+    before, behind = ([{"SpecialToken": {"id": name, "type_id": 0}} for name in names] for names in (opening, closing))
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     processor = {
         "type": "TemplateProcessing",
-        "single": [opening, *text],
-        "pair": [opening, *text, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {tokenizer.bos_token: bos},
+        "single": [*before, texts[0], *behind],
+        "pair": [*before, *texts, *behind],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in opening + closing},
     }
     document = {
         "version": "1.0",
@@ -119,7 +123,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": processor if tokenizer.add_bos else None,
+        "post_processor": processor if before or behind else None,
         **tokenizer.document,
     }
     settings = {
