@@ -82,7 +82,7 @@ def main() -> int:
     tokenizer = require_tokenizer(checkpoint)
     if _CHAT.value:
         return answer_prompt(checkpoint, phi3_jax.encode_chat(tokenizer, _with_system([_user(text)])))
-    return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value))
+    return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False))
 
 
 def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> int:
@@ -197,7 +197,7 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
         elif _CHAT.value:
             ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(request.prompt or "")]))
         else:
-            ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value)
+            ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value, add_eos=False)
         SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

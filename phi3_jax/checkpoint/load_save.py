@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from phi3_jax.config import Architecture, Phi3Config
 from phi3_jax.kernels import PackedTensor
 from phi3_jax.model import DTYPES, Params, dtype_name
 from phi3_jax.progress import OnProgress
-from phi3_jax.text import Tokenizer, load_tokenizer, tokenizer_files
+from phi3_jax.text import Tokenizer, end_ids, load_tokenizer, tokenizer_files
 
 # The only files of a checkpoint that are fetched from a hub: weights and data, never code.
 HUB_FILES = (
@@ -43,6 +44,7 @@ HUB_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 _TOKENIZER_FILES = HUB_FILES[5:]
 
@@ -52,7 +54,8 @@ class GenerationSettings:
     """What a checkpoint says about generating.
 
     Attributes:
-      eos_token_ids: every id that ends an answer, from generation_config.json, which may name more than config.json.
+      eos_token_ids: every id that ends an answer: those of generation_config.json, else config.json, and those that
+        the tokenizer knows (`phi3_jax.text.end_ids`).
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -120,7 +123,8 @@ def load(
 
     Warns:
       UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it; a file is not read
-        because another one is; a key of config.json is left out that changes no logit of the reference's.
+        because another one is; files contradict one another; a key of config.json is left out that changes no logit of
+        the reference's.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -147,9 +151,9 @@ def load(
     if ours:
         settings.pop("quantization_config")
     config = Phi3Config.from_hf(settings, str(place / "config.json"))
-    generation = _generation_settings(place, config)
     has_tokenizer = any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(place) if has_tokenizer else None
+    generation = _generation_settings(place, config, tokenizer)
     if ours:
         if quantize is not None:
             raise ValueError(f"{place}: the weights are quantised already: leave quantize={quantize!r} out")
@@ -272,13 +276,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return tokenizer_files.read_json(path)
 
 
-def _generation_settings(folder: Path, config: Phi3Config) -> GenerationSettings:
+def _generation_settings(folder: Path, config: Phi3Config, tokenizer: Tokenizer | None) -> GenerationSettings:
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = tuple(eos) if isinstance(eos, list) else config.eos_token_id if eos is None else (eos,)
-    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"{path}: eos_token_id {eos!r} must hold ids below vocab_size={config.vocab_size}")
-    return GenerationSettings(ids)
+    named = tuple(eos) if isinstance(eos, list) else config.eos_token_id if eos is None else (eos,)
+    source = path if eos is not None else folder / "config.json"
+    if not all(type(i) is int for i in named):
+        raise ValueError(f"{source}: eos_token_id {eos!r} must be an id or a list of ids")
+    if outside := [i for i in named if not 0 <= i < config.vocab_size]:
+        _warn(f"{source}: eos_token_id {outside} can never end an answer: vocab_size is {config.vocab_size}")
+    ids = end_ids(named, tokenizer)
+    if other := [i for i in config.eos_token_id if i not in ids]:
+        _warn(
+            f"{folder}: answers end with {ids}, from generation_config.json as in transformers, and not with "
+            f"eos_token_id {other} of config.json; correct the wrong one"
+        )
+    return GenerationSettings(tuple(i for i in ids if 0 <= i < config.vocab_size))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def _demo() -> Path:
@@ -293,9 +310,11 @@ def _demo() -> Path:
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.folder is None and checkpoint.tokenizer is not None:
         write_tokenizer(checkpoint.tokenizer, folder)
-    for name in _TOKENIZER_FILES:
-        if checkpoint.folder is not None and (checkpoint.folder / name).exists():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    if (source := checkpoint.folder) is not None:
+        for path in (path for name in _TOKENIZER_FILES for path in source.glob(name)):
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 """Text <-> token ids, and the messages of a chat -> a prompt.
 
 It reads a checkpoint's tokenizer files and its chat template, encodes text as token ids, and decodes ids to text, also
-one by one during generation. Other packages use the names below, `tokenizer_files` to read JSON, and `backends` to
-build a tokenizer from other files.
+one by one during generation. Other packages use the names below, `tokenizer_files` to read JSON, and `backends` and
+`added_tokens` to build a tokenizer from other files.
 """
 
 from phi3_jax.text.chat import encode_answers as encode_answers
 from phi3_jax.text.chat import encode_chat as encode_chat
 from phi3_jax.text.chat import render_chat as render_chat
+from phi3_jax.text.end_ids import end_ids as end_ids
 from phi3_jax.text.spans import Span as Span
 from phi3_jax.text.spans import encode_spans as encode_spans
 from phi3_jax.text.tokenizer import Tokenizer as Tokenizer

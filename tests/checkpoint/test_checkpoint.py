@@ -223,9 +223,9 @@ def test_an_absurd_number_of_layers_is_refused_quickly(tiny_folder):
         (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), ValueError, "config.json: holds a list, not an object"),
         (
-            lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 1000}'),
+            lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["<|end|>"]}'),
             ValueError,
-            "eos_token_id 1000",
+            "must be an id or a list of ids",
         ),
         (lambda f: (f / "tokenizer.json").write_text("{}"), ValueError, "tokenizer.json"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"\1\2"), ValueError, "tokenizer.model"),

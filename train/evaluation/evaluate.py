@@ -96,7 +96,9 @@ def perplexity(
             f"window={window}, stride={stride}: needs 1 <= stride < window <= {limit}, the model's context"
         )
     tokenizer = require_tokenizer(checkpoint)
-    requests = [piece for text in texts if text for piece in windows(tokenizer.encode(text), window, stride)]
+    requests = [
+        piece for text in texts if text for piece in windows(tokenizer.encode(text, add_eos=False), window, stride)
+    ]
     scores = score(checkpoint, requests, on_progress, path)
     tokens = sum(len(each.logprobs) for each in scores)
     if tokens == 0:
@@ -181,7 +183,7 @@ def continuation(tokenizer: Tokenizer, context: str, text: str, limit: int) -> R
     """
     stripped = context.rstrip()
     context, text = stripped, context[len(stripped) :] + text
-    ids, before = tokenizer.encode(context + text), tokenizer.encode(context)
+    ids, before = (tokenizer.encode(string, add_eos=False) for string in (context + text, context))
     if not before:
         before = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
         ids = before + ids

@@ -83,7 +83,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             raise ValueError(f"max_gen_toks={new_tokens}: leaves no room in the model's context of {self._limit}")
         generations = self._generate(
             self._checkpoint,
-            [self._tokenizer.encode(context)[-room:] for context in contexts],
+            [self._tokenizer.encode(context, add_eos=False)[-room:] for context in contexts],
             max_new_tokens=new_tokens,
             temperature=float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0,
             stop=[until] if isinstance(until, str) else until,

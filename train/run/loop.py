@@ -185,6 +185,12 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
     assert checkpoint.tokenizer is not None  # `_load` checks
     on_progress = functools.partial(observer.progress, "preparing")
     data = prepare(path, checkpoint.tokenizer, settings, Path(settings.output) / "data", on_progress)
+    rows = checkpoint.config.vocab_size
+    if checkpoint.tokenizer.vocab_size > rows and data.highest_id() >= rows:  # an added token without a row
+        raise ValueError(
+            f"{path}: it has the token id {data.highest_id()} ({checkpoint.tokenizer.piece(data.highest_id())!r}), but "
+            f"the model's embedding has {rows} rows: enlarge the embedding, or take the token out of the tokenizer"
+        )
     report = data.report
     text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
     text += f"{len(data)} rows that are {report.efficiency:.0%} full"

@@ -20,7 +20,7 @@ from phi3_jax.checkpoint.gguf.tensors import check_extents, fused_source, read_t
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
-from phi3_jax.text import Tokenizer
+from phi3_jax.text import Tokenizer, end_ids
 
 _Kind = type | list[type]  # [str] is an array of strings
 
@@ -78,6 +78,7 @@ _FILE_KEYS: dict[str, _Kind] = {
     "general.architecture": str,
     "tokenizer.chat_template": str,
     "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
     "tokenizer.ggml.add_space_prefix": bool,
     "tokenizer.ggml.merges": [str],
     "tokenizer.ggml.model": str,
@@ -91,7 +92,6 @@ _FILE_KEYS: dict[str, _Kind] = {
 _DEFAULT_IDS = {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("unknown", "bos", "eos"))}
 _NO_TOKENIZER = ("no_vocab", "none")
 # A GGUF file often names one or two end ids, but chat models have more: these tokens end a turn in all of them.
-_END_TEXTS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,8 +346,7 @@ def _parts(layers: Any, architecture: str, table: Mapping[str, GgufTensor]) -> d
 
 def _end_ids(path: Path, metadata: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
     named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    known = [t.id for t in tokenizer.added_tokens if t.content in _END_TEXTS] if tokenizer else []
-    ids = sorted({token_id for token_id in [*named, *known] if token_id is not None})
+    ids = sorted(end_ids([token_id for token_id in named if token_id is not None], tokenizer))
     if any(not 0 <= token_id < vocab_size for token_id in ids):
         raise damaged(path, f"ids {ids} that end a text, but an embedding of {vocab_size} rows")
     return tuple(ids)
