@@ -23,7 +23,7 @@ import phi3_jax
 from phi3_jax.checkpoint import save_adapter
 
 from .. import sharding
-from ..data import Dataset, batches, eval_batches, prepare
+from ..data import Dataset, batches, eval_batches, prepare, tell
 from ..forward import adapter_config
 from ..settings import Settings
 from ..step import TrainState, make_eval_step, make_train_step, start
@@ -53,7 +53,7 @@ def train(
     """
     observer, folder = observer or Observer(), Path(settings.output)
     if not settings.train_file:
-        raise ValueError("train_file: not given; name a file of JSON lines")
+        raise ValueError("train_file: not given; name a file, such as JSON lines, or a data set of the hub")
     with (
         locked_folder(folder),
         Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints,
@@ -187,12 +187,7 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
     report = data.report
     text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
     text += f"{len(data)} rows that are {report.efficiency:.0%} full"
-    if report.ignored_fields:
-        text += f"; not used are the fields {', '.join(report.ignored_fields)}"
-    if report.bad_lines:
-        line, reason = report.reasons[0]
-        text += f"; {report.bad_lines} lines left out, as line {line}: {reason}"
-    observer.note(text)
+    observer.note(text + tell(report))
     return data
 
 
