@@ -36,7 +36,6 @@ _HEAD = 1 << 16
 # Scalars may stand before the list in {"version": 1, "data": [{...}, ...]}.
 _SCALAR = rb'"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\deE]+|null|true|false)\s*,\s*'
 _ARRAY = re.compile(rb'\s*(?:\[|\{\s*(?:' + _SCALAR + rb')*"data"\s*:\s*\[)(?=\s*\{)')  # fmt: skip
-_LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "tools", "history")
 
 
 class Entry(NamedTuple):
@@ -140,7 +139,8 @@ def _entry(unit: str, number: int, done: int, value: Any, problem: str = "") -> 
 def _csv(file: IO[bytes], delimiter: str, position: Callable[[], int]) -> Iterator[Entry]:
     """The first row names the columns; an empty cell is an absent field, as for pandas."""
     csv.field_size_limit(LONGEST)
-    rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
         if len(set(header)) < len(header):
@@ -159,20 +159,20 @@ def _csv(file: IO[bytes], delimiter: str, position: Callable[[], int]) -> Iterat
             yield Entry("row", number, position(), record, problem)
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {error}") from None
+    finally:
+        text.detach()  # else it closes the file, which is not its own
 
 
 def _cell(name: str, text: str) -> Any:
-    """Lists and their objects are JSON in a cell."""
-    if name not in _LISTS or not text.lstrip().startswith(("[", "{")):
+    """In these columns a list of messages is JSON, and other text is text; of other columns the name says which."""
+    if name not in ("prompt", "completion", "chosen", "rejected") or not re.match(r"\s*\[\s*\{", text):
         return text
     try:
-        value = decode(text)
+        return decode(text)
     except (ValueError, RecursionError):
-        if re.match(r"\s*\[?\s*\{\s*'", text):
+        if re.match(r"\s*\[\s*\{\s*'", text):
             raise ValueError(f"{name} is a list in Python's notation, not in JSON; write it with json.dumps") from None
         return text
-    first = value[:1] if isinstance(value, list) else [value]
-    return value if all(isinstance(each, dict | list) for each in first) else text
 
 
 def _parquet(path: Path) -> Iterator[Entry]:

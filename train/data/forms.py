@@ -58,7 +58,7 @@ class _Line:
 
     def __init__(self, fields: dict[str, Any], method: str):
         self.fields, self.method = fields, method
-        self.notes, self.used = Notes(), set[str]()
+        self.notes, self.used = Notes(), set(_NOT_TEXT)  # these are empty or refused
         self._refuse_what_would_get_lost()
 
     # ---------------------------------------------------------------- the forms
@@ -155,7 +155,8 @@ class _Line:
         if history:
             self.used.add("history")
             self.notes.converted.add("history -> messages")
-            for turn in from_json(history, "history", self.notes):
+            turns = from_json(history, "history", self.notes)
+            for turn in turns if isinstance(turns, list) else [turns]:
                 if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(each, str) for each in turn):
                     raise ValueError("history is not a list of pairs of texts")
                 messages += [_said("user", turn[0]), _said("assistant", turn[1])]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
+
+from .json_array import decode
 
 # Keys of messages that reach the chat template beside "role" and "content".
 TOOL_KEYS = ("tool_calls", "tool_call_id", "name", "tools")
@@ -60,9 +61,9 @@ def from_json(value: Any, name: str, notes: Notes) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        parsed = json.loads(value)
+        parsed = decode(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is a text that is not JSON ({error})") from None
+        raise ValueError(f"{name} is a text that is not JSON ({error}); write it with json.dumps") from None
     notes.converted.add(f"{name} from JSON in a text")
     return parsed
 
@@ -131,7 +132,7 @@ def _is_learned(fields: dict[str, Any], place: str) -> bool:
 def _call(value: Any, place: str) -> dict[str, Any]:
     """A call of a function as {"name", "arguments"}, or that as JSON -> as in tool_calls."""
     try:
-        function = json.loads(value) if isinstance(value, str) else value
+        function = decode(value) if isinstance(value, str) else value
         return {"type": "function", "function": {"name": function["name"], "arguments": function["arguments"]}}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f'{place}: its call is not {{"name": ..., "arguments": ...}}') from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 
 from .examples import Example
@@ -72,14 +73,14 @@ class Tally:
     @property
     def converted(self) -> tuple[tuple[str, int], ...]:
         """(from what to what, how many lines), the most first."""
-        return tuple(self._converted.most_common())
+        return tuple(sorted(self._converted.items(), key=lambda each: (-each[1], each[0])))
 
 
 def tell(counts: Report | Tally) -> str:
     """What was converted, not used and left out, to be put behind other words; "" if nothing."""
     text = ""
-    for what, lines in counts.converted:
-        text += f"; {lines} lines: {what}"
+    for lines, group in itertools.groupby(counts.converted, lambda each: each[1]):
+        text += f"; {lines} lines: {', '.join(what for what, _ in group)}"
     if counts.ignored_fields:
         text += f"; not used are the fields {', '.join(counts.ignored_fields)}"
     if counts.bad_lines:
