@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +74,12 @@ def _encode_chat(tokenizer: Tokenizer, chat: Chat, loss_on: str) -> Text:
     messages, tools = [each.fields for each in chat.messages], _tools(chat)
     learned = [each.learned for each in chat.messages if each.is_answer]
     if loss_on == "all" and all(learned):
-        ids = encode_chat(tokenizer, messages, add_generation_prompt=False, **tools)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of messages that the template drops
+            try:
+                ids = encode_chat(tokenizer, messages, add_generation_prompt=False, **tools)
+            except UserWarning as warning:
+                raise ValueError(str(warning)) from None
         return _text(ids, [(0, len(ids))])
     ids, answers = encode_answers(tokenizer, messages, **tools)
     if loss_on != "all":

@@ -57,8 +57,9 @@ class _Line:
     """The fields of a line, and which of them were used."""
 
     def __init__(self, fields: dict[str, Any], method: str):
-        self.fields, self.method = fields, method
+        self.method = method
         self.notes, self.used = Notes(), set(_NOT_TEXT)  # these are empty or refused
+        self.fields = self._openai(fields)
         self._refuse_what_would_get_lost()
 
     # ---------------------------------------------------------------- the forms
@@ -72,8 +73,10 @@ class _Line:
             if isinstance(self.fields["prompt"], str):
                 return self._plain(self._string("prompt"), self._string("completion"))
             self.notes.converted.add("prompt and completion -> messages")
-            context = [dataclasses.replace(each, learned=False) for each in self._messages("prompt")]
-            return self._chat(context + self._messages("completion"))
+            context, completion = self._messages("prompt"), self.fields["completion"]
+            if isinstance(completion, str):
+                return self._reply(context, [_said("assistant", self._string("completion"))])
+            return self._reply(context, self._messages("completion"))
         asked, answered = self._one_of(_ASKED), self._one_of(_ANSWERED)
         if asked and answered and not chat and not has("completion"):
             context = self._asked(asked)
@@ -193,6 +196,14 @@ class _Line:
         if len(found) > 1:
             raise ValueError(f"it has both {' and '.join(found)}; keep one of them")
         return found[0] if found else None
+
+    def _openai(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """OpenAI's form of preferences has messages and tools in `input`, and two lists of messages."""
+        asked, names = fields.get("input"), {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+        if not isinstance(asked, dict) or not names.keys() <= fields.keys():
+            return fields
+        self.notes.converted.add("input, preferred_output and non_preferred_output -> messages, chosen and rejected")
+        return present(asked) | {names.get(key, key): value for key, value in fields.items() if key != "input"}
 
     def _refuse_what_would_get_lost(self) -> None:
         for name in _NOT_TEXT:

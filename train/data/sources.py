@@ -146,45 +146,48 @@ def _card(folder: Path) -> list[Any]:
 
 
 def _fetch(hub_id: str, revision: str | None, inside: str | None, parts: Sequence[str]) -> list[Path]:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    def snapshot(patterns: Sequence[str], offline: bool) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns=list(patterns),
-                local_files_only=offline,
-            )
-        )
+    """The files of a split, or with `inside` those of that name, downloaded."""
+    from huggingface_hub import HfApi
 
     offline = False
     try:
-        try:
-            info = huggingface_hub.HfApi().dataset_info(hub_id, revision=revision)
-            names = [each.rfilename for each in info.siblings or []]
-            folder = snapshot(["README.md"], offline)
-        except Exception as error:  # without a network, its class depends on the version of the hub's package
-            reason, offline = str(error).splitlines()[0], True
-            folder = snapshot(["README.md"], offline)
-            names = [str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file()]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        raise FileNotFoundError(
-            f"{hub_id}: no such file or folder here, and the hub gave no such data set ({reason}). Without a network, "
-            "fetch its files elsewhere, put them into one folder and name that"
-        ) from None
-    if inside is not None:
-        picked = sorted(n for n in names if fnmatch.fnmatch(n, inside) or (n.startswith(f"{inside}/") and _is_data(n)))
-        if not picked:
-            raise FileNotFoundError(
-                f"{hub_id}: has no file {inside}; it has {', '.join(sorted(filter(_is_data, names)))}"
-            )
-    else:
-        picked = choose(hub_id, names, _card(folder), parts)
+        info = HfApi().dataset_info(hub_id, revision=revision)
+        names = [each.rfilename for each in info.siblings or []]
+    except Exception as error:  # without a network, its class depends on the version of the hub's package
+        reason, offline = str(error).splitlines()[0], True
     try:
-        folder = snapshot([glob.escape(name) for name in picked], offline)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        folder = _snapshot(hub_id, revision, ["README.md"], offline)
+    except OSError as error:
+        told = reason if offline else str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{hub_id}: no such file or folder here, and the hub gave no such data set ({told}). "
+            "Without a network, fetch its files elsewhere, put them into one folder and name that"
+        ) from None
+    if offline:
+        names = [str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file()]
+    if inside is None:
+        picked = choose(hub_id, names, _card(folder), parts)
+    else:
+        data = sorted(filter(_is_data, names))
+        picked = [name for name in data if fnmatch.fnmatch(name, inside) or name.startswith(f"{inside}/")]
+        if not picked:
+            raise FileNotFoundError(f"{hub_id}: has no data file {inside}; it has {', '.join(data)}")
+    patterns = [glob.escape(name) for name in picked]
+    if offline and inside is None:  # asks for all that are numbered alike: some may never have been fetched
+        patterns = [re.sub(r"\d+", "*", pattern) for pattern in patterns]
+    try:
+        folder = _snapshot(hub_id, revision, patterns, offline)
+    except OSError as error:
         raise FileNotFoundError(f"{hub_id}: {str(error).splitlines()[0]}") from None
     return [folder / name for name in picked]
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str], offline: bool) -> Path:
+    """The folder of the local cache that then has these files. Raises OSError, also for what the hub answers."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            hub_id, repo_type="dataset", revision=revision, allow_patterns=list(patterns), local_files_only=offline
+        )
+    )

@@ -23,7 +23,7 @@ import phi3_jax
 from phi3_jax.checkpoint import save_adapter
 
 from .. import sharding
-from ..data import Dataset, batches, eval_batches, prepare, tell
+from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
 from ..forward import adapter_config
 from ..settings import Settings
 from ..step import TrainState, make_eval_step, make_train_step, start
@@ -60,6 +60,8 @@ def train(
     ):
         recorded = checkpoints.about()
         check_settings(recorded, settings)
+        for name in filter(None, (settings.train_file, settings.eval_file)):
+            find_files(name)  # what is not there is missed, or fetched, before the model is loaded
 
         # ---- the model and the data ----
         checkpoint = _load(settings, observer)

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from templates import PHI4_MINI, small_tokenizer
+from templates import DROPS_SYSTEM, PHI4_MINI, small_tokenizer
 
 from phi3_jax.train.data import read_record
 from phi3_jax.train.settings import Settings
@@ -54,6 +54,7 @@ CHATS = [
     ({"conversations": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]},
      said("a", "b"), set(), "role gpt -> assistant"),
     ({"prompt": said("a", "b", "c"), "completion": said("a", "b", "c", "d")[3:]}, None, set(), "prompt and completion"),
+    ({"prompt": said("a", "b", "c"), "completion": "d"}, None, set(), "prompt and completion"),
     ({"instruction": "Add.", "input": "2, 3", "output": "5"}, said("Add.\n\n2, 3", "5"), set(), "and input"),
     ({"instruction": "Sing.", "input": "", "output": "La", "text": "Below..."}, said("Sing.", "La"), {"text"}, "->"),
     ({"instruction": "Who?", "context": "K. did.", "response": "K.", "category": "qa"},
@@ -77,7 +78,9 @@ def test_chats(case):
     assert bool(found.converted) == (told is not None)
     assert any(told in each for each in found.converted) or told is None
     if messages is None:  # of prompt and completion only the completion is learned
-        messages = [*record["prompt"], *record["completion"]]
+        completion = record["completion"]
+        reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        messages = [*record["prompt"], *reply]
         messages = [m | {"weight": int(i == 3)} if m["role"] == "assistant" else m for i, m in enumerate(messages)]
     assert encoded(record) == encoded({"messages": messages})
     everything = Settings(sequence_length=4000, loss_on="all")
@@ -118,6 +121,8 @@ PREFERENCES = [
     ({"conversations": sharegpt("a", "b", "c"), "chosen": {"from": "gpt", "value": "yes"},
       "rejected": {"from": "gpt", "value": "no"}}, set()),
     ({"prompt": FIRST, "chosen": "yes", "rejected": "no"}, set()),
+    ({"input": {"messages": FIRST, "tools": [], "parallel_tool_calls": True}, "preferred_output": [YES],
+      "non_preferred_output": [NO]}, {"parallel_tool_calls"}),
     ({"question": "c", "history": [["a", "b"]], "chosen": "yes", "rejected": "no"}, set()),
 ]  # fmt: skip
 
@@ -128,7 +133,7 @@ def test_preferences(case):
     expected = encoded({"messages": FIRST, "chosen": "yes", "rejected": "no"}, DPO)
     assert encoded(record, DPO) == expected
     assert read_record(record, TOKENIZER, DPO).unused == unused
-    if "messages" not in record:
+    if "messages" not in record and "input" not in record:
         with_system = encoded({"messages": said(*"abc", system="S"), "chosen": "yes", "rejected": "no"}, DPO)
         assert encoded(record | {"system": "S"}, DPO) == with_system
 
@@ -181,6 +186,32 @@ def test_preferences_of_one_turn():
 )
 def test_what_contradicts_itself_or_would_get_lost_is_refused(record, reason):
     with pytest.raises(ValueError, match=reason):
+        encoded(record)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("role", ["developer", "function"])
+def test_a_message_that_the_template_drops_refuses_the_line(role, loss_on):
+    tokenizer = small_tokenizer(DROPS_SYSTEM)
+    settings = Settings(sequence_length=400, loss_on=loss_on)
+    assert read_record({"messages": CHAT}, tokenizer, settings).texts
+    for record in ({"messages": [{"role": role, "content": "x"}, *CHAT]}, {"messages": CHAT, "system": "x"}):
+        with pytest.raises(ValueError, match="chat template drops"):
+            read_record(record, tokenizer, settings)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"messages": CHAT, "functions": json.dumps([{"name": "f"}])},
+        {"messages": [CHAT[0] | {"name": "Ann"}, CHAT[1]]},
+        {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]},
+        {"conversations": [CHAT[0], {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}, CHAT[1]]},
+    ],
+)
+def test_tools_are_refused_rather_than_lost(record):
+    with pytest.raises(ValueError, match=r"it has (tools|name|tool_calls), which chats cannot be rendered with yet"):
         encoded(record)
 
 

@@ -172,7 +172,7 @@ def test_a_split_of_a_hub_data_set(hub, monkeypatch):
     assert find_files("hf://datasets/some/chats/data/train-*.jsonl") == files
     assert find_files("hf://datasets/some/chats/data/train-1.jsonl") == files[1:]
     assert fetched(hub) == {"README.md", "data/train-0.jsonl", "data/train-1.jsonl"}
-    with pytest.raises(FileNotFoundError, match=r"has no file data/x; it has data/test1\.jsonl, data/train-0"):
+    with pytest.raises(FileNotFoundError, match=r"has no data file data/x; it has data/test1\.jsonl, data/train-0"):
         find_files("hf://datasets/some/chats/data/x")
     with pytest.raises(FileNotFoundError, match=r"some/absent: no such .* the hub gave no such data set"):
         find_files("some/absent")
@@ -186,3 +186,11 @@ def test_a_split_of_a_hub_data_set(hub, monkeypatch):
     with pytest.raises(FileNotFoundError, match="fetch its files elsewhere"):
         find_files("some/absent")
     assert not hub.asked
+
+
+def test_a_part_of_a_split_is_not_taken_for_the_whole_without_the_hub(hub, monkeypatch):
+    find_files("hf://datasets/some/chats/data/train-1.jsonl")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    forget_hub(monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"some/chats.*data/train-0\.jsonl"):
+        find_files("some/chats:train_sft")
