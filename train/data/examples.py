@@ -14,7 +14,7 @@ from phi3_jax.text import Tokenizer, encode_answers, encode_chat, encode_spans
 
 from ..settings import Settings
 from .forms import Chat, Plain, read_form
-from .messages import TOOL_KEYS
+from .messages import MORE_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +71,17 @@ def read_record(record: dict[str, Any], tokenizer: Tokenizer, settings: Settings
 
 
 def _encode_chat(tokenizer: Tokenizer, chat: Chat, loss_on: str) -> Text:
-    messages, tools = [each.fields for each in chat.messages], _tools(chat)
+    messages, more = [each.fields for each in chat.messages], _for_template(chat)
     learned = [each.learned for each in chat.messages if each.is_answer]
     if loss_on == "all" and all(learned):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # of messages that the template drops
             try:
-                ids = encode_chat(tokenizer, messages, add_generation_prompt=False, **tools)
+                ids = encode_chat(tokenizer, messages, add_generation_prompt=False, **more)
             except UserWarning as warning:
                 raise ValueError(str(warning)) from None
         return _text(ids, [(0, len(ids))])
-    ids, answers = encode_answers(tokenizer, messages, **tools)
+    ids, answers = encode_answers(tokenizer, messages, **more)
     if loss_on != "all":
         return _text(ids, [span for span, is_learned in zip(answers, learned, strict=True) if is_learned])
     if not chat.messages[-1].is_answer:
@@ -94,11 +94,12 @@ def _encode_chat(tokenizer: Tokenizer, chat: Chat, loss_on: str) -> Text:
     return text
 
 
-def _tools(chat: Chat) -> dict[str, Any]:
-    """What encode_chat and encode_answers are to know of tools."""
-    keys = {key for each in chat.messages for key in TOOL_KEYS if key in each.fields}
-    if chat.tools or keys:
-        raise ValueError(f"it has {', '.join(sorted(keys)) or 'tools'}, which chats cannot be rendered with yet")
+def _for_template(chat: Chat) -> dict[str, Any]:
+    """What encode_chat and encode_answers are to know beside the messages."""
+    more = {key for each in chat.messages for key in MORE_KEYS if key in each.fields}
+    more |= {name for name in ("tools", "options") if getattr(chat, name)}
+    if more:
+        raise ValueError(f"it has {', '.join(sorted(more))}, which chats cannot be rendered with yet")
     return {}
 
 

@@ -26,10 +26,11 @@ _NEEDED = {
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation whose answers are learned where the message says so; tools: as chat templates take them."""
+    """A conversation whose answers are learned where the message says so; tools and options are for the template."""
 
     messages: list[Message]
     tools: list[Any] | None = None
+    options: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +138,13 @@ class _Line:
     def _chat(self, messages: list[Message]) -> Chat:
         if name := self._one_of(_SYSTEM):
             messages = with_system(messages, self._string(name), name, self.notes)
-        return Chat(messages, self._tools())
+        return Chat(messages, self._tools(), self._options())
 
     def _reply(self, context: Sequence[Message], reply: list[Message]) -> Chat:
         return self._chat([*(dataclasses.replace(each, learned=False) for each in context), *reply])
 
     def _plain(self, prompt: str, completion: str, may_be_cut: bool = False) -> Plain:
-        for name in (*_SYSTEM, *_TOOLS):
+        for name in (*_SYSTEM, *_TOOLS, "chat_template_kwargs"):
             if self.fields.get(name):
                 raise ValueError(f"{name} belongs to a chat, and this is plain text; write it as messages")
         return Plain(prompt, completion, may_be_cut)
@@ -191,6 +192,13 @@ class _Line:
             tools = [{"type": "function", "function": each} for each in tools]
         return tools or None
 
+    def _options(self) -> dict[str, Any] | None:
+        options = from_json(self.fields.get("chat_template_kwargs") or None, "chat_template_kwargs", self.notes)
+        self.used.add("chat_template_kwargs")
+        if not isinstance(options, dict | None):
+            raise ValueError(f"chat_template_kwargs is not an object but {type(options).__name__}")
+        return options
+
     def _one_of(self, names: Sequence[str]) -> str | None:
         found = [name for name in names if name in self.fields]
         if len(found) > 1:
@@ -209,8 +217,8 @@ class _Line:
         for name in _NOT_TEXT:
             if self.fields.get(name):
                 raise ValueError(f"it has {name}, which this model cannot read; without the field, its text is learned")
-        if self.fields.get("chat_template_kwargs") or self.fields.get("chat_template"):
-            raise ValueError("it has settings of a chat template; the checkpoint's own is used, so remove the field")
+        if self.fields.get("chat_template"):
+            raise ValueError("it has a chat_template; the checkpoint's own is used, so remove the field")
         if isinstance(self.fields.get("label"), bool) and {"completion", *_CHATS} & self.fields.keys():
             raise ValueError(
                 "its label says whether the answer is wanted (KTO), which is not learned; keep the lines with true and "

@@ -9,13 +9,13 @@ from typing import Any
 from .json_array import decode
 
 # Keys of messages that reach the chat template beside "role" and "content".
-TOOL_KEYS = ("tool_calls", "tool_call_id", "name", "tools")
+MORE_KEYS = ("tool_calls", "tool_call_id", "name", "tools", "reasoning_content")
 # ShareGPT's names. Others stay as they are: whether the template knows them is checked where it is rendered.
 _ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "model": "assistant", "bot": "assistant", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_THOUGHTS = ("reasoning", "thinking")
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class Message:
     """A message.
 
     Attributes:
-      fields: "role" and "content" (None only beside tool_calls), and of TOOL_KEYS those that it has.
+      fields: "role" and "content" (None only beside tool_calls), and of MORE_KEYS those that it has.
       learned: whether it is an answer that is to be learned.
     """
 
@@ -91,12 +91,14 @@ def _message(value: Any, place: str, name: str, notes: Notes) -> Message:
     if call := fields.pop("function_call", None):
         fields["tool_calls"] = [_call(call, place)]
         notes.converted.add("function_call -> tool_calls")
-    if thoughts := [key for key in _THOUGHTS if fields.get(key)]:
-        raise ValueError(f"{place} has {thoughts[0]}, which would get lost; write it into content, as the model does")
+    for key in _THOUGHTS:
+        if fields.get(key) and "reasoning_content" not in fields:
+            fields["reasoning_content"] = fields.pop(key)
+            notes.converted.add(f"{key} -> reasoning_content")
     learned = _is_learned(fields, place)
     kept = {"role": fields["role"], "content": _content(fields, place, notes)}
-    kept |= {key: fields[key] for key in TOOL_KEYS if fields.get(key)}
-    notes.unused |= {f"{name}[].{key}" for key in fields.keys() - kept.keys() - {"weight", *TOOL_KEYS, *_THOUGHTS}}
+    kept |= {key: fields[key] for key in MORE_KEYS if fields.get(key)}
+    notes.unused |= {f"{name}[].{key}" for key in fields.keys() - kept.keys() - {"weight", *MORE_KEYS}}
     return Message(kept, learned)
 
 

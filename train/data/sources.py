@@ -54,10 +54,8 @@ def find_files(name: str | os.PathLike[str]) -> list[Path]:
     found = _HUB.fullmatch(str(name))
     is_id = found is not None and (found["scheme"] or not (found["inside"] or _is_data(found["id"])))
     if found is None or not is_id:
-        raise FileNotFoundError(
-            f"{name}: no such file; give one of JSON lines, JSON, csv, tsv or parquet, or a data set of the hub as "
-            "owner/name:split"
-        )
+        more = "" if _is_data(str(name)) else ", or name a folder, or a data set of the hub as owner/name:split"
+        raise FileNotFoundError(f"{name}: no such file; give one of JSON lines{more}")
     return _fetch(found["id"], found["revision"], found["inside"], found["parts"].split(":")[1:])
 
 

@@ -53,7 +53,7 @@ def train(
     """
     observer, folder = observer or Observer(), Path(settings.output)
     if not settings.train_file:
-        raise ValueError("train_file: not given; name a file, such as JSON lines, or a data set of the hub")
+        raise ValueError("train_file: not given; name a file of JSON lines")
     with (
         locked_folder(folder),
         Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints,

@@ -169,7 +169,8 @@ def test_preferences_of_one_turn():
         ({"prompt": "a", "completion": "b", "label": False}, r"label says whether the answer is wanted \(KTO\)"),
         ({"prompt": "a", "completion": [YES]}, "completion is not a string but list"),
         ({"messages": CHAT, "images": ["x.png"]}, "has images, which this model cannot read"),
-        ({"messages": CHAT, "chat_template_kwargs": {"thinking": True}}, "settings of a chat template"),
+        ({"messages": CHAT, "chat_template": "{{ 1 }}"}, "has a chat_template; the checkpoint's own is used"),
+        ({"messages": CHAT, "chat_template_kwargs": [3]}, "chat_template_kwargs is not an object but list"),
         ({"messages": "[{'role': 'user'"}, "messages is a text that is not JSON"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, YES]}, "not text but image_url"),
         ({"messages": [{"role": "user", "content": ["a"]}, YES]}, "not text but str"),
@@ -178,7 +179,6 @@ def test_preferences_of_one_turn():
             r"messages\[0\]: its content is not a string but null",
         ),
         ({"messages": [{"role": "user", "content": 3}, YES]}, r"messages\[0\]: its content is not a string but int"),
-        ({"messages": [FIRST[0], YES | {"reasoning_content": "hm"}]}, r"messages\[1\] has reasoning_content"),
         ({"instruction": "a", "output": 3}, "output is not a string but int"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "history is not a list of pairs"),
         ({"text": None, "id": 3}, r"has the fields \['id'\]"),
@@ -205,13 +205,19 @@ def test_a_message_that_the_template_drops_refuses_the_line(role, loss_on):
     [
         {"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]},
         {"messages": CHAT, "functions": json.dumps([{"name": "f"}])},
+        {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": True}},
         {"messages": [CHAT[0] | {"name": "Ann"}, CHAT[1]]},
+        {"messages": [CHAT[0], CHAT[1] | {"reasoning_content": "hm"}]},
+        {"messages": [CHAT[0], CHAT[1] | {"thinking": "hm"}]},
         {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]},
         {"conversations": [CHAT[0], {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}, CHAT[1]]},
     ],
 )
 def test_tools_are_refused_rather_than_lost(record):
-    with pytest.raises(ValueError, match=r"it has (tools|name|tool_calls), which chats cannot be rendered with yet"):
+    with pytest.raises(
+        ValueError,
+        match=r"it has (tools|name|tool_calls|options|reasoning_content), which chats cannot be rendered with yet",
+    ):
         encoded(record)
 
 
