@@ -118,7 +118,7 @@ def _lines(file: IO[bytes], position: Callable[[], int]) -> Iterator[Entry]:
             except UnicodeDecodeError as error:
                 record, problem = None, f"it is not JSON: not UTF-8 ({error.reason} at byte {error.start})"
             except (ValueError, RecursionError) as error:
-                record, problem = None, f"it is not JSON ({error})"
+                record, problem = None, f"it is not JSON ({error}); write one whole object on each line"
             yield _entry("line", number, position(), record, problem)
 
 

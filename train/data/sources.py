@@ -32,7 +32,7 @@ _SYNONYMS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+_ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|config)\.json|cache-.*\.arrow")  # written by `datasets`
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\W.*)")
 
 
@@ -67,7 +67,7 @@ def choose(source: str, names: Sequence[str], card: Sequence[Any], parts: Sequen
       names: all files, with folders.
       card: the field `configs` of its card, [] if there is none.
     """
-    data = sorted(name for name in names if _is_data(name) and Path(name).name not in _ABOUT)
+    data = sorted(name for name in names if _is_data(name) and not _ABOUT.fullmatch(Path(name).name))
     if not data:
         scripts = [name for name in names if name.endswith(".py")]
         more = " but a script; owner/name@refs/convert/parquet may have its data" if scripts else ""

@@ -15,6 +15,7 @@ import pytest
 from templates import PHI4_MINI, small_tokenizer
 
 from phi3_jax.train.data import json_array, prepare, read_entries, tell
+from phi3_jax.train.evaluation.files import read_data
 from phi3_jax.train.settings import Settings
 
 TOKENIZER = small_tokenizer(PHI4_MINI)
@@ -202,3 +203,21 @@ def test_what_was_converted_is_told_in_one_line(tmp_path):
         )
     special = prepare(path, TOKENIZER, dataclasses.replace(settings, parse_special=True), tmp_path / "kept")
     assert "WARNING" not in tell(special.report)
+
+
+def test_evaluation_reads_the_same_and_tells(tmp_path):
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": said, "id": 1}, {"text": "<|end|>"}]))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + '\n{"text": "<|end|>"}\n')
+    notes: list[str] = []
+    found = read_data(tmp_path / "a.json", TOKENIZER, 64, on_note=notes.append)
+    expected = read_data(tmp_path / "a.jsonl", TOKENIZER, 64)
+    assert [text.tokens.tolist() for text in found] == [text.tokens.tolist() for text in expected]
+    assert [text.learned.tolist() for text in found] == [text.learned.tolist() for text in expected]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{tmp_path / 'a.json'}; 1 lines: conversations -> messages, ")
+    assert "not used are the fields id; WARNING: 1 lines, the first of them" in notes[0]
+    special = read_data(tmp_path / "a.json", TOKENIZER, 64, parse_special=True)
+    assert special[1].tokens.tolist() == [*TOKENIZER.encode("<|end|>", parse_special=True), TOKENIZER.eos_id]
+    assert TOKENIZER.pieces[special[1].tokens[1]] == "<|end|>"
