@@ -1,4 +1,4 @@
-"""A data file -> its entries, one after the other: JSON lines, a JSON array, csv, tsv, parquet or Arrow.
+"""A data file -> its entries, one after the other: JSON lines or objects, an array, csv, tsv, parquet or Arrow.
 
 What a file is, is known by its contents, and csv by its name; JSON and csv may be compressed by gzip, bzip2 or xz. No
 file is held in memory as a whole.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from .json_array import LONGEST, decode, read_array
+from .json_array import LONGEST, decode, read_array, read_objects
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -99,7 +99,10 @@ def _open(path: Path, raw: IO[bytes]) -> Iterator[Entry]:
     bom = len(_BOM) if head.startswith(_BOM) else 0
     if found := _ARRAY.match(head[bom:]):
         file.seek(bom + found.end())
-        return _array(file, raw.tell, b"{" in found[0])
+        return _values(read_array(file, is_inside=b"{" in found[0]), raw.tell)
+    if head[bom:].lstrip().partition(b"\n")[0].strip() == b"{":
+        file.seek(bom)
+        return _values(read_objects(file), raw.tell)
     file.seek(0)
     return _lines(file, file.tell if file is raw else raw.tell)
 
@@ -122,8 +125,8 @@ def _lines(file: IO[bytes], position: Callable[[], int]) -> Iterator[Entry]:
             yield _entry("line", number, position(), record, problem)
 
 
-def _array(file: IO[bytes], position: Callable[[], int], is_inside: bool) -> Iterator[Entry]:
-    for number, value in enumerate(read_array(file, is_inside), 1):
+def _values(values: Iterator[Any], position: Callable[[], int]) -> Iterator[Entry]:
+    for number, value in enumerate(values, 1):
         yield _entry("entry", number, position(), value)
 
 

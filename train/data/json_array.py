@@ -1,4 +1,4 @@
-"""The elements of a JSON array, read as the file is, so that it may be larger than the memory."""
+"""The elements of a JSON array, or objects one after the other, read piece by piece: files may exceed the memory."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def read_array(file: IO[bytes], is_inside: bool) -> Iterator[Any]:
         text.expect("}", "behind the array")
     if text.next():
         raise ValueError("there is more behind the array; write one array, or one object on each line")
+
+
+def read_objects(file: IO[bytes]) -> Iterator[Any]:
+    """The values of a file that has nothing but white space between them. Raises ValueError as `read_array` does."""
+    text, number = _Text(file), 0
+    while text.next():
+        number += 1
+        yield text.value(f"entry {number}")
 
 
 class _Text:

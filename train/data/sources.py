@@ -67,7 +67,8 @@ def choose(source: str, names: Sequence[str], card: Sequence[Any], parts: Sequen
       names: all files, with folders.
       card: the field `configs` of its card, [] if there is none.
     """
-    data = sorted(name for name in names if _is_data(name) and not _ABOUT.fullmatch(Path(name).name))
+    shown = [name for name in names if not any(part.startswith((".", "__")) for part in Path(name).parts)]
+    data = sorted(name for name in shown if _is_data(name) and not _ABOUT.fullmatch(Path(name).name))
     if not data:
         scripts = [name for name in names if name.endswith(".py")]
         more = " but a script; owner/name@refs/convert/parquet may have its data" if scripts else ""
@@ -92,8 +93,9 @@ def _is_data(name: str) -> bool:
 
 
 def _by_card(source: str, data: Sequence[str], card: Sequence[Any], wanted: str | None) -> dict[str, list[str]]:
-    """The splits that the card lists: [{config_name, default, data_files: [{split, path}]}]."""
-    configs = {str(each.get("config_name")): each for each in card if isinstance(each, dict) and "data_files" in each}
+    """The splits that the card lists: [{config_name, default, data_files: [{split, path}] or data_dir}]."""
+    listed = [each for each in card if isinstance(each, dict) and {"data_files", "data_dir"} & each.keys()]
+    configs = {str(each.get("config_name", "default")): each for each in listed}
     if not configs:
         return {}
     preferred = [name for name, each in configs.items() if each.get("default") is True or name == "default"]
@@ -102,12 +104,26 @@ def _by_card(source: str, data: Sequence[str], card: Sequence[Any], wanted: str 
         raise ValueError(
             f"{source}: has several configurations; name one as {source}:CONFIGURATION:SPLIT, of {', '.join(configs)}"
         )
-    files, splits = configs[name]["data_files"], {}
-    for entry in files if isinstance(files, list) and not isinstance(files[0], str) else [{"path": files}]:
-        patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-        matching = [each for each in data if any(fnmatch.fnmatch(each, pattern) for pattern in patterns)]
-        splits[str(entry.get("split", "train"))] = matching
-    return {split: names for split, names in splits.items() if names}
+    folder = str(configs[name].get("data_dir") or "").strip("./")
+    data = [each for each in data if each.startswith(f"{folder}/")] if folder else data
+    files = configs[name].get("data_files")
+    if files is None:
+        return _by_name(data)
+    splits: dict[str, list[str]] = {}
+    try:
+        for entry in files if isinstance(files, list) and not isinstance(files[0], str) else [{"path": files}]:
+            patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+            patterns = [f"{folder}/{each}" if folder else each.removeprefix("./") for each in patterns]
+            if matching := [each for each in data if any(_matches(each, pattern) for pattern in patterns)]:
+                splits[str(entry.get("split", "train"))] = matching
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{source}: its card lists data_files in an unknown way; name a file of it") from None
+    return splits
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of a card means this file; "**/" may stand for no folder, too."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern.replace("**/", ""))
 
 
 def _by_name(data: Sequence[str]) -> dict[str, list[str]]:
@@ -167,7 +183,7 @@ def _fetch(hub_id: str, revision: str | None, inside: str | None, parts: Sequenc
         picked = choose(hub_id, names, _card(folder), parts)
     else:
         data = sorted(filter(_is_data, names))
-        picked = [name for name in data if fnmatch.fnmatch(name, inside) or name.startswith(f"{inside}/")]
+        picked = [name for name in data if _matches(name, inside) or name.startswith(f"{inside}/")]
         if not picked:
             raise FileNotFoundError(f"{hub_id}: has no data file {inside}; it has {', '.join(data)}")
     patterns = [glob.escape(name) for name in picked]
