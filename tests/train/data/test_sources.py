@@ -8,9 +8,11 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from templates import small_tokenizer
 
-from phi3_jax.train.data import find_files, read_entries
+from phi3_jax.train.data import find_files, prepare, read_entries
 from phi3_jax.train.data.sources import choose
+from phi3_jax.train.settings import Settings
 
 # What is by name was compared with `datasets` 5.2 on the same files.
 SHARDS = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train_sft", "test_sft") for i in (1, 0)]
@@ -97,6 +99,25 @@ def test_folders_and_missing_files(tmp_path, monkeypatch):
     for name in ("none.jsonl", "data/none.jsonl", "data/none.json.gz", "/a/b/c", "a/b/c", "x:y"):
         with pytest.raises(FileNotFoundError, match=f"^{name}: no such file; give one of JSON lines"):
             find_files(name)
+
+
+def test_the_files_of_a_split_are_one_data_set(tmp_path):
+    (tmp_path / "set").mkdir()
+    lines = [f'{{"text": "a{i}"}}\n{{"text": {i}}}\n' for i in range(3)]
+    for i, text in enumerate(lines):
+        (tmp_path / "set" / f"train-{i}.jsonl").write_text(text)
+    (tmp_path / "whole.jsonl").write_text("".join(lines))
+    settings, seen = Settings(on_bad_line="skip"), []
+    tokenizer = small_tokenizer(None)
+    found = prepare(tmp_path / "set", tokenizer, settings, tmp_path / "kept", lambda *each: seen.append(each))
+    whole = prepare(tmp_path / "whole.jsonl", tokenizer, settings, tmp_path / "kept")
+    assert found.fingerprint == whole.fingerprint
+    assert seen == [(done, sum(map(len, lines))) for done in (15, 27, 42, 54, 69, 81)]
+    assert found.report.bad_lines == 3
+    assert found.report.reasons[1] == (2, "train-1.jsonl: text is not a string but int")
+    (tmp_path / "set" / "train-2.jsonl").write_text('{"text": "other"}\n')  # one of them changes
+    again = prepare(tmp_path / "set", tokenizer, settings, tmp_path / "kept")
+    assert again.fingerprint != found.fingerprint
 
 
 class Hub(BaseHTTPRequestHandler):
