@@ -20,10 +20,12 @@ class Settings:
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
       output: the run's folder: checkpoints, metrics, the loss curve, and at the end the adapter or the model.
-      train_file, eval_file: JSON lines (data/examples.py); without the second nothing is evaluated.
+      train_file, eval_file: files, or data sets of the hub as owner/name:split (data/sources.py), in one of the forms
+        of data/forms.py; without the second nothing is evaluated.
       method: "sft" learns texts, "dpo" learns preferences between a chosen and a rejected answer.
       dpo_beta: how closely DPO keeps to the model that it started from; larger is closer.
       loss_on: what of a chat is learned: answers with their end token, or everything.
+      parse_special: special tokens that plain texts spell, such as <|user|>, become these tokens; else they are text.
       on_bad_line: what happens at a line that cannot be used: the run stops, or the line is skipped.
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
@@ -57,6 +59,7 @@ class Settings:
     method: Literal["sft", "dpo"] = "sft"
     dpo_beta: float = 0.1
     loss_on: Literal["assistant", "all"] = "assistant"
+    parse_special: bool = False
     on_bad_line: Literal["stop", "skip"] = "stop"
     sequence_length: int = 512
     pack: bool = True

@@ -1,15 +1,20 @@
-"""The data of training runs: JSON lines -> texts in token ids -> rows -> batches.
+"""The data of training runs: data sets as published -> texts in token ids -> rows -> batches.
 
-examples.py reads a line, prepare.py writes a whole file as arrays that dataset.py maps (packing.py puts several texts
-into a row), and order.py says which rows make a step. Other packages use the names below.
+sources.py finds the files, files.py reads their entries, forms.py and messages.py say what these mean, and examples.py
+encodes them. prepare.py writes a whole data set as arrays that dataset.py maps (packing.py puts several texts into a
+row), report.py tells what became of it, and order.py says which rows make a step. Other packages use the names below.
 """
 
 from .batch import Batch as Batch
 from .batch import Pair as Pair
 from .dataset import Dataset as Dataset
-from .dataset import Report as Report
 from .examples import Text as Text
-from .examples import read_line as read_line
+from .examples import read_record as read_record
+from .files import read_entries as read_entries
 from .order import batches as batches
 from .order import eval_batches as eval_batches
 from .prepare import prepare as prepare
+from .report import Report as Report
+from .report import Tally as Tally
+from .report import tell as tell
+from .sources import find_files as find_files

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .batch import Batch, Pair
+from .report import Report
 
 DTYPES: dict[str, type] = {
     "tokens": np.int32,
@@ -29,29 +30,6 @@ DTYPES: dict[str, type] = {
     "row_texts": np.int64,
     "row_starts": np.int64,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Statistics of a data file that was prepared.
-
-    Attributes:
-      texts, rows, tokens: how many; of a preference both answers count.
-      learned_tokens: how many of the tokens the model is to predict.
-      efficiency: the share of the rows that is not padding.
-      bad_lines: how many lines were left out.
-      reasons: (line number, what is wrong with it) of the first of them.
-      ignored_fields: names of fields in the file that are not used.
-    """
-
-    texts: int
-    rows: int
-    tokens: int
-    learned_tokens: int
-    efficiency: float
-    bad_lines: int
-    reasons: tuple[tuple[int, str], ...]
-    ignored_fields: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +106,8 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
         fields |= {
             "reasons": tuple((line, reason) for line, reason in fields["reasons"]),
             "ignored_fields": tuple(fields["ignored_fields"]),
+            "converted": tuple((what, lines) for what, lines in fields["converted"]),
+            "first_spelled": fields["first_spelled"] and tuple(fields["first_spelled"]),
         }
         report = Report(**fields)
     except (FileNotFoundError, ValueError, KeyError, TypeError):

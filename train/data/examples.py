@@ -1,19 +1,20 @@
-"""A line of a data file -> the texts that are trained on, in token ids, and which of their tokens are learned."""
+"""The fields of a line -> the texts that are trained on, in token ids, and which of their tokens are learned."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from typing import Any
+import functools
+import re
+import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from phi3_jax.text import Tokenizer, encode_answers, encode_chat, encode_spans
 
 from ..settings import Settings
-
-_SFT = ({"messages"}, {"prompt", "completion"}, {"text"})
-_DPO = ({"messages", "chosen", "rejected"}, {"prompt", "chosen", "rejected"})
+from .forms import Chat, Plain, read_form
+from .messages import MORE_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,85 +25,99 @@ class Text:
     learned: np.ndarray
 
 
-def read_line(line: bytes, tokenizer: Tokenizer, settings: Settings) -> tuple[list[Text], set[str]]:
-    """The texts of one line, and the names of its fields that are not used.
+class Example(NamedTuple):
+    """What a line gives.
 
-    The line is a JSON object. With method "sft" it has one of
+    Attributes:
+      texts: with method "dpo" two, the chosen one first.
+      unused: names of its fields that are not used.
+      converted: what was converted to what.
+      spelled: a special token that its plain text spells and that was taken as characters; "" if there is none.
+    """
 
-      messages: a chat, in the checkpoint's own template; learned are the answers with their end tokens.
-      prompt and completion: plain text with no template; learned are the completion and the eos token behind it.
+    texts: list[Text]
+    unused: set[str]
+    converted: set[str]
+    spelled: str
+
+
+def read_record(record: dict[str, Any], tokenizer: Tokenizer, settings: Settings) -> Example:
+    """The texts of one line. It has one of the forms of forms.py; of these are learned, with method "sft",
+
+      chats: the answers with their end tokens, in the checkpoint's own template;
+      prompt and completion: plain text with no template: the completion and the eos token behind it;
       text: plain text, all of it learned, eos too; if it is longer than a row, it is cut into several texts.
 
-    and with "dpo" messages or prompt, and both chosen and rejected: two answers or completions. These give two texts,
-    the chosen one first, in which only that last answer is learned. With loss_on "all", chats and prompts are learned
-    as well ("sft" only).
+    and with "dpo" only the two replies or completions. With loss_on "all", chats and prompts are learned as well ("sft"
+    only). Special tokens that plain text spells are tokens with parse_special; in chats, contents are always text.
 
     Raises:
       ValueError: the line cannot be used; says why and what would help.
     """
-    record = _parse(line)
-    forms = _DPO if settings.method == "dpo" else _SFT
-    known = set().union(*forms)
-    present = known & record.keys()
-    if present not in forms:
-        wanted = ", or ".join(" and ".join(sorted(form)) for form in forms)
-        raise ValueError(f"it has the fields {sorted(record)}; method={settings.method} needs {wanted}")
-    if "text" in present:
-        texts = _cut(_encode_plain(tokenizer, "", _string(record, "text"), settings.loss_on), settings.sequence_length)
-    elif settings.method == "dpo":
-        texts = [_encode_reply(tokenizer, record, name) for name in ("chosen", "rejected")]
-    elif "completion" in present:
-        completion = _string(record, "completion")
-        texts = [_encode_plain(tokenizer, _string(record, "prompt"), completion, settings.loss_on)]
-    else:
-        texts = [_encode_messages(tokenizer, record["messages"], settings.loss_on)]
-    for text in texts:
-        _check(text, settings.sequence_length)
-    return texts, record.keys() - known
+    forms, notes = read_form(record, settings.method)
+    texts, spelled = [], ""
+    for form in forms:
+        if isinstance(form, Chat):
+            loss_on = settings.loss_on if settings.method == "sft" else "assistant"
+            texts.append(_encode_chat(tokenizer, form, loss_on))
+        else:
+            text = _encode_plain(tokenizer, form, settings)
+            texts += _cut(text, settings.sequence_length) if form.may_be_cut else [text]
+            if not settings.parse_special and (found := _specials(tokenizer).search(form.prompt + form.completion)):
+                spelled = spelled or found[0]
+    for each in texts:
+        _check(each, settings.sequence_length)
+    return Example(texts, notes.unused, notes.converted, spelled)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
-        raise ValueError(f"it is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError("it is JSON but not an object; write {...} on each line")
-    return record
-
-
-def _string(record: dict[str, Any], name: str) -> str:
-    if not isinstance(record[name], str):
-        raise ValueError(f"{name} is not a string but {type(record[name]).__name__}")
-    return record[name]
-
-
-def _encode_messages(tokenizer: Tokenizer, messages: Any, loss_on: str) -> Text:
-    if loss_on == "all":
-        ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
+def _encode_chat(tokenizer: Tokenizer, chat: Chat, loss_on: str) -> Text:
+    messages, more = [each.fields for each in chat.messages], _for_template(chat)
+    learned = [each.learned for each in chat.messages if each.is_answer]
+    if loss_on == "all" and all(learned):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of messages that the template drops
+            try:
+                ids = encode_chat(tokenizer, messages, add_generation_prompt=False, **more)
+            except UserWarning as warning:
+                raise ValueError(str(warning)) from None
         return _text(ids, [(0, len(ids))])
-    return _text(*encode_answers(tokenizer, messages))
+    ids, answers = encode_answers(tokenizer, messages, **more)
+    if loss_on != "all":
+        return _text(ids, [span for span, is_learned in zip(answers, learned, strict=True) if is_learned])
+    if not chat.messages[-1].is_answer:
+        raise ValueError(
+            "weights with loss_on=all need a conversation that ends with an answer; leave out what follows"
+        )
+    text = _text(ids, [(0, len(ids))])
+    for (begin, end), is_learned in zip(answers, learned, strict=True):
+        text.learned[begin:end] &= is_learned
+    return text
 
 
-def _encode_plain(tokenizer: Tokenizer, prompt: str, completion: str, loss_on: str) -> Text:
-    """Both as one plain text, and the eos token behind them."""
+def _for_template(chat: Chat) -> dict[str, Any]:
+    """What encode_chat and encode_answers are to know beside the messages."""
+    more = {key for each in chat.messages for key in MORE_KEYS if key in each.fields}
+    more |= {name for name in ("tools", "options") if getattr(chat, name)}
+    if more:
+        raise ValueError(f"it has {', '.join(sorted(more))}, which chats cannot be rendered with yet")
+    return {}
+
+
+def _encode_plain(tokenizer: Tokenizer, plain: Plain, settings: Settings) -> Text:
+    """Both as one plain text, and the eos token behind them if they do not end with it."""
     if tokenizer.eos_id is None:
         raise ValueError(f"{tokenizer.source} names no eos token, with which texts have to end; use messages instead")
-    text = prompt + completion
-    ids, [(begin, end)] = encode_spans(tokenizer, text, [(len(prompt), len(text))])
-    return _text([*ids, tokenizer.eos_id], [(0 if loss_on == "all" else begin, end + 1)])
+    text, border = plain.prompt + plain.completion, len(plain.prompt)
+    ids, [(begin, end)] = encode_spans(tokenizer, text, [(border, len(text))], parse_special=settings.parse_special)
+    if not (settings.parse_special and ids[-1:] == [tokenizer.eos_id]):
+        ids, end = [*ids, tokenizer.eos_id], end + 1
+    return _text(ids, [(0 if settings.method == "sft" and settings.loss_on == "all" else begin, end)])
 
 
-def _encode_reply(tokenizer: Tokenizer, record: dict[str, Any], name: str) -> Text:
-    """A chat or a prompt with one of the two answers, of which only that answer is learned."""
-    reply = _string(record, name)
-    if "prompt" in record:
-        return _encode_plain(tokenizer, _string(record, "prompt"), reply, "assistant")
-    messages = record["messages"]
-    if not isinstance(messages, list):
-        raise ValueError(f"messages is not a list but {type(messages).__name__}")
-    ids, answers = encode_answers(tokenizer, [*messages, {"role": "assistant", "content": reply}])
-    return _text(ids, answers[-1:])
+@functools.lru_cache(maxsize=4)
+def _specials(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds special tokens that a text spells."""
+    return re.compile("|".join(re.escape(token.content) for token in tokenizer.added_tokens if token.special) or "(?!)")
 
 
 def _text(ids: list[int], learned: list[tuple[int, int]]) -> Text:

@@ -1,4 +1,4 @@
-"""A data file -> a dataset: tokenised once, line by line, and kept."""
+"""Data files -> a dataset: tokenised once, entry by entry, and kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,13 +20,15 @@ from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer
 
 from ..settings import Settings
-from .dataset import DTYPES, Dataset, Report, open_dataset, write_header
-from .examples import Text, read_line
+from .dataset import DTYPES, Dataset, open_dataset, write_header
+from .examples import Text, read_record
+from .files import read_entries
 from .packing import FirstFit
+from .report import Report, Tally
+from .sources import find_files
 
-_VERSION = 2  # of how lines become rows: a new one makes old datasets invalid
-_READ_BY_DATA = ("method", "loss_on", "on_bad_line", "sequence_length", "pack")  # what decides what the rows are
-_REASONS_KEPT = 1000
+_VERSION = 3  # of how lines become rows: a new one makes old datasets invalid
+_READ_BY_DATA = ("method", "loss_on", "on_bad_line", "parse_special", "sequence_length", "pack")  # make other rows
 
 
 def prepare(
@@ -36,23 +38,24 @@ def prepare(
     folder: str | os.PathLike[str],
     on_progress: OnProgress | None = None,
 ) -> Dataset:
-    """Tokenises a file of JSON lines (examples.py) and keeps the result in a folder; the next time it is only mapped.
+    """Tokenises a data set (sources.py) and keeps the result in a folder; the next time it is only mapped.
 
-    The file is read once, front to back, and written as it is read, so that it may be larger than the memory, which
-    holds only 24 bytes for each text. The result is found again by the file's path, size and time, the vocabulary, and
-    the settings that matter. It is written atomically; if several processes want it, one of them makes it.
+    Its files are read once, front to back, and written as they are read, so that they may be larger than the memory,
+    which holds only 24 bytes for each text. The result is found again by the files' paths, sizes and times, the
+    vocabulary, and the settings that matter. It is written atomically; if several processes want it, one of them makes
+    it.
 
     Args:
-      on_progress: called with (bytes done, bytes in all) of the file.
+      path: a file, or what else sources.py knows.
+      on_progress: called with (bytes done, bytes in all) of the files.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: there is no such file or data set.
+      ImportError: a package is missing that reads it.
       ValueError: no line can be used; or, with on_bad_line="stop", one cannot.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; give one of JSON lines")
-    target = Path(folder) / _key(source, tokenizer, settings)[:16]
+    sources = find_files(path)
+    target = Path(folder) / _key(sources, tokenizer, settings)[:16]
     shape = (settings.sequence_length, settings.method == "dpo")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_suffix(".lock")):
@@ -63,7 +66,7 @@ def prepare(
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir()
             try:
-                _Writer(partial, settings).write(source, tokenizer, on_progress)
+                _Writer(partial, settings).write(sources, tokenizer, on_progress)
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -73,12 +76,11 @@ def prepare(
     return dataset
 
 
-def _key(source: Path, tokenizer: Tokenizer, settings: Settings) -> str:
-    """A hash by which the result is found again, without reading the file."""
-    status = source.stat()
+def _key(sources: Sequence[Path], tokenizer: Tokenizer, settings: Settings) -> str:
+    """A hash by which the result is found again, without reading the files."""
     document = {
         "version": _VERSION,
-        "file": [str(source.resolve()), status.st_size, status.st_mtime_ns],
+        "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources],
         "settings": [getattr(settings, name) for name in _READ_BY_DATA],
         "vocabulary": tokenizer.pieces,
         "added_tokens": [dataclasses.astuple(token) for token in tokenizer.added_tokens],
@@ -96,7 +98,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class _Writer:
-    """The one pass over a file."""
+    """The one pass over the files."""
 
     def __init__(self, folder: Path, settings: Settings):
         self._folder, self._settings = folder, settings
@@ -104,42 +106,32 @@ class _Writer:
         self._starts, self._rows = array("q", [0]), array("q")  # of each text: where it ends, and its row
         self._learned = 0
         self._hash = hashlib.sha256()
-        self._bad_lines = 0
-        self._reasons: list[tuple[int, str]] = []
-        self._ignored: set[str] = set()
+        self._tally = Tally()
 
-    def write(self, source: Path, tokenizer: Tokenizer, on_progress: OnProgress | None) -> None:
-        size = source.stat().st_size
-        with (
-            open(source, "rb") as lines,
-            open(self._folder / "tokens.bin", "wb") as tokens,
-            open(self._folder / "learned.bin", "wb") as learned,
-        ):
-            for number, line in enumerate(lines, 1):
-                if on_progress is not None:
-                    on_progress(lines.tell(), size)
-                if not line.strip():
-                    continue
-                try:
-                    texts, ignored = read_line(line, tokenizer, self._settings)
-                except ValueError as error:
-                    self._refuse(source, number, str(error))
-                    continue
-                self._ignored |= ignored
-                self._add(texts, tokens, learned)
+    def write(self, sources: Sequence[Path], tokenizer: Tokenizer, on_progress: OnProgress | None) -> None:
+        before, total = 0, sum(source.stat().st_size for source in sources)
+        with open(self._folder / "tokens.bin", "wb") as tokens, open(self._folder / "learned.bin", "wb") as learned:
+            for source in sources:
+                for entry in read_entries(source):
+                    if on_progress is not None:
+                        on_progress(before + entry.done, total)
+                    where = f"{source}, {entry.unit} {entry.number}"
+                    try:
+                        example = read_record(entry.fields(), tokenizer, self._settings)
+                    except ValueError as error:
+                        if self._settings.on_bad_line == "stop":
+                            raise ValueError(f"{where}: {error} (on_bad_line=skip leaves such lines out)") from None
+                        name = f"{source.name}: " if len(sources) > 1 else ""
+                        self._tally.refuse(entry.number, f"{name}{error}")
+                        continue
+                    self._tally.add(where, example)
+                    self._add(example.texts, tokens, learned)
+                before += source.stat().st_size
         if not self._rows:
-            raise ValueError(f"{source}: no line of it can be used{self._first_reason()}")
+            reasons = self._tally.reasons
+            told = "; line {}: {}".format(*reasons[0]) if reasons else ": it is empty"
+            raise ValueError(f"{sources[0]}: no line of it can be used{told}")
         self._finish()
-
-    def _refuse(self, source: Path, number: int, reason: str) -> None:
-        if self._settings.on_bad_line == "stop":
-            raise ValueError(f"{source}, line {number}: {reason} (on_bad_line=skip leaves such lines out)")
-        self._bad_lines += 1
-        if len(self._reasons) < _REASONS_KEPT:
-            self._reasons.append((number, reason))
-
-    def _first_reason(self) -> str:
-        return "; line {}: {}".format(*self._reasons[0]) if self._reasons else ": it is empty"
 
     def _add(self, texts: list[Text], tokens: IO[bytes], learned: IO[bytes]) -> None:
         """Adds the texts of one line; the two of a preference share a row, others need not."""
@@ -176,9 +168,12 @@ class _Writer:
             tokens=tokens,
             learned_tokens=self._learned,
             efficiency=tokens / places,
-            bad_lines=self._bad_lines,
-            reasons=tuple(self._reasons),
-            ignored_fields=tuple(sorted(self._ignored)),
+            bad_lines=self._tally.bad_lines,
+            reasons=tuple(self._tally.reasons),
+            ignored_fields=self._tally.ignored_fields,
+            converted=self._tally.converted,
+            spelled=self._tally.spelled,
+            first_spelled=self._tally.first_spelled,
         )
         sizes = {name: len(values) for name, values in index.items()}
         write_header(self._folder, report, sizes | {"tokens": tokens, "learned": tokens}, self._hash.hexdigest())

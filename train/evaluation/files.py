@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from phi3_jax.text import Tokenizer
 
-from ..data import Text, read_line
+from ..data import Tally, Text, find_files, read_entries, read_record, tell
 from ..settings import Settings
 
 
@@ -41,26 +41,40 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     return texts
 
 
-def read_data(path: str | os.PathLike[str], tokenizer: Tokenizer, longest: int) -> list[Text]:
-    """The texts of a file of JSON lines in the formats of training (data/examples.py), and which tokens are learned.
+def read_data(
+    path: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    longest: int,
+    parse_special: bool = False,
+    on_note: Callable[[str], None] | None = None,
+) -> list[Text]:
+    """The texts of a data set as for training (data/sources.py and data/forms.py), and which tokens are learned.
 
     Args:
       longest: the most tokens of a text.
+      parse_special: as in the settings of training.
+      on_note: is told what was converted and what is not used, if anything.
 
     Raises:
-      OSError: the file cannot be read.
+      OSError: a file cannot be read.
+      ImportError: a package is missing that reads it.
       ValueError: it has no lines, or one that cannot be used.
     """
-    settings, texts = Settings(sequence_length=longest), []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    texts += read_line(line, tokenizer, settings)[0]
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
+    settings, tally = Settings(sequence_length=longest, parse_special=parse_special), Tally()
+    texts: list[Text] = []
+    for file in find_files(path):
+        for entry in read_entries(file):
+            where = f"{file}, {entry.unit} {entry.number}"
+            try:
+                example = read_record(entry.fields(), tokenizer, settings)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            tally.add(where, example)
+            texts += example.texts
     if not texts:
         raise ValueError(f"{path}: there are no lines in it")
+    if on_note is not None and (told := tell(tally)):
+        on_note(f"{path}{told}")
     return texts
 
 
@@ -109,6 +123,6 @@ def _records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]
 
 def _decoded(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None

@@ -4,15 +4,16 @@ phi3-evaluate --checkpoint demo --text held-out.txt --stride 512
 phi3-evaluate --checkpoint demo --adapter runs/train/adapter --data held_out.jsonl
 phi3-evaluate --checkpoint demo --questions quiz.jsonl --json figures.json
 
---text takes a file of plain text, or JSON lines {"text": ...}, each a text of its own. --data takes JSON lines as for
-phi3-train, and gives the loss of the tokens that training would learn: in chats, the answers. --questions takes JSON
-lines {"question": ..., "choices": [..., ...], "answer": NUMBER}, where 0 is the first choice.
+--text takes a file of plain text, or JSON lines {"text": ...}, each a text of its own. --data takes what phi3-train
+takes, and gives the loss of the tokens that training would learn: in chats, the answers. --questions takes JSON lines
+{"question": ..., "choices": [..., ...], "answer": NUMBER}, where 0 is the first choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
 
+from ..data import find_files
 from ..evaluation.evaluate import Accuracy, HeldOutLoss, Perplexity, accuracy, held_out_loss, perplexity
 from ..evaluation.files import read_data, read_questions, read_texts
 from ..evaluation.score import PATHS, usual_path
@@ -50,7 +52,8 @@ _STRIDE = flags.DEFINE_integer(
     None,
     "A window begins so many tokens after the one before; by default half of it. Less is slower, and fair.",
 )
-_DATA = flags.DEFINE_string("data", None, "A .jsonl as for phi3-train, whose held-out loss is wanted.")
+_DATA = flags.DEFINE_string("data", None, "A file or data set as for phi3-train, whose held-out loss is wanted.")
+_PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "As phi3-train's setting: for --data in plain text.")
 _QUESTIONS = flags.DEFINE_string("questions", None, "A .jsonl of questions with choices.")
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 
@@ -61,12 +64,14 @@ def main() -> int:
         raise ValueError("give --text, --data or --questions, or several of them")
     texts = read_texts(_TEXT.value) if _TEXT.value else []
     questions = read_questions(_QUESTIONS.value) if _QUESTIONS.value else []
-    if _DATA.value and not Path(_DATA.value).is_file():  # before the model is loaded, with the tokenizer that reads it
-        raise FileNotFoundError(f"{_DATA.value}: no such file; give one of JSON lines")
+    if _DATA.value:
+        find_files(_DATA.value)  # raises before the model is loaded, with the tokenizer that reads it
     checkpoint = _load()
     path = _PATH.value or usual_path(checkpoint)
     limit = checkpoint.config.max_position_embeddings
-    data = read_data(_DATA.value, require_tokenizer(checkpoint), limit) if _DATA.value else []
+    data = []
+    if _DATA.value:
+        data = read_data(_DATA.value, require_tokenizer(checkpoint), limit, _PARSE_SPECIAL.value, _note)
     figures: dict[str, Any] = {"path": path}
     if _TEXT.value:
         with progress_bar("texts", "text") as on_progress:
@@ -87,6 +92,10 @@ def main() -> int:
         with new_file(Path(_JSON.value), overwrite=True) as partial:
             partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _note(text: str) -> None:
+    print(f"phi3-evaluate: {text}", file=sys.stderr, flush=True)
 
 
 def _load() -> phi3_jax.Checkpoint:
@@ -123,7 +132,7 @@ def run() -> None:
     """The console script."""
     topics: dict[str, list[flags.FlagHolder[Any]]] = {
         "Model": [CHECKPOINT, ADAPTER, _DTYPE, QUANTIZE],
-        "What is measured": [_TEXT, _WINDOW, _STRIDE, _DATA, _QUESTIONS, _PATH, _JSON],
+        "What is measured": [_TEXT, _WINDOW, _STRIDE, _DATA, _PARSE_SPECIAL, _QUESTIONS, _PATH, _JSON],
     }
     run_program("phi3-evaluate", main, topics)
 

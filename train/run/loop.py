@@ -23,7 +23,7 @@ import phi3_jax
 from phi3_jax.checkpoint import require_tokenizer, save_adapter
 
 from .. import sharding
-from ..data import Dataset, batches, eval_batches, prepare
+from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
 from ..forward import adapter_config
 from ..settings import Settings
 from ..step import TrainState, make_eval_step, make_train_step, start
@@ -60,6 +60,8 @@ def train(
     ):
         recorded = checkpoints.about()
         check_settings(recorded, settings)
+        for name in filter(None, (settings.train_file, settings.eval_file)):
+            find_files(name)  # what is not there is missed, or fetched, before the model is loaded
 
         # ---- the model and the data ----
         checkpoint = _load(settings, observer)
@@ -194,12 +196,7 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
     report = data.report
     text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
     text += f"{len(data)} rows that are {report.efficiency:.0%} full"
-    if report.ignored_fields:
-        text += f"; not used are the fields {', '.join(report.ignored_fields)}"
-    if report.bad_lines:
-        line, reason = report.reasons[0]
-        text += f"; {report.bad_lines} lines left out, as line {line}: {reason}"
-    observer.note(text)
+    observer.note(text + tell(report))
     return data
 
 

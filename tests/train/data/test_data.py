@@ -227,8 +227,8 @@ def lines_read(monkeypatch):
         return real(*arguments)
 
     preparation = importlib.import_module("phi3_jax.train.data.prepare")  # the room exports a function of this name
-    real = preparation.read_line
-    monkeypatch.setattr(preparation, "read_line", counted)
+    real = preparation.read_record
+    monkeypatch.setattr(preparation, "read_record", counted)
     return count
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from templates import PHI4_MINI, small_tokenizer
 
-from phi3_jax.train.data import read_line
+from phi3_jax.train.data import read_entries, read_record
 from phi3_jax.train.settings import Settings
 
 TOKENIZER = small_tokenizer(PHI4_MINI)  # one token per byte; <s> is bos, <|endoftext|> eos
@@ -23,11 +23,11 @@ def byte(text: str) -> list[int]:
 
 def read(record, **changes):
     changes = {"sequence_length": 40, "pack": changes.get("method") != "dpo"} | changes
-    texts, ignored = read_line(json.dumps(record).encode(), TOKENIZER, Settings(**changes))
-    for text in texts:
+    example = read_record(record, TOKENIZER, Settings(**changes))
+    for text in example.texts:
         assert text.tokens.dtype == np.int32
         assert text.learned.dtype == bool
-    return [(list(t.tokens), "".join("-x"[int(flag)] for flag in t.learned)) for t in texts], ignored
+    return [(list(t.tokens), "".join("-x"[int(flag)] for flag in t.learned)) for t in example.texts], example.unused
 
 
 def test_each_form():
@@ -78,7 +78,7 @@ def test_long_texts_are_cut_into_rows():
         (b'{"text": "a", "messages": []}', {}, "has the fields"),
         (b'{"prompt": "a"}', {}, "has the fields"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "c"}', {}, "method=sft needs"),
-        (b'{"text": "a"}', {"method": "dpo", "pack": False}, "method=dpo needs chosen and messages and rejected, or"),
+        (b'{"text": "a"}', {"method": "dpo", "pack": False}, "method=dpo needs chosen and rejected, with"),
         (
             b'{"messages": 3, "chosen": "a", "rejected": "b"}',
             {"method": "dpo", "pack": False},
@@ -86,7 +86,8 @@ def test_long_texts_are_cut_into_rows():
         ),
         (b'{"messages": []}', {}, "messages is empty"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', {}, "no message has the role"),
-        (b'{"messages": [{"from": "human", "value": "a"}]}', {}, r"messages\[0\] is"),
+        (b'{"messages": [{"from": "human", "value": "a"}]}', {}, "no message has the role"),
+        (b'{"messages": [{"speaker": "human", "value": "a"}]}', {}, r"messages\[0\] is .* without a role"),
         (b'{"text": "\\ud800"}', {}, "not valid Unicode"),
         (
             json.dumps({"messages": CHAT}).encode(),
@@ -98,12 +99,14 @@ def test_long_texts_are_cut_into_rows():
         (b'{"text": ""}', {"sequence_length": 1}, "nothing in it is learned"),
     ],
 )
-def test_bad_lines_say_what_is_wrong(line, changes, reason):
+def test_bad_lines_say_what_is_wrong(line, changes, reason, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(line)
+    (entry,) = read_entries(tmp_path / "data.jsonl")
     with pytest.raises(ValueError, match=reason):
-        read_line(line, TOKENIZER, Settings(**changes))
+        read_record(entry.fields(), TOKENIZER, Settings(**changes))
 
 
 def test_texts_have_to_end():
     tokenizer = dataclasses.replace(TOKENIZER, eos_id=None)
     with pytest.raises(ValueError, match="names no eos token"):
-        read_line(b'{"text": "a"}', tokenizer, Settings())
+        read_record({"text": "a"}, tokenizer, Settings())
