@@ -5,7 +5,7 @@ one by one during generation. Other packages use the names below, `tokenizer_fil
 build a tokenizer from other files.
 """
 
-from phi3_jax.text.chat import encode_answers as encode_answers
+from phi3_jax.text.answers import encode_answers as encode_answers
 from phi3_jax.text.chat import encode_chat as encode_chat
 from phi3_jax.text.chat import render_chat as render_chat
 from phi3_jax.text.spans import Span as Span
