@@ -141,7 +141,7 @@ def variables(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> 
         for message in messages:
             if isinstance(message.get("tools"), list):
                 message["tools"] = json.dumps([function_of(tool) for tool in message["tools"]], ensure_ascii=False)
-    if "tool_calls" not in speaks.fields and {_CALL, _END_CALL} <= set(tokenizer.pieces):
+    if in_messages and "tool_calls" not in speaks.fields and {_CALL, _END_CALL} <= set(tokenizer.pieces):
         for message in messages:
             if calls := message.pop("tool_calls", None):
                 calls = [{"name": function_of(call)["name"], "arguments": arguments_of(call)} for call in calls]
