@@ -12,3 +12,7 @@ from phi3_jax.text.spans import Span as Span
 from phi3_jax.text.spans import encode_spans as encode_spans
 from phi3_jax.text.tokenizer import Tokenizer as Tokenizer
 from phi3_jax.text.tokenizer import load_tokenizer as load_tokenizer
+from phi3_jax.text.tool_calls import Reply as Reply
+from phi3_jax.text.tool_calls import ToolCall as ToolCall
+from phi3_jax.text.tool_calls import ToolCallParser as ToolCallParser
+from phi3_jax.text.tool_calls import parse_tool_calls as parse_tool_calls

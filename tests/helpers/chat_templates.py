@@ -46,8 +46,8 @@ PUBLISHED = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
     ),
     "Phi-4-reasoning": (
-        "<|im_start|>system<|im_sep|>You are Phi, a language model trained by Microsoft to help users. Please structure "
-        "your response into two main sections: <think> {Thought section} </think> {Solution section}.<|im_end|>"
+        "<|im_start|>system<|im_sep|>You are Phi, a language model trained by Microsoft to help users. Please "
+        "structure your response into two sections: <think> {Thought section} </think> {Solution section}.<|im_end|>"
         "{% for message in messages %}{% if (message['role'] == 'user') %}{{'<|im_start|>user<|im_sep|>' + "
         "message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'assistant') %}"
         "{{'<|im_start|>assistant<|im_sep|>'}}{% generation %}{{message['content'] + '<|im_end|>'}}"
@@ -196,7 +196,8 @@ MISTRAL = """{%- set ns = namespace(index=0) %}
 {%- endfor %}"""
 # Qwen 3: thoughts of earlier turns are left out, those of the last are kept; a switch against thinking.
 QWEN = """{%- if tools %}
-{{- '<|im_start|>system\n' + (messages[0].content + '\n\n' if messages[0].role == 'system' else '') + '# Tools\n<tools>' }}
+{{- '<|im_start|>system\n' + (messages[0].content + '\n\n' if messages[0].role == 'system' else '') }}
+{{- '# Tools\n<tools>' }}
 {%- for tool in tools %}{{- "\n" }}{{- tool | tojson }}{% endfor %}
 {{- "\n</tools>\nCall within <tool_call></tool_call> tags.<|im_end|>\n" }}
 {%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}
