@@ -49,6 +49,11 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
+    def as_message_part(self, call_id: str) -> dict[str, Any]:
+        """As it stands in the "tool_calls" of a message."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": call_id, "type": "function", "function": function}
+
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
