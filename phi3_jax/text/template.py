@@ -99,19 +99,25 @@ class Vocabulary:
 def vocabulary(source: str) -> Vocabulary:
     """What a template speaks of. One that cannot be parsed says nothing: `render` explains why."""
     try:
+        # One tree for each question: the first changes its own, by folding constants.
+        undeclared = jinja2.meta.find_undeclared_variables(_environment().parse(source))
         tree = _environment().parse(source)
     except jinja2.TemplateError:
         return Vocabulary(frozenset(), frozenset(), frozenset(), False)
 
-    def texts(*roots: jinja2.nodes.Node) -> frozenset[str]:
-        consts = [const for root in roots for const in root.find_all(jinja2.nodes.Const)]
-        return frozenset(const.value for const in consts if isinstance(const.value, str))
+    nodes = jinja2.nodes
 
+    def texts(*roots: jinja2.nodes.Node) -> frozenset[str]:
+        consts = [const for root in roots for const in (root, *root.find_all(nodes.Const))]
+        return frozenset(c.value for c in consts if isinstance(c, nodes.Const) and isinstance(c.value, str))
+
+    got = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) == "get"]
     return Vocabulary(
-        variables=frozenset(jinja2.meta.find_undeclared_variables(tree)),
-        fields=frozenset(node.attr for node in tree.find_all(jinja2.nodes.Getattr)) | texts(tree),
-        compared=texts(*tree.find_all(jinja2.nodes.Compare), *(pair.key for pair in tree.find_all(jinja2.nodes.Pair))),
-        writes_json=any(node.name == "tojson" for node in tree.find_all(jinja2.nodes.Filter)),
+        variables=frozenset(undeclared),
+        fields=texts(*got, *(node.arg for node in tree.find_all(nodes.Getitem)))
+        | frozenset(node.attr for node in tree.find_all(nodes.Getattr)),
+        compared=texts(*tree.find_all(nodes.Compare), *(pair.key for pair in tree.find_all(nodes.Pair))),
+        writes_json=any(node.name == "tojson" for node in tree.find_all(nodes.Filter)),
     )
 
 

@@ -108,7 +108,7 @@ class Tokenizer:
                 a user typed. Added tokens that are not special are always recognised.
             add_bos: start with bos; None does what the checkpoint's files say. A second bos is never added.
             literal_mark: a character that is dropped after the cut at special tokens. Text that holds it inside of
-                a special token's string keeps that string as plain text (see chat.py).
+                a special token's string keeps that string as plain text (see literals.py).
 
         Raises:
             ValueError: the text holds a lone surrogate, or bos is asked for and the vocabulary has none.
