@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.text import MarkerDecoder
+from phi3_jax.text.tokenizer import StreamDecoder
 
 from .engine import NewTokens, Run
 from .sampling import StopWatch, TokenLogprob
@@ -56,16 +58,21 @@ class Piece:
 class Answer:
     """One answer while it is generated. Raises ValueError for stop strings without a tokenizer.
 
+    With `markers`, special tokens that mark the calls of tools are written out in the text, for `ToolCallParser`.
+
     Attributes:
       finish_reason: None while it goes on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, row: int = 0, stop: Sequence[str] = ()):
+    def __init__(self, checkpoint: Checkpoint, row: int = 0, stop: Sequence[str] = (), markers: bool = False):
         if stop and checkpoint.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: put tokenizer.json or tokenizer.model into the folder")
         self._row = row
         self._ends = checkpoint.generation.eos_token_ids
-        self._decoder = checkpoint.tokenizer.stream(skip_special_tokens=True) if checkpoint.tokenizer else None
+        self._decoder: StreamDecoder | MarkerDecoder | None = None
+        if checkpoint.tokenizer:
+            plain = checkpoint.tokenizer.stream(skip_special_tokens=True)
+            self._decoder = MarkerDecoder(checkpoint.tokenizer) if markers else plain
         self._watch = StopWatch(stop)
         self._pieces: list[Piece] = []
         self.finish_reason: FinishReason | None = None

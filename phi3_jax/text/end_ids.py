@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from phi3_jax.text.added_tokens import END_NAMES
-from phi3_jax.text.chat import encode_answers
+from phi3_jax.text.answers import encode_answers
 from phi3_jax.text.tokenizer import Tokenizer
 
 
