@@ -108,7 +108,8 @@ class Conversation:
         """Yields the answer piece by piece; with the last piece, question and answer are added to the messages.
 
         A turn that fails, or whose pieces are not all consumed, leaves the conversation as it was. So does a turn that
-        is stopped from outside before there is any text; if there is text, the incomplete answer is kept.
+        is stopped from outside before there is any text, or that ends with finish_reason "error"; if there is text, an
+        answer that was only stopped is kept.
 
         Args:
           interrupt: called between the calls of the compiled functions; True ends the answer as it is.
@@ -126,9 +127,11 @@ class Conversation:
         run, answer = self._run(prompt_ids), Answer(self._checkpoint, stop=self._stop)
         for piece in write_answers(run, [answer], interrupt=interrupt):
             if piece.finish_reason is not None:
-                generation, self._cache = answer.finish(), run.prompt_cache()
+                generation = answer.finish()
+                if generation.error is None:
+                    self._cache = run.prompt_cache()
                 self.last = Turn(generation, prompt_ids, run.reused, time.perf_counter() - begin)
-                if generation.text or piece.finish_reason in ("stop", "length"):
+                if piece.finish_reason in ("stop", "length") or (generation.text and generation.error is None):
                     self._messages += [question, {"role": "assistant", "content": generation.text}]
                     self._answered += 1
             yield piece

@@ -96,6 +96,10 @@ class Chat:
         turn = self._conversation.last
         assert turn is not None
         answer = turn.generation
+        if answer.error is not None:
+            if written:
+                print(flush=True)
+            raise ValueError(f"{answer.error}; the message is forgotten")
         if not answer.text and answer.finish_reason in ("deadline", "interrupt"):
             raise ValueError("the answer was ended before it began; the message is forgotten")
         print(flush=True)

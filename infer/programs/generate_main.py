@@ -89,7 +89,10 @@ def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> int:
     """Streams the answer to standard output, and reports on standard error where the time went -> exit code."""
     limit, options = common.MAX_NEW_TOKENS.value, common.options(checkpoint)
     if _BEAMS.value > 1:
-        print(_search(checkpoint, [ids], [limit], options)[0]["text"])
+        (found,) = _search(checkpoint, [ids], [limit], options)
+        if "error" in found:
+            raise ValueError(found["error"])
+        print(found["text"])
         return 0
     run = Run(checkpoint, [ids], [limit], [common.sampling()], options, [common.grammar()])
     answer, save_as = Answer(checkpoint, stop=common.STOP.value), _SAVE_PROMPT_CACHE.value
@@ -101,6 +104,8 @@ def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> int:
                 save_as = None
     print(flush=True)
     result = answer.finish()
+    if result.error is not None:
+        raise ValueError(result.error)
     print(report(run, len(ids), len(result.token_ids)), file=sys.stderr)
     return 130 if result.finish_reason == "interrupt" else 0
 
@@ -121,7 +126,7 @@ def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
 
 
 def answer_file(input_: Path, output: Path) -> int:
-    """Answers every line of a file -> exit code."""
+    """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
     requests = read_requests(input_, common.sampling())
     checkpoint = common.load_checkpoint()
     prompts = [_request_ids(checkpoint, request, f"{input_}:{request.line}") for request in requests]
@@ -141,7 +146,12 @@ def answer_file(input_: Path, output: Path) -> int:
             if interrupt():
                 print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
                 return 130
-    return 0
+    if file.failed:
+        print(
+            f'phi3-generate: {file.failed} of {len(requests)} answers ended with an error: see "error" in {output}',
+            file=sys.stderr,
+        )
+    return int(file.failed > 0)
 
 
 def _answers(
@@ -170,6 +180,7 @@ def _answers(
 
 def _fields(result: Generation) -> dict[str, Any]:
     fields: dict[str, Any] = {"text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason}
+    fields |= {"error": result.error} if result.error is not None else {}
     for name in ("logprobs", "prompt_logprobs"):
         entries: list[TokenLogprob] | None = getattr(result, name)
         fields |= {name: [dataclasses.asdict(entry) for entry in entries]} if entries is not None else {}
@@ -182,7 +193,15 @@ def _search(
     found = beam_search(
         checkpoint, prompts, limits, _BEAMS.value, length_penalty=_LENGTH_PENALTY.value, options=options
     )
-    return [dataclasses.asdict(beams[0]) for beams in found]
+    # An answer has a score, or an error.
+    return [
+        {
+            name: value
+            for name, value in dataclasses.asdict(best).items()
+            if name != ("error" if best.error is None else "score")
+        }
+        for best, *_ in found
+    ]
 
 
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:

@@ -1,7 +1,8 @@
 """The two halves of a Tokenizer: text piece -> ids (two libraries) and ids -> text (two families of vocabulary).
 
 Encoders see only text without special tokens: `Tokenizer` has cut those out already, once for both libraries.
-Decoders work token by token. Decoding a whole sequence uses the same code as streaming, so the two cannot disagree.
+Decoders work token by token. Decoding a whole sequence uses the same code as streaming, which only lets complete
+characters go earlier: see ByteFallbackDecoder for the one case where that makes a difference.
 """
 
 import codecs
@@ -118,6 +119,10 @@ class PieceDecoder(Protocol):
         """The text that is certain once this vocabulary piece has been added."""
         ...
 
+    def release(self) -> str:
+        """The complete characters among the text that is still held back; they are not held any longer."""
+        ...
+
     def flush(self) -> str:
         """The text still held back, at the end of the sequence."""
         ...
@@ -127,7 +132,9 @@ class ByteFallbackDecoder:
     """Sentencepiece vocabularies: space marks, `<0x0A>`-like byte tokens, one leading space dropped from the text.
 
     A run of byte tokens that is not valid UTF-8 becomes one U+FFFD per byte, all of the run, as in the tokenizers
-    library. A run is therefore certain only when another kind of token ends it.
+    library. A run is therefore certain only when another kind of token ends it. A stream cannot wait for that: a line
+    break would come one token late. What it has released stays as it is: the bytes 0A FF are two U+FFFD in a decode,
+    and a line break and one U+FFFD in a stream. Only a run that is broken after a complete character differs.
     """
 
     _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -148,6 +155,15 @@ class ByteFallbackDecoder:
             self._run += self.bytes_of(piece)
             return ""
         return self._emit(self._end_run() + self.bytes_of(piece).decode("utf-8"))
+
+    def release(self) -> str:
+        """See PieceDecoder."""
+        try:
+            text = self._run.decode("utf-8")
+        except UnicodeDecodeError as error:
+            text = self._run[: error.start].decode("utf-8")
+        del self._run[: len(text.encode("utf-8"))]
+        return self._emit(text)
 
     def flush(self) -> str:
         """See PieceDecoder."""
@@ -183,6 +199,10 @@ class ByteLevelDecoder:
     def push(self, piece: str) -> str:
         """See PieceDecoder."""
         return self._utf8.decode(self.bytes_of(piece))
+
+    def release(self) -> str:
+        """See PieceDecoder; `push` holds back nothing but incomplete characters."""
+        return ""
 
     def flush(self) -> str:
         """See PieceDecoder."""

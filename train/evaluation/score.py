@@ -52,7 +52,8 @@ def score(checkpoint: Checkpoint, requests: Sequence[Request], on_progress: OnPr
       on_progress: called with (requests done, requests in all).
 
     Raises:
-      ValueError: a text is longer than the model's context, or has ids outside of the vocabulary.
+      ValueError: a text is longer than the model's context, or has ids outside of the vocabulary; the model's
+        numbers are not finite.
     """
     _check(checkpoint.config, requests)
     scores: dict[int, Score] = {}
@@ -68,6 +69,11 @@ def score(checkpoint: Checkpoint, requests: Sequence[Request], on_progress: OnPr
         logprobs, greedy = jax.device_get(_score(checkpoint.config, checkpoint.params, tokens, positions))
         for row, i in enumerate(batch):
             scored = slice(max(1, requests[i].begin), len(requests[i].ids))
+            if not np.isfinite(logprobs[row, scored]).all():
+                raise ValueError(
+                    f"text {i} has log-probabilities that are not finite: the weights may be damaged (download or "
+                    "convert them again), or float16 overflowed (take float32 or bfloat16)"
+                )
             scores[i] = Score(logprobs[row, scored], bool(greedy[row, scored].all()))
         if on_progress is not None:
             on_progress(len(scores), len(requests))
