@@ -133,7 +133,8 @@ class Conversation:
         """Yields the answer piece by piece; with the last piece, question and answer are added to the messages.
 
         A turn that fails, or whose pieces are not all consumed, leaves the conversation as it was. So does a turn that
-        is stopped from outside before there is any text; if there is text, the incomplete answer is kept.
+        is stopped from outside before there is any text, or that ends with finish_reason "error"; if there is text, an
+        answer that was only stopped is kept.
 
         Args:
           text: the user's message; None to answer the results of calls.
@@ -159,11 +160,13 @@ class Conversation:
                 certain = parser.push(piece.text) + (parser.flush() if piece.finish_reason else "")
                 piece, content = dataclasses.replace(piece, text=certain), content + certain
             if piece.finish_reason is not None:
-                generation, self._cache = answer.finish(), run.prompt_cache()
+                generation = answer.finish()
+                if generation.error is None:
+                    self._cache = run.prompt_cache()
                 calls, problems = (parser.calls, parser.problems) if parser else ([], [])
                 seconds = time.perf_counter() - begin
                 self.last = Turn(generation, prompt_ids, run.reused, seconds, calls, problems)
-                if generation.text or piece.finish_reason in ("stop", "length"):
+                if piece.finish_reason in ("stop", "length") or (generation.text and generation.error is None):
                     said = content.strip() if calls else generation.text
                     self._messages += [*question, self._answer_message(said, calls)]
                     self._answered += 1

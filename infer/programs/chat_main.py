@@ -98,6 +98,10 @@ class Chat:
         turn = self._conversation.last
         assert turn is not None
         answer = turn.generation
+        if answer.error is not None:
+            if written:
+                print(flush=True)
+            raise ValueError(f"{answer.error}; the message is forgotten")
         if not answer.text and not turn.calls and answer.finish_reason in ("deadline", "interrupt"):
             raise ValueError("the answer was ended before it began; the message is forgotten")
         if written or not turn.calls:

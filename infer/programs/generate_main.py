@@ -97,7 +97,10 @@ def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int], tools: list[A
     """
     limit, options = common.MAX_NEW_TOKENS.value, common.options(checkpoint)
     if _BEAMS.value > 1:
-        print(_search(checkpoint, [ids], [limit], options)[0]["text"])
+        (found,) = _search(checkpoint, [ids], [limit], options)
+        if "error" in found:
+            raise ValueError(found["error"])
+        print(found["text"])
         return 0
     run = Run(checkpoint, [ids], [limit], [common.sampling()], options, [common.grammar(tools)])
     answer, save_as = Answer(checkpoint, stop=common.STOP.value, markers=tools is not None), _SAVE_PROMPT_CACHE.value
@@ -118,6 +121,8 @@ def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int], tools: list[A
     if parser is not None:
         print_calls(parser.calls, parser.problems, "phi3-generate")
     result = answer.finish()
+    if result.error is not None:
+        raise ValueError(result.error)
     print(report(run, len(ids), len(result.token_ids)), file=sys.stderr)
     return 130 if result.finish_reason == "interrupt" else 0
 
@@ -138,7 +143,7 @@ def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
 
 
 def answer_file(input_: Path, output: Path) -> int:
-    """Answers every line of a file -> exit code."""
+    """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
     requests = read_requests(input_, common.sampling())
     checkpoint = common.load_checkpoint()
     prompts = [_request_ids(checkpoint, request, f"{input_}:{request.line}") for request in requests]
@@ -158,7 +163,12 @@ def answer_file(input_: Path, output: Path) -> int:
             if interrupt():
                 print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
                 return 130
-    return 0
+    if file.failed:
+        print(
+            f'phi3-generate: {file.failed} of {len(requests)} answers ended with an error: see "error" in {output}',
+            file=sys.stderr,
+        )
+    return int(file.failed > 0)
 
 
 def _answers(
@@ -197,6 +207,7 @@ def _fields(result: Generation, tools: list[Any] | None, tokenizer: phi3_jax.Tok
         fields["content"] = reply.content if reply.calls else result.text
         fields["tool_calls"] = [call.as_message_part(f"call{i:05}") for i, call in enumerate(reply.calls)]
         fields |= {"tool_problems": reply.problems} if reply.problems else {}
+    fields |= {"error": result.error} if result.error is not None else {}
     for name in ("logprobs", "prompt_logprobs"):
         entries: list[TokenLogprob] | None = getattr(result, name)
         fields |= {name: [dataclasses.asdict(entry) for entry in entries]} if entries is not None else {}
@@ -209,7 +220,15 @@ def _search(
     found = beam_search(
         checkpoint, prompts, limits, _BEAMS.value, length_penalty=_LENGTH_PENALTY.value, options=options
     )
-    return [dataclasses.asdict(beams[0]) for beams in found]
+    # An answer has a score, or an error.
+    return [
+        {
+            name: value
+            for name, value in dataclasses.asdict(best).items()
+            if name != ("error" if best.error is None else "score")
+        }
+        for best, *_ in found
+    ]
 
 
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:

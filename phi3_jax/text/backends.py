@@ -2,7 +2,8 @@
 
 Encoders see text between added tokens: `Tokenizer` has cut it at those already, once for both libraries. Only those
 that a tokenizer.json wants to be looked for in normalised text are found here.
-Decoders work token by token. Decoding a whole sequence uses the same code as streaming, so the two cannot disagree.
+Decoders work token by token. Decoding a whole sequence uses the same code as streaming, which only lets complete
+characters go earlier: see ByteFallbackDecoder for the one case where that makes a difference.
 """
 
 import codecs
@@ -152,6 +153,10 @@ class PieceDecoder(Protocol):
         """The text that is certain once this vocabulary piece has been added."""
         ...
 
+    def release(self) -> str:
+        """The complete characters among the text that is still held back; they are not held any longer."""
+        ...
+
     def flush(self) -> str:
         """The text still held back, at the end of the sequence."""
         ...
@@ -163,7 +168,9 @@ class ByteFallbackDecoder:
     Some have no byte tokens: `<0x0A>` is text there.
 
     A run of byte tokens that is not valid UTF-8 becomes one U+FFFD per byte, all of the run, as in the tokenizers
-    library. A run is therefore certain only when another kind of token ends it.
+    library. A run is therefore certain only when another kind of token ends it. A stream cannot wait for that: a line
+    break would come one token late. What it has released stays as it is: the bytes 0A FF are two U+FFFD in a decode,
+    and a line break and one U+FFFD in a stream. Only a run that is broken after a complete character differs.
     """
 
     _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -188,6 +195,15 @@ class ByteFallbackDecoder:
             self._run += self.bytes_of(piece)
             return ""
         return self._emit(self._end_run() + self.bytes_of(piece).decode("utf-8"))
+
+    def release(self) -> str:
+        """See PieceDecoder."""
+        try:
+            text = self._run.decode("utf-8")
+        except UnicodeDecodeError as error:
+            text = self._run[: error.start].decode("utf-8")
+        del self._run[: len(text.encode("utf-8"))]
+        return self._emit(text)
 
     def flush(self) -> str:
         """See PieceDecoder."""
@@ -222,6 +238,10 @@ class MetaspaceDecoder:
         mark, self._first = "" if self._first else " ", False
         return piece.replace(SPACE_MARK, mark)
 
+    def release(self) -> str:
+        """See PieceDecoder."""
+        return ""
+
     def flush(self) -> str:
         """See PieceDecoder."""
         return ""
@@ -243,6 +263,10 @@ class ByteLevelDecoder:
     def push(self, piece: str) -> str:
         """See PieceDecoder."""
         return self._utf8.decode(self.bytes_of(piece))
+
+    def release(self) -> str:
+        """See PieceDecoder; `push` holds back nothing but incomplete characters."""
+        return ""
 
     def flush(self) -> str:
         """See PieceDecoder."""

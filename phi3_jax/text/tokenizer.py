@@ -153,8 +153,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a sequence of ids; unused ids give nothing. Raises ValueError for an id outside [0, vocab_size)."""
-        stream = self.stream(skip_special_tokens=skip_special_tokens)
-        return "".join([stream.push(token_id) for token_id in ids] + [stream.flush()])
+        decoder, hidden = self.new_decoder(), self.special_ids if skip_special_tokens else frozenset()
+        pieces = [self.piece(token_id) for token_id in ids if operator.index(token_id) not in hidden]
+        return "".join([decoder.push(piece) for piece in pieces if piece is not None] + [decoder.flush()])
 
     def stream(self, *, skip_special_tokens: bool = False) -> "StreamDecoder":
         """A decoder that takes ids one at a time."""
@@ -203,7 +204,9 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids one at a time. The results of `push` and `flush`, joined, are `Tokenizer.decode` of all ids.
 
-    No result ends inside of a character: `push` returns "" until the bytes of an emoji are complete.
+    No result ends inside of a character: `push` returns "" until the bytes of an emoji are complete, and the character
+    with the token that completes it. One case differs from `decode`: of a run of byte tokens that is no valid UTF-8,
+    the characters before the first wrong byte have been returned already, where `decode` makes U+FFFD of all its bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
@@ -212,12 +215,12 @@ class StreamDecoder:
         self._decoder = tokenizer.new_decoder()
 
     def push(self, token_id: int) -> str:
-        """The text that is certain once this id is added; ValueError for an id outside of the vocabulary."""
+        """The characters that are complete once this id is added; ValueError for an id outside of the vocabulary."""
         index = operator.index(token_id)  # jax scalars cannot be hashed
         piece = self._tokenizer._spelling(index)
         if piece is None or index in self._skip:
             return ""
-        return self._decoder.push(piece)
+        return self._decoder.push(piece) + self._decoder.release()
 
     def flush(self) -> str:
         """The text held back so far; the stream then starts again from the beginning."""
