@@ -231,13 +231,19 @@ def load_tokenizer(folder: str | Path, backend: Literal["tokenizers", "sentencep
 
     `backend` None takes tokenizer.json if it exists, else tokenizer.model; a named backend reads its own file or
     raises. `vocab_size` in a config.json beside it gives the number of ids (the embedding has rows that no token uses).
-    Flags of added tokens in tokenizer_config.json's `added_tokens_decoder` override those in tokenizer.json. Whether
+    Flags of added tokens in tokenizer_config.json's `added_tokens_decoder` override those in tokenizer.json, but markers
+    of turns, ends and padding are special whatever their flags say (added_tokens.py). Whether
     bos is added is decided by the post-processor of tokenizer.json (the flag `add_bos_token` is ignored, as in
     transformers 5), or, with tokenizer.model, by that flag (absent means no).
 
+    Where files contradict one another, what transformers reads is read.
+
     Raises:
         FileNotFoundError: no such folder, or no tokenizer file in it.
-        ValueError: a file is corrupt, contradicts another one, or asks for something unsupported.
+        ValueError: a file is corrupt, two strings have one id, or something unsupported is asked for.
+
+    Warns:
+        UserWarning: files contradict one another, or added tokens lie beyond the embedding.
     """
     folder = Path(folder)
     if not folder.is_dir():

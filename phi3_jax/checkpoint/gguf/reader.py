@@ -73,6 +73,7 @@ _FILE_KEYS: dict[str, _Kind] = {
     "general.architecture": str,
     "split.count": int,
     "tokenizer.chat_template": str,
+    "tokenizer.chat_template.tool_use": str,
     "tokenizer.ggml.add_bos_token": bool,
     "tokenizer.ggml.add_eos_token": bool,
     "tokenizer.ggml.add_space_prefix": bool,
