@@ -239,7 +239,7 @@ def load_messages(path: str | os.PathLike[str]) -> list[Any]:
     """
     remedy = "name a file that /save wrote"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end

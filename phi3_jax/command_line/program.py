@@ -112,7 +112,7 @@ def interruptible(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
 def read_text(path: str) -> str:
     """A file's text. Raises ValueError if it is not UTF-8, OSError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 

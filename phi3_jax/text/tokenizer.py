@@ -234,13 +234,19 @@ def load_tokenizer(folder: str | Path, backend: Literal["tokenizers", "sentencep
 
     `backend` None takes tokenizer.json if it exists, else tokenizer.model; a named backend reads its own file or
     raises. `vocab_size` in a config.json beside it gives the number of ids (the embedding has rows that no token uses).
-    Flags of added tokens in tokenizer_config.json's `added_tokens_decoder` override those in tokenizer.json. Whether
-    bos is added is decided by the post-processor of tokenizer.json (the flag `add_bos_token` is ignored, as in
-    transformers 5), or, with tokenizer.model, by that flag (absent means no).
+    Flags of added tokens in tokenizer_config.json's `added_tokens_decoder` override those in tokenizer.json, but
+    markers of turns, ends and padding are special whatever their flags say (added_tokens.py). Whether bos is added is
+    decided by the post-processor of tokenizer.json (the flag `add_bos_token` is ignored, as in transformers 5), or,
+    with tokenizer.model, by that flag (absent means no).
+
+    Where files contradict one another, what transformers reads is read.
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer file in it.
-        ValueError: a file is corrupt, contradicts another one, or asks for something unsupported.
+        ValueError: a file is corrupt, two strings have one id, or something unsupported is asked for.
+
+    Warns:
+        UserWarning: files contradict one another, or added tokens lie beyond the embedding.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -284,7 +290,7 @@ def _load_tokenizer_json(path: Path, config: dict[str, Any], templates: Mapping[
     )
     warn_of_other_ids(older, model["vocab"] | {token.content: token.id for token in added}, path)
     pieces = join_vocabulary({token_id: piece for piece, token_id in model["vocab"].items()}, added, config, path)
-    _compare_with_model(pieces, path.with_name("tokenizer.model"))
+    _compare_with_model(pieces, added, path.with_name("tokenizer.model"))
     opening, closing = frame_of(spec.get("post_processor"), pieces, path)
     bos_id = id_of(named_token(config, "bos_token"), pieces)
     return Tokenizer(
@@ -303,8 +309,11 @@ def _load_tokenizer_json(path: Path, config: dict[str, Any], templates: Mapping[
     )
 
 
-def _compare_with_model(pieces: Sequence[str | None], path: Path) -> None:
-    """Warns if tokenizer.model holds other strings than tokenizer.json; scores and merges are not compared."""
+def _compare_with_model(pieces: Sequence[str | None], added: Sequence[AddedToken], path: Path) -> None:
+    """Warns if tokenizer.model holds other strings than tokenizer.json, other than special ones, which may be renamed.
+
+    Scores and merges are not compared.
+    """
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path)) if path.is_file() else None
     except (RuntimeError, OSError):
@@ -313,7 +322,8 @@ def _compare_with_model(pieces: Sequence[str | None], path: Path) -> None:
         return
     others = processor.id_to_piece(list(range(processor.get_piece_size())))
     ours = [*pieces, *[None] * (len(others) - len(pieces))]
-    if odd := [i for i, other in enumerate(others) if ours[i] != other]:
+    special = {token.id for token in added if token.special}
+    if odd := [i for i, other in enumerate(others) if ours[i] != other and i not in special]:
         i = odd[0]
         warn_of(
             f"{path.with_name('tokenizer.json')} is read, as in transformers, and not tokenizer.model beside it, which "

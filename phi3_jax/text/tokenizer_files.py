@@ -241,8 +241,8 @@ def join_vocabulary(
             f"{source}: tokens {dict(sorted(outside.items())[:5])} lie outside of the vocabulary of {rows} ids; "
             "use the tokenizer and the config.json of one checkpoint."
         )
-    beyond = {t.id: t.content for t in added if t.id >= rows and t.content != named_token(config, "pad_token")}
-    if beyond:
+    padding = {named_token(config, "pad_token"), "[PAD]", "<pad>", "<|pad|>"}
+    if beyond := {token.id: token.content for token in added if token.id >= rows and token.content not in padding}:
         warn_of(
             f"{source}: the model cannot read the added tokens {dict(list(beyond.items())[:5])}: config.json's "
             f"vocab_size is {rows}; remove them, or enlarge the embedding."

@@ -55,12 +55,15 @@ def test_all_that_training_teaches_ends_answers(folder: Path) -> None:
 
 
 def test_a_gguf_file_and_a_saved_folder_end_answers_alike(folder: Path, tmp_path: Path) -> None:
+    write(folder / "additional_chat_templates", {"tool_use.jinja": "T", "default.jinja": TURNS})
     loaded = phi3_jax.load(folder)
     save_gguf(loaded, tmp_path / "x.gguf", "f32")
     gguf = phi3_jax.load(tmp_path / "x.gguf")
     assert set(gguf.generation.eos_token_ids) == set(loaded.generation.eos_token_ids)
     phi3_jax.save(loaded, tmp_path / "again")
-    assert phi3_jax.load(tmp_path / "again").generation == loaded.generation
+    again = phi3_jax.load(tmp_path / "again")
+    assert again.generation == loaded.generation
+    assert (again.tokenizer.chat_template, again.tokenizer.tool_chat_template) == (TURNS, "T")
 
 
 def test_generation_config_comes_before_config(folder: Path) -> None:

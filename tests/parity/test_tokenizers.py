@@ -1,5 +1,6 @@
 """The ids and texts of transformers' AutoTokenizer: the real Phi-3 vocabulary, and random tokenizer folders."""
 
+import json
 import os
 import random
 import warnings
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizer_variants import random_folder, random_text
-from vocabularies import write
+from vocabularies import byte_level_spec, write
 
 import phi3_jax
 
@@ -122,3 +123,41 @@ def test_random_tokenizer_folders(tmp_path: Path, seed: int) -> None:
             assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(shown, skip_special_tokens=True)
             special = {token.id for token in ours.added_tokens if token.special}
             assert not special & set(ours.encode(text, add_bos=False)), (case, text)
+
+
+@pytest.mark.parametrize(
+    ("inside", "files"),
+    [
+        ("C", {"chat_template.jinja": "J"}),
+        ("C", {"additional_chat_templates/default.jinja": "D", "chat_template.jinja": "J"}),
+        (None, {"additional_chat_templates/tool_use.jinja": "T", "chat_template.jinja": "J"}),
+        ([{"name": "default", "template": "C"}, {"name": "tool_use", "template": "T"}], {}),
+        ("C", {"additional_chat_templates/rag.jinja": "R"}),
+    ],
+)
+def test_chat_templates_in_several_places(tmp_path: Path, inside: Any, files: dict[str, str]) -> None:
+    from transformers import AutoTokenizer
+
+    config = {"chat_template": inside} if inside else {}
+    folder = write(tmp_path, {"tokenizer.json": byte_level_spec(), "tokenizer_config.json": config})
+    write(folder, {"config.json": {"model_type": "phi3"}})
+    (folder / "additional_chat_templates").mkdir()
+    theirs = AutoTokenizer.from_pretrained(str(write(folder, files))).chat_template
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(as in transformers|none named)")
+        ours = phi3_jax.load_tokenizer(folder)
+    templates = theirs if isinstance(theirs, dict) else {"default": theirs}
+    assert (ours.chat_template, ours.tool_chat_template) == (templates.get("default"), templates.get("tool_use"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_the_reference_refuses_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    """We read such files: their contents are plain. Where this test fails, the reference reads them, too."""
+    from transformers import AutoTokenizer
+
+    files = {"tokenizer.json": byte_level_spec(), "tokenizer_config.json": {}, "special_tokens_map.json": {}}
+    plain = phi3_jax.load_tokenizer(write(tmp_path, {**files, "config.json": {"model_type": "phi3"}}))
+    write(tmp_path, {name: "\ufeff" + json.dumps(files[name])})
+    with pytest.raises(json.JSONDecodeError, match="Unexpected UTF-8 BOM"):
+        AutoTokenizer.from_pretrained(str(tmp_path))
+    assert phi3_jax.load_tokenizer(tmp_path).encode("<s>the cat") == plain.encode("<s>the cat")

@@ -201,6 +201,23 @@ def test_files_that_contradict_each_other_are_named(tmp_path: Path) -> None:
     assert ours.pieces[0] == "!"
 
 
+def test_a_renamed_special_token_beside_tokenizer_model(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path / "tokenizer", "the cat sat on the mat\n" * 5, vocab_size=280)
+    model = load_tokenizer(tmp_path)
+    pieces = ["<mine>" if piece == "</s>" else piece for piece in model.pieces]
+    spec = pieces_spec()
+    spec["model"] |= {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": []}
+    spec["added_tokens"] = [spec["added_tokens"][0] | {"id": 2, "content": "<mine>"}]
+    files = {"tokenizer.json": spec, "tokenizer_config.json": {"eos_token": "<mine>"}}
+    ours = load_tokenizer(write(tmp_path, files))
+    assert ours.encode("<mine>", parse_special=True) == [2] == [ours.eos_id]
+    # Without tokenizer.json, tokenizer_config.json renames it, too.
+    (tmp_path / "tokenizer.json").unlink()
+    config = {"added_tokens_decoder": {"2": {"content": "<mine>", "special": True}}, "eos_token": "<mine>"}
+    ours = load_tokenizer(write(tmp_path, {"tokenizer_config.json": config}))
+    assert ours.encode("<mine>the", parse_special=True) == [2, *model.encode("the")]
+
+
 def test_chat_templates_in_several_places(tmp_path: Path) -> None:
     ours = load(
         tmp_path / "a", {**marked(), "chat_template.jinja": "J"}, "chat_template.jinja", "tokenizer_config.json"

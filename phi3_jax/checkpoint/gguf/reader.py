@@ -77,6 +77,7 @@ _FIXED_KEYS = {"attention.causal": True, "expert_count": 0, "expert_used_count":
 _FILE_KEYS: dict[str, _Kind] = {
     "general.architecture": str,
     "tokenizer.chat_template": str,
+    "tokenizer.chat_template.tool_use": str,
     "tokenizer.ggml.add_bos_token": bool,
     "tokenizer.ggml.add_eos_token": bool,
     "tokenizer.ggml.add_space_prefix": bool,

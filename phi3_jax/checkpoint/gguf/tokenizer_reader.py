@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.text import Tokenizer
-from phi3_jax.text.added_tokens import AddedToken, is_hidden, is_special, template_text
+from phi3_jax.text.added_tokens import END_NAMES, AddedToken, is_hidden, is_special, template_text
 from phi3_jax.text.backends import SPACE_MARK, TokenizersEncoder, decoder_for
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")  # ids that have a key of their own
+_ENDS = ("bos", "eos", "eot", "eom")
+_NAMED = (*_ENDS, "unknown", "padding")  # ids that have a key of their own
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -87,6 +88,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
         chat_template=metadata.get("tokenizer.chat_template"),
         source=path,
         document=spec,
+        tool_chat_template=metadata.get("tokenizer.chat_template.tool_use"),
         closing=(eos_id,) if closes and eos_id is not None else (),
     )
 
@@ -176,13 +178,15 @@ def _added_tokens(
     # GGUF has no place for rstrip, but Phi-3's published files set it on all added tokens except these three. Phi-4
     # has the same architecture name and no rstrip: its vocabulary is of the other kind, gpt2.
     phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
-    named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _NAMED}
+    named, ends = ({metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names} for names in (_NAMED, _ENDS))
     template = template_text(metadata.get("tokenizer.chat_template"))
     added = []
     for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
-        if token and token_type in (UNKNOWN, CONTROL, USER_DEFINED):
-            # Early files of Phi-3 mark <|end|> and others as user-defined; a user who types it would then end the turn.
-            hidden = is_hidden(token, token_type != USER_DEFINED or token_id in named)
+        # Early files of Phi-3 mark <|end|> and others as user-defined, and some files mark all tokens as normal; a user
+        # who types it would then end the turn.
+        is_end = token_type == NORMAL and (token_id in ends or token in END_NAMES)
+        if token and (is_end or token_type in (UNKNOWN, CONTROL, USER_DEFINED)):
+            hidden = is_hidden(token, token_type in (UNKNOWN, CONTROL) or token_id in named)
             added.append(
                 AddedToken(
                     id=token_id,

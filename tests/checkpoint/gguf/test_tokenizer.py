@@ -313,3 +313,21 @@ def test_texts_that_are_closed_with_eos(tmp_path: Path) -> None:
         assert tokenizer.encode("a", add_eos=False) == library.encode("a").ids[:-1]
         assert 258 not in tokenizer.encode("<|tool_call|>")
         assert tokenizer.decode([258, 257], skip_special_tokens=True) == "<|tool_call|>"
+
+
+def test_ends_that_a_file_calls_normal_tokens(tmp_path: Path) -> None:
+    """Merges derived from the vocabulary would make them of typed text."""
+    pieces = ["<unk>", "<s>", "</s>", "</", "s>", "<", "/", "s", ">", "<|im_end|>", "▁", "▁<"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(pieces))],
+        "tokenizer.ggml.token_type": [2] + [1] * (len(pieces) - 1),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    ours = tokenizer_from_gguf(metadata, "normal.gguf")
+    assert ours.encode("</s>", add_bos=False) == [3, 4]
+    assert ours.encode("</s><|im_end|>", add_bos=False, parse_special=True) == [2, 9]
+    assert ours.decode([2, 9, 4], skip_special_tokens=True) == "s>"
