@@ -9,7 +9,7 @@ from phi3_jax.text.chat import dropped
 from phi3_jax.text.literals import Literals, unused_noncharacter
 from phi3_jax.text.messages import Chat, Message, Tool, read_chat
 from phi3_jax.text.spans import Span, encode_spans
-from phi3_jax.text.template import require_template
+from phi3_jax.text.template import for_chat
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Llama 3.1 ends a call of its built-in tools with a token of its own.
@@ -38,7 +38,7 @@ def encode_answers(
             beginning.
     """
     chat = read_chat(messages, tools, template_options)
-    require_template(tokenizer)
+    tokenizer = for_chat(tokenizer, tools is not None)
     last = max((i for i, message in enumerate(chat.messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise ValueError('no message has the role "assistant", so that there is no answer to learn.')

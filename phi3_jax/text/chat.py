@@ -12,7 +12,7 @@ from typing import Any
 
 from phi3_jax.text.literals import Literals, unused_noncharacter, write
 from phi3_jax.text.messages import Chat, Message, Tool, function_of, read_chat
-from phi3_jax.text.template import require_template, vocabulary
+from phi3_jax.text.template import for_chat, vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
 
@@ -45,7 +45,7 @@ def render_chat(
             reasoning or a name.
     """
     chat = read_chat(messages, tools, template_options)
-    require_template(tokenizer)
+    tokenizer = for_chat(tokenizer, tools is not None)
     text = write(tokenizer, chat, add_generation_prompt)
     Literals(tokenizer, chat).check_roles(add_generation_prompt)
     _warn_of_dropped(tokenizer, chat, add_generation_prompt)
@@ -66,7 +66,7 @@ def encode_chat(
     in their place, so that the text around them gets its usual ids. bos is there only if the template writes it.
     """
     chat = read_chat(messages, tools, template_options)
-    require_template(tokenizer)
+    tokenizer = for_chat(tokenizer, tools is not None)
     literals = Literals(tokenizer, chat)
     text = literals.write(add_generation_prompt)
     _warn_of_dropped(tokenizer, chat, add_generation_prompt)
@@ -92,12 +92,12 @@ def dropped(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> li
     for index, message in enumerate(probed.messages):
         role, name = message["role"], f"messages[{index}]"
         which = "the system message" if role == "system" else name
-        if isinstance(message.get("content"), str) and (message["content"] or not message.get("tool_calls")):
-            message["content"] += mark(f"{which}, of role {role!r}", _OTHER_ROLE)
-        if message.get("tool_calls"):
-            message["tool_calls"] = [
-                _renamed(call, mark(f"the tool calls of {name}", _CALLS)) for call in message["tool_calls"]
-            ]
+        calls = message.get("tool_calls")
+        if message.get("content") or (isinstance(message.get("content"), str) and not calls):
+            what, remedy = (f"the content beside the tool calls of {name}", _BESIDE) if calls else ("", _OTHER_ROLE)
+            message["content"] += mark(what or f"{which}, of role {role!r}", remedy)
+        if calls:
+            message["tool_calls"] = [_renamed(call, mark(f"the tool calls of {name}", _CALLS)) for call in calls]
         if message.get("tools"):
             end = mark(f"the tools of {name}", _TOOLS)
             given = message["tools"]
@@ -120,6 +120,7 @@ def dropped(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> li
 
 
 _OTHER_ROLE = "put its text into a message of the user, or use a role that the template knows."
+_BESIDE = "leave it out, or use a template that writes both."
 _TOOLS = "describe them in the system message, or use a template that knows tools."
 _CALLS = "write them into the content, or use a template that knows tool_calls."
 

@@ -68,6 +68,19 @@ def render(
     return "".join(chunks)
 
 
+def for_chat(tokenizer: Tokenizer, has_tools: bool) -> Tokenizer:
+    """The tokenizer with the template for this chat: some checkpoints have another one, tool_use, for tools.
+
+    Raises:
+        ValueError: there is no template.
+    """
+    other = getattr(tokenizer, "tool_chat_template", None)
+    if has_tools and other is not None:
+        return dataclasses.replace(tokenizer, chat_template=other)
+    require_template(tokenizer)
+    return tokenizer
+
+
 def require_template(tokenizer: Tokenizer) -> str:
     """The template's source. Raises ValueError if there is none."""
     if not tokenizer.chat_template:

@@ -1,6 +1,7 @@
 """Chat templates, with tools and thoughts: the text and the ids of transformers' apply_chat_template."""
 
 import dataclasses
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,59 @@ def test_answers_are_the_generation_blocks(ours, theirs, name):
         assert ids == reference["input_ids"]
         learned = [int(any(begin <= i < end for begin, end in spans)) for i in range(len(ids))]
         assert learned == reference["assistant_masks"]
+
+
+def random_chat(rng: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Turns with calls, results and thoughts, of words that templates and JSON could stumble over."""
+    words = [
+        "a",
+        " ",
+        "\n",
+        "é",
+        '"',
+        "\\",
+        "{",
+        "}",
+        "<",
+        ">",
+        "|",
+        "[",
+        "end",
+        "</think>",
+        "<think>",
+        "{{",
+        "{%",
+        "</",
+    ]
+
+    def text() -> str:
+        return "".join(rng.choices(words, k=rng.randrange(5)))
+
+    messages = [{"role": "system", "content": text()}] if rng.random() < 0.5 else []
+    for _ in range(rng.randrange(1, 4)):
+        messages.append({"role": "user", "content": text()})
+        answer = {"role": "assistant", "content": text()}
+        function = {"name": text(), "arguments": {text(): [text(), {text(): rng.choice([1, 2.5, None, True])}]}}
+        called = answer | {"tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
+        result = {"role": "tool", "tool_call_id": "call00001", "content": text()}
+        thought = answer | {"reasoning_content": text()}
+        messages += rng.choice([[answer], [thought], [called, result, answer]])
+    properties = {text(): {"type": "string", "description": text()}}
+    function = {"name": text(), "description": text(), "parameters": {"type": "object", "properties": properties}}
+    return messages[: rng.choice([-1, None])], rng.choice([None, [{"type": "function", "function": function}]])
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in OURS_ALONE])
+@pytest.mark.filterwarnings("ignore:.*the checkpoint's chat template drops")
+def test_random_chats(ours, theirs, name):
+    tokenizer, rng = dataclasses.replace(ours, chat_template=TEMPLATES[name]), random.Random(name)
+    for _ in range(10):
+        messages, tools = random_chat(rng)
+        given = {"chat_template": TEMPLATES[name], "tools": tools, "add_generation_prompt": True}
+        text = theirs.apply_chat_template(messages, tokenize=False, **given)
+        assert phi3_jax.render_chat(tokenizer, messages, tools=tools) == text
+        ids = theirs.apply_chat_template(messages, return_dict=False, **given)
+        assert phi3_jax.encode_chat(tokenizer, messages, tools=tools) == list(ids)
 
 
 def test_there_are_enough_published_templates():

@@ -218,6 +218,12 @@ def test_templates_find_control_tokens_in_what_is_said(plain):
             [r"the name in messages\[0\]", r"the reasoning_content of messages\[1\]; put it into the content"],
         ),
         ("Zephyr", [ASK | {"tools": [TIME]}], None, [r"the tools of messages\[0\]"]),
+        (
+            "Hermes",
+            [ASK, CALLS | {"content": "x"}],
+            None,
+            [r"the content beside the tool calls of messages\[1\]; leave"],
+        ),
         ("Phi-4", [ASK, NINE], None, [r"messages\[1\], of role 'tool'"]),
     ],
 )
@@ -328,6 +334,14 @@ def test_json_with_escapes_is_defused(with_template):
     ids = encode_chat(tokenizer, [ASK], tools=[tool])
     assert tokenizer.decode(ids) == json.dumps([tool]) + "Time?" == render_chat(tokenizer, [ASK], tools=[tool])
     assert control_tokens(tokenizer, ids) == []
+
+
+def test_a_template_for_tools_is_taken_as_transformers_does(with_template):
+    tokenizer = with_template("plain{{ messages[0].content }}")
+    object.__setattr__(tokenizer, "tool_chat_template", "tools{{ messages[0].content }}{{ tools | tojson }}")
+    assert render_chat(tokenizer, [ASK]) == "plainTime?"
+    assert render_chat(tokenizer, [ASK], tools=[{"name": "f"}]) == 'toolsTime?[{"name": "f"}]'
+    assert tokenizer.decode(encode_chat(tokenizer, [ASK], tools=[])) == "toolsTime?[]"
 
 
 def test_the_date_and_options(with_template):
