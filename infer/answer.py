@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.text import MarkerDecoder
+from phi3_jax.text.tokenizer import StreamDecoder
 
 from .engine import NewTokens, Run
 from .sampling import StopWatch, TokenLogprob
 
-FinishReason = Literal["stop", "length", "deadline", "interrupt"]
+FinishReason = Literal["stop", "length", "deadline", "interrupt", "error"]
+
+# With a deadline a call of the compiled loop takes about this long: so much later may an answer end.
+_CALL_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +29,10 @@ class Generation:
       text: the decoded new tokens, without special tokens, up to the stop string if there was one.
       token_ids: the new tokens; an end token, or the token that completed a stop string, is the last of them.
       finish_reason: "stop" for an end token or a stop string, "length" for a limit reached (max_new_tokens, or the
-        model's context), "deadline" or "interrupt" if it was stopped from outside.
+        model's context), "deadline" or "interrupt" if it was stopped from outside, "error" if it could not go on.
       logprobs: the log-probabilities of the new tokens; None if not asked for.
       prompt_logprobs: those of the prompt's tokens, with `Options.echo`.
+      error: with finish_reason "error": why, and what to do about it; else None.
     """
 
     text: str
@@ -33,6 +40,7 @@ class Generation:
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Piece:
     Attributes:
       row: the index of the prompt that it answers.
       text: may be empty, while a character or a possible stop string is not complete.
-      token_ids, logprobs: as in `Generation`.
+      token_ids, logprobs, error: as in `Generation`.
       finish_reason: None while the answer goes on.
     """
 
@@ -51,21 +59,27 @@ class Piece:
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
+    error: str | None = None
 
 
 class Answer:
     """One answer while it is generated. Raises ValueError for stop strings without a tokenizer.
 
+    With `markers`, special tokens that mark the calls of tools are written out in the text, for `ToolCallParser`.
+
     Attributes:
       finish_reason: None while it goes on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, row: int = 0, stop: Sequence[str] = ()):
+    def __init__(self, checkpoint: Checkpoint, row: int = 0, stop: Sequence[str] = (), markers: bool = False):
         if stop and checkpoint.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: put tokenizer.json or tokenizer.model into the folder")
         self._row = row
         self._ends = checkpoint.generation.eos_token_ids
-        self._decoder = checkpoint.tokenizer.stream(skip_special_tokens=True) if checkpoint.tokenizer else None
+        self._decoder: StreamDecoder | MarkerDecoder | None = None
+        if checkpoint.tokenizer:
+            plain = checkpoint.tokenizer.stream(skip_special_tokens=True)
+            self._decoder = MarkerDecoder(checkpoint.tokenizer) if markers else plain
         self._watch = StopWatch(stop)
         self._pieces: list[Piece] = []
         self.finish_reason: FinishReason | None = None
@@ -84,12 +98,13 @@ class Answer:
                 self.finish_reason = "stop"
                 break
         else:
-            self.finish_reason = ended
+            self.finish_reason = "error" if new.error else ended
         if self.finish_reason is not None:
             text += self._watch.push(self._decoder.flush()) if self._decoder else ""
             text += self._watch.flush()
         logprobs = None if new.logprobs is None else new.logprobs[:count]
-        self._pieces.append(Piece(self._row, text, new.token_ids[:count], logprobs, self.finish_reason))
+        error = new.error if self.finish_reason == "error" else None
+        self._pieces.append(Piece(self._row, text, new.token_ids[:count], logprobs, self.finish_reason, error))
         return self._pieces[-1]
 
     def finish(self, prompt_logprobs: list[TokenLogprob] | None = None) -> Generation:
@@ -102,6 +117,7 @@ class Answer:
             self.finish_reason,
             None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []],
             prompt_logprobs,
+            pieces[-1].error,
         )
 
 
@@ -112,12 +128,20 @@ def write_answers(
 
     Args:
       answers: one for each row.
-      steps: how many tokens are generated between two checks of stop strings, the deadline and `interrupt`.
-      interrupt: called at each of these checks; True ends all answers as they are.
+      steps: how many tokens are generated at most between two calls of `interrupt`. With a deadline they are fewer if
+        they would take longer than a twentieth of a second, or the time that is left.
+      interrupt: True ends all answers as they are.
     """
     begin, deadline = time.monotonic(), run.options.deadline
+    per_turn: float | None = None
     while not run.is_over:
-        new, done = run.advance(steps), run.done
+        turns, decoded = steps, run.timings.decode
+        if deadline is not None:
+            turns = _turns(min(_CALL_SECONDS, begin + deadline - time.monotonic()), per_turn, steps)
+        new, done = run.advance(turns), run.done
+        if written := max(len(row.token_ids) for row in new):
+            # With guesses a turn writes up to so many tokens: at least so many turns were taken.
+            per_turn = (run.timings.decode - decoded) / math.ceil(written / (1 + run.options.guesses)) or None
         outside: FinishReason | None = None
         if interrupt is not None and interrupt():
             outside = "interrupt"
@@ -129,3 +153,8 @@ def write_answers(
                 if piece.token_ids or piece.text or piece.finish_reason:
                     yield piece
         run.end([row for row, answer in enumerate(answers) if answer.finish_reason is not None])
+
+
+def _turns(seconds: float, per_turn: float | None, most: int) -> int:
+    """How many turns of so many seconds each (None: unknown) fit into `seconds`, from 1 to `most`."""
+    return 1 if per_turn is None else max(1, min(most, int(seconds / per_turn)))

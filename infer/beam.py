@@ -33,6 +33,7 @@ from .answer import Answer
 from .engine import NewTokens, Options, decoding
 from .engine.buckets import own_cache_dtype, room_for
 from .engine.decoding import DecodeState, Settings
+from .engine.failures import NOT_FINITE, explain, is_finite
 from .engine.prefill import Prefill
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
 from .sampling import Sampling, SamplingArrays
@@ -49,13 +50,16 @@ class Beam:
       text: the decoded new tokens, without special tokens.
       token_ids: the new tokens, with the end token if there is one.
       score: the sum of their log-probabilities, divided by (number of new tokens) ** length_penalty.
-      finish_reason: "stop" for an end token, "length" for a limit reached (max_new_tokens, or the model's context).
+      finish_reason: "stop" for an end token, "length" for a limit reached (max_new_tokens, or the model's context),
+        "error" if the search could not go on; there is no answer then, and the score is -inf.
+      error: with finish_reason "error": why, and what to do about it; else None.
     """
 
     text: str
     token_ids: list[int]
     score: float
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]
+    error: str | None = None
 
 
 def beam_search(
@@ -85,7 +89,8 @@ def beam_search(
       options: prefill_chunk, cache_dtype, room, and rope_policy "length" or "capacity"; nothing else may be set.
 
     Returns:
-      for each prompt its best answers, best first; fewer than `answers` only if no more exist, in a tiny vocabulary.
+      for each prompt its best answers, best first; fewer than `answers` only if no more exist, in a tiny vocabulary, or
+      if the model's logits are not finite numbers: then one with finish_reason "error". The other prompts go on.
 
     Raises:
       ValueError: as in `generate`; options that are not for beam search; a number makes no sense.
@@ -103,8 +108,11 @@ def beam_search(
     )
     found = _run(checkpoint, ids, limits, beams, rules, options)
     tokens, lengths, scores = (np.asarray(part) for part in (found.tokens, found.lengths, found.scores))
+    failed, reached = (np.asarray(part)[::beams].tolist() for part in (found.rows.failed, found.rows.lengths))
     return [
-        [
+        [Beam("", [], -math.inf, "error", explain(failed[row], reached[row] - len(prompt)))]
+        if failed[row]
+        else [
             _beam(checkpoint, tokens[row, w, len(prompt) : lengths[row, w]].tolist(), float(scores[row, w]))
             for w in range(answers)
             if np.isfinite(scores[row, w])
@@ -191,7 +199,10 @@ def choose(config: Phi3Config, params: Params, search: Search, last: jax.Array, 
     count = lengths - settings.prompt_lengths[first]
     at_limit = count >= settings.limits[first]
 
-    parents, tokens, sums = _candidates(config, params, search.sums, last, len(settings.end_ids))
+    logits: Any = Phi3(config).apply({"params": params}, last, method="unembed")
+    # A beam that is not used yet is a copy of one that is.
+    has_failed = ~done & ~is_finite(logits).reshape(B, W).all(axis=1)
+    parents, tokens, sums = _candidates(logits, search.sums, len(settings.end_ids))
     ends = (tokens[..., None] == settings.end_ids).any(axis=-1) | at_limit[:, None]
 
     def grown(some: jax.Array) -> jax.Array:
@@ -201,7 +212,7 @@ def choose(config: Phi3Config, params: Params, search: Search, last: jax.Array, 
         return jnp.where(where, jnp.take_along_axis(tokens, some, axis=1)[..., None], history)
 
     # Candidates after the first W are only there to have enough beams that do not end: they may not finish.
-    may_finish = ends[:, :W] & ~done[:, None]
+    may_finish = ends[:, :W] & ~(done | has_failed)[:, None]
     divisor = count[:, None].astype(jnp.float32) ** rules.length_penalty
     scores = jnp.where(may_finish, sums[:, :W] / divisor, -jnp.inf)
     search = _finish(search, grown(jnp.broadcast_to(jnp.arange(W), (B, W))), lengths, scores)
@@ -214,8 +225,9 @@ def choose(config: Phi3Config, params: Params, search: Search, last: jax.Array, 
     after = dataclasses.replace(
         after,
         tokens=grown(going).reshape(rows.tokens.shape),
-        lengths=jnp.where(after.done, after.lengths, after.lengths + 1),
-        done=jnp.repeat(done | at_limit | (is_full & (is_hopeless | rules.early_stopping)), W),
+        lengths=jnp.where(after.done | jnp.repeat(has_failed, W), after.lengths, after.lengths + 1),
+        failed=jnp.where(jnp.repeat(has_failed, W), NOT_FINITE, after.failed),
+        done=jnp.repeat(done | has_failed | at_limit | (is_full & (is_hopeless | rules.early_stopping)), W),
     )
     return dataclasses.replace(search, rows=after, sums=sums)
 
@@ -234,15 +246,12 @@ def search_on(config: Phi3Config, params: Params, search: Search, rules: Rules) 
     return jax.lax.while_loop(more, turn, search)
 
 
-def _candidates(
-    config: Phi3Config, params: Params, sums: jax.Array, last: jax.Array, ends: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _candidates(logits: jax.Array, sums: jax.Array, ends: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The best continuations -> (beams int32 [B, C], next tokens int32 [B, C], sums float32 [B, C]), best first.
 
-    C is such that W are left even if every beam ends with every end id.
+    logits are [R, V]. C is such that W are left even if every beam ends with every end id.
     """
     B, W = sums.shape
-    logits: Any = Phi3(config).apply({"params": params}, last, method="unembed")
     C = min(max(2, 1 + ends), logits.shape[-1]) * W
     # First the best of each beam, then the best of these: one sort over W x V took a third of a step on the CPU.
     each, tokens = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(C, logits.shape[-1]))

@@ -20,7 +20,7 @@ from typing import Any
 
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.checkpoint.atomic_write import new_file
-from phi3_jax.text import encode_chat
+from phi3_jax.text import Message, Tool, ToolCall, ToolCallParser, encode_chat
 
 from .answer import Answer, Generation, Piece, write_answers
 from .engine import Options, PromptCache, Run
@@ -43,12 +43,16 @@ class Turn:
       prompt_ids: token ids of the conversation before it, as the model saw it.
       reused: how many of these tokens were taken from the prompt cache, and not read again.
       seconds: from the question to the end of the answer, with compilation.
+      calls: the functions that the answer calls.
+      problems: what looked like a call in it and is none, one line each.
     """
 
     generation: Generation
     prompt_ids: list[int]
     reused: int
     seconds: float
+    calls: Sequence[ToolCall] = ()
+    problems: Sequence[str] = ()
 
 
 class Conversation:
@@ -57,6 +61,9 @@ class Conversation:
         conversation = Conversation(checkpoint, "Be brief.")
         for piece in conversation.ask("Who wrote Hamlet?"):
             print(piece.text, end="", flush=True)
+
+    With tools, an answer may call some of them: `last.calls`. Then `add_result` is told what each gave, and `ask(None)`
+    goes on.
 
     Attributes:
       last: the newest turn; None before the first.
@@ -71,6 +78,7 @@ class Conversation:
         stop: Sequence[str] = (),
         grammar: Grammar | None = None,
         options: Options | None = None,
+        tools: Sequence[Tool] | None = None,
     ):
         """Begins with no messages except the system message, if there is one.
 
@@ -80,6 +88,7 @@ class Conversation:
           stop: strings that end an answer.
           grammar: what every answer must match.
           options: how the runs are carried out; its prompt cache is for the first one.
+          tools: functions that the model may call, as `encode_chat` takes them.
 
         Raises:
           ValueError: the checkpoint has no tokenizer, or the options ask for `echo`.
@@ -92,26 +101,46 @@ class Conversation:
         self._checkpoint, self._tokenizer = checkpoint, checkpoint.tokenizer
         self._sampling = sampling or Sampling()
         self._max_new_tokens, self._stop, self._grammar = max_new_tokens, tuple(stop), grammar
-        self._system = system
-        self._messages: list[dict[str, str]] = []
+        self._tools = tools
+        self._system = None if system is None else {"role": "system", "content": system}
+        self._messages: list[dict[str, Any]] = []
         self._answered = 0
         self._cache: PromptCache | None = self._options.prompt_cache
         self.last: Turn | None = None
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """All messages, the system's included: dicts of "role" and "content"."""
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return [*system, *map(dict, self._messages)]
+    def messages(self) -> list[dict[str, Any]]:
+        """All messages, the system's included, as `encode_chat` takes them."""
+        system = [] if self._system is None else [self._system]
+        return [dict(message) for message in [*system, *self._messages]]
 
-    def ask(self, text: str, interrupt: Callable[[], bool] | None = None) -> Iterator[Piece]:
+    @property
+    def waiting(self) -> list[str]:
+        """The ids of calls that have no results yet."""
+        done = {message.get("tool_call_id") for message in self._messages}
+        calls = [call for message in self._messages for call in message.get("tool_calls") or []]
+        return [call["id"] for call in calls if call.get("id") not in {None, *done}]
+
+    def add_result(self, text: str) -> None:
+        """Adds what the first call that waits for it gave. Raises ValueError if there is none."""
+        if not self.waiting:
+            raise ValueError("no call waits for a result")
+        (call_id, *_), calls = self.waiting, [c for m in self._messages for c in m.get("tool_calls") or []]
+        name = next(call["function"]["name"] for call in calls if call["id"] == call_id)
+        self._messages.append({"role": "tool", "tool_call_id": call_id, "name": name, "content": text})
+
+    def ask(self, text: str | None, interrupt: Callable[[], bool] | None = None) -> Iterator[Piece]:
         """Yields the answer piece by piece; with the last piece, question and answer are added to the messages.
 
         A turn that fails, or whose pieces are not all consumed, leaves the conversation as it was. So does a turn that
-        is stopped from outside before there is any text; if there is text, the incomplete answer is kept.
+        is stopped from outside before there is any text, or that ends with finish_reason "error"; if there is text, an
+        answer that was only stopped is kept.
 
         Args:
+          text: the user's message; None to answer the results of calls.
           interrupt: called between the calls of the compiled functions; True ends the answer as it is.
+
+        With tools, the text of the pieces is without the calls.
 
         Raises:
           ContextFullError: the conversation fills the model's context.
@@ -121,17 +150,35 @@ class Conversation:
           UserWarning: the template drops a message, for example the system's.
         """
         begin = time.perf_counter()
-        question = {"role": "user", "content": text}
-        prompt_ids = encode_chat(self._tokenizer, [*self.messages, question])
-        run, answer = self._run(prompt_ids), Answer(self._checkpoint, stop=self._stop)
+        question = [] if text is None else [{"role": "user", "content": text}]
+        prompt_ids = encode_chat(self._tokenizer, [*self.messages, *question], tools=self._tools)
+        run = self._run(prompt_ids)
+        answer = Answer(self._checkpoint, stop=self._stop, markers=self._tools is not None)
+        parser, content = None if self._tools is None else ToolCallParser(self._tools), ""
         for piece in write_answers(run, [answer], interrupt=interrupt):
+            if parser is not None:
+                certain = parser.push(piece.text) + (parser.flush() if piece.finish_reason else "")
+                piece, content = dataclasses.replace(piece, text=certain), content + certain
             if piece.finish_reason is not None:
-                generation, self._cache = answer.finish(), run.prompt_cache()
-                self.last = Turn(generation, prompt_ids, run.reused, time.perf_counter() - begin)
-                if generation.text or piece.finish_reason in ("stop", "length"):
-                    self._messages += [question, {"role": "assistant", "content": generation.text}]
+                generation = answer.finish()
+                if generation.error is None:
+                    self._cache = run.prompt_cache()
+                calls, problems = (parser.calls, parser.problems) if parser else ([], [])
+                seconds = time.perf_counter() - begin
+                self.last = Turn(generation, prompt_ids, run.reused, seconds, calls, problems)
+                if piece.finish_reason in ("stop", "length") or (generation.text and generation.error is None):
+                    said = content.strip() if calls else generation.text
+                    self._messages += [*question, self._answer_message(said, calls)]
                     self._answered += 1
             yield piece
+
+    def _answer_message(self, content: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if calls:
+            before = sum(len(each.get("tool_calls") or []) for each in self._messages)
+            # Nine letters and digits: Mistral's template takes no other ids.
+            message["tool_calls"] = [call.as_message_part(f"call{before + i:05}") for i, call in enumerate(calls)]
+        return message
 
     def reset(self) -> None:
         """Begins a new conversation with the same system message."""
@@ -140,14 +187,15 @@ class Conversation:
 
     def set_system(self, text: str | None) -> None:
         """Begins a new conversation with another system message, or with none."""
-        self._system, self._messages = text, []
+        self._system = None if text is None else {"role": "system", "content": text}
+        self._messages = []
 
     def restore(self, messages: Sequence[Any]) -> None:
         """Replaces all messages. Raises ValueError, and warns, as `ask` does."""
-        encode_chat(self._tokenizer, messages)
+        encode_chat(self._tokenizer, messages, tools=self._tools)
         copies = [dict(message) for message in messages]
         has_system = copies[0]["role"] == "system"
-        self._system = copies[0]["content"] if has_system else None
+        self._system = copies[0] if has_system else None
         self._messages = copies[1:] if has_system else copies
 
     def _run(self, prompt_ids: list[int]) -> Run:
@@ -170,7 +218,7 @@ class Conversation:
         return max(self._options.room, min(room, self._checkpoint.config.max_position_embeddings))
 
 
-def save_messages(path: str | os.PathLike[str], messages: Sequence[dict[str, str]]) -> None:
+def save_messages(path: str | os.PathLike[str], messages: Sequence[Message]) -> None:
     """Writes {"messages": [...]} as JSON into a new file, atomically.
 
     Raises:

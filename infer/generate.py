@@ -15,9 +15,10 @@ from phi3_jax.checkpoint import Checkpoint
 from .answer import Answer, Generation, Piece, write_answers
 from .engine import Options, Run
 from .prompts import Prompt, as_list, encode_prompt, for_each
-from .sampling import Grammar, Sampling
+from .sampling import Grammar, Sampling, completing_tokens
 
-# Steps per call of the compiled loop if tokens are not needed one by one.
+# Steps per call of the compiled loop if tokens are not needed one by one. It returns earlier after a token that may
+# complete a stop string, so that no step is taken in vain.
 _STEPS = 32
 
 
@@ -51,16 +52,18 @@ def generate(
       interrupt: called between the calls of the compiled loop; True ends all answers as they are.
 
     Returns:
-      one `Generation` for each prompt, in order.
+      one `Generation` for each prompt, in order. A row that cannot go on ends with finish_reason "error" and says why
+      in `error`: the model's logits are no finite numbers, or no token may be picked. The others go on.
 
     Raises:
       ValueError: a prompt is empty, has ids outside of the vocabulary, or fills the model's context; text was given but
         the checkpoint has no tokenizer; a number makes no sense.
       ImportError: a grammar was given, but the extra `grammar` is not installed.
     """
-    batch = _Batch(checkpoint, prompts, max_new_tokens, temperature, seed, sampling, stop, grammar, options)
     # One token at a time if the caller watches or may interrupt; otherwise fewer calls from the host.
-    for piece in batch.pieces(1 if on_piece or interrupt else _STEPS, interrupt):
+    steps = 1 if on_piece or interrupt else _STEPS
+    batch = _Batch(checkpoint, prompts, max_new_tokens, temperature, seed, sampling, stop, grammar, options, steps)
+    for piece in batch.pieces(interrupt):
         if on_piece is not None:
             on_piece(piece)
     return batch.finish()
@@ -83,8 +86,8 @@ def stream(
 
     The pieces of a row, joined, are its `Generation`; the last one has the finish_reason.
     """
-    batch = _Batch(checkpoint, prompts, max_new_tokens, temperature, seed, sampling, stop, grammar, options)
-    yield from batch.pieces(1, interrupt)
+    batch = _Batch(checkpoint, prompts, max_new_tokens, temperature, seed, sampling, stop, grammar, options, steps=1)
+    yield from batch.pieces(interrupt)
 
 
 class _Batch:
@@ -101,9 +104,13 @@ class _Batch:
         stop: Sequence[str],
         grammar: Grammar | Sequence[Grammar | None] | None,
         options: Options | None,
+        steps: int,
     ):
         ids = [encode_prompt(checkpoint, prompt) for prompt in as_list(prompts)]
         self._answers = [Answer(checkpoint, row, stop) for row in range(len(ids))]
+        self._steps, watched = steps, None
+        if steps > 1 and checkpoint.tokenizer is not None:
+            watched = completing_tokens(stop, checkpoint.tokenizer, checkpoint.config.vocab_size)
         self._run = Run(
             checkpoint,
             ids,
@@ -111,11 +118,12 @@ class _Batch:
             sampling_of_rows(len(ids), temperature, seed, sampling),
             options,
             for_each(grammar, len(ids), Grammar | None, "grammar"),
+            watched,
         )
 
-    def pieces(self, steps: int, interrupt: Callable[[], bool] | None) -> Iterator[Piece]:
+    def pieces(self, interrupt: Callable[[], bool] | None) -> Iterator[Piece]:
         """Runs until all answers have ended."""
-        return write_answers(self._run, self._answers, steps, interrupt)
+        return write_answers(self._run, self._answers, self._steps, interrupt)
 
     def finish(self) -> list[Generation]:
         """The answers."""

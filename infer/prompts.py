@@ -21,7 +21,7 @@ def encode_prompt(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
         raise ValueError(
             "the checkpoint has no tokenizer: put tokenizer.json or tokenizer.model into its folder, or pass token ids"
         )
-    return checkpoint.tokenizer.encode(prompt)
+    return checkpoint.tokenizer.encode(prompt, add_eos=False)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -15,6 +15,7 @@ from phi3_jax.text import Tokenizer as Tokenizer
 from phi3_jax.text import load_tokenizer as load_tokenizer
 from phi3_jax.text import encode_chat as encode_chat
 from phi3_jax.text import render_chat as render_chat
+from phi3_jax.text import parse_tool_calls as parse_tool_calls
 from phi3_jax.model import Phi3 as Phi3
 from phi3_jax.model import KVCache as KVCache
 from phi3_jax.kernels.attention.masks import positions_from_mask as positions_from_mask

@@ -1,7 +1,7 @@
 """Low-rank adapters: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353).
 
 An adapter is a tree of its own: {"layers": {"self_attn": {"qkv_proj": {"a": ..., "b": ...}}}}. `attach` puts it on top
-of the parameters, for training or for a trial; `merge` adds it to them. peft_files.py reads and writes its files.
+of the parameters, for training or for a trial; `merge` adds it to them. checkpoint/peft/ has its files.
 
 Axis letters: L layer, O outputs, I inputs, R rank.
 """
@@ -148,7 +148,7 @@ def require_merged(params: Params) -> None:
         raise ValueError("an adapter is attached to the weights: `merge` it into them, or write it by `save_adapter`")
 
 
-@functools.partial(jax.jit, static_argnames="scaling")
+@jax.jit
 def merged(weight: jax.Array, parts: Mapping[str, jax.Array], scaling: float) -> jax.Array:
     """One matrix [O, I] with its part of an adapter (a, b, perhaps magnitude) added, in float32."""
     whole = _sum(weight, parts["a"], parts["b"], scaling)

@@ -7,66 +7,23 @@ skipped, the results could differ from the published model's, and nobody would n
 from __future__ import annotations
 
 import dataclasses
-import math
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-# Keys that cannot change a logit: bookkeeping, and dropout on the embedding, which transformers never applies.
-_BOOKKEEPING = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "dtype",
-        "embd_pdrop",
-        "gradient_checkpointing",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "pretraining_tp",
-        "problem_type",
-        "return_dict",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-    }
+from phi3_jax.config_keys import (
+    DEFAULTS,
+    DROPOUT_KEYS,
+    FIXED_KEYS,
+    INERT_ROPE_KEYS,
+    LONG_ROPE_NAMES,
+    is_inert,
+    is_number,
+    rope_divisors,
+    rope_keys,
 )
-# What transformers 4 adds in a full dump of any configuration, and its Phi-3 never reads: encoders, heads for other
-# tasks, and settings of generation, which have a file of their own.
-_OF_EVERY_MODEL = frozenset({
-    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
-    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
-    "is_decoder", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
-    "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads", "remove_invalid_values",
-    "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
-    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "top_k", "top_p", "torchscript", "typical_p",
-})  # fmt: skip
-INERT_KEYS = _BOOKKEEPING | _OF_EVERY_MODEL
-# Keys that are accepted with these values only, because the decoder has no code for others.
-FIXED_KEYS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "lm_head_bias": (False, None),
-    "attention_dropout": (0, None),
-    "resid_pdrop": (0, None),
-    "full_attn_mod": (1, None),
-    "interpolate_factor": (1, None),
-}
-# transformers reads neither of these, although the published LongRoPE files have them.
-INERT_ROPE_KEYS = frozenset({"short_mscale", "long_mscale"})
-LONG_ROPE_NAMES = frozenset({"longrope", "su", "yarn"})
+
+Architecture = Literal["phi3", "llama"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +48,8 @@ class LongRope:
 @dataclasses.dataclass(frozen=True)
 class Phi3Config:
     """Sizes and constants of a `Phi3ForCausalLM` decoder, with Hugging Face's names.
+
+    The same decoder is Llama's and Mistral's, whose files have its matrices in parts (checkpoint/unfused.py).
 
     Attributes:
       vocab_size, hidden_size, intermediate_size, num_hidden_layers: V, D, F and L.
@@ -143,19 +102,29 @@ class Phi3Config:
         """Reads the contents of a Hugging Face config.json, in the layout of transformers 4 or 5.
 
         Args:
-          raw: the parsed file.
+          raw: the parsed file, of model_type phi3, llama or mistral; absent keys have the defaults of that class.
           path: its name, for messages.
 
+        Warns:
+          UserWarning: a key is left out that the reference does not apply, either, when it computes logits.
+
         Raises:
-          ValueError: a key is missing, unknown, of the wrong type, or has a value that the decoder does not implement.
+          ValueError: a key is unknown, of the wrong type, or has a value that the decoder does not implement.
         """
         try:
             return _parse(raw)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def to_hf(self) -> dict[str, Any]:
-        """The config.json of a `Phi3ForCausalLM` checkpoint, in the layout of the published files (transformers 4)."""
+    def to_hf(self, architecture: Architecture = "phi3") -> dict[str, Any]:
+        """The contents of a config.json, in the layout of the published files (transformers 4).
+
+        Args:
+          architecture: "phi3", or "llama" for a `LlamaForCausalLM`; where there is a window, a `MistralForCausalLM`.
+
+        Raises:
+          ValueError: Llama does not compute this model.
+        """
         fields = dataclasses.asdict(self)
         long_rope = fields.pop("long_rope")
         eos = fields.pop("eos_token_id")
@@ -165,9 +134,18 @@ class Phi3Config:
             fields["original_max_position_embeddings"] = long_rope.pop("original_max_position_embeddings")
             given = {key: list(v) if isinstance(v, tuple) else v for key, v in long_rope.items() if v is not None}
             fields["rope_scaling"] = {"type": "longrope", **given}
+        name, model_type = "Phi3", "phi3"
+        if architecture == "llama":
+            name, model_type = ("Llama", "llama") if self.sliding_window is None else ("Mistral", "mistral")
+            if problems := _llama_problems(self):
+                raise ValueError(f"{name}ForCausalLM does not compute this model: {'; '.join(problems)}")
+            for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+                fields.pop(key, None)
+            if model_type == "llama":
+                del fields["sliding_window"]
         return {
-            "architectures": ["Phi3ForCausalLM"],
-            "model_type": "phi3",
+            "architectures": [f"{name}ForCausalLM"],
+            "model_type": model_type,
             "hidden_act": "silu",
             "attention_bias": False,
             **fields,
@@ -202,7 +180,7 @@ def _problems(config: Phi3Config) -> list[str]:
         )
     for name in ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "initializer_range"):
         value = getattr(config, name)
-        if not _is_number(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             found.append(f"{name} must be a positive number, not {value!r}")
     if found:
         return found
@@ -226,6 +204,17 @@ def _problems(config: Phi3Config) -> list[str]:
     return found + (_long_rope_problems(config, config.long_rope) if config.long_rope else [])
 
 
+def _llama_problems(config: Phi3Config) -> list[str]:
+    found = []
+    if config.rotary_dim != config.head_dim:
+        found.append(f"it rotates {config.rotary_dim} of {config.head_dim} dimensions of a head, Llama all of them")
+    if config.long_rope is not None:
+        found.append("it has LongRoPE's factors, which programs for Llama do not read")
+    if config.sliding_window is None and config.hidden_size % config.num_attention_heads:
+        found.append(f"its width {config.hidden_size} is not a multiple of its {config.num_attention_heads} heads")
+    return found
+
+
 def _long_rope_problems(config: Phi3Config, rope: LongRope) -> list[str]:
     found = []
     for name in ("short_factor", "long_factor"):
@@ -233,7 +222,7 @@ def _long_rope_problems(config: Phi3Config, rope: LongRope) -> list[str]:
         if not isinstance(factors, tuple) or len(factors) != config.rotary_dim // 2:
             length = len(factors) if isinstance(factors, tuple) else repr(factors)
             found.append(f"LongRoPE {name} must list rotary_dim/2 = {config.rotary_dim // 2} numbers, not {length}")
-        elif not all(_is_number(value) and value > 0 for value in factors):
+        elif not all(is_number(value) and value > 0 for value in factors):
             found.append(f"LongRoPE {name} must hold positive numbers only")
     if not _is_count(rope.original_max_position_embeddings) or rope.original_max_position_embeddings < 2:
         found.append(
@@ -242,7 +231,7 @@ def _long_rope_problems(config: Phi3Config, rope: LongRope) -> list[str]:
         )
     for name in ("factor", "attention_factor"):
         value = getattr(rope, name)
-        if value is not None and not (_is_number(value) and value > 0):
+        if value is not None and not (is_number(value) and value > 0):
             found.append(f"LongRoPE {name} must be a positive number or absent, not {value!r}")
     return found
 
@@ -250,88 +239,105 @@ def _long_rope_problems(config: Phi3Config, rope: LongRope) -> list[str]:
 def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     raw = dict(raw)
     model_type = raw.get("model_type")
-    if model_type != "phi3":
-        raise ValueError(f"model_type is {model_type!r}, but only 'phi3' checkpoints (Phi3ForCausalLM) can be loaded")
+    if model_type not in DEFAULTS:
+        raise ValueError(f"model_type is {model_type!r}, but only these can be loaded: {', '.join(DEFAULTS)}")
+    raw = _with_defaults(raw, DEFAULTS[model_type])
     for key, allowed in FIXED_KEYS.items():
         if (value := raw.pop(key, allowed[0])) not in allowed:
             raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is implemented")
-
     if (quantization := raw.pop("quantization_config", None)) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
             f"quantization_config: weights that were quantised by {method!r} cannot be read; load the checkpoint that "
             "they were made from, and quantise it here (quantize=..., or phi3-quantize)"
         )
-    fields: dict[str, Any] = {}
-    rope, theta, partial = _rope_keys(raw)
-    original = raw.pop("original_max_position_embeddings", None)
-    # As in transformers, the value at the top level takes precedence over the one among the rope parameters.
-    original = rope.pop("original_max_position_embeddings", None) if original is None else original
-    for field in dataclasses.fields(Phi3Config):
-        if field.name in raw:
-            fields[field.name] = raw.pop(field.name)
-    unknown = sorted(key for key in raw.keys() - INERT_KEYS if raw[key] is not None)  # null: the default
+    _drop_what_has_no_effect(raw, model_type)
+    rope, theta, partial = rope_keys(raw)
+    top, nested = (where.pop("original_max_position_embeddings", None) for where in (raw, rope))
+    fields = {field.name: raw.pop(field.name) for field in dataclasses.fields(Phi3Config) if field.name in raw}
+    unknown = sorted(key for key in raw if not is_inert(key) and raw[key] is not None)  # null: the default
     if unknown:
         raise ValueError(
             f"unsupported keys {unknown}; they may change what the model computes: remove them only if you "
             "know that they do not"
         )
-    if theta is None:
-        raise ValueError("rope_theta is missing (at the top level, or in rope_parameters); it is never guessed")
-    fields |= {"rope_theta": theta, "long_rope": _long_rope(rope, original)}
-    if partial is not None:
-        fields["partial_rotary_factor"] = partial
-
-    required = {f.name for f in dataclasses.fields(Phi3Config) if f.default is dataclasses.MISSING}
-    missing = sorted(required - fields.keys() - {"num_key_value_heads", "head_dim"})
-    if missing:
-        raise ValueError(f"keys {missing} are missing")
     if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if fields.get("head_dim") is None:
         fields["head_dim"] = _derived_head_dim(fields["hidden_size"], fields["num_attention_heads"])
     eos = fields.get("eos_token_id")
     fields["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return Phi3Config(**fields)
-
-
-def _rope_keys(raw: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """Removes the rotary keys of either layout from raw -> (rope dictionary, theta, partial_rotary_factor)."""
-    scaling, parameters = raw.pop("rope_scaling", None), raw.pop("rope_parameters", None)
-    if scaling and parameters and scaling != parameters:
-        raise ValueError("rope_scaling and rope_parameters are both given and differ: keep one of them")
-    rope = scaling or parameters or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_scaling / rope_parameters must be a dictionary or null, not {rope!r}")
-    rope = dict(rope)
-
-    def one_of(key: str) -> Any:
-        values = [v for v in (raw.pop(key, None), rope.pop(key, None)) if v is not None]
-        if len(values) == 2 and values[0] != values[1]:
-            raise ValueError(f"{key} is {values[0]!r} at the top level but {values[1]!r} among the rope parameters")
-        return values[0] if values else None
-
-    return rope, one_of("rope_theta"), one_of("partial_rotary_factor")
-
-
-def _long_rope(rope: dict[str, Any], original: Any) -> LongRope | None:
-    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
-    rope = {key: value for key, value in rope.items() if key not in INERT_ROPE_KEYS}
-    rope.pop("original_max_position_embeddings", None)
-    if not (kinds <= LONG_ROPE_NAMES or kinds == {"default"}):
-        raise ValueError(
-            f"rope type {sorted(map(str, kinds))} is not supported; known are default, longrope, su and yarn"
+    fields["rope_theta"] = 10000.0 if theta is None else theta
+    if partial is not None:
+        fields["partial_rotary_factor"] = partial
+        if model_type != "phi3" and partial != 1:
+            raise ValueError(f"partial_rotary_factor={partial!r} is not defined for model_type {model_type!r}")
+    plain = Phi3Config(**fields)  # checks the sizes
+    default = DEFAULTS[model_type].get("original_max_position_embeddings", plain.max_position_embeddings)
+    # As in transformers, the value at the top level takes precedence over the one among the rope parameters.
+    original = next((value for value in (top, nested) if value is not None), default)
+    long_rope = _long_rope(rope, original, plain, model_type)
+    if long_rope is not None and model_type == "phi3" and top is None and original != default:
+        warnings.warn(
+            f"config.json: original_max_position_embeddings={original} stands among the rope parameters only, where "
+            f"transformers' Phi-3 does not read it (it would take {default}); put it at the top level, too",
+            stacklevel=4,
         )
-    allowed = set() if kinds == {"default"} else {"short_factor", "long_factor", "factor", "attention_factor"}
-    if unknown := sorted(rope.keys() - allowed):
-        raise ValueError(f"unsupported rope keys {unknown} for rope type {sorted(kinds)}")
-    if kinds == {"default"}:
+    return dataclasses.replace(plain, long_rope=long_rope)
+
+
+def _with_defaults(raw: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Absent keys have the defaults of their class; but an id that the vocabulary does not have is none."""
+    filled = {key: value for key, value in defaults.items() if key != "original_max_position_embeddings"} | raw
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if name not in raw and _is_count(filled["vocab_size"]) and filled.get(name, 0) >= filled["vocab_size"]:
+            del filled[name]
+    return filled
+
+
+def _drop_what_has_no_effect(raw: dict[str, Any], model_type: str) -> None:
+    """Removes keys that change no logit of the reference's, with a warning where a reader could think otherwise."""
+    for key in DROPOUT_KEYS:
+        if rate := raw.pop(key, None):
+            warnings.warn(
+                f"config.json: {key}={rate} is not applied when training here; it changes no logit", stacklevel=5
+            )
+    if model_type == "llama" and (window := raw.pop("sliding_window", None)) is not None:
+        warnings.warn(
+            f"config.json: sliding_window={window} is left out, as in transformers: a llama has none (a mistral has)",
+            stacklevel=5,
+        )
+    kind = "full_attention" if raw.get("sliding_window") is None else "sliding_attention"
+    layer_types = raw.pop("layer_types", None) or []
+    if not isinstance(layer_types, list) or any(each != kind for each in layer_types):
+        raise ValueError(f"layer_types={layer_types!r} is not supported: here all of them would be {kind!r}")
+
+
+def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_type: str) -> LongRope | None:
+    """The rope dictionary, without theta and the share that is rotated, of a model with this configuration."""
+    kinds = {str(rope.pop(key)) for key in ("type", "rope_type") if key in rope} or {"default"}
+    kinds = {"longrope" if model_type == "phi3" and kind in LONG_ROPE_NAMES else kind for kind in kinds}
+    rope = {key: value for key, value in rope.items() if key not in INERT_ROPE_KEYS}
+    known = {"default": (), "longrope": ("short_factor", "long_factor", "factor", "attention_factor")}
+    if model_type != "phi3":
+        known |= {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    if len(kinds) > 1 or not kinds <= known.keys():
+        raise ValueError(
+            f"rope type {sorted(kinds)} is not supported; known for {model_type} are {', '.join(known)}"
+            + (", su and yarn" if model_type == "phi3" else "")
+        )
+    (kind,) = kinds
+    if unknown := sorted(rope.keys() - set(known[kind])):
+        raise ValueError(f"unsupported rope keys {unknown} for rope type {kind!r}")
+    if kind == "default":
         return None
+    if kind != "longrope":
+        divisors = rope_divisors(kind, rope, original, config.rope_theta, config.rotary_dim)
+        same = all(divisor == 1 for divisor in divisors)
+        return None if same else LongRope(divisors, divisors, config.max_position_embeddings, attention_factor=1.0)
     missing = [key for key in ("short_factor", "long_factor") if not isinstance(rope.get(key), list)]
     if missing:
         raise ValueError(f"LongRoPE needs lists of numbers in {missing}")
-    if original is None:
-        raise ValueError("LongRoPE needs original_max_position_embeddings")
     return LongRope(
         short_factor=tuple(rope["short_factor"]),
         long_factor=tuple(rope["long_factor"]),
@@ -354,7 +360,3 @@ def _is_int(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return _is_int(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,13 +1,15 @@
 import ast
 import copy
 import dataclasses
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 import phi3_jax
-from phi3_jax.config import FIXED_KEYS, LongRope, Phi3Config
+from phi3_jax.config import LongRope, Phi3Config
+from phi3_jax.config_keys import FIXED_KEYS
 from phi3_jax.model.rope import attention_factor
 
 SOURCE = Path(phi3_jax.__file__).parent
@@ -56,6 +58,7 @@ def test_reads_every_value():
         rms_norm_eps=1e-6,
         partial_rotary_factor=0.5,
         long_rope=LongRope((1.0, 1.5, 2), (2.0, 3.0, 5.0), 16),
+        bos_token_id=1,  # the default of transformers' class
         eos_token_id=(5, 7),
         pad_token_id=11,
     )
@@ -76,7 +79,10 @@ def test_the_original_length_at_the_top_level_wins():
     raw["rope_parameters"]["original_max_position_embeddings"] = 32
     assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 16
     del raw["original_max_position_embeddings"]
-    assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 32
+    with pytest.warns(UserWarning, match=r"=32 stands among the rope parameters only, .*it would take 4096"):
+        assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 32
+    del raw["rope_parameters"]["original_max_position_embeddings"]
+    assert Phi3Config.from_hf(raw).long_rope.original_max_position_embeddings == 4096  # the class's default
 
 
 @pytest.mark.parametrize(
@@ -91,11 +97,128 @@ def test_the_original_length_at_the_top_level_wins():
             "num_beams": 1,
             "sep_token_id": None,
         },
-        {"quantization_config": None, "logit_softcap": None, "mlp_bias": None, "hidden_act": "silu"},
+        {"quantization_config": None, "logit_softcap": None, "mlp_bias": None, "hidden_act": "swish"},
+        {"layer_types": ["full_attention"] * 2},
+        {"_flash_attn_2_enabled": True, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"}},
     ],
 )
 def test_bookkeeping_and_nulls_change_nothing(extra):
     assert Phi3Config.from_hf(V4 | extra) == Phi3Config.from_hf(V4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"resid_pdrop": 0.1}, r"resid_pdrop=0\.1 is not applied when training here"),
+        ({"attention_dropout": 0.25}, r"attention_dropout=0\.25 is not applied when training here"),
+    ],
+)
+def test_dropout_changes_no_logit_but_is_named(extra, message):
+    with pytest.warns(UserWarning, match=message):
+        assert Phi3Config.from_hf(V4 | extra) == Phi3Config.from_hf(V4)
+
+
+def test_absent_keys_have_the_defaults_of_their_class():
+    """The values of transformers 5.23's Phi3Config(), LlamaConfig() and MistralConfig(), written down here."""
+    phi3 = Phi3Config(32064, 3072, 8192, 32, 32, 32, 96, 4096, 10000.0, 1e-5, bos_token_id=1, eos_token_id=(32000,))
+    assert Phi3Config.from_hf({"model_type": "phi3"}) == dataclasses.replace(phi3, pad_token_id=32000)
+    llama = Phi3Config(32000, 4096, 11008, 32, 32, 32, 128, 2048, 10000.0, 1e-6, bos_token_id=1, eos_token_id=(2,))
+    assert Phi3Config.from_hf({"model_type": "llama"}) == llama
+    mistral = dataclasses.replace(llama, intermediate_size=14336, num_key_value_heads=8, sliding_window=4096)
+    assert Phi3Config.from_hf({"model_type": "mistral"}) == dataclasses.replace(mistral, max_position_embeddings=131072)
+    null = {"num_key_value_heads": None, "sliding_window": None, "head_dim": None, "eos_token_id": None}
+    assert Phi3Config.from_hf({"model_type": "mistral", "hidden_size": 2048} | null) == dataclasses.replace(
+        mistral,
+        hidden_size=2048,
+        head_dim=64,
+        num_key_value_heads=32,
+        max_position_embeddings=131072,
+        sliding_window=None,
+        eos_token_id=(),
+    )
+    small = Phi3Config.from_hf({"model_type": "phi3", "vocab_size": 97})
+    assert (small.bos_token_id, small.eos_token_id, small.pad_token_id) == (1, (), None)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 113,
+    "hidden_size": 36,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+}
+SMOLLM2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "pretraining_tp": 1}
+
+
+def test_llamas_scalings_are_divisors_of_the_frequencies():
+    """Against the published formula of Llama 3.1, one frequency at a time."""
+    plain = Phi3Config.from_hf(LLAMA | SMOLLM2)
+    assert plain.long_rope is None
+    linear = Phi3Config.from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert linear == dataclasses.replace(plain, long_rope=LongRope((4.0,) * 6, (4.0,) * 6, 64, None, 1.0))
+    assert attention_factor(linear) == 1
+    assert Phi3Config.from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 1}}) == plain
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    got = Phi3Config.from_hf(LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 100.0} | scaling})
+    expected = []
+    for i in range(6):
+        wavelength = 2 * math.pi * 100.0 ** (2 * i / 12)
+        if wavelength < 32 / 4:
+            expected.append(1.0)
+        elif wavelength > 32 / 1:
+            expected.append(8.0)
+        else:
+            smooth = (32 / wavelength - 1.0) / (4.0 - 1.0)
+            expected.append(1 / ((1 - smooth) / 8 + smooth))
+    assert {1.0, 8.0} < set(expected)
+    assert got.long_rope.short_factor == got.long_rope.long_factor == pytest.approx(tuple(expected))
+    assert Phi3Config.from_hf(got.to_hf()) == got
+
+
+def test_a_llama_has_no_window_and_a_mistral_has():
+    assert (
+        Phi3Config.from_hf(
+            LLAMA | {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 9}
+        ).sliding_window
+        == 9
+    )
+    with pytest.warns(UserWarning, match="sliding_window=9 is left out, as in transformers"):
+        assert Phi3Config.from_hf(LLAMA | {"sliding_window": 9}) == Phi3Config.from_hf(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"\['dynamic'\] is not supported; known for llama are"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"\['yarn'\] is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, r"'linear' needs a positive factor, .* not \{'factor': None"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            r"'llama3' needs a positive factor, .*'low_freq_factor': None",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "head_dim": 10**12}, "more than any model has"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not defined for model_type 'llama'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
+        ({"text_config": {"hidden_size": 36}}, r"unsupported keys \['text_config'\]"),
+    ],
+)
+def test_a_llama_of_another_graph_is_refused_by_name(extra, message):
+    with pytest.raises(ValueError, match=message):
+        Phi3Config.from_hf(LLAMA | extra)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_round_trip_as_llama_or_mistral(window):
+    config = dataclasses.replace(Phi3Config.from_hf(LLAMA), sliding_window=window, pad_token_id=5)
+    raw = config.to_hf("llama")
+    assert raw["architectures"] == ["LlamaForCausalLM" if window is None else "MistralForCausalLM"]
+    assert raw.keys().isdisjoint({"partial_rotary_factor", "original_max_position_embeddings"})
+    assert Phi3Config.from_hf(raw) == config
+    with pytest.raises(ValueError, match=r"does not compute this model: it rotates 6 of 12 .*; it has LongRoPE"):
+        Phi3Config.from_hf(V4).to_hf("llama")
 
 
 @pytest.mark.parametrize("name", phi3_jax.PRESETS)
@@ -145,12 +268,11 @@ def with_rope(**changes) -> dict:
         ),
         (V4 | {"quantization_config": {"quant_method": "bitsandbytes"}}, "by 'bitsandbytes' .* quantise it here"),
         (V4 | {"logit_scale": None, "attn_logit_softcapping": 50.0}, r"unsupported keys \['attn_logit_softcapping'\]"),
-        (V4 | {"model_type": "llama"}, "model_type is 'llama'"),
+        (V4 | {"model_type": "mixtral"}, "model_type is 'mixtral', but only these can be loaded: phi3, llama, mistral"),
         (V4 | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (V4 | {"attention_bias": True}, "attention_bias=True"),
-        (V4 | {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
-        ({k: v for k, v in V4.items() if k != "rope_theta"}, "rope_theta is missing"),
-        ({k: v for k, v in V4.items() if k != "hidden_size"}, r"\['hidden_size'\] are missing"),
+        (V4 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* is not supported"),
+        (V4 | {"hidden_size": None}, "hidden_size=None cannot be split"),
         (with_rope(type="llama3"), r"rope type \['llama3'\] is not supported"),
         (with_rope(rope_type="linear"), "is not supported"),
         (with_rope(short_factor=[1.0]), "short_factor must list rotary_dim/2 = 3 numbers, not 1"),

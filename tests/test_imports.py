@@ -12,7 +12,8 @@ ROOT = Path(phi3_jax.__file__).parent.parent
 STOREYS = ("phi3_jax", "infer", "train")
 # Lowest first: a room imports itself and what stands in lines above its own. Those that share a line are strangers.
 ORDER = """
-config progress
+config_keys progress
+config
 presets text kernels
 model
 quantization

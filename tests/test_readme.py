@@ -12,12 +12,13 @@ FOLDERS = ("phi3_jax", "infer", "train")
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(block, names)
     assert "Paris" in capsys.readouterr().out
     assert names["seen"]["attention"].shape == (30, 1, 9, 2, 2)
+    assert [call.name for call in names["reply"].calls][:1] == ["weather"]
     assert names["cache"].lengths.tolist() == [2]
 
 

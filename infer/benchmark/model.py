@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 import phi3_jax
-from phi3_jax.checkpoint import Layout, default_dtype, fastest_layout
+from phi3_jax.checkpoint import Layout, auto_dtype, fastest_layout
 from phi3_jax.checkpoint.assemble import assemble
 from phi3_jax.checkpoint.gguf.blocks import IntegerForm, IntegerRows
 from phi3_jax.checkpoint.tensor_source import TensorSource
@@ -48,21 +48,17 @@ class ModelSpec:
         return self.checkpoint.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
 
     def resolved_dtype(self) -> str:
-        """The dtype's name with "auto" looked up."""
-        return default_dtype() if self.dtype == "auto" else self.dtype
-
-    def fastest_layout(self) -> Layout:
-        """Packed if the CPU kernels take it, as in phi3-generate."""
-        return fastest_layout() if self.resolved_dtype() == "bfloat16" or self.quantize is not None else "rows"
+        """The dtype's name with "auto" looked up, for a checkpoint of bfloat16."""
+        return auto_dtype() if self.dtype == "auto" else self.dtype
 
 
 def load_model(spec: ModelSpec, layout: Layout | None = None) -> phi3_jax.Checkpoint:
     """Loads or makes the weights; layout is the fastest one by default. Raises what `phi3_jax.load` raises."""
-    dtype, layout = spec.resolved_dtype(), layout or spec.fastest_layout()
+    layout = layout or fastest_layout()
     if spec.is_random:
-        checkpoint = random_checkpoint(phi3_jax.PRESETS[spec.checkpoint], dtype, spec.quantize, layout)
+        checkpoint = random_checkpoint(phi3_jax.PRESETS[spec.checkpoint], spec.resolved_dtype(), spec.quantize, layout)
     else:
-        checkpoint = phi3_jax.load(spec.checkpoint, dtype, quantize=spec.quantize, layout=layout)
+        checkpoint = phi3_jax.load(spec.checkpoint, spec.dtype, quantize=spec.quantize, layout=layout)
     if spec.window:
         return checkpoint
     return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, sliding_window=None))

@@ -25,7 +25,8 @@ from phi3_jax.model import KVCache, Params, Phi3
 from ..sampling import SamplingArrays
 from ..sampling.grammar import unpack
 from ..sampling.logprobs import LogprobRecord
-from ..sampling.pick import pick
+from ..sampling.pick import pick_places
+from .failures import NOT_FINITE, failures, is_finite
 
 RopePolicy = Literal["length", "capacity", "batch"]
 
@@ -42,6 +43,7 @@ class Settings:
       prompt_lengths: int32 [B].
       rope_policy: which number of tokens decides a row's LongRoPE factors: "length", its own; "capacity", that which it
         may grow to; "batch", that of the longest row, padding of finished rows included.
+      watched: bool [V]: tokens after which `decode` returns early, because they may complete a stop string.
     """
 
     limits: jax.Array
@@ -49,6 +51,7 @@ class Settings:
     sampling: SamplingArrays
     prompt_lengths: jax.Array
     rope_policy: RopePolicy = dataclasses.field(default="length", metadata={"static": True})
+    watched: jax.Array | None = None
 
     def rope_lengths(self, lengths: jax.Array) -> jax.Array:
         """The numbers of tokens that decide the LongRoPE factors of rows of `lengths` tokens: int32 [B]."""
@@ -72,6 +75,7 @@ class DecodeState:
       done: bool [B]: the row has met an end id or its limit, or was ended from outside.
       rope_lengths: int32 [B]: the numbers of tokens that decided the LongRoPE factors of the keys in the cache.
       offered, taken: int32 [B]: how many guesses of a drafter were tried, and how many of them kept.
+      failed: int32 [B]: 0, or why a row is done that could not go on: a flag of failures.py.
       logprobs: the tokens' log-probabilities, if they are wanted.
     """
 
@@ -82,6 +86,7 @@ class DecodeState:
     rope_lengths: jax.Array
     offered: jax.Array
     taken: jax.Array
+    failed: jax.Array
     logprobs: LogprobRecord | None = None
 
 
@@ -131,6 +136,7 @@ def begin(
         rope_lengths=settings.rope_lengths(lengths) + 0,
         offered=jnp.zeros_like(lengths),
         taken=jnp.zeros_like(lengths),
+        failed=jnp.zeros_like(lengths),
         logprobs=record,
     )
 
@@ -169,9 +175,10 @@ def read(
         variables, tokens, positions, cache=state.cache, rope_lengths=state.rope_lengths[:, None], method="hidden"
     )
     x, cache, _ = result
-    record = state.logprobs
+    record, failed = state.logprobs, state.failed
     if echo and record is not None:
         logits: Any = model.apply(variables, x, method="unembed")
+        failed = jnp.where((~is_finite(logits) & (positions >= 0)).any(axis=1), NOT_FINITE, failed)
         beyond = state.tokens.shape[1]
         successors = jnp.take(state.tokens, places + 1, axis=1, mode="clip")
         record = record.write(logits, successors, jnp.where(places + 1 < state.lengths[:, None], places + 1, beyond))
@@ -179,7 +186,8 @@ def read(
     is_last = positions == state.lengths[:, None] - 1
     at_last = jnp.take_along_axis(x, is_last.argmax(axis=1)[:, None, None], axis=1)[:, 0]
     last = jnp.where(is_last.any(axis=1)[:, None], at_last, last)
-    return dataclasses.replace(state, cache=cache, logprobs=record), last
+    done = state.done | (failed > 0)
+    return dataclasses.replace(state, cache=cache, done=done, failed=failed, logprobs=record), last
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -221,7 +229,8 @@ def decode(
 ) -> tuple[DecodeState, Any]:
     """Takes up to `steps` (int32 scalar) turns, until all rows are done or one must be restarted.
 
-    Every turn adds a token to each row, or with a drafter at least one. Returns the state and the drafter.
+    Every turn adds a token to each row, or with a drafter at least one. The turn that adds one of `settings.watched`
+    is the last. Returns the state and the drafter.
     """
 
     def propose(loop: _Loop) -> tuple[Any, jax.Array]:
@@ -236,9 +245,11 @@ def decode(
         return ((propose(loop)[1] >= 0) & ~loop[1].done[:, None]).any()
 
     def turn(loop: _Loop, guesses: jax.Array) -> _Loop:
-        count, state, drafter = loop
-        state, x = _forward(config, params, state, guesses)
-        return count + 1, _accept(config, params, state, x, guesses, settings), drafter
+        count, before, drafter = loop
+        state, x = _forward(config, params, before, guesses)
+        state = _accept(config, params, state, x, guesses, settings)
+        is_last = _has_watched(state, before.lengths, x.shape[1], settings)
+        return jnp.where(is_last, steps, count + 1), state, drafter
 
     def guessed_turn(loop: _Loop) -> _Loop:
         drafter, guesses = propose(loop)
@@ -288,6 +299,15 @@ def must_restart(config: Phi3Config, state: DecodeState, settings: Settings) -> 
     return (~state.done & (state.rope_lengths <= border) & (settings.rope_lengths(state.lengths) > border)).any()
 
 
+def _has_watched(state: DecodeState, before: jax.Array, most: int, settings: Settings) -> jax.Array:
+    """Whether one of the tokens, at most `most` of each row, that came after lengths `before` is watched: bool."""
+    if settings.watched is None:
+        return jnp.asarray(False)
+    places = before[:, None] + jnp.arange(most)
+    new = jnp.take_along_axis(state.tokens, jnp.minimum(places, state.tokens.shape[1] - 1), axis=1)
+    return (settings.watched[new] & (places < state.lengths[:, None])).any()
+
+
 def _no_guesses(state: DecodeState) -> jax.Array:
     return jnp.zeros((len(state.tokens), 0), jnp.int32)
 
@@ -325,7 +345,7 @@ def _accept(
     """Adds to each row its guesses up to the first that differs from what `pick` picks there, and then that pick.
 
     A random draw depends only on the row's seed and the token's place in the answer, so the tokens are the same as
-    without guesses.
+    without guesses. A row that comes to a place where nothing can be picked gets no token there: it has failed.
 
     Args:
       x: [B, J, D], the model's output at the newest token and the guesses after it.
@@ -339,7 +359,8 @@ def _accept(
     permitted = logits
     if allowed is not None:
         permitted = jnp.where(unpack(allowed, logits.shape[-1])[:, None], logits, -jnp.inf)
-    picks = _pick(permitted, tokens, places, settings)
+    picks = pick_places(permitted, settings.sampling, tokens, places, settings.prompt_lengths, settings.end_ids)
+    flags = failures(logits, picks, None if allowed is None else permitted)
 
     taken = jnp.cumprod(picks[:, :-1] == guesses, axis=1).sum(axis=1)
     count = jnp.minimum(taken + 1, settings.prompt_lengths + settings.limits - state.lengths)
@@ -350,6 +371,9 @@ def _accept(
     is_end = (picks[:, :, None] == settings.end_ids).any(axis=-1)
     first_end = jnp.where(is_end.any(axis=1), is_end.argmax(axis=1), J)
     count = jnp.where(state.done, 0, jnp.minimum(count, first_end + 1))
+    first_failure = jnp.where((flags > 0).any(axis=1), (flags > 0).argmax(axis=1), J)
+    has_failed = first_failure < count
+    count = jnp.minimum(count, first_failure)
 
     # Tokens that are not added get a place past the end, where the scatter drops them.
     places = jnp.where(jnp.arange(J) < count[:, None], places, room)
@@ -365,26 +389,9 @@ def _accept(
         cache=cache,
         tokens=state.tokens.at[row, places].set(picks, mode="drop"),
         lengths=lengths,
-        done=state.done | (first_end < count) | (lengths - settings.prompt_lengths >= settings.limits),
+        done=state.done | has_failed | (first_end < count) | (lengths - settings.prompt_lengths >= settings.limits),
         offered=state.offered + jnp.where(state.done, 0, (guesses >= 0).sum(axis=1)),
         taken=state.taken + jnp.minimum(taken, count),
+        failed=jnp.where(has_failed, flags[row[:, 0], jnp.minimum(first_failure, J - 1)], state.failed),
         logprobs=None if state.logprobs is None else state.logprobs.write(logits, picks, places),
     )
-
-
-def _pick(logits: jax.Array, tokens: jax.Array, places: jax.Array, settings: Settings) -> jax.Array:
-    """The tokens int32 [B, J] for J places of each row, picked as if each were the only one."""
-    rows, J, _ = logits.shape
-
-    def spread(x: jax.Array) -> jax.Array:
-        return jnp.repeat(x, J, axis=0)
-
-    picks = pick(
-        logits.reshape(rows * J, -1),
-        jax.tree.map(spread, settings.sampling),
-        spread(tokens),
-        places.reshape(-1),
-        spread(settings.prompt_lengths),
-        settings.end_ids,
-    )
-    return picks.reshape(rows, J)

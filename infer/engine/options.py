@@ -28,7 +28,8 @@ class Options:
       logprobs: record each new token's log-probability and those of this many most likely tokens (0: only its own);
         None records nothing.
       echo: record the prompts' tokens, too; prefill then needs memory for B x prefill_chunk x V more floats.
-      deadline: seconds after which answers end as they are; checked between the calls of the compiled loop.
+      deadline: seconds after which answers end as they are; checked after each chunk of the prompts, and at least each
+        twentieth of a second (or step, if that is longer) while answers are written.
       speculation: guess several tokens at a time, which changes no token: `PromptLookup()` or `DraftModel(...)`.
       prompt_cache: the keys and values of a prefix; the part of it that all prompts begin with is not read again.
       room: make memory for at least this many tokens, prompt and answer together. Runs with the same room share their

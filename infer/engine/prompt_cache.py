@@ -25,6 +25,8 @@ from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import KVCache
 
+from .failures import NOT_FINITE_ADVICE
+
 _KIND = "phi3_jax prompt cache"
 _VERSION = "1"
 _DTYPES = ("F32", "BF16", "F16", "I8")  # what a cache may be made of, by safetensors' names
@@ -57,7 +59,8 @@ class PromptCache:
           is_long: whether the row's keys were written with LongRoPE's long factors.
 
         Raises:
-          ValueError: there is no such row, it holds no keys, or it holds keys of more tokens than were given.
+          ValueError: there is no such row, it holds no keys, it holds keys of more tokens than were given, or some of
+            its numbers are not finite: nobody may go on from there.
         """
         rows = cache.positions.shape[0]
         if not 0 <= row < rows:
@@ -72,6 +75,8 @@ class PromptCache:
         held = _in_slot_order(run, min(1 << (len(run) - 1).bit_length(), cache.capacity))
         own = _pick(cache, row, held % cache.capacity)
         own = dataclasses.replace(own, positions=jnp.asarray(held[None], jnp.int32))
+        if not bool(_is_finite(own)):
+            raise ValueError(f"row {row} of the cache holds numbers that are not finite: {NOT_FINITE_ADVICE}")
         return cls(tuple(int(token) for token in tokens[:length]), own, bool(is_long), fingerprint)
 
     def usable(self, config: Phi3Config, prompt: Sequence[int], is_long: bool) -> int:
@@ -165,6 +170,8 @@ class PromptCache:
             arrays = {name: jnp.asarray(file.get_tensor(name)[:, None]) for name in shapes if name != "tokens"}
         run = np.arange(len(tokens) - arrays["k"].shape[3], len(tokens), dtype=np.int32)
         cache = KVCache(positions=jnp.asarray(run[None]), **arrays)
+        if not bool(_is_finite(cache)):
+            raise ValueError(f"{place}: holds keys or values that are not finite numbers; {_AGAIN}")
         if run[0] > 0:
             cache = _pick(cache, 0, _in_slot_order(run, len(run)) - run[0])
         return cls(tuple(tokens.tolist()), cache, is_long, own)
@@ -225,6 +232,14 @@ def _arrays(cache: KVCache) -> dict[str, jax.Array]:
     """k and v [L, B, K, S, H], and with int8 k_scale and v_scale [L, B, K, S]."""
     arrays = {"k": cache.k, "v": cache.v, "k_scale": cache.k_scale, "v_scale": cache.v_scale}
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+@jax.jit
+def _is_finite(cache: KVCache) -> jax.Array:
+    """Whether the keys and values of tokens, in slots with a position, are all finite: bool scalar."""
+    free = cache.positions[:, None, :] < 0  # [B, 1, S], for [L, B, K, S] or [L, B, K, S, H]
+    parts = [jnp.isfinite(array) | (free if array.ndim == 4 else free[..., None]) for array in _arrays(cache).values()]
+    return jnp.stack([part.all() for part in parts]).all()
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from ..sampling import Grammar, Sampling, SamplingArrays, TokenLogprob
 from ..sampling.grammar import GrammarMasks
 from . import decoding
 from .buckets import own_cache_dtype, room_for
+from .failures import NO_TOKEN, explain
 from .options import Options
 from .prefill import Prefill
 from .prompt_cache import PromptCache, fingerprint
@@ -37,10 +38,16 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What a row got in one call of `Run.advance`; logprobs has an entry for each token, or is None if not wanted."""
+    """What a row got in one call of `Run.advance`.
+
+    Attributes:
+      logprobs: an entry for each token; None if not wanted.
+      error: why the row could not go on after these tokens, and has ended; else None.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
+    error: str | None = None
 
 
 class Run:
@@ -64,6 +71,7 @@ class Run:
         sampling: Sequence[Sampling] | None = None,
         options: Options | None = None,
         grammars: Sequence[Grammar | None] | None = None,
+        watched: np.ndarray | None = None,
     ):
         """Checks the arguments and sets the sizes of arrays; nothing is run yet.
 
@@ -71,6 +79,7 @@ class Run:
           max_new_tokens: the most new tokens of each row; the model's context is a limit, too.
           sampling: how each row picks its tokens; greedily if None.
           grammars: what each row's answer must match.
+          watched: bool [V]: `advance` returns when a row has got one of these tokens, without using up its steps.
 
         Raises:
           ValueError: a prompt is empty, has ids outside of the vocabulary, or fills the model's context; a number makes
@@ -91,6 +100,7 @@ class Run:
             sampling=SamplingArrays.of(sampling or [Sampling()] * len(prompts), config.vocab_size),
             prompt_lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
             rope_policy=options.rope_policy,
+            watched=jnp.asarray(np.zeros(config.vocab_size, bool) if watched is None else watched),
         )
         self._lengths = [len(prompt) for prompt in prompts]
         self._room = room_for(max(self._lengths, default=1), max(limits, default=1), options)
@@ -101,6 +111,7 @@ class Run:
         self._phase = "prefill"  # the timing that reading counts to: "decode" if rows are read again
         self._drafter: Any = None
         self._done = np.zeros(len(prompts), bool)
+        self._errors: list[str | None] = [None] * len(prompts)
         self.timings = Timings()
         self.reused = 0
         self._place_prompt_cache()
@@ -124,7 +135,8 @@ class Run:
         """Calls a compiled function once -> the new tokens of each row.
 
         The first calls each read a chunk of the prompts, and the last of these gives each row its first token. After
-        that, each call takes up to `steps` turns of the loop.
+        that, each call takes up to `steps` turns of the loop. A row that cannot go on ends with an `error`; the others
+        do not notice.
         """
         state = self._first_state() if self._state is None else self._state
         if self._state is None:
@@ -156,13 +168,20 @@ class Run:
             self._state = dataclasses.replace(self._state, done=jnp.array(self._done))
 
     def prompt_logprobs(self, row: int) -> list[TokenLogprob]:
-        """A prompt's log-probabilities, once `advance` has read it. Raises ValueError without `Options.echo`."""
+        """A prompt's log-probabilities, once `advance` has read it. Raises ValueError without `Options.echo`.
+
+        They end at the first one that is no number; the row has ended with an error then.
+        """
         if self._state is None or self._state.logprobs is None or not self.options.echo:
             raise ValueError("prompts have log-probabilities after `advance`, with Options(logprobs=..., echo=True)")
         return self._state.logprobs.read(row, self._prompts[row], 0)
 
     def prompt_cache(self, row: int = 0) -> PromptCache:
-        """A row's keys and values so far, for `Options.prompt_cache` of another run; ValueError if nothing was read."""
+        """A row's keys and values so far, for `Options.prompt_cache` of another run.
+
+        Raises:
+          ValueError: nothing was read, or some of them are not finite numbers.
+        """
         if self._state is None:
             raise ValueError("nothing has been read yet: call `advance` first")
         tokens = np.asarray(self._state.tokens[row])[: self._lengths[row]].tolist()
@@ -205,8 +224,7 @@ class Run:
         if not prefill.is_over:
             return state
         self._prefill = None
-        allowed = None if self._masks is None else jnp.asarray(self._masks.masks())
-        state = self._timed(self._phase, decoding.answer, state, prefill.last, self._settings, allowed)
+        state = self._timed(self._phase, decoding.answer, state, prefill.last, self._settings, self._allowed())
         if self._phase == "prefill":
             self._drafter = self._start_drafter(state.tokens)
         return state
@@ -227,20 +245,37 @@ class Run:
 
     def _step_by_grammar(self, state: decoding.DecodeState) -> decoding.DecodeState:
         """One token of each row; the host finds out which ones are allowed while the device runs the model."""
-        assert self._masks is not None
         state, last = self._timed("decode", decoding.step, state, wait=False)
-        allowed = jnp.asarray(self._masks.masks())
-        return self._timed("decode", decoding.answer, state, last, self._settings, allowed)
+        return self._timed("decode", decoding.answer, state, last, self._settings, self._allowed())
+
+    def _allowed(self) -> jax.Array | None:
+        """The grammars' masks; a row whose grammar is at a dead end gets one that allows nothing, which ends it."""
+        if self._masks is None:
+            return None
+        allowed = np.full((len(self._prompts), self._masks.words), 0xFFFFFFFF, np.uint32)
+        for row in np.flatnonzero(~self._done).tolist():
+            try:
+                allowed[row] = self._masks.mask(row)
+            except ValueError as error:
+                allowed[row], self._errors[row] = 0, str(error)
+        return jnp.asarray(allowed)
 
     def _new_tokens(self, state: decoding.DecodeState) -> list[NewTokens]:
         new = []
         tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths).tolist()
+        failed = np.where(self._done, 0, state.failed).tolist()  # those that are new
         for row, (begin, end) in enumerate(zip(self._lengths, lengths, strict=True)):
             ids = tokens[row, begin:end].tolist()
             if self._masks is not None:
                 for token in ids:
                     self._masks.push(row, token)
-            new.append(NewTokens(ids, None if state.logprobs is None else state.logprobs.read(row, ids, begin)))
+            error = None
+            if failed[row]:
+                # What the grammar says of itself is more than that it allowed no token.
+                own = self._errors[row] if failed[row] == NO_TOKEN else None
+                error = self._errors[row] = own or explain(failed[row], end - len(self._prompts[row]))
+            logprobs = None if state.logprobs is None else state.logprobs.read(row, ids, begin)
+            new.append(NewTokens(ids, logprobs, error))
         self._lengths, self._done = lengths, np.array(state.done)
         return new
 

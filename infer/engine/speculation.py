@@ -132,6 +132,8 @@ class ModelDrafter:
             logits, cache = self._run(params, fed, positions, cache)
             lengths = state.lengths + i
             guess = pick(logits, settings.sampling, tokens, lengths, settings.prompt_lengths, settings.end_ids)
+            # Where there is no token to pick, any guess will do: what is written is the model's, never the guess.
+            guess = jnp.maximum(guess, 0)
             tokens = tokens.at[row, lengths].set(guess, mode="drop")
             fed, places = guess[:, None], lengths[:, None]
         guesses = jnp.take_along_axis(tokens, state.lengths[:, None] + jnp.arange(self.guesses), axis=1)

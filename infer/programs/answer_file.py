@@ -34,6 +34,7 @@ class AnswerFile:
 
     Attributes:
       done: how many requests have their answers, those of an earlier run included.
+      failed: how many of these have an "error".
     """
 
     def __init__(self, path: str | os.PathLike[str], requests: Sequence[Request], settings: Mapping[str, Any]):
@@ -50,7 +51,7 @@ class AnswerFile:
         """
         self._path, self._partial = Path(path), Path(f"{Path(path)}.partial")
         self._requests = requests
-        self.done = 0
+        self.done = self.failed = 0
         if not self._path.parent.is_dir():
             raise FileNotFoundError(f"{self._path}: there is no folder {self._path.parent}; make it first")
         if not os.access(self._path.parent, os.W_OK | os.X_OK):
@@ -90,6 +91,7 @@ class AnswerFile:
             raise ValueError(f"{self._path}: the answer has {taken}, which are keys of requests; rename them")
         self._append({**self._requests[self.done].fields, **answer})
         self.done += 1
+        self.failed += "error" in answer
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self._path):
@@ -133,7 +135,7 @@ class AnswerFile:
                 if self._end == 0:
                     self._header_end = len(line)
                 else:
-                    self._check_answer(line)
+                    self.failed += "error" in self._checked_answer(line)
                     self.done += 1
                 self._end += len(line)
         self._file.truncate(self._end)
@@ -165,11 +167,12 @@ class AnswerFile:
                 "flags to go on, or delete the file to begin again"
             )
 
-    def _check_answer(self, line: bytes) -> None:
-        """Refuses a line that is not the answer of `requests[done]`."""
+    def _checked_answer(self, line: bytes) -> dict[str, Any]:
+        """The answer in a line; refuses one that is not that of `requests[done]`."""
         answer = _parsed(line)
         if self.done == len(self._requests) or not answer.items() >= self._requests[self.done].fields.items():
             raise ValueError(f"{self._partial}: line {self.done + 2} is damaged; delete the file to begin again")
+        return answer
 
     def _append(self, value: Mapping[str, Any]) -> None:
         """Writes one line, or nothing."""

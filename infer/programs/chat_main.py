@@ -22,11 +22,13 @@ from typing import TextIO
 
 from absl import flags
 
-from phi3_jax.command_line.model_flags import CHECKPOINT, require_tokenizer
+from phi3_jax.checkpoint import require_tokenizer
+from phi3_jax.command_line.model_flags import CHECKPOINT
 from phi3_jax.command_line.program import interruptible, run_program
 
 from ..conversation import ContextFullError, Conversation, load_messages, save_messages
 from . import flags as common
+from .calls import print_calls
 
 _TOPICS = {"Conversation": [common.SYSTEM], **common.TOPICS}
 
@@ -81,7 +83,7 @@ class Chat:
             self._warned.add(str(message))
             _tell(f"phi3-chat: warning: {message}")
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, text: str | None) -> None:
         written = False
         try:
             # Through a pipe Ctrl-C ends the program, not only an answer.
@@ -96,9 +98,17 @@ class Chat:
         turn = self._conversation.last
         assert turn is not None
         answer = turn.generation
-        if not answer.text and answer.finish_reason in ("deadline", "interrupt"):
+        if answer.error is not None:
+            if written:
+                print(flush=True)
+            raise ValueError(f"{answer.error}; the message is forgotten")
+        if not answer.text and not turn.calls and answer.finish_reason in ("deadline", "interrupt"):
             raise ValueError("the answer was ended before it began; the message is forgotten")
-        print(flush=True)
+        if written or not turn.calls:
+            print(flush=True)
+        print_calls(turn.calls, turn.problems, "phi3-chat")
+        if turn.calls and self._on_terminal:
+            _tell("(give the result of each call, in order, with /result TEXT)")
         if self._on_terminal and answer.finish_reason == "length":
             _tell(f"(cut off after {len(answer.token_ids)} tokens; see --max_new_tokens)")
         if self._verbose:
@@ -129,6 +139,11 @@ class Chat:
         self._warned.clear()  # to warn again if the template drops this one, too
         self._conversation.set_system(text or None)
 
+    def _add_result(self, text: str) -> None:
+        self._conversation.add_result(text)
+        if not self._conversation.waiting:
+            self._answer(None)
+
     def _save(self, name: str) -> None:
         save_messages(_file(name), self._conversation.messages)
 
@@ -158,6 +173,7 @@ _COMMANDS = {
     "/system": _Command(Chat._set_system, "TEXT", "begin a new one with this system message; without TEXT, with none"),
     "/save": _Command(Chat._save, "FILE", "write the conversation into a new JSON file"),
     "/load": _Command(Chat._load, "FILE", "go on with a conversation from such a file"),
+    "/result": _Command(Chat._add_result, "TEXT", "what a call of --tools gave; after the last, the model goes on"),
     "/help": _Command(Chat._help, "", "this list"),
     "/exit": _Command(Chat._exit, "", "end the program; so does Ctrl-D"),
 }
@@ -190,6 +206,7 @@ def converse(chat: Chat) -> None:
 
 def main() -> int:
     """Loads, then answers line by line."""
+    tools = common.tools()
     checkpoint = common.load_checkpoint()
     require_tokenizer(checkpoint)
     conversation = Conversation(
@@ -198,8 +215,9 @@ def main() -> int:
         common.sampling(),
         common.MAX_NEW_TOKENS.value,
         common.STOP.value,
-        common.grammar(),
+        common.grammar(tools),
         common.options(checkpoint),
+        tools,
     )
     chat = Chat(conversation, sys.stdin.isatty(), common.VERBOSE.value)
     warnings.simplefilter("always", UserWarning)

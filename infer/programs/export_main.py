@@ -3,6 +3,7 @@
 phi3-export --checkpoint demo --format gguf --type q8_0 --output demo-q8_0.gguf
 phi3-export --checkpoint model.gguf --format safetensors --type bf16 --output model
 phi3-export --checkpoint demo --adapter runs/train/adapter --format safetensors --output tuned
+phi3-export --checkpoint phi-4 --format safetensors --as llama --output phi-4-llama
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
+from phi3_jax.config import Architecture
 
 _FORMAT = flags.DEFINE_enum(
     "format", "gguf", ["gguf", "safetensors"], "One file for llama.cpp (needs the extra gguf), or a folder."
@@ -33,6 +35,13 @@ _TYPE = flags.DEFINE_enum(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write, which must not exist yet.", required=True)
 _TOKENIZER = flags.DEFINE_bool("tokenizer", True, "--notokenizer: GGUF without the vocabulary; ids in, ids out.")
+_AS = flags.DEFINE_enum(
+    "as",
+    "phi3",
+    typing.get_args(Architecture),
+    "What a folder is written as; llama: q, k, v, gate and up apart, as a LlamaForCausalLM, or as a MistralForCausalLM "
+    "where there is a window.",
+)
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
@@ -46,11 +55,15 @@ def main() -> int:
         raise ValueError(f"--type={kind} is a type of GGUF's; give --format gguf, or one of {', '.join(_DTYPES)}")
     if _FORMAT.value == "safetensors" and not _TOKENIZER.value:
         raise ValueError("--notokenizer is for --format gguf")
+    if _FORMAT.value == "gguf" and _AS.value != "phi3":
+        raise ValueError(f"--as={_AS.value} is for --format safetensors")
     with progress_bar("loading") as on_progress:
         dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
-        checkpoint = phi3_jax.load(CHECKPOINT.value, dtype, adapter=ADAPTER.value, on_progress=on_progress)
+        checkpoint = phi3_jax.load(
+            CHECKPOINT.value, dtype, layout="rows", adapter=ADAPTER.value, on_progress=on_progress
+        )
     if _FORMAT.value == "safetensors":
-        phi3_jax.save(checkpoint, output)
+        phi3_jax.save(checkpoint, output, architecture=typing.cast(Architecture, _AS.value))
         return 0
     if not _TOKENIZER.value:
         checkpoint = dataclasses.replace(checkpoint, tokenizer=None)
@@ -63,7 +76,7 @@ def main() -> int:
 
 def run() -> None:
     """The console script."""
-    run_program("phi3-export", main, {"What to write": [CHECKPOINT, ADAPTER, _FORMAT, _TYPE, _OUTPUT, _TOKENIZER]})
+    run_program("phi3-export", main, {"What to write": [CHECKPOINT, ADAPTER, _FORMAT, _TYPE, _AS, _OUTPUT, _TOKENIZER]})
 
 
 if __name__ == "__main__":

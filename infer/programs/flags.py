@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import default_dtype, fastest_layout
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels import status
+from phi3_jax.text import call_schema, read_tools
 
 from ..engine import DraftModel, Options, PromptCache, PromptLookup
 from ..engine.buckets import own_cache_dtype
@@ -25,7 +27,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
     ["auto", "float32", "bfloat16", "float16"],
-    "What weights become that are not quantised. auto: float32 on the CPU, bfloat16 elsewhere. On the CPU bfloat16 is "
+    "What weights become that are not quantised. auto: float32 on the CPU, elsewhere as stored. On the CPU bfloat16 is "
     "rounded a little, reads half as much, and needs a C++ compiler: XLA alone is slow in it.",
 )
 VERBOSE = flags.DEFINE_bool(
@@ -62,6 +64,19 @@ FORCED_TOKENS = flags.DEFINE_list("forced_tokens", [], "Token ids that an answer
 JSON_SCHEMA = flags.DEFINE_string("json_schema", None, "A file with a JSON schema that an answer fits.")
 REGEX = flags.DEFINE_string("regex", None, "A regular expression that an answer matches as a whole.")
 CHOICE = flags.DEFINE_multi_string("choice", [], "A text that an answer may be; give several.")
+
+TOOLS = flags.DEFINE_string(
+    "tools",
+    None,
+    'A JSON file with a list of functions that the model may call: {"type": "function", "function": {"name": ..., '
+    '"description": ..., "parameters": a JSON schema}}. Calls are printed as JSON, one a line.',
+)
+TOOL_CHOICE = flags.DEFINE_enum(
+    "tool_choice",
+    "auto",
+    ["auto", "required"],
+    "required: the answer is a list of calls, whose arguments fit the functions' schemas; needs the extra grammar.",
+)
 
 PREFILL_CHUNK = flags.DEFINE_integer(
     "prefill_chunk", Options().prefill_chunk, "How many tokens of the prompt are read at a time.", lower_bound=1
@@ -106,6 +121,7 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
         FORCED_TOKENS,
     ],
     "Answers of a given form (one of these; needs the extra grammar)": [JSON_SCHEMA, REGEX, CHOICE],
+    "Functions to call, in a chat": [TOOLS, TOOL_CHOICE],
     "Speed and memory": [PREFILL_CHUNK, CACHE_DTYPE, ROPE_POLICY, SPECULATE, GUESSES, PROMPT_CACHE],
 }
 
@@ -113,10 +129,9 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
     """Loads --checkpoint and --adapter, or only the checkpoint `path`; a progress bar appears after a second."""
     adapter = ADAPTER.value if path is None else None
-    path, dtype = path or CHECKPOINT.value, default_dtype() if DTYPE.value == "auto" else DTYPE.value
     with progress_bar("loading") as on_progress:
         checkpoint = phi3_jax.load(
-            path, dtype, quantize=QUANTIZE.value, layout=fastest_layout(), adapter=adapter, on_progress=on_progress
+            path or CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value, adapter=adapter, on_progress=on_progress
         )
     if VERBOSE.value:
         for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():
@@ -157,11 +172,30 @@ def options(checkpoint: phi3_jax.Checkpoint) -> Options:
     )
 
 
-def grammar() -> Grammar | None:
-    """What answers must match, from the flags. Raises ValueError if more than one grammar is given."""
+def tools() -> list[Any] | None:
+    """The functions of --tools. Raises ValueError, with the file's name, if it holds something else."""
+    if TOOLS.value is None:
+        return None
+    try:
+        return read_tools(json.loads(read_text(TOOLS.value)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{TOOLS.value}: not a JSON file with a list of functions: {error}") from None
+
+
+def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:
+    """What answers must match, from the flags. Raises ValueError if more than one grammar is given.
+
+    Args:
+      tools: what may be called, with --tool_choice=required.
+    """
     asked = [flag for flag in (JSON_SCHEMA, REGEX, CHOICE) if flag.value]
+    asked += [TOOL_CHOICE] if TOOL_CHOICE.value == "required" else []
     if len(asked) > 1:
         raise ValueError(f"give only one of {', '.join('--' + flag.name for flag in asked)}")
+    if TOOL_CHOICE.value == "required":
+        if not tools:
+            raise ValueError("--tool_choice=required needs --tools")
+        return Grammar.json_schema(call_schema(tools))
     if JSON_SCHEMA.value:
         return Grammar.json_schema(read_text(JSON_SCHEMA.value))
     if REGEX.value:

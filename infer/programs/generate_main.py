@@ -2,6 +2,7 @@
 
 phi3-generate --checkpoint demo --prompt "The capital of France is"
 phi3-generate --checkpoint demo --chat --prompt "Who wrote Hamlet?" --temperature 0.7
+phi3-generate --checkpoint microsoft/Phi-4-mini-instruct --chat --tools tools.json --prompt "Is it raining in Rome?"
 phi3-generate --checkpoint demo --input questions.jsonl --output answers.jsonl --batch_size 8
 """
 
@@ -17,8 +18,9 @@ from absl import flags
 from tqdm import tqdm
 
 import phi3_jax
-from phi3_jax.command_line.model_flags import require_tokenizer
+from phi3_jax.checkpoint import require_tokenizer
 from phi3_jax.command_line.program import interruptible, read_text, run_program
+from phi3_jax.text import ToolCallParser
 
 from ..answer import Answer, Generation, write_answers
 from ..beam import beam_search
@@ -28,6 +30,7 @@ from ..prompts import check_prompt
 from ..sampling import Sampling, SamplingArrays, TokenLogprob
 from . import flags as common
 from .answer_file import AnswerFile
+from .calls import print_calls
 from .requests import Request, read_requests
 
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.")
@@ -81,26 +84,45 @@ def main() -> int:
     checkpoint = common.load_checkpoint()
     tokenizer = require_tokenizer(checkpoint)
     if _CHAT.value:
-        return answer_prompt(checkpoint, phi3_jax.encode_chat(tokenizer, _with_system([_user(text)])))
-    return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value))
+        tools = common.tools()
+        ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(text)]), tools=tools)
+        return answer_prompt(checkpoint, ids, tools)
+    return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False))
 
 
-def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int]) -> int:
-    """Streams the answer to standard output, and reports on standard error where the time went -> exit code."""
+def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int], tools: list[Any] | None = None) -> int:
+    """Streams the answer to standard output, and reports on standard error where the time went -> exit code.
+
+    With tools, the calls come behind the rest of the answer.
+    """
     limit, options = common.MAX_NEW_TOKENS.value, common.options(checkpoint)
     if _BEAMS.value > 1:
-        print(_search(checkpoint, [ids], [limit], options)[0]["text"])
+        (found,) = _search(checkpoint, [ids], [limit], options)
+        if "error" in found:
+            raise ValueError(found["error"])
+        print(found["text"])
         return 0
-    run = Run(checkpoint, [ids], [limit], [common.sampling()], options, [common.grammar()])
-    answer, save_as = Answer(checkpoint, stop=common.STOP.value), _SAVE_PROMPT_CACHE.value
+    run = Run(checkpoint, [ids], [limit], [common.sampling()], options, [common.grammar(tools)])
+    answer, save_as = Answer(checkpoint, stop=common.STOP.value, markers=tools is not None), _SAVE_PROMPT_CACHE.value
+    parser, content = None if tools is None else ToolCallParser(tools), ""
     with interruptible() as interrupt:
         for piece in write_answers(run, [answer], interrupt=interrupt):
-            print(piece.text, end="", flush=True)
+            text = piece.text if parser is None else parser.push(piece.text)
+            print(text, end="", flush=True)
+            content += text
             if save_as and piece.token_ids:  # the first token is there: exactly the prompt has been read
                 run.prompt_cache().save(save_as)
                 save_as = None
-    print(flush=True)
+    if parser is not None:
+        print(text := parser.flush(), end="")
+        content += text
+    if content or parser is None or not parser.calls:
+        print(flush=True)
+    if parser is not None:
+        print_calls(parser.calls, parser.problems, "phi3-generate")
     result = answer.finish()
+    if result.error is not None:
+        raise ValueError(result.error)
     print(report(run, len(ids), len(result.token_ids)), file=sys.stderr)
     return 130 if result.finish_reason == "interrupt" else 0
 
@@ -121,7 +143,7 @@ def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
 
 
 def answer_file(input_: Path, output: Path) -> int:
-    """Answers every line of a file -> exit code."""
+    """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
     requests = read_requests(input_, common.sampling())
     checkpoint = common.load_checkpoint()
     prompts = [_request_ids(checkpoint, request, f"{input_}:{request.line}") for request in requests]
@@ -141,7 +163,12 @@ def answer_file(input_: Path, output: Path) -> int:
             if interrupt():
                 print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
                 return 130
-    return 0
+    if file.failed:
+        print(
+            f'phi3-generate: {file.failed} of {len(requests)} answers ended with an error: see "error" in {output}',
+            file=sys.stderr,
+        )
+    return int(file.failed > 0)
 
 
 def _answers(
@@ -161,15 +188,26 @@ def _answers(
         limits,
         sampling=[request.sampling for request in requests],
         stop=common.STOP.value,
-        grammar=common.grammar(),
+        grammar=[common.grammar(_tools(request)) for request in requests],
         options=options,
         interrupt=interrupt,
     )
-    return [] if any(result.finish_reason == "interrupt" for result in results) else [_fields(each) for each in results]
+    if any(result.finish_reason == "interrupt" for result in results):
+        return []
+    return [
+        _fields(result, _tools(request), checkpoint.tokenizer)
+        for result, request in zip(results, requests, strict=True)
+    ]
 
 
-def _fields(result: Generation) -> dict[str, Any]:
+def _fields(result: Generation, tools: list[Any] | None, tokenizer: phi3_jax.Tokenizer | None) -> dict[str, Any]:
     fields: dict[str, Any] = {"text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason}
+    if tools is not None:
+        reply = phi3_jax.parse_tool_calls(result.token_ids, tokenizer, tools=tools)
+        fields["content"] = reply.content if reply.calls else result.text
+        fields["tool_calls"] = [call.as_message_part(f"call{i:05}") for i, call in enumerate(reply.calls)]
+        fields |= {"tool_problems": reply.problems} if reply.problems else {}
+    fields |= {"error": result.error} if result.error is not None else {}
     for name in ("logprobs", "prompt_logprobs"):
         entries: list[TokenLogprob] | None = getattr(result, name)
         fields |= {name: [dataclasses.asdict(entry) for entry in entries]} if entries is not None else {}
@@ -182,7 +220,15 @@ def _search(
     found = beam_search(
         checkpoint, prompts, limits, _BEAMS.value, length_penalty=_LENGTH_PENALTY.value, options=options
     )
-    return [dataclasses.asdict(beams[0]) for beams in found]
+    # An answer has a score, or an error.
+    return [
+        {
+            name: value
+            for name, value in dataclasses.asdict(best).items()
+            if name != ("error" if best.error is None else "score")
+        }
+        for best, *_ in found
+    ]
 
 
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
@@ -193,11 +239,13 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
         raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")
     try:
         if request.messages is not None:
-            ids = phi3_jax.encode_chat(tokenizer, _with_system(request.messages))
+            ids = phi3_jax.encode_chat(tokenizer, _with_system(request.messages), tools=_tools(request))
         elif _CHAT.value:
-            ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(request.prompt or "")]))
+            ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(request.prompt or "")]), tools=_tools(request))
+        elif request.tools is not None:
+            raise ValueError('"tools" are for chats: give "messages", or --chat')
         else:
-            ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value)
+            ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value, add_eos=False)
         SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -205,11 +253,18 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
     return ids
 
 
+def _tools(request: Request) -> list[Any] | None:
+    """What a request's answer may call: its own tools, or those of --tools if it is a chat."""
+    if request.messages is None and not _CHAT.value:
+        return None
+    return common.tools() if request.tools is None else request.tools
+
+
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _with_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _with_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     system = common.SYSTEM.value
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
@@ -232,6 +287,8 @@ def _check_flags() -> None:
             raise ValueError(f"--{flag.name} goes into the lines of --output: give --input and --output")
     if common.SYSTEM.value is not None and not _CHAT.value and _INPUT.value is None:
         raise ValueError("--system needs --chat")
+    if common.TOOLS.value is not None and not _CHAT.value and _INPUT.value is None:
+        raise ValueError("--tools needs --chat")
     if _SAVE_PROMPT_CACHE.value and (_INPUT.value or _BEAMS.value > 1):
         raise ValueError("--save_prompt_cache is for one prompt, without beams")
     if _SAVE_PROMPT_CACHE.value and not (folder := Path(_SAVE_PROMPT_CACHE.value).parent).is_dir():

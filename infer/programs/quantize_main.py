@@ -17,8 +17,8 @@ import numpy as np
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import Layout
-from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE, require_tokenizer
+from phi3_jax.checkpoint import Layout, require_tokenizer
+from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text, run_program
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels.linear.packed import pack

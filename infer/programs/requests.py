@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.text import read_chat, read_tools
+
 from ..sampling import Sampling
 
 _MOST_REPORTED = 10  # bad lines
@@ -27,6 +29,7 @@ class Request:
       fields: the line as it was read; they are copied into the output.
       prompt: the text to continue, or None.
       messages: the conversation to answer, or None. Exactly one of the two is given.
+      tools: the functions that the answer may call, or None.
       max_new_tokens: the line's own, or None.
       sampling: the program's, changed by the line's own values.
     """
@@ -34,7 +37,8 @@ class Request:
     line: int
     fields: dict[str, Any]
     prompt: str | None
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
+    tools: list[Any] | None
     max_new_tokens: int | None
     sampling: Sampling
 
@@ -42,9 +46,10 @@ class Request:
 def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Request]:
     """The requests of a file in UTF-8 with one JSON object per line; blank lines are ignored.
 
-    An object has either "prompt", a text, or "messages", a list of {"role": text, "content": text}; and it may have
-    "id" (text or a number; comes back in the output), "max_new_tokens" and every field of `Sampling`, where null is
-    None and the keys of "logit_bias" are ids in quotes. Other keys are refused: one could be a typing error.
+    An object has either "prompt", a text, or "messages", a list of {"role": text, "content": text} as `encode_chat`
+    takes it; and it may have "tools" (functions that the answer may call), "id" (text or a number; comes back in the
+    output), "max_new_tokens" and every field of `Sampling`, where null is None and the keys of "logit_bias" are ids in
+    quotes. Other keys are refused: one could be a typing error.
 
     Args:
       sampling: the values that a line does not give itself. Its seed + i is the seed of request i, counted from 0.
@@ -91,7 +96,7 @@ def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
     own = {"seed": (sampling.seed + index) % 2**32} | {key: fields[key] for key in fields.keys() & _SAMPLING.keys()}
     if "logit_bias" in own:
         own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
-    optional = {key: fields.get(key) for key in ("prompt", "messages", "max_new_tokens")}
+    optional = {key: fields.get(key) for key in ("prompt", "messages", "tools", "max_new_tokens")}
     return Request(line, fields, **optional, sampling=dataclasses.replace(sampling, **own))
 
 
@@ -147,13 +152,15 @@ def _is_bias(value: Any) -> bool:
     return keys_are_ids and all(map(_is_number, value.values()))
 
 
-def _is_message(value: Any) -> bool:
-    has_keys = isinstance(value, dict) and value.keys() == {"role", "content"}
-    return has_keys and all(isinstance(text, str) for text in value.values())
+def _is_readable(read: Callable[[Any], Any]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        try:
+            read(value)
+        except ValueError:
+            return False
+        return True
 
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(map(_is_message, value))
+    return check
 
 
 # Whether a value has the right form, and that form in words. `Sampling` checks the ranges of numbers.
@@ -170,11 +177,12 @@ _BY_TYPE: dict[Any, _Form] = {
 _SAMPLING: dict[str, _Form] = {name: _BY_TYPE[kind] for name, kind in typing.get_type_hints(Sampling).items()}
 _OPTIONAL: dict[str, _Form] = {
     "id": (lambda x: isinstance(x, str | float) or _is_whole(x), "a text or a number"),
+    "tools": (_is_readable(read_tools), 'a list of {"type": "function", "function": {"name": text, ...}}'),
     "max_new_tokens": (lambda x: _is_whole(x) and x >= 1, "a whole number of at least 1"),
     **_SAMPLING,
 }
 FORMS: dict[str, _Form] = {
     "prompt": (lambda x: isinstance(x, str) and x != "", "a text that is not empty"),
-    "messages": (_are_messages, 'a list, not empty, of {"role": text, "content": text}'),
+    "messages": (_is_readable(read_chat), 'a list, not empty, of {"role": text, "content": text}'),
     **_OPTIONAL,
 }

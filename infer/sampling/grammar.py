@@ -84,6 +84,9 @@ class GrammarMasks:
 
     Special and other added tokens, unused ids and ids past the tokenizer's are never part of an answer. An answer may
     end, with any of the end ids, exactly when it matches; after that its row allows only end ids.
+
+    Attributes:
+      words: W.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class GrammarMasks:
             raise ValueError("a grammar needs a token to end with: name eos_token_id in generation_config.json")
         if outside := [token for token in end_ids if not 0 <= token < vocab_size]:
             raise ValueError(f"end ids {outside} are outside of the vocabulary of {vocab_size}")
-        self._words = -(-vocab_size // 32)
+        self.words = -(-vocab_size // 32)
         self._end_ids = frozenset(end_ids)
         self._rows: list[_Row | None] = [None] * len(grammars)
         if not any(grammars):
@@ -119,24 +122,26 @@ class GrammarMasks:
         self.masks()  # raises for a grammar that nothing matches
 
     def masks(self) -> np.ndarray:
-        """uint32 [B, W]: bit t % 32 of word t // 32 is set if token t is allowed; `unpack` reads it.
+        """uint32 [B, W], the masks of all rows. Raises ValueError as `mask` does."""
+        return np.stack([self.mask(row) for row in range(len(self._rows))])
+
+    def mask(self, row: int) -> np.ndarray:
+        """A row's mask, uint32 [W]: bit t % 32 of word t // 32 is set if token t is allowed; `unpack` reads it.
 
         Raises:
           ValueError: llguidance gave up (its limits on work were reached), or no token leads on to a match.
         """
-        masks = np.full((len(self._rows), self._words), 0xFFFFFFFF, np.uint32)
-        for mask, row in zip(masks, self._rows, strict=True):
-            if row is None:
-                continue
-            mask[:] = 0
-            if not row.has_ended:
-                texts = row.next_texts()[: self._words]
-                mask[: len(texts)] = texts & self._texts[: len(texts)]
-            if row.is_complete():
-                mask |= self._ends
-            elif not mask.any():
-                raise ValueError(f"{row.name}: no token that may be used leads on to a match of the grammar")
-        return masks
+        state, mask = self._rows[row], np.zeros(self.words, np.uint32)
+        if state is None:
+            return ~mask
+        if not state.has_ended:
+            texts = state.next_texts()[: self.words]
+            mask[: len(texts)] = texts & self._texts[: len(texts)]
+        if state.is_complete():
+            mask |= self._ends
+        elif not mask.any():
+            raise ValueError(f"{state.name}: no token that may be used leads on to a match of the grammar")
+        return mask
 
     def push(self, row: int, token: int) -> None:
         """Records that the row has taken this token; tokens after an end id are ignored.

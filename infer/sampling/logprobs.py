@@ -6,6 +6,7 @@ Axis letters: B batch, T tokens of one call, M tokens of prompt and answer toget
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +66,19 @@ class LogprobRecord:
         )
 
     def read(self, row: int, tokens: list[int], begin: int) -> list[TokenLogprob]:
-        """What is recorded of a row's tokens from place `begin` on."""
+        """What is recorded of a row's tokens from place `begin` on, up to the first that has no number.
+
+        The text's first token, which nothing predicts, is there without one.
+        """
         places = slice(begin, begin + len(tokens))
         # Indexing the device's arrays would compile a program for each place.
         chosen, ids, values = (np.asarray(part)[row, places].tolist() for part in (self.chosen, self.top_ids, self.top))
-        return [
-            TokenLogprob(token, None, {})
-            if value != value
-            else TokenLogprob(token, value, dict(zip(*top, strict=True)))
-            for token, value, *top in zip(tokens, chosen, ids, values, strict=True)
-        ]
+        entries = []
+        for place, (token, value, *top) in enumerate(zip(tokens, chosen, ids, values, strict=True), start=begin):
+            if place > 0 and not math.isfinite(value):
+                break
+            is_first = place == 0
+            entries.append(
+                TokenLogprob(token, None if is_first else value, {} if is_first else dict(zip(*top, strict=True)))
+            )
+        return entries

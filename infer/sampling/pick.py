@@ -36,8 +36,8 @@ def pick(
     """The next token of every row: int32 [B].
 
     A row's draw depends on its seed and on how many tokens it has generated, not on its place in the batch. Of equally
-    likely tokens a greedy row takes the one with the smallest id; a row that forbids all tokens gets token 0. Arguments
-    as in `process`.
+    likely tokens a greedy row takes the one with the smallest id. -1 for a row that has none to take: all tokens are
+    forbidden, or the largest number is NaN or infinite. Arguments as in `process`.
     """
     adjusted = _adjust(logits, params, history, lengths, prompt_lengths, end_ids)
 
@@ -50,6 +50,34 @@ def pick(
         return _argmax(jnp.where(params.temperature[:, None] > 0, noisy, adjusted))
 
     return jax.lax.cond((params.temperature > 0).any(), draw, lambda: _argmax(adjusted))
+
+
+def pick_places(
+    logits: jax.Array,
+    params: SamplingArrays,
+    history: jax.Array,
+    places: jax.Array,
+    prompt_lengths: jax.Array,
+    end_ids: jax.Array,
+) -> jax.Array:
+    """The tokens int32 [B, J] for J places of each row, by logits [B, J, V], picked as if each were the only one.
+
+    `places`, int32 [B, J], are lengths of the history: each pick sees so much of it. Other arguments as in `process`.
+    """
+    rows, J, _ = logits.shape
+
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, J, axis=0)
+
+    picks = pick(
+        logits.reshape(rows * J, -1),
+        jax.tree.map(spread, params),
+        spread(history),
+        places.reshape(-1),
+        spread(prompt_lengths),
+        end_ids,
+    )
+    return picks.reshape(rows, J)
 
 
 def process(
@@ -161,6 +189,8 @@ def _apply(logits: jax.Array, *steps: tuple[jax.Array, Callable[[jax.Array], jax
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
-    """The smallest id of the largest logit, int32 [B]. On CPUs several times as fast as jnp.argmax."""
+    """The smallest id of the largest logit, int32 [B]; -1 if that is not finite. On CPUs faster than jnp.argmax."""
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-    return jnp.where(logits == logits.max(axis=1, keepdims=True), ids, logits.shape[1] - 1).min(axis=1)
+    largest = logits.max(axis=1, keepdims=True)
+    first = jnp.where(logits == largest, ids, logits.shape[1] - 1).min(axis=1)
+    return jnp.where(jnp.isfinite(largest[:, 0]), first, -1)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from collections.abc import Sequence
+
+import numpy as np
+
+from phi3_jax.text import Tokenizer
+
+# Weak references, so that a tokenizer can be freed, and its bytes with it.
+_token_bytes: weakref.WeakKeyDictionary[Tokenizer, list[bytes]] = weakref.WeakKeyDictionary()
 
 
 class StopWatch:
@@ -36,6 +45,28 @@ class StopWatch:
         """At the end of the text: what was held back."""
         text, self._held = self._held, ""
         return text
+
+
+def completing_tokens(stops: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """The tokens that may complete a stop string, whatever stands before them: bool [vocab_size].
+
+    Those that begin with an end of one, or hold all of it. No other token does.
+    """
+    if any("\ufffd" in stop for stop in stops):  # it may stand for any bytes
+        return np.ones(vocab_size, bool)
+    mask = np.zeros(vocab_size, bool)
+    if not stops:
+        return mask
+    if tokenizer not in _token_bytes:
+        _token_bytes[tokenizer] = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    wanted = [stop.encode("utf-8", "surrogatepass") for stop in stops]
+    ends = {stop[i:] for stop in wanted for i in range(len(stop))}
+    has_last_byte = re.compile(b"[" + b"".join(re.escape(stop[-1:]) for stop in wanted) + b"]")  # few tokens have
+    for i, token in enumerate(_token_bytes[tokenizer][:vocab_size]):
+        if has_last_byte.search(token):
+            begins = any(token[:length] in ends for length in range(1, len(token) + 1))
+            mask[i] = begins or any(stop in token for stop in wanted)
+    return mask
 
 
 def _overlap(text: str, stop: str) -> int:

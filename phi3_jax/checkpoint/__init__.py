@@ -5,16 +5,17 @@ adapters) or a package (gguf/), and assemble.py stacks their tensors over the la
 below, the modules of gguf/, and `atomic_write`; benchmarks `assemble` weights of a `tensor_source` of their own.
 """
 
-from phi3_jax.checkpoint.assemble import Layout as Layout
-from phi3_jax.checkpoint.assemble import default_dtype as default_dtype
-from phi3_jax.checkpoint.assemble import fastest_layout as fastest_layout
 from phi3_jax.checkpoint.assemble import named_tensors as named_tensors
 from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
 from phi3_jax.checkpoint.load_save import GenerationSettings as GenerationSettings
 from phi3_jax.checkpoint.load_save import load as load
+from phi3_jax.checkpoint.load_save import require_tokenizer as require_tokenizer
 from phi3_jax.checkpoint.load_save import resolve as resolve
 from phi3_jax.checkpoint.load_save import save as save
 from phi3_jax.checkpoint.load_save import stored_dtype as stored_dtype
-from phi3_jax.checkpoint.peft_files import load_adapter as load_adapter
-from phi3_jax.checkpoint.peft_files import save_adapter as save_adapter
+from phi3_jax.checkpoint.peft import load_adapter as load_adapter
+from phi3_jax.checkpoint.peft import save_adapter as save_adapter
+from phi3_jax.checkpoint.placement import Layout as Layout
+from phi3_jax.checkpoint.placement import auto_dtype as auto_dtype
+from phi3_jax.checkpoint.placement import fastest_layout as fastest_layout
 from phi3_jax.checkpoint.quantized_files import is_quantized as is_quantized

@@ -7,35 +7,24 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.checkpoint.parameter_builders import FloatBuilder, IntegerBuilder, PackedFloatBuilder, ParameterBuilder
+from phi3_jax.checkpoint.placement import Device, Layout, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import why_unavailable
-from phi3_jax.model import DTYPES, Params, dtype_name, parameter_shapes, tensor_names
+from phi3_jax.kernels import PackedTensor
+from phi3_jax.model import DTYPES, Params, dtype_name, parameter_shapes, require_floats, tensor_names
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization import Format, formats
-
-Layout = Literal["rows", "packed"]
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two threads are enough to copy at memory speed; many more would only compete for the cores.
 _THREADS = 4
-
-
-def default_dtype() -> str:
-    """What floats are loaded as where nothing else is asked for: float32 on the CPU, bfloat16 elsewhere."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def fastest_layout() -> Layout:
-    """ "packed" where there are CPU kernels that read it, else "rows"."""
-    return "packed" if jax.default_backend() == "cpu" and why_unavailable() is None else "rows"
 
 
 def without_redundant(
@@ -68,6 +57,7 @@ def assemble(
     on_progress: OnProgress | None = None,
     quantize: str | None = None,
     layout: Layout = "rows",
+    device: Device = None,
 ) -> Params:
     """Reads every tensor into the stacked parameter tree; the host never holds more than the model plus some tensors.
 
@@ -81,10 +71,11 @@ def assemble(
         floats.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; "rows"
         is Hugging Face's order.
+      device: where the parameters are put, see placement.py.
 
     Raises:
       ValueError: the dtype or the policy is unknown; tensors are missing, unknown or misshapen (all of them in one
-        message); a value does not fit into float16.
+        message); a value does not fit into float16; `device` does not fit an array.
       Unavailable: packed weights are asked for where there are no kernels.
     """
     floats = DTYPES[dtype_name(dtype)]
@@ -117,7 +108,9 @@ def assemble(
             if on_progress:
                 on_progress(done, total)
     # One parameter after another leaves the host, so that on an accelerator the peak is not twice the model.
-    on_device = {path: jax.block_until_ready(builders.pop(path).finish()) for path in list(builders)}
+    on_device = {
+        path: jax.block_until_ready(builders.pop(path).finish(put_function(device, path))) for path in list(builders)
+    }
     return flax.traverse_util.unflatten_dict(on_device, sep="/")
 
 
@@ -157,11 +150,28 @@ def _builder(
 
 
 def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameter tree as Hugging Face's tensors, in the order of the model."""
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        host = np.asarray(leaf)
-        stack = host if path.startswith("layers/") else host[None]
-        yield from zip(tensor_names(path, len(stack)), stack, strict=True)
+    """The parameter tree as Hugging Face's tensors, in the order of the model. Packed floats are unpacked.
+
+    Raises ValueError if weights are integers.
+    """
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    is_packed = {path: isinstance(leaf, PackedTensor) and leaf.scales is None for path, leaf in leaves.items()}
+    require_floats({path: leaf for path, leaf in leaves.items() if not is_packed[path]})
+    for path, leaf in leaves.items():
+        layers = leaf.shape[0] if path.startswith("layers/") else 1
+        if is_packed[path]:
+            stack = (np.asarray(leaf.dequantize(jnp.int32(i)).astype(jnp.bfloat16)) for i in range(layers))
+        else:
+            host = np.asarray(leaf)
+            # Packed matrices come with vectors of float32, which were bfloat16 like the matrices, if nothing is lost.
+            host = _as_bfloat16(host) if any(is_packed.values()) else host
+            stack = iter(host if path.startswith("layers/") else host[None])
+        yield from zip(tensor_names(path, layers), stack, strict=True)
+
+
+def _as_bfloat16(vectors: np.ndarray) -> np.ndarray:
+    rounded = vectors.astype(DTYPES["bfloat16"])
+    return rounded if np.array_equal(rounded.astype(vectors.dtype), vectors) else vectors
 
 
 def _check_names(

@@ -7,27 +7,48 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Whether this may be a hub id, such as "microsoft/Phi-3-mini-4k-instruct"."""
+    """Whether this may be a hub id: "microsoft/Phi-3-mini-4k-instruct", or with a revision "owner/name@revision"."""
     return _HUB_ID.fullmatch(str(path)) is not None
+
+
+def with_revision(path: str | os.PathLike[str], revision: str) -> str:
+    """The hub id "owner/name@revision". Raises ValueError if the path is no hub id, or names another revision."""
+    match = _HUB_ID.fullmatch(str(path))
+    if match is None or Path(path).exists():
+        raise ValueError(f"revision={revision!r} is for hub ids, and {path} is none: leave it out")
+    if match[2] not in (None, revision):
+        raise ValueError(f"{path}: revision={revision!r} is another one: give only one of them")
+    return f"{match[1]}@{revision}"
 
 
 def download(hub_id: str, files: Sequence[str]) -> Path:
     """Downloads the files (names or patterns) that are not in the hub's local cache yet -> their folder there.
 
+    Args:
+      hub_id: "owner/name", or "owner/name@revision" with a branch, tag or commit.
+
     Raises:
-      FileNotFoundError: the hub has no such model, or cannot be reached; says what to do.
+      FileNotFoundError: the hub has no such model or revision, or cannot be reached; says what to do.
+      ValueError: a revision is asked of what lies on this machine.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    match = _HUB_ID.fullmatch(hub_id)
+    if match is None:
+        raise ValueError(f"{hub_id}: not a hub id with a revision, such as microsoft/Phi-3-mini-4k-instruct@main")
+    name, revision = match.groups()
+    if revision is not None and Path(name).exists():
+        raise ValueError(f"{hub_id}: {name} lies on this machine, and revisions are for hub ids: leave @{revision} out")
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(files)))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        what = "model" if revision is None else f"model, or no revision {revision} of it"
         raise FileNotFoundError(
-            f"{hub_id}: no such folder here, and the hub gave no such model ({str(error).splitlines()[0]}). Without a "
+            f"{hub_id}: no such folder here, and the hub gave no such {what} ({str(error).splitlines()[0]}). Without a "
             f"network, fetch these files elsewhere, put them into one folder and name that: {', '.join(files)}"
         ) from None

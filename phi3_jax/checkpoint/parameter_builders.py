@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from phi3_jax.checkpoint.gguf.blocks import IntegerRows, with_mins
+from phi3_jax.checkpoint.placement import Put
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.linear.packed import Packing, aligned_empty
@@ -23,8 +24,8 @@ class ParameterBuilder(Protocol):
         Raises ValueError if values cannot be converted.
         """
 
-    def finish(self) -> Any:
-        """The finished parameter; nothing may be put into it any more."""
+    def finish(self, to_device: Put = jax.device_put) -> Any:
+        """The finished parameter, its arrays on a device; nothing may be put into it any more."""
 
 
 class FloatBuilder:
@@ -49,10 +50,10 @@ class FloatBuilder:
         if slot.dtype == np.float16 and not np.isfinite(slot).all() and np.isfinite(tensor.astype(np.float32)).all():
             raise ValueError("there are values beyond float16's largest, 65504: load it as bfloat16 or float32")
 
-    def finish(self) -> jax.Array:
+    def finish(self, to_device: Put = jax.device_put) -> jax.Array:
         """See `ParameterBuilder`."""
         array, self._array = self._array, None
-        return jax.device_put(array)
+        return to_device(array)
 
 
 class PackedFloatBuilder:
@@ -66,9 +67,9 @@ class PackedFloatBuilder:
         """See `ParameterBuilder`."""
         self._packing.put_floats(layer or 0, source.read())
 
-    def finish(self) -> Any:
+    def finish(self, to_device: Put = jax.device_put) -> Any:
         """See `ParameterBuilder`."""
-        return self._packing.finish()
+        return self._packing.finish(to_device)
 
 
 class IntegerBuilder:
@@ -102,12 +103,12 @@ class IntegerBuilder:
             if ours is not None and theirs is not None:
                 (ours if layer is None else ours[layer])[...] = theirs
 
-    def finish(self) -> Any:
+    def finish(self, to_device: Put = jax.device_put) -> Any:
         """See `ParameterBuilder`."""
         if self._packing is not None:
-            return self._packing.finish()
-        values, scales = jax.device_put(self._values), jax.device_put(self._scales)
-        mins = None if self._mins is None else jax.device_put(self._mins)
+            return self._packing.finish(to_device)
+        values, scales = to_device(self._values), to_device(self._scales)
+        mins = None if self._mins is None else to_device(self._mins)
         del self._values, self._scales, self._mins
         return QuantizedTensor(values, scales, mins, self._form.bits, self._shape[-1])
 

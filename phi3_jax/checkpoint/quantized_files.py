@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
-import ml_dtypes
 import numpy as np
 
 from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.placement import Device, Put, put_function
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import PackedTensor, QuantizedTensor
-from phi3_jax.kernels.linear.packed import Packing, arrays_of
+from phi3_jax.kernels.linear.packed import BITS, Packing, arrays_of
 from phi3_jax.kernels.linear.quantized import GROUPS
-from phi3_jax.model import Params, parameter_shapes
+from phi3_jax.model import DTYPES, Params, parameter_shapes
 
 FILE = "phi3_jax.safetensors"
 METHOD = "phi3_jax"  # the quant_method of config.json's quantization_config
@@ -36,6 +36,12 @@ def is_quantized(params: Params) -> bool:
         return isinstance(leaf, QuantizedTensor | PackedTensor)
 
     return any(map(is_one, jax.tree.leaves(params, is_leaf=is_one)))
+
+
+def has_integers(params: Params) -> bool:
+    """Whether some weights are integers; packed floats are none."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor | PackedTensor))
+    return any(isinstance(each, QuantizedTensor | PackedTensor) and each.scales is not None for each in leaves)
 
 
 def describe(params: Params) -> dict[str, Any]:
@@ -62,12 +68,26 @@ def write(folder: Path, params: Params) -> None:
             np.asarray(arrays[name]).view(np.uint8).tofile(file)
 
 
-def read(folder: Path, described: Any, config: Phi3Config, packed: bool) -> Params:
+def require_dtype(params: Params, dtype: str, folder: Path) -> None:
+    """Raises ValueError if the weights that are floats, packed ones included, are of another dtype."""
+    kinds = {path: _entry(leaf)["kind"] for path, leaf in _flat(params).items()}
+    floats = {path: kind for path, kind in kinds.items() if kind not in BITS}
+    # Packed matrices of bfloat16 come with vectors of float32, which do not count.
+    matrices = {kind for path, kind in floats.items() if not path.endswith("norm/weight")}
+    if (matrices or set(floats.values())) != {dtype}:
+        raise ValueError(
+            f"{folder}: the weights are {', '.join(sorted(set(kinds.values())))}, and are taken as they are, not "
+            f"converted to {dtype}: leave the dtype out, or load the checkpoint that they were made from"
+        )
+
+
+def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device: Device = None) -> Params:
     """Maps what `write` wrote.
 
     Args:
       described: what `describe` said.
       packed: put integers that are not packed yet into the order in which the CPU kernels read them.
+      device: where the arrays are put, see placement.py.
 
     Raises:
       FileNotFoundError: the file is missing.
@@ -81,15 +101,16 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool) -> Para
     if not isinstance(entries, dict) or entries.keys() != shapes.keys():
         raise ValueError(f"{folder}/config.json: quantization_config does not describe the weights of this model")
     sources = safetensors_files.read_file(path, _KINDS)
+    forms = {name: _form(name, entries[name], shape, folder) for name, shape in shapes.items()}
     leaves = {}
     for name, shape in shapes.items():
-        wanted = _wanted(name, entries[name], shape, folder)
+        wanted = _wanted(forms[name], shape)
         for array, (size, dtype) in wanted.items():
             source = sources.get(f"{name}.{array}")
             if source is None or (source.shape, source.dtype) != (size, dtype.name):
                 raise ValueError(f"{path}: {name}.{array} is not {dtype} {list(size)}; write the checkpoint again")
         mapped = {array: sources[f"{name}.{array}"].read() for array in wanted}
-        leaves[name] = _leaf(entries[name], shape, mapped, packed)
+        leaves[name] = _leaf(forms[name], shape, mapped, packed, put_function(device, name))
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -114,41 +135,55 @@ def _arrays(params: Params) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{path}.{name}", np.asarray(array)
 
 
-def _wanted(
-    name: str, entry: Mapping[str, Any], shape: tuple[int, ...], folder: Path
-) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of the arrays of a leaf with this description."""
-    kind: Any = entry.get("kind")
-    group, symmetric = entry.get("group", 32), entry.get("symmetric", True)
-    floats = {
-        "float32": np.dtype(np.float32),
-        "bfloat16": np.dtype(ml_dtypes.bfloat16),
-        "float16": np.dtype(np.float16),
-    }
-    packed, integers = entry.get("packed"), kind in ("int8", "int4")
-    if group not in GROUPS or (packed and kind not in ("bfloat16", "int8", "int4")) or not (integers or kind in floats):
+class _Form(NamedTuple):
+    """The description of a leaf, checked: see `_entry`."""
+
+    kind: Any
+    group: int
+    symmetric: bool
+    packed: bool
+
+
+def _form(name: str, entry: Any, shape: tuple[int, ...], folder: Path) -> _Form:
+    """Reads what config.json says of a leaf. Raises ValueError for anything that `_entry` does not write."""
+    found = _Form("", 32, True, False)
+    if isinstance(entry, dict):
+        found = _Form(*(entry.get(field, default) for field, default in zip(_Form._fields, found, strict=True)))
+    is_matrix = len(shape) - name.startswith("layers/") == 2
+    kinds = {"float32", "bfloat16", "float16", "int8", "int4"} if is_matrix else {"float32", "bfloat16", "float16"}
+    if (
+        [type(each) for each in found] != [str, int, bool, bool]
+        or found.kind not in (kinds - {"float32", "float16"} if found.packed else kinds)
+        or found.group not in GROUPS
+        or (found.packed and not is_matrix)
+    ):
         raise ValueError(f"{folder}/config.json: quantization_config describes {name} as {entry}, which is unknown")
-    if packed:
-        return arrays_of(shape, kind, group, symmetric)
-    if not integers:
-        return {"floats": (shape, floats[kind])}
-    groups = -(-shape[-1] // group)
-    values = ((*shape[:-1], groups * group * int(kind[3:]) // 8), np.dtype(np.uint8))
+    return found
+
+
+def _wanted(form: _Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes of the arrays of a leaf with this description."""
+    if form.packed:
+        return arrays_of(shape, form.kind, form.group, form.symmetric)
+    if form.kind not in BITS:
+        return {"floats": (shape, DTYPES[form.kind])}
+    groups = -(-shape[-1] // form.group)
+    values = ((*shape[:-1], groups * form.group * BITS[form.kind] // 8), np.dtype(np.uint8))
     scales = ((*shape[:-1], groups), np.dtype(np.float16))
-    return {"values": values, "scales": scales} | ({} if symmetric else {"mins": scales})
+    return {"values": values, "scales": scales} | ({} if form.symmetric else {"mins": scales})
 
 
-def _leaf(entry: Mapping[str, Any], shape: tuple[int, ...], mapped: dict[str, np.ndarray], packed: bool) -> Any:
+def _leaf(form: _Form, shape: tuple[int, ...], mapped: dict[str, np.ndarray], packed: bool, put: Put) -> Any:
     if "floats" in mapped:
-        return jax.device_put(mapped["floats"])
+        return put(mapped["floats"])
     if "values" in mapped and packed:
-        packing = Packing(shape, entry["kind"], entry["group"], entry["symmetric"])
+        packing = Packing(shape, form.kind, form.group, form.symmetric)
         for layer in range(math.prod(shape[:-2])):
             one = {name: array if len(shape) == 2 else array[layer] for name, array in mapped.items()}
             packing.put_integers(layer, one["values"], one["scales"], one.get("mins"))
-        return packing.finish()
-    arrays = {name: jax.device_put(array) for name, array in mapped.items()}
+        return packing.finish(put)
+    arrays = {name: put(array) for name, array in mapped.items()}
     mins = arrays.get("mins")
     if "values" in arrays:
-        return QuantizedTensor(arrays["values"], arrays["scales"], mins, int(entry["kind"][3:]), shape[-1])
-    return PackedTensor(arrays["data"], arrays.get("scales"), mins, entry["kind"], shape)
+        return QuantizedTensor(arrays["values"], arrays["scales"], mins, BITS[form.kind], shape[-1])
+    return PackedTensor(arrays["data"], arrays.get("scales"), mins, form.kind, shape)

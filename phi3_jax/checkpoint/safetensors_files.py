@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,23 @@ FLOATS: dict[str, np.dtype] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 # Constants that older versions of transformers stored beside the parameters, integers among them.
-_BUFFERS = (".rotary_emb.inv_freq", ".position_ids")
-_ANY = FLOATS | {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
+_BUFFERS = tuple(f".rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
+_BUFFERS += (".position_ids", ".masked_bias")
+_ANY = FLOATS | {name: np.dtype(kind) for name, kind in {"I64": "i8", "I32": "i4", "I16": "i2"}.items()}
+_ANY |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_)}
+# What a folder may hold instead: a pattern, and what to do about it.
+_INSTEAD = {
+    "model-*-of-*.safetensors": f"shards without their {INDEX}; download that, too",
+    "adapter_model.safetensors": "an adapter; name the checkpoint that it belongs to, and this folder as the adapter",
+    "consolidated*.safetensors": "a file of Mistral's own programs; take the files model*.safetensors of that model",
+    "model.*.safetensors": f"a variant; rename it to {SINGLE} if it is the one that you want",
+    "*.safetensors": f"a file of another name; rename it to {SINGLE} if it holds the whole model",
+    "*.gguf": "a GGUF file; name that",
+    "*.bin": "pickled weights, which could execute code; convert them: load the folder in transformers, where you "
+    "trust it, and call save_pretrained",
+    "*.pt*": "pickled weights, which could execute code; save them as safetensors where you trust them",
+}
+_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -40,17 +55,19 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
 
     Raises:
       FileNotFoundError: neither is there, or a shard is missing.
-      ValueError: a file is damaged, a tensor is not of a float type, or is in two shards.
+      ValueError: a file is damaged, a tensor is not of a float type, or two shards have different tensors of one name.
     """
-    files = _files(folder)
     sources: dict[str, TensorSource] = {}
-    duplicates = []
-    for file in files:
+    places: dict[str, str] = {}
+    for file in _files(folder):
         tensors = read_file(file)
-        duplicates += sorted(sources.keys() & tensors.keys())
+        for name in sorted(sources.keys() & tensors.keys()):
+            if not _same(sources[name], tensors[name]):
+                raise ValueError(
+                    f"{folder}: {places[name]} and {file.name} hold different tensors {name}: download both again"
+                )
         sources |= tensors
-    if duplicates:
-        raise ValueError(f"{folder}: tensors stand in more than one file: {duplicates}")
+        places |= dict.fromkeys(tensors, file.name)
     return {name: source for name, source in sources.items() if not name.endswith(_BUFFERS)}
 
 
@@ -63,6 +80,7 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
       ValueError: the header is damaged, the file is shorter or longer than it says, or a dtype is not accepted.
     """
     size = path.stat().st_size
+    refuse_pointer(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -82,6 +100,13 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end} of {size}")
     return sources
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError if a file is what Git LFS leaves in the place of one that was not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path}: a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
 
 
 def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_size: int) -> None:
@@ -119,9 +144,10 @@ def _files(folder: Path) -> list[Path]:
             )
         return [folder / SINGLE]
     if not index.exists():
-        raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; download the weights into it")
+        found = next((f"{path.name} is {what}" for path, what in _instead(folder)), "download the weights into it")
+        raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; {found}")
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
@@ -130,6 +156,20 @@ def _files(folder: Path) -> list[Path]:
     if absent := [name for name in names if not (folder / name).exists()]:
         raise FileNotFoundError(f"{folder}: shards {absent} are missing; download them again")
     return [folder / name for name in names]
+
+
+def _instead(folder: Path) -> Iterator[tuple[Path, str]]:
+    for pattern, what in _INSTEAD.items():
+        for path in sorted(folder.glob(pattern)):
+            yield path, what
+
+
+def _same(one: TensorSource, other: TensorSource) -> bool:
+    """Whether two tensors have the same bits."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits, others = (source.read().reshape(-1).view(np.uint8) for source in (one, other))
+    return bool(np.array_equal(bits, others))
 
 
 def _tensor(

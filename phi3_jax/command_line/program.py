@@ -34,6 +34,7 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
     """Parses the flags and runs `main`, whose result is the exit code; bad input becomes one line and exit code 1.
 
     ValueError, OSError and ImportError count as bad input; other exceptions are bugs, shown with their traceback.
+    If nobody reads standard output any more, the program ends without a word.
 
     Args:
       topics: the program's flags as --help groups them.
@@ -69,12 +70,22 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         try:
             return main()
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"{name}: {error}")
         except KeyboardInterrupt:
             sys.exit(130)
 
-    app.run(guarded, flags_parser=parse)
+    try:
+        try:
+            app.run(guarded, flags_parser=parse)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has left, as in `... | head -1`; other programs are ended then by the signal, quietly.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        sys.exit(128 + signal.SIGPIPE)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ class KVCache:
 
     With as many slots as tokens, that is a full cache. With fewer it is a ring buffer: new tokens overwrite the oldest.
     For a model with a sliding window the results stay exact if S >= window + T - 1, where T tokens are written at a
-    time: an overwritten token is then outside of the window of all tokens that are written with the new one.
+    time: an overwritten token is then outside of the window of all tokens that are written with the new one. Where
+    tokens are lost that should be seen, `Phi3` raises a ValueError, or inside of `jax.jit` gives NaN.
 
     Attributes:
       k, v: [L, B, K, S, H]; one head's keys are adjacent in memory, so that a query reads them sequentially. On a TPU,
@@ -65,6 +66,17 @@ class KVCache:
     def lengths(self) -> jax.Array:
         """int32 [B]: the number of tokens of each row so far, which is also the position of its next token."""
         return self.positions.max(axis=-1) + 1
+
+    def overflows(self, positions: jax.Array, sliding_window: int | None) -> jax.Array:
+        """Which rows lose keys that their new tokens must see, if these are written at once: bool [B].
+
+        Args:
+          positions: int32 [B, T], -1 for padding.
+          sliding_window: the model's; None if every token sees all before it.
+        """
+        first = jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max).min(axis=-1)
+        oldest_seen = 0 if sliding_window is None else jnp.maximum(0, first - sliding_window + 1)
+        return positions.max(axis=-1) - self.capacity + 1 > oldest_seen
 
     def claim(self, positions: jax.Array) -> KVCache:
         """Marks the slots of new tokens as taken; positions is int32 [B, T], -1 for padding, which takes none."""

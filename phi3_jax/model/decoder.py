@@ -184,7 +184,7 @@ class Phi3(nn.Module):
     Attributes:
       config: the sizes.
       walk: how the stack of layer weights is read: "slice" (training) or "index" (inference); the results are the same.
-        None takes "index" if there is a cache, else "slice", whose gradients are cheap.
+        None takes "index" if there is a cache or weights are packed, else "slice", whose gradients are cheap.
       remat: what the backward pass recomputes instead of keeping it in memory. "none": only attention's probabilities;
         "dots": all of a layer except products with weights and attention's output; "full": all of a layer.
     """
@@ -215,7 +215,8 @@ class Phi3(nn.Module):
           tokens: int [B, T].
           positions: int32 [B, T], -1 for padding; by default 0, 1, 2, ..., or from `cache.lengths` on.
           segments: int32 [B, T], ids in [0, T), of sequences packed into one row; positions then restart with each.
-          cache: keys and values of earlier tokens, to be extended; positions must stay below its capacity.
+          cache: keys and values of earlier tokens, to be extended; what tokens see must fit into it (`KVCache`). Where
+            it does not, the row's results are NaN if this is called inside of `jax.jit`.
           rope_lengths: int32, broadcastable to [B, T]: the sequence lengths by which LongRoPE picks its factors; by
             default every sequence's own number of tokens. Keys that are already in a cache keep the factors that they
             were written with.
@@ -227,7 +228,7 @@ class Phi3(nn.Module):
           [L, B, N, T, S].
 
         Raises:
-          ValueError: arguments that contradict one another.
+          ValueError: arguments that contradict one another; positions that do not fit into the cache.
         """
         x, cache_out, captured = self.hidden(tokens, positions, segments, cache, rope_lengths, capture)
         result: list[Any] = [self.unembed(x)]
@@ -255,6 +256,7 @@ class Phi3(nn.Module):
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(steps if cache is None else cache.lengths[:, None] + steps, tokens.shape)
         positions = positions.astype(jnp.int32)  # with jax_enable_x64, sums with `arange` are int64
+        overflows = None if cache is None else _overflows(cache, positions, self.config.sliding_window)
         if cache is not None:
             cache = cache.claim(positions)
         k_positions = positions if cache is None else cache.positions
@@ -262,6 +264,8 @@ class Phi3(nn.Module):
             rope_lengths = sequence_lengths(k_positions, segments)
 
         x = self.embed(tokens) if embedded is None else embedded
+        if overflows is not None:  # keys were lost: NaN rather than an answer without them
+            x = jnp.where(overflows[:, None, None], jnp.nan, x)
         cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
         visible = Visibility(positions, k_positions, segments, segments, self.config.sliding_window)
         layers = self._layers(cache, tuple(capture))
@@ -288,9 +292,12 @@ class Phi3(nn.Module):
 
     def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> nn.Module:
         """The decoder layers as one scanned module, whose parameters are stacked over L."""
-        walk = self.walk or ("slice" if cache is None else "index")
+        is_packed = any(map(_is_packed, jax.tree.leaves(self.variables["params"], is_leaf=_is_packed)))
+        walk = self.walk or ("slice" if cache is None and not is_packed else "index")
         if self.is_initializing():
             walk = "slice"  # only slices have the shapes that are declared for one layer
+        elif walk == "slice" and is_packed:
+            raise ValueError("packed weights cannot be sliced, as training does: load them with layout='rows'")
         layer = DecoderLayer
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -309,6 +316,10 @@ class Phi3(nn.Module):
         return scan(self.config, walk, capture, name="layers")
 
 
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedTensor)
+
+
 def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None, capture: Sequence[Capture]) -> None:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.dtype} {tokens.shape}")
@@ -321,3 +332,14 @@ def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None,
     if cache.positions.shape[0] != tokens.shape[0] or tokens.shape[1] > cache.capacity:
         rows, capacity = cache.positions.shape
         raise ValueError(f"tokens {tokens.shape} do not fit a cache of {rows} rows and {capacity} slots")
+
+
+def _overflows(cache: KVCache, positions: jax.Array, sliding_window: int | None) -> jax.Array:
+    """`cache.overflows`. Raises ValueError if the positions are known, because nothing is being compiled."""
+    rows = cache.overflows(positions, sliding_window)
+    if not isinstance(rows, jax.core.Tracer) and rows.any():
+        raise ValueError(
+            f"positions up to {int(positions.max())} do not fit into a cache of {cache.capacity} slots: it would lose "
+            "tokens that are still seen; make the cache with more slots (`slots_needed` says how many)"
+        )
+    return rows

@@ -6,6 +6,7 @@ The names are derived from the model itself. A path in the tree is a Hugging Fac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,11 @@ def dtype_name(dtype: jax.typing.DTypeLike) -> str:
 
 def parameter_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameter tree by path ("layers/mlp/down_proj/weight"); those below "layers/" start with L."""
+    return dict(_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)  # a trace of the whole model, and a load asks several times
+def _shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(lambda tokens: Phi3(config).init(jax.random.key(0), tokens), tokens)["params"]
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
@@ -70,4 +76,6 @@ def random_params(config: Phi3Config, dtype: jax.typing.DTypeLike = "float32", s
 def require_floats(leaves: Mapping[str, Any]) -> None:
     """Raises ValueError if a leaf (by path) is no array of floats but a quantised or packed weight."""
     if wrong := [path for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
-        raise ValueError(f"{wrong[0]} is a {type(leaves[wrong[0]]).__name__} already: load the model as floats")
+        raise ValueError(
+            f"{wrong[0]} is a {type(leaves[wrong[0]]).__name__} already: load the model as floats, with layout='rows'"
+        )

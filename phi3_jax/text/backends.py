@@ -1,43 +1,37 @@
 """The two halves of a Tokenizer: text piece -> ids (two libraries) and ids -> text (two families of vocabulary).
 
-Encoders see only text without special tokens: `Tokenizer` has cut those out already, once for both libraries.
-Decoders work token by token. Decoding a whole sequence uses the same code as streaming, so the two cannot disagree.
+Encoders see text between added tokens: `Tokenizer` has cut it at those already, once for both libraries. Only those
+that a tokenizer.json wants to be looked for in normalised text are found here.
+Decoders work token by token. Decoding a whole sequence uses the same code as streaming, which only lets complete
+characters go earlier: see ByteFallbackDecoder for the one case where that makes a difference.
 """
 
 import codecs
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
 
+from phi3_jax.text.added_tokens import AddedToken, Cutter
+
 SPACE_MARK = "\u2581"  # how sentencepiece vocabularies spell a space
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A string that is cut out of the text before the vocabulary sees it.
-
-    `lstrip` / `rstrip` also take the white space before / after it; `single_word` matches only between non-word
-    characters; a `special` one matches only where the caller allows it, and `skip_special_tokens` hides it.
-    """
-
-    id: int
-    content: str
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    special: bool = True
 
 
 class PieceEncoder(Protocol):
     """Turns plain text into ids."""
 
-    def encode(self, piece: str, *, at_start: bool) -> list[int]:
-        """Ids of one piece of plain text; `at_start` tells whether the piece opens the whole text."""
+    def encode(
+        self, piece: str, *, at_start: bool, parse_special: bool = False, literal_mark: str | None = None
+    ) -> list[int]:
+        """Ids of one piece of text.
+
+        Args:
+            at_start: whether the piece opens the whole text.
+            parse_special, literal_mark: as in `Tokenizer.encode`, for added tokens that are found only here.
+        """
         ...
 
 
@@ -47,44 +41,85 @@ class SentencePieceEncoder:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
         self._processor = processor
 
-    def encode(self, piece: str, *, at_start: bool) -> list[int]:
+    def encode(
+        self, piece: str, *, at_start: bool, parse_special: bool = False, literal_mark: str | None = None
+    ) -> list[int]:
         """See PieceEncoder; every piece is treated alike."""
-        return list(self._processor.encode(piece))
+        return list(self._processor.encode(_without(piece, literal_mark)))
 
 
 class TokenizersEncoder:
-    """The normaliser, pre-tokenizer and BPE model of a `tokenizer.json` document, without its added tokens.
+    """The normaliser, pre-tokenizer and BPE model of a `tokenizer.json`, and its added tokens that have `normalized`.
 
     Raises:
         ValueError: the document is not a BPE tokenizer that the tokenizers library can build.
     """
 
     def __init__(self, spec: Mapping[str, Any], added_tokens: tuple[AddedToken, ...], source: str):
-        # Merges derived from a vocabulary can produce a special token, which plain text must never become.
-        forbidden = {token.content for token in added_tokens if token.special}
-        merges = [m for m in spec["model"]["merges"] if _merged(m) not in forbidden]
-        model = {**spec["model"], "type": "BPE", "merges": merges}
-        pre = spec.get("pre_tokenizer")
-        self._start = _build(spec, model, pre, source)
+        model, pre = _model_without_special(spec["model"], added_tokens), spec.get("pre_tokenizer")
+        normalizer = spec.get("normalizer")
+        looked_for = [(token.normalized, token) for token in added_tokens if token.normalized is not None]
+        self._normalize: Callable[[str], str] = str
+        if looked_for:  # these look at normalised text, between the normaliser and the rest
+            self._normalize, normalizer = normalizer_of(spec, source), None
+        self._start = _build(model, normalizer, pre, source)
         inner = _without_first_prefix(pre)
-        self._inner = self._start if inner == pre else _build(spec, model, inner, source)
+        self._inner = self._start if inner == pre else _build(model, normalizer, inner, source)
+        self._all = Cutter(looked_for) if looked_for else None
+        self._plain = Cutter((string, token) for string, token in looked_for if not token.special)
 
-    def encode(self, piece: str, *, at_start: bool) -> list[int]:
+    def encode(
+        self, piece: str, *, at_start: bool, parse_special: bool = False, literal_mark: str | None = None
+    ) -> list[int]:
         """See PieceEncoder."""
+        if self._all is None:
+            return self._encode(_without(piece, literal_mark), at_start)
+        ids: list[int] = []
+        for part, start in (self._all if parse_special else self._plain).cut(self._normalize(piece)):
+            if isinstance(part, AddedToken):
+                ids.append(part.id)
+            else:
+                ids += self._encode(_without(part, literal_mark), at_start and start == 0)
+        return ids
+
+    def _encode(self, piece: str, at_start: bool) -> list[int]:
         library = self._start if at_start else self._inner
         return list(library.encode(piece, add_special_tokens=False).ids)
 
 
-def _merged(merge: str | list[str]) -> str:
+def normalizer_of(spec: Mapping[str, Any], source: str) -> Callable[[str], str]:
+    """What the normaliser of a `tokenizer.json` makes of a text. Raises ValueError if the library refuses it."""
+    if spec.get("normalizer") is None:
+        return str
+    library = _build({"type": "BPE", "vocab": {}, "merges": []}, spec["normalizer"], None, source)
+    normalize: Callable[[str], str] = library.normalizer.normalize_str
+    return normalize
+
+
+def _without(piece: str, literal_mark: str | None) -> str:
+    return piece if literal_mark is None else piece.replace(literal_mark, "")
+
+
+def _model_without_special(model: Mapping[str, Any], added_tokens: tuple[AddedToken, ...]) -> dict[str, Any]:
+    """A BPE model that never makes special tokens of plain text, which merges derived from a vocabulary could do."""
+    forbidden = {token.content for token in added_tokens if token.special} - {model.get("unk_token")}
+    merges = [m for m in model["merges"] if not forbidden.intersection(_merged(m))]
+    kept = {**model, "type": "BPE", "merges": merges}
+    if model.get("ignore_merges"):  # then a word that is a token needs no merges
+        kept["vocab"] = {piece: token_id for piece, token_id in model["vocab"].items() if piece not in forbidden}
+    return kept
+
+
+def _merged(merge: str | list[str]) -> tuple[str, str, str]:
     left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left + right
+    return left, right, left + right
 
 
-def _build(spec: Mapping[str, Any], model: dict[str, Any], pre_tokenizer: Any, source: str) -> tokenizers.Tokenizer:
+def _build(model: dict[str, Any], normalizer: Any, pre_tokenizer: Any, source: str) -> tokenizers.Tokenizer:
     document = {
         "version": "1.0",
         "added_tokens": [],
-        "normalizer": spec.get("normalizer"),
+        "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "model": model,
     }
@@ -118,6 +153,10 @@ class PieceDecoder(Protocol):
         """The text that is certain once this vocabulary piece has been added."""
         ...
 
+    def release(self) -> str:
+        """The complete characters among the text that is still held back; they are not held any longer."""
+        ...
+
     def flush(self) -> str:
         """The text still held back, at the end of the sequence."""
         ...
@@ -126,28 +165,45 @@ class PieceDecoder(Protocol):
 class ByteFallbackDecoder:
     """Sentencepiece vocabularies: space marks, `<0x0A>`-like byte tokens, one leading space dropped from the text.
 
+    Some have no byte tokens: `<0x0A>` is text there.
+
     A run of byte tokens that is not valid UTF-8 becomes one U+FFFD per byte, all of the run, as in the tokenizers
-    library. A run is therefore certain only when another kind of token ends it.
+    library. A run is therefore certain only when another kind of token ends it. A stream cannot wait for that: a line
+    break would come one token late. What it has released stays as it is: the bytes 0A FF are two U+FFFD in a decode,
+    and a line break and one U+FFFD in a stream. Only a run that is broken after a complete character differs.
     """
 
     _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-    def __init__(self, strip_leading_space: bool):
+    def __init__(self, strip_leading_space: bool, byte_tokens: bool = True):
         self.strips_leading_space = self._strip = strip_leading_space
+        self._byte_tokens = byte_tokens
         self._run = bytearray()
+
+    def _byte(self, piece: str) -> re.Match[str] | None:
+        return self._BYTE.fullmatch(piece) if self._byte_tokens else None
 
     def bytes_of(self, piece: str) -> bytes:
         """See PieceDecoder."""
-        if byte := self._BYTE.fullmatch(piece):
+        if byte := self._byte(piece):
             return bytes([int(byte[1], 16)])
         return piece.replace(SPACE_MARK, " ").encode("utf-8")
 
     def push(self, piece: str) -> str:
         """See PieceDecoder."""
-        if self._BYTE.fullmatch(piece):
+        if self._byte(piece):
             self._run += self.bytes_of(piece)
             return ""
         return self._emit(self._end_run() + self.bytes_of(piece).decode("utf-8"))
+
+    def release(self) -> str:
+        """See PieceDecoder."""
+        try:
+            text = self._run.decode("utf-8")
+        except UnicodeDecodeError as error:
+            text = self._run[: error.start].decode("utf-8")
+        del self._run[: len(text.encode("utf-8"))]
+        return self._emit(text)
 
     def flush(self) -> str:
         """See PieceDecoder."""
@@ -167,6 +223,30 @@ class ByteFallbackDecoder:
         return text
 
 
+class MetaspaceDecoder:
+    """Sentencepiece vocabularies without byte tokens; the first token loses all of its space marks."""
+
+    def __init__(self, strip_leading_space: bool):
+        self.strips_leading_space = self._first = strip_leading_space
+
+    def bytes_of(self, piece: str) -> bytes:
+        """See PieceDecoder."""
+        return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+    def push(self, piece: str) -> str:
+        """See PieceDecoder."""
+        mark, self._first = "" if self._first else " ", False
+        return piece.replace(SPACE_MARK, mark)
+
+    def release(self) -> str:
+        """See PieceDecoder."""
+        return ""
+
+    def flush(self) -> str:
+        """See PieceDecoder."""
+        return ""
+
+
 class ByteLevelDecoder:
     """GPT-2 style vocabularies: every byte is written as one printable character; broken UTF-8 becomes U+FFFD."""
 
@@ -183,6 +263,10 @@ class ByteLevelDecoder:
     def push(self, piece: str) -> str:
         """See PieceDecoder."""
         return self._utf8.decode(self.bytes_of(piece))
+
+    def release(self) -> str:
+        """See PieceDecoder; `push` holds back nothing but incomplete characters."""
+        return ""
 
     def flush(self) -> str:
         """See PieceDecoder."""
@@ -203,16 +287,22 @@ def decoder_for(spec: Any, source: str) -> Callable[[], PieceDecoder]:
     """Makes decoders that do what the "decoder" section of a tokenizer.json asks for.
 
     Raises:
-        ValueError: the section is none of the two kinds known here.
+        ValueError: the section is none of the kinds known here.
     """
     steps = spec["decoders"] if isinstance(spec, dict) and spec.get("type") == "Sequence" else [spec]
     kinds = [step.get("type") if isinstance(step, dict) else None for step in steps]
     if kinds == ["ByteLevel"]:
         return ByteLevelDecoder
+    if kinds == ["Metaspace"] and steps[0]["replacement"] == SPACE_MARK:
+        strips = steps[0].get("prepend_scheme", "always") != "never"
+        return lambda: MetaspaceDecoder(strip_leading_space=strips)
     replace = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == replace and steps[3:] in ([], [strip]):
-        return lambda: ByteFallbackDecoder(strip_leading_space=len(steps) == 4)
+    rest = [step for step, kind in zip(steps[1:], kinds[1:], strict=True) if kind != "ByteFallback"]
+    known = rest in ([], [{"type": "Fuse"}], [{"type": "Fuse"}, strip]) and "ByteFallback" not in kinds[2:]
+    if steps[0] == replace and known and (rest or "ByteFallback" not in kinds):
+        strips, has_bytes = len(rest) == 2, "ByteFallback" in kinds
+        return lambda: ByteFallbackDecoder(strip_leading_space=strips, byte_tokens=has_bytes)
     raise ValueError(
         f"{source}: unsupported decoder {json.dumps(spec)}; use a byte-level tokenizer, or a sentencepiece one with "
         "byte fallback."

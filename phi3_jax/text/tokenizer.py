@@ -6,9 +6,7 @@ Cutting and decoding are the same code for every kind of file; only the encoder 
 """
 
 import operator
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,33 +14,30 @@ from typing import Any, Literal, NamedTuple
 
 import sentencepiece
 
+from phi3_jax.text.added_tokens import AddedToken, Cutter
 from phi3_jax.text.backends import (
     SPACE_MARK,
-    AddedToken,
     ByteFallbackDecoder,
     PieceDecoder,
     PieceEncoder,
     SentencePieceEncoder,
     TokenizersEncoder,
     decoder_for,
+    normalizer_of,
 )
 from phi3_jax.text.tokenizer_files import (
+    frame_of,
     id_of,
     join_vocabulary,
     listed_in_config,
     make_added_tokens,
     named_token,
-    opening_token,
-    read_chat_template,
+    read_chat_templates,
     read_config,
     read_json,
+    warn_of,
+    warn_of_other_ids,
 )
-
-# Unicode's White_Space, as in the tokenizers library; Python's str.strip() would also strip U+001C..U+001F.
-_WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {
-    chr(c) for c in range(0x2000, 0x200B)
-}
-_WORD_CATEGORIES = frozenset(["Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"])
 
 
 class Part(NamedTuple):
@@ -61,8 +56,11 @@ class Tokenizer:
         pieces: the vocabulary's strings by id; None for the unused rows of a padded embedding.
         added_tokens: the strings cut out before the vocabulary applies, with their flags, sorted by id.
         bos_id, eos_id: None where the files name none (then `bos_token` / `eos_token` is "").
-        add_bos: whether `encode` starts with bos unless told otherwise. eos is never appended.
-        chat_template: jinja2 source, for chat.py.
+        add_bos: whether `encode` starts with bos unless told otherwise.
+        opening, closing: the ids that `encode` puts in front of a text instead of bos, and behind a text; both are
+            usually empty.
+        chat_template, tool_chat_template: jinja2 sources, for chat.py; the second is for chats with tools, if it is
+            another one.
         source: the file this came from, for messages.
         document: the contents of a tokenizer.json for `checkpoint.save`, where there is no file to copy (GGUF).
     """
@@ -77,10 +75,13 @@ class Tokenizer:
     chat_template: str | None
     source: str
     document: Mapping[str, Any] | None = None
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+    tool_chat_template: str | None = None
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, unused rows included."""
+        """Number of ids, unused rows included, and those of added tokens beyond the embedding."""
         return len(self.pieces)
 
     @property
@@ -96,10 +97,16 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that `skip_special_tokens` hides."""
-        return frozenset(token.id for token in self.added_tokens if token.special)
+        return frozenset(token.id for token in self.added_tokens if token.hidden)
 
     def encode(
-        self, text: str, *, parse_special: bool = False, add_bos: bool | None = None, literal_mark: str | None = None
+        self,
+        text: str,
+        *,
+        parse_special: bool = False,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        literal_mark: str | None = None,
     ) -> list[int]:
         """Token ids of a text.
 
@@ -107,14 +114,17 @@ class Tokenizer:
             parse_special: whether special tokens written in the text become their ids; leave False for text that
                 a user typed. Added tokens that are not special are always recognised.
             add_bos: start with bos; None does what the checkpoint's files say. A second bos is never added.
+            add_eos: end with `closing`. None does so if `add_bos` is None, too: few files close a text, and the prompt
+                of an answer must not be closed.
             literal_mark: a character that is dropped after the cut at special tokens. Text that holds it inside of
-                a special token's string keeps that string as plain text (see chat.py).
+                a special token's string keeps that string as plain text (see literals.py).
 
         Raises:
             ValueError: the text holds a lone surrogate, or bos is asked for and the vocabulary has none.
         """
         parts = self.parts(text, parse_special=parse_special, literal_mark=literal_mark)
-        return self.with_bos([token_id for part in parts for token_id in part.ids], add_bos)
+        ids = self.with_bos([token_id for part in parts for token_id in part.ids], add_bos)
+        return [*ids, *self.closing] if (add_bos is None if add_eos is None else add_eos) else ids
 
     def parts(self, text: str, *, parse_special: bool = False, literal_mark: str | None = None) -> Iterator["Part"]:
         """The text's parts, cut at added tokens, whose ids `encode` joins. Arguments and errors as in `encode`."""
@@ -122,26 +132,30 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"The text is not valid Unicode ({error}); remove the lone surrogates.") from error
-        for part, start in self._cut(text, self._special_pattern if parse_special else self._plain_pattern):
+        for part, start in (self._special_cutter if parse_special else self._plain_cutter).cut(text):
             if isinstance(part, AddedToken):
                 yield Part(start, "", [part.id])
             else:
-                plain = part if literal_mark is None else part.replace(literal_mark, "")
-                yield Part(start, part, self.encoder.encode(plain, at_start=start == 0))
+                ids = self.encoder.encode(
+                    part, at_start=start == 0, parse_special=parse_special, literal_mark=literal_mark
+                )
+                yield Part(start, part, ids)
 
     def with_bos(self, ids: list[int], add_bos: bool | None = None) -> list[int]:
         """The ids with bos in front where it is wanted (see `encode`) and is not there yet."""
         if self.add_bos if add_bos is None else add_bos:
-            if self.bos_id is None:
+            opening = list(self.opening) or ([] if self.bos_id is None else [self.bos_id])
+            if not opening:
                 raise ValueError(f"{self.source}: the vocabulary names no bos token; pass add_bos=False.")
-            if ids[:1] != [self.bos_id]:
-                return [self.bos_id, *ids]
+            if ids[: len(opening)] != opening:
+                return opening + ids
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a sequence of ids; unused ids give nothing. Raises ValueError for an id outside [0, vocab_size)."""
-        stream = self.stream(skip_special_tokens=skip_special_tokens)
-        return "".join([stream.push(token_id) for token_id in ids] + [stream.flush()])
+        decoder, hidden = self.new_decoder(), self.special_ids if skip_special_tokens else frozenset()
+        pieces = [self.piece(token_id) for token_id in ids if operator.index(token_id) not in hidden]
+        return "".join([decoder.push(piece) for piece in pieces if piece is not None] + [decoder.flush()])
 
     def stream(self, *, skip_special_tokens: bool = False) -> "StreamDecoder":
         """A decoder that takes ids one at a time."""
@@ -164,55 +178,35 @@ class Tokenizer:
         Args:
             opens_text: the token is the first of a text, where sentencepiece vocabularies drop one space.
         """
-        piece, decoder = self.piece(token_id), self.new_decoder()
+        piece, decoder = self._spelling(token_id), self.new_decoder()
         data = b"" if piece is None else decoder.bytes_of(piece)
         return data.removeprefix(b" ") if opens_text and decoder.strips_leading_space else data
 
-    @cached_property
-    def _by_content(self) -> dict[str, AddedToken]:
-        return {token.content: token for token in self.added_tokens}
+    def _spelling(self, token_id: int) -> str | None:
+        """What the decoder is given for an id."""
+        piece = self.piece(token_id)
+        return self._spellings.get(token_id, piece)
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return _longest_first(token.content for token in self.added_tokens)
+    def _spellings(self) -> dict[int, str]:
+        return {token.id: token.spelling for token in self.added_tokens if token.spelling is not None}
 
     @cached_property
-    def _plain_pattern(self) -> re.Pattern[str]:
-        return _longest_first(token.content for token in self.added_tokens if not token.special)
+    def _special_cutter(self) -> Cutter:
+        return Cutter((token.content, token) for token in self.added_tokens if token.normalized is None)
 
-    def _cut(self, text: str, pattern: re.Pattern[str]) -> Iterator[tuple[str | AddedToken, int]]:
-        """Yields the text's pieces and added tokens in order, and where each starts."""
-        position = 0
-        for match in pattern.finditer(text):
-            token = self._by_content[match[0]]
-            start, end = match.span()
-            if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])):
-                continue
-            while token.lstrip and start > position and text[start - 1] in _WHITE_SPACE:
-                start -= 1
-            while token.rstrip and end < len(text) and text[end] in _WHITE_SPACE:
-                end += 1
-            if position < start:
-                yield text[position:start], position
-            yield token, start
-            position = end
-        if position < len(text):
-            yield text[position:], position
-
-
-def _longest_first(contents: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of the strings at each position; `(?!)` matches nowhere."""
-    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
-
-
-def _is_word(character: str) -> bool:
-    return character != "" and unicodedata.category(character) in _WORD_CATEGORIES
+    @cached_property
+    def _plain_cutter(self) -> Cutter:
+        plain = [token for token in self.added_tokens if token.normalized is None and not token.special]
+        return Cutter((token.content, token) for token in plain)
 
 
 class StreamDecoder:
     """Decodes ids one at a time. The results of `push` and `flush`, joined, are `Tokenizer.decode` of all ids.
 
-    No result ends inside of a character: `push` returns "" until the bytes of an emoji are complete.
+    No result ends inside of a character: `push` returns "" until the bytes of an emoji are complete, and the character
+    with the token that completes it. One case differs from `decode`: of a run of byte tokens that is no valid UTF-8,
+    the characters before the first wrong byte have been returned already, where `decode` makes U+FFFD of all its bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
@@ -221,12 +215,12 @@ class StreamDecoder:
         self._decoder = tokenizer.new_decoder()
 
     def push(self, token_id: int) -> str:
-        """The text that is certain once this id is added; ValueError for an id outside of the vocabulary."""
+        """The characters that are complete once this id is added; ValueError for an id outside of the vocabulary."""
         index = operator.index(token_id)  # jax scalars cannot be hashed
-        piece = self._tokenizer.piece(index)
+        piece = self._tokenizer._spelling(index)
         if piece is None or index in self._skip:
             return ""
-        return self._decoder.push(piece)
+        return self._decoder.push(piece) + self._decoder.release()
 
     def flush(self) -> str:
         """The text held back so far; the stream then starts again from the beginning."""
@@ -262,71 +256,100 @@ def load_tokenizer(folder: str | Path, backend: Literal["tokenizers", "sentencep
     config = read_config(folder)
     load = _load_tokenizer_json if path == files["tokenizers"] else _load_sentencepiece
     try:
-        return load(path, config, read_chat_template(folder, config))
+        return load(path, config, read_chat_templates(folder, config))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: its settings have an unknown shape ({error!r}); download the files again."
         ) from error
 
 
-def _load_tokenizer_json(path: Path, config: dict[str, Any], chat_template: str | None) -> Tokenizer:
+def _load_tokenizer_json(path: Path, config: dict[str, Any], templates: Mapping[str, str]) -> Tokenizer:
     spec = read_json(path)
     model = spec.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
         raise ValueError(f"{path}: no BPE model in it; convert the tokenizer to BPE or use tokenizer.model.")
-    listed = {entry["content"]: entry for entry in spec.get("added_tokens", [])}
-    listed |= listed_in_config(config)
-    if spec.get("normalizer") is not None and (odd := [c for c, entry in listed.items() if entry.get("normalized")]):
-        raise ValueError(
-            f'{path}: added tokens {odd} are matched in normalised text, unsupported; set "normalized" false.'
-        )
-    added = make_added_tokens(listed, config, path)
-    pieces = join_vocabulary({token_id: piece for piece, token_id in model["vocab"].items()}, added, path)
-    bos = named_token(config, "bos_token")
-    opening = opening_token(spec.get("post_processor"))
-    if opening is not None and bos not in (None, opening):
-        raise ValueError(
-            f"{path}: its post-processor opens with {opening!r} but tokenizer_config.json's bos is {bos!r}."
-        )
+    older, inside = read_json(path.with_name("added_tokens.json")), list(spec.get("added_tokens", []))
+    beside = listed_in_config(config, older)
+    if "added_tokens_decoder" not in config:
+        taken = {entry["id"] for entry in inside}
+        beside = [entry for entry in beside if entry["id"] not in taken]
+    added = make_added_tokens(
+        [*inside, *beside],
+        config,
+        model["vocab"],
+        templates.get("default"),
+        path,
+        normalizer=spec.get("normalizer"),
+        normalize=normalizer_of(spec, str(path)),
+    )
+    warn_of_other_ids(older, model["vocab"] | {token.content: token.id for token in added}, path)
+    pieces = join_vocabulary({token_id: piece for piece, token_id in model["vocab"].items()}, added, config, path)
+    _compare_with_model(pieces, path.with_name("tokenizer.model"))
+    opening, closing = frame_of(spec.get("post_processor"), pieces, path)
+    bos_id = id_of(named_token(config, "bos_token"), pieces)
     return Tokenizer(
         encoder=TokenizersEncoder(spec, added, str(path)),
         new_decoder=decoder_for(spec.get("decoder"), str(path)),
         pieces=pieces,
         added_tokens=added,
-        bos_id=id_of(bos or opening, pieces, path),
-        eos_id=id_of(named_token(config, "eos_token"), pieces, path),
-        add_bos=opening is not None,
-        chat_template=chat_template,
+        bos_id=opening[0] if bos_id is None and opening else bos_id,
+        eos_id=id_of(named_token(config, "eos_token"), pieces),
+        add_bos=bool(opening),
+        chat_template=templates.get("default"),
         source=str(path),
+        opening=tuple(opening),
+        closing=tuple(closing),
+        tool_chat_template=templates.get("tool_use"),
     )
 
 
-def _load_sentencepiece(path: Path, config: dict[str, Any], chat_template: str | None) -> Tokenizer:
+def _compare_with_model(pieces: Sequence[str | None], path: Path) -> None:
+    """Warns if tokenizer.model holds other strings than tokenizer.json; scores and merges are not compared."""
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path)) if path.is_file() else None
+    except (RuntimeError, OSError):
+        return  # other kinds of vocabularies have files of this name, too
+    if processor is None:
+        return
+    others = processor.id_to_piece(list(range(processor.get_piece_size())))
+    ours = [*pieces, *[None] * (len(others) - len(pieces))]
+    if odd := [i for i, other in enumerate(others) if ours[i] != other]:
+        i = odd[0]
+        warn_of(
+            f"{path.with_name('tokenizer.json')} is read, as in transformers, and not tokenizer.model beside it, which "
+            f"differs in {len(odd)} strings (id {i} is {ours[i]!r} here and {others[i]!r} there); remove the wrong one."
+        )
+
+
+def _load_sentencepiece(path: Path, config: dict[str, Any], templates: Mapping[str, str]) -> Tokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not a sentencepiece model ({error}); download the file again.") from error
-    vocabulary = {i: processor.id_to_piece(i) for i in range(processor.get_piece_size())}
+    vocabulary = dict(enumerate(processor.id_to_piece(list(range(processor.get_piece_size())))))
+    older = read_json(path.with_name("added_tokens.json"))
+    beside = [{**entry, "normalized": False} for entry in listed_in_config(config, older)]
+    for entry in beside:  # a string of the vocabulary may be renamed
+        if entry["id"] in vocabulary and entry["content"] not in vocabulary.values():
+            vocabulary[entry["id"]] = entry["content"]
     controls = [i for i in vocabulary if processor.is_control(i) or processor.is_unknown(i)]
-    listed: dict[str, Any] = {vocabulary[i]: {"id": i, "content": vocabulary[i], "special": True} for i in controls}
-    if "added_tokens_decoder" in config:
-        listed |= listed_in_config(config)
-    else:
-        older = read_json(path.with_name("added_tokens.json"))
-        listed |= {content: {"id": token_id, "content": content} for content, token_id in older.items()}
-    added = make_added_tokens(listed, config, path)
-    pieces = join_vocabulary(vocabulary, added, path)
-    bos = named_token(config, "bos_token") or (vocabulary[processor.bos_id()] if processor.bos_id() >= 0 else None)
-    eos = named_token(config, "eos_token") or (vocabulary[processor.eos_id()] if processor.eos_id() >= 0 else None)
+    inside = [{"id": i, "content": vocabulary[i], "special": True} for i in controls]
+    default = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    names = {name: named_token(config, name) or vocabulary.get(token_id) for name, token_id in default.items()}
+    ids = {piece: token_id for token_id, piece in vocabulary.items()}
+    added = make_added_tokens([*inside, *beside], config, ids, templates.get("default"), path, keep_ids=True)
+    warn_of_other_ids(older, ids | {token.content: token.id for token in added}, path)
+    pieces = join_vocabulary(vocabulary, added, config, path)
     prefixed = processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
     return Tokenizer(
         encoder=SentencePieceEncoder(processor),
         new_decoder=lambda: ByteFallbackDecoder(strip_leading_space=prefixed),
         pieces=pieces,
         added_tokens=added,
-        bos_id=id_of(bos, pieces, path),
-        eos_id=id_of(eos, pieces, path),
+        bos_id=id_of(names["bos_token"], pieces),
+        eos_id=id_of(names["eos_token"], pieces),
         add_bos=bool(config.get("add_bos_token", False)),
-        chat_template=chat_template,
+        chat_template=templates.get("default"),
         source=str(path),
+        tool_chat_template=templates.get("tool_use"),
     )

@@ -122,7 +122,7 @@ def test_writing_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch):
     [
         ({"target_modules": "all-linear"}, {0, 1}),
         ({"target_modules": ["q_proj", *TARGETS, "lm_head.x"]}, {0, 1}),
-        ({"target_modules": "all-linear", "layers_to_transform": 1}, {1}),
+        ({"layers_to_transform": 1}, {1}),
         ({"layers_to_transform": [0]}, {0}),
         ({"target_modules": [f"layers.1.{n}" for n in ("self_attn.qkv_proj", "mlp.down_proj")]}, {1}),
     ],
@@ -146,21 +146,43 @@ def test_which_matrices_are_meant(changed, settings, layers):
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' is computed here; merge the adapter"),
-        ({"bias": "lora_only"}, "bias='lora_only': there are no biases here; merge the adapter"),
+        ({"bias": "some"}, "bias='some' is none of 'none', 'all', 'lora_only'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base's weights, too; merge"),
-        ({"rank_pattern": {"o_proj": 2}}, r"rank_pattern=\{'o_proj': 2\} is not computed here; merge the adapter"),
-        ({"alpha_pattern": {"o_proj": 2}}, "alpha_pattern=.* is not computed here"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not computed here"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not computed here"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base's weights, too; merge"),
+        ({"rank_pattern": {"o_proj": 2}}, r"wrong shapes: .*o_proj.lora_A.weight is \[3, 36\] instead of \[2, 36\]"),
+        ({"rank_pattern": {"o_proj": "2"}}, "layers.0.self_attn.o_proj: the rank of an adapter must be a whole number"),
+        ({"alpha_pattern": {"o_proj": None}}, "layers.0.self_attn.o_proj: an adapter's alpha must be a number"),
+        ({"alpha_pattern": ["o_proj"]}, r"alpha_pattern=\['o_proj'\] must map names to numbers"),
+        ({"rank_pattern": {"(o_proj": 3}}, r"is no regular expression \(missing \), unterminated subpattern"),
+        ({"target_modules": r"(.)\1.*"}, "GROUPREF in a regular expression is not computed here: write the names out"),
+        ({"target_modules": r"(?i).*O_PROJ"}, "ignores the case, which is not computed here"),
+        ({"target_modules": ".*" * 5001}, "a pattern of 10002 characters is longer than 10000"),
+        ({"modules_to_save": ["lm_head"]}, "missing tensors: base_model.model.lm_head.weight"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' must be a list of names"),
+        ({"exclude_modules": 3}, "exclude_modules=3 must be a list of names"),
+        ({"exclude_modules": ["o_proj"]}, "unknown tensors: base_model.model.model.layers.0.self_attn.o_proj.lora_A"),
+        ({"exclude_modules": TARGETS}, "names none of"),
         ({"lora_bias": True}, "lora_bias=True is not computed here"),
-        ({"exclude_modules": ["o_proj"]}, "exclude_modules=.* is not computed here"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=.* is not computed here"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices=.* is not computed here"),
+        ({"trainable_token_indices": [3]}, "missing tensors: .*embed_tokens.token_adapter.trainable_tokens_delta"),
+        ({"trainable_token_indices": {"x": [3]}}, "trainable_token_indices=.* is not computed here"),
+        ({"trainable_token_indices": [True]}, "trainable_token_indices=.* must be a list of token ids"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens=.* is not computed here"),
+        ({"target_parameters": ["mlp.x"]}, "target_parameters=.* is not computed here"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.* is not computed here"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config=.* is not computed here"),
+        ({"megatron_config": {"x": 1}}, "megatron_config=.* is not computed here"),
         ({"use_qalora": True}, "use_qalora=True is not computed here"),
         ({"of_next_year": 1}, "of_next_year=1 is not computed here"),
-        ({"target_modules": r".*\.o_proj"}, "must be a list of names, or 'all-linear'"),
-        ({"target_modules": None}, "target_modules=None must be a list of names"),
-        ({"target_modules": ["q_proj", "v_proj"]}, "names none of qkv_proj, o_proj, gate_up_proj, down_proj in any"),
+        ({"target_modules": r".*\.o_proj"}, "unknown tensors: .*layers.0.mlp.down_proj.lora_A.weight"),
+        ({"target_modules": "o_proj"}, "target_modules='o_proj' names none of"),
+        ({"target_modules": None}, "target_modules=None must be a list of names, a regular expression or 'all-linear'"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": 1},
+            "layers_to_transform=1 needs a list of target_modules",
+        ),
+        ({"layers_to_transform": [0], "layers_pattern": "a|b"}, r"layers_pattern='a\|b' is not computed here"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "names none of .*qkv_proj in any layer that it is for"),
         ({"layers_to_transform": [7]}, "names none of"),
         ({"layers_to_transform": "1"}, "layers_to_transform='1' must be a layer's number"),
         ({"r": "3"}, "the rank of an adapter must be a whole number from 1 on, not '3'"),
@@ -179,11 +201,6 @@ def test_what_is_not_computed_here_is_refused(changed, settings, message):
         load_adapter(folder, CONFIG)
     assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_dora_of_some_layers_is_refused(changed):
-    with pytest.raises(ValueError, match="DoRA of some layers only is not computed here; merge"):
-        load_adapter(changed("dora", layers_to_transform=[0]), CONFIG)
 
 
 def test_tensors_that_do_not_fit_are_named(changed):
@@ -222,13 +239,13 @@ def test_a_checkpoint_is_loaded_with_an_adapter(kind):
     expected = merge(base.params, adapter, lora)
     loaded = phi3_jax.load(BASE, adapter=RECORDED / kind)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), loaded.params, expected)
-    in_bfloat16 = phi3_jax.load(BASE, "bfloat16", adapter=RECORDED / kind)
+    in_bfloat16 = phi3_jax.load(BASE, "bfloat16", layout="rows", adapter=RECORDED / kind)
     assert_equal(in_bfloat16.params, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), loaded.params))
 
 
 def test_an_adapter_is_added_before_weights_are_rounded():
     loaded = phi3_jax.load(BASE, adapter=RECORDED / "lora")
-    rounded = phi3_jax.load(BASE, quantize="int8", adapter=RECORDED / "lora")
+    rounded = phi3_jax.load(BASE, quantize="int8", layout="rows", adapter=RECORDED / "lora")
     assert_equal(rounded.params, quantize_params(loaded.params, "int8"))
 
 
@@ -281,10 +298,11 @@ def test_programs_write_checkpoints_with_the_adapter_added(program, tmp_path):
     command += ["--adapter", str(RECORDED / "dora"), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    params = phi3_jax.load(BASE, "float32" if program == "export" else "bfloat16", adapter=RECORDED / "dora").params
+    dtype = "float32" if program == "export" else "bfloat16"
+    params = phi3_jax.load(BASE, dtype, layout="rows", adapter=RECORDED / "dora").params
     if program == "export":
         assert_equal(phi3_jax.load(tmp_path / "out").params, params)
         return
-    integers = phi3_jax.load(tmp_path / "out").params["layers"]["mlp"]["down_proj"]["weight"]
+    integers = phi3_jax.load(tmp_path / "out", layout="rows").params["layers"]["mlp"]["down_proj"]["weight"]
     floats = np.asarray(params["layers"]["mlp"]["down_proj"]["weight"], np.float32)
     assert np.abs(integers.dequantize() - floats).max() < np.abs(floats).max() / 100

@@ -57,6 +57,13 @@ def write(path: Path, config: phi3_jax.Phi3Config, tensors: dict, architecture: 
             int: writer.add_uint32,
             str: writer.add_string,
             list: writer.add_array,
+            np.uint8: writer.add_uint8,
+            np.int16: writer.add_int16,
+            np.uint16: writer.add_uint16,
+            np.int32: writer.add_int32,
+            np.uint64: writer.add_uint64,
+            np.int64: writer.add_int64,
+            np.float64: writer.add_float64,
         }
         add[type(value)](full, value)
     for name, tensor in tensors.items():
@@ -115,3 +122,17 @@ def split(fused: dict[str, np.ndarray], config: phi3_jax.Phi3Config) -> dict[str
 def variant(tiny: phi3_jax.Checkpoint, **changes) -> phi3_jax.Checkpoint:
     config = dataclasses.replace(tiny.config, **changes)
     return dataclasses.replace(tiny, config=config, params=phi3_jax.random_params(config))
+
+
+def vocabulary(tokens: int) -> dict:
+    """A byte-level tokenizer's keys."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["<|endoftext|>", "ab", *(chr(i) for i in range(97, 95 + tokens))],
+        "tokenizer.ggml.token_type": [3] + [1] * (tokens - 1),
+        "tokenizer.ggml.merges": ["a b"],
+        **{f"tokenizer.ggml.{name}_token_id": 0 for name in ("bos", "eos", "eot", "unknown", "padding")},
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{{ messages }}",
+    }

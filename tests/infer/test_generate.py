@@ -8,7 +8,6 @@ import pytest
 import without_cache
 
 import phi3_jax
-from phi3_jax.checkpoint import fastest_layout
 from phi3_jax.infer import Options, Run, Sampling, beam_search, generate, stream
 from phi3_jax.infer.prompts import as_list
 from phi3_jax.infer.sampling import StopWatch
@@ -42,7 +41,7 @@ def test_prompts_may_be_arrays_of_token_ids(tiny, greedy):
 @pytest.mark.slow
 def test_64_bit_mode_changes_no_token(tiny_folder):
     """Neither for the CPU kernels, which take positions as int32 only, nor for random draws."""
-    model = phi3_jax.load(tiny_folder, quantize="int4", layout=fastest_layout())
+    model = phi3_jax.load(tiny_folder, quantize="int4")
     drawn = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1, no_repeat_ngram_size=3, seed=5)
     options = Options(cache_dtype="int8", logprobs=1)
 

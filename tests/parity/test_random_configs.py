@@ -176,7 +176,7 @@ def test_decoding_with_a_cache(sample):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_rounds_no_more_than_the_reference_does(sample, reference, dtype):
-    low = phi3_jax.load(sample.folder, dtype)
+    low = phi3_jax.load(sample.folder, dtype, layout="rows")
     assert low.params["embed_tokens"]["weight"].dtype == dtype
     tokens, positions = padded(sample.rows, "right")
     got = rows_of(run(low.config, low.params, tokens, positions=positions), positions)

@@ -81,3 +81,50 @@ def test_the_configuration_survives_both_programs(reference, source, tmp_path):
     again = phi3_jax.load(tmp_path / "theirs")
     assert again.config == checkpoint.config
     assert again.generation == checkpoint.generation
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_transformers_loads_the_same_bits_as_llama(reference, tmp_path, window, dtype):
+    """The same weights as Phi-3 and as Llama (with a window: Mistral), in several files."""
+    from transformers import AutoModelForCausalLM
+
+    config = phi3_jax.Phi3Config(
+        vocab_size=61,
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        max_position_embeddings=64,
+        rope_theta=777.5,
+        sliding_window=window,
+        tie_word_embeddings=window is None,
+        eos_token_id=(2, 5),
+        initializer_range=0.3,
+    )
+    params = phi3_jax.random_params(config, dtype)
+    checkpoint = phi3_jax.Checkpoint(config, params, None, phi3_jax.GenerationSettings())
+    phi3_jax.save(checkpoint, tmp_path / "phi3")
+    phi3_jax.save(checkpoint, tmp_path / "llama", max_shard_size=9_000, architecture="llama")
+    load = {"dtype": "auto", "attn_implementation": "eager"}
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "phi3", **load)
+    copy, info = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", output_loading_info=True, **load)
+    assert not any(info.values()), info
+    assert type(copy).__name__ == ("LlamaForCausalLM" if window is None else "MistralForCausalLM")
+    left, right = original.state_dict(), copy.state_dict()
+    N, K, H = 60, 30, 50
+    for i in range(2):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        parts = left.pop(f"{attention}.qkv_proj.weight").split([N, K, K])
+        parts += left.pop(f"{mlp}.gate_up_proj.weight").split([H, H])
+        names = [f"{attention}.{name}_proj.weight" for name in "qkv"] + [
+            f"{mlp}.{n}_proj.weight" for n in ("gate", "up")
+        ]
+        left |= dict(zip(names, parts, strict=True))
+    assert left.keys() == right.keys()
+    assert all(tensor.dtype == right[key].dtype and tensor.equal(right[key]) for key, tensor in left.items())
+    tokens = np.random.default_rng(5).integers(0, 61, (2, 17))
+    ours, theirs = (reference.logits(each.float(), tokens) for each in (original, copy))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

@@ -1,10 +1,15 @@
-"""The real Phi-3 vocabulary: the ids and texts of transformers' AutoTokenizer."""
+"""The ids and texts of transformers' AutoTokenizer: the real Phi-3 vocabulary, and random tokenizer folders."""
 
 import os
+import random
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizer_variants import random_folder, random_text
+from vocabularies import write
 
 import phi3_jax
 
@@ -86,3 +91,34 @@ def test_random_text_encodes_alike(ours, theirs, seed):
     pieces = [*TEXTS, "<|end|>", "<|user|>", "\n", " ", "  ", "é", "漢", "🙂", "</s>"]
     text = "".join(pieces[i][:25] for i in rng.integers(0, len(pieces), 12))
     assert ours.encode(text, parse_special=True) == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_random_tokenizer_folders(tmp_path: Path, seed: int) -> None:
+    """Kinds of vocabulary, pre-tokenizers, decoders, post-processors, flags and settings; none of them is refused."""
+    from transformers import AutoTokenizer
+
+    rng = random.Random(seed)
+    for case in range(12):
+        folder = write(tmp_path / str(case), random_folder(rng))
+        theirs = AutoTokenizer.from_pretrained(str(folder))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*as in transformers")
+            ours = phi3_jax.load_tokenizer(folder)
+        assert theirs.bos_token in (None, ours.bos_token)
+        assert theirs.eos_token == (ours.eos_token or None)
+        opening = list(ours.opening)
+        for _ in range(25):
+            text = random_text(rng)
+            plain, ids = theirs(text, add_special_tokens=False)["input_ids"], theirs(text)["input_ids"]
+            assert ours.encode(text, parse_special=True, add_bos=False) == plain, (case, text)
+            if opening and plain[: len(opening)] == opening:  # a second bos is never added
+                ids = ids[len(opening) :]
+            assert ours.encode(text, parse_special=True) == ids, (case, text)
+            ids += [rng.randrange(len(theirs)) for _ in range(rng.randrange(6))]
+            assert ours.decode(ids) == theirs.decode(ids), (case, ids)
+            # What is hidden by its name, whatever its flag says, is not there for the reference either.
+            shown = [i for i in ids if i not in ours.special_ids]
+            assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(shown, skip_special_tokens=True)
+            special = {token.id for token in ours.added_tokens if token.special}
+            assert not special & set(ours.encode(text, add_bos=False)), (case, text)

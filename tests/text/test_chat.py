@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from templates import DROPS_SYSTEM, PHI4, PHI4_MINI, SPECIALS, small_tokenizer
 
-from phi3_jax.text import Tokenizer, chat, encode_chat, load_tokenizer, render_chat
+from phi3_jax.text import Tokenizer, encode_chat, load_tokenizer, render_chat, template
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello"}
@@ -142,7 +142,16 @@ def test_what_cannot_be_defused_is_refused() -> None:
         ([], "messages is empty"),
         (["Hello"], r"messages\[0\] is 'Hello'"),
         ([USER, {"role": "user"}], r"messages\[1\] is"),
-        ([{**USER, "name": "x"}], r"messages\[0\] is"),
+        ([{**USER, "weight": 1}], r"messages\[0\] has the unknown fields \['weight'\]"),
+        ([{**USER, "name": 1}], r"messages\[0\]\['name'\] is a int"),
+        ([{"role": "assistant", "content": None}], r"messages\[0\]\['content'\] is a NoneType"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {}}]}],
+            r"\['tool_calls'\]\[0\] is .* no name of a function",
+        ),
+        ([{"role": "assistant", "tool_calls": "f()"}], r"\['tool_calls'\] is a str"),
+        ([{**SYSTEM, "tools": [{"name": object}]}], r"\['tools'\]\[0\] is .* with no name"),
+        ([{**SYSTEM, "tools": [{"name": "f", "x": {1}}]}], r"\['tools'\]\[0\]\['x'\] is \{1\}, which is not JSON"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\['content'\] is a list"),
         ([{"role": None, "content": "x"}], r"messages\[0\]\['role'\] is a NoneType"),
     ],
@@ -178,10 +187,10 @@ def test_errors_in_templates(template: str | None, message: str) -> None:
 
 def test_templates_are_compiled_once() -> None:
     tokenizer = small_tokenizer(PHI4_MINI)
-    chat._compile.cache_clear()
+    template._compile.cache_clear()
     for _ in range(3):
         encode_chat(tokenizer, [USER])
-    assert chat._compile.cache_info().misses == 1
+    assert template._compile.cache_info().misses == 1
 
 
 # ---------------------------------------------------------------- the template and vocabulary of Phi-3-mini

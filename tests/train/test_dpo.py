@@ -48,7 +48,7 @@ def slow_dpo(config, params, reference):
     return sum(losses) / len(losses), jnp.stack(margins)
 
 
-@pytest.mark.parametrize("train", ["all", "lora"])
+@pytest.mark.parametrize("train", [pytest.param("all", marks=pytest.mark.slow), "lora"])
 def test_loss_gradients_and_metrics_equal_the_formula(tiny, train):
     config, s = tiny.config, settings(train=train, loss_chunk=30)
     if train == "lora":

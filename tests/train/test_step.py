@@ -105,6 +105,7 @@ def test_remat_and_chunks_do_not_change_loss_or_gradient(changes):
     assert metrics["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_clipping_scales_the_whole_gradient(tiny):
     s = settings(optimizer="sgd", beta1=0.0, lr=1.0)
     for clip, length in ((0.5, 0.5), (1e6, None)):

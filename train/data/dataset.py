@@ -52,6 +52,10 @@ class Dataset:
     def __len__(self) -> int:
         return self.report.rows
 
+    def highest_id(self) -> int:
+        """The highest token id in it, -1 if it is empty."""
+        return int(self._arrays["tokens"].max(initial=-1))
+
     def rows(self, indices: Sequence[int] | np.ndarray) -> Batch | Pair:
         """The rows with these indices, in this order: numpy arrays [B, T]. An index of -1 gives a row of padding."""
         texts = [self._texts_of(int(index)) for index in indices]

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer
 
 from ..data import Text
 from .files import Question
-from .score import Request, score
+from .score import Path, Request, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,7 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     on_progress: OnProgress | None = None,
+    path: Path | None = None,
 ) -> Perplexity:
     """The perplexity of all tokens of all texts; a text's first token counts only if there is a bos token before it.
 
@@ -82,6 +83,7 @@ def perplexity(
     Args:
       window: tokens; by default the model's context, 2048 at most.
       stride: by default half the window.
+      path: what computes the log-probabilities, see score.py; None: what generation runs.
 
     Raises:
       ValueError: window or stride make no sense; the checkpoint has no tokenizer; there is nothing to predict.
@@ -94,8 +96,10 @@ def perplexity(
             f"window={window}, stride={stride}: needs 1 <= stride < window <= {limit}, the model's context"
         )
     tokenizer = require_tokenizer(checkpoint)
-    requests = [piece for text in texts if text for piece in windows(tokenizer.encode(text), window, stride)]
-    scores = score(checkpoint, requests, on_progress)
+    requests = [
+        piece for text in texts if text for piece in windows(tokenizer.encode(text, add_eos=False), window, stride)
+    ]
+    scores = score(checkpoint, requests, on_progress, path)
     tokens = sum(len(each.logprobs) for each in scores)
     if tokens == 0:
         raise ValueError("there is nothing to predict: the texts have less than two tokens")
@@ -104,7 +108,12 @@ def perplexity(
     return Perplexity(tokens, total / tokens, math.exp(total / tokens), total / size / math.log(2))
 
 
-def held_out_loss(checkpoint: Checkpoint, texts: Sequence[Text], on_progress: OnProgress | None = None) -> HeldOutLoss:
+def held_out_loss(
+    checkpoint: Checkpoint,
+    texts: Sequence[Text],
+    on_progress: OnProgress | None = None,
+    path: Path | None = None,
+) -> HeldOutLoss:
     """The loss of all tokens that training would learn, each predicted from all that stands before it in its text.
 
     Raises:
@@ -113,7 +122,7 @@ def held_out_loss(checkpoint: Checkpoint, texts: Sequence[Text], on_progress: On
     texts = [text for text in texts if text.learned.any()]
     begins = [int(text.learned.argmax()) for text in texts]
     requests = [Request(text.tokens.tolist(), begin) for text, begin in zip(texts, begins, strict=True)]
-    scores = score(checkpoint, requests, on_progress)
+    scores = score(checkpoint, requests, on_progress, path)
     logprobs = [each.logprobs[text.learned[begin:]] for text, begin, each in zip(texts, begins, scores, strict=True)]
     tokens = sum(map(len, logprobs))
     if tokens == 0:
@@ -133,16 +142,24 @@ def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Request]:
             return
 
 
-def accuracy(checkpoint: Checkpoint, questions: Sequence[Question], on_progress: OnProgress | None = None) -> Accuracy:
+def accuracy(
+    checkpoint: Checkpoint,
+    questions: Sequence[Question],
+    on_progress: OnProgress | None = None,
+    path: Path | None = None,
+) -> Accuracy:
     """The accuracy on questions; each choice is scored as the text after the question, with a space between.
 
     Raises:
-      ValueError: a choice is longer than the model's context; the checkpoint has no tokenizer.
+      ValueError: there are no questions; a choice is longer than the model's context; the checkpoint has no tokenizer.
     """
+    if not questions:
+        raise ValueError("there are no questions to answer")
     tokenizer, limit = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
     pairs = [(question.context, f" {choice}") for question in questions for choice in question.choices]
     requests = [continuation(tokenizer, context, choice, limit) for context, choice in pairs]
-    totals = iter([float(each.logprobs.sum(dtype=np.float64)) for each in score(checkpoint, requests, on_progress)])
+    scores = score(checkpoint, requests, on_progress, path)
+    totals = iter([float(each.logprobs.sum(dtype=np.float64)) for each in scores])
     right = right_normalised = 0
     for question in questions:
         each = np.array([next(totals) for _ in question.choices])
@@ -166,7 +183,7 @@ def continuation(tokenizer: Tokenizer, context: str, text: str, limit: int) -> R
     """
     stripped = context.rstrip()
     context, text = stripped, context[len(stripped) :] + text
-    ids, before = tokenizer.encode(context + text), tokenizer.encode(context)
+    ids, before = (tokenizer.encode(string, add_eos=False) for string in (context + text, context))
     if not before:
         before = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
         ids = before + ids
@@ -175,10 +192,3 @@ def continuation(tokenizer: Tokenizer, context: str, text: str, limit: int) -> R
         raise ValueError(f"a text to be scored has {len(ids) - begin} tokens; the model's context is {limit}")
     dropped = max(0, len(ids) - limit)
     return Request(ids[dropped:], begin - dropped)
-
-
-def require_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises ValueError if it has none."""
-    if checkpoint.tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer.json or tokenizer.model; put one of them beside the weights")
-    return checkpoint.tokenizer

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 
-from .evaluate import continuation, require_tokenizer
-from .score import Request, Score, score
+from .evaluate import continuation
+from .score import Path, Request, Score, score
 
 try:
     from lm_eval.api.model import LM
@@ -33,17 +33,18 @@ _BATCH = 8  # prompts that are answered at a time
 class HarnessModel(LM):  # type: ignore[misc]
     """A checkpoint with the interface of lm-evaluation-harness. Prompts are plain text, without a chat template."""
 
-    def __init__(self, checkpoint: Checkpoint, generate: Callable[..., Sequence[Any]]):
+    def __init__(self, checkpoint: Checkpoint, generate: Callable[..., Sequence[Any]], path: Path | None = None):
         """Wraps a checkpoint.
 
         Args:
           generate: `phi3_jax.infer.generate`, for tasks whose answers are generated and not chosen.
+          path: what computes log-probabilities, see score.py; None: what generation runs.
 
         Raises:
           ValueError: the checkpoint has no tokenizer, or neither a bos nor an eos token.
         """
         super().__init__()
-        self._checkpoint, self._generate = checkpoint, generate
+        self._checkpoint, self._generate, self._path = checkpoint, generate, path
         self._tokenizer = require_tokenizer(checkpoint)
         ends = [token for token in (self._tokenizer.bos_id, self._tokenizer.eos_id) if token is not None]
         if not ends:
@@ -55,12 +56,13 @@ class HarnessModel(LM):  # type: ignore[misc]
         """For each (context, continuation): the continuation's log-probability, and whether it is the greedy answer."""
         texts = [request.args for request in requests]
         pairs = [continuation(self._tokenizer, context, text, self._limit) for context, text in texts]
-        return [(_total(each), each.greedy) for each in score(self._checkpoint, pairs)]
+        return [(_total(each), each.greedy) for each in score(self._checkpoint, pairs, path=self._path)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """For each (text,): its log-probability, in windows that do not overlap where it is longer than the context."""
         windows = [list(self._windows(request.args[0])) for request in requests]
-        scores = iter(score(self._checkpoint, [window for each in windows for window in each]))
+        flat = [window for each in windows for window in each]
+        scores = iter(score(self._checkpoint, flat, path=self._path))
         return [sum(_total(next(scores)) for _ in each) for each in windows]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -81,7 +83,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             raise ValueError(f"max_gen_toks={new_tokens}: leaves no room in the model's context of {self._limit}")
         generations = self._generate(
             self._checkpoint,
-            [self._tokenizer.encode(context)[-room:] for context in contexts],
+            [self._tokenizer.encode(context, add_eos=False)[-room:] for context in contexts],
             max_new_tokens=new_tokens,
             temperature=float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0,
             stop=[until] if isinstance(until, str) else until,

@@ -1,4 +1,8 @@
-"""The log-probabilities of texts, token by token, which all evaluations are made of.
+"""The log-probabilities of texts, token by token, which all evaluations are made of; by one of two paths.
+
+"exact" is the model without a cache, as training computes it. "generation" is what `phi3_jax.infer` runs: the text is
+read as a prompt, by the kernels where the weights are packed (these round activations), with keys and values in the
+cache's own dtype.
 
 Axis letters: B rows, T tokens, D model, V vocab, C chunks, W columns of a chunk.
 """
@@ -7,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +21,13 @@ import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
+from phi3_jax.infer import Options, Run, Sampling
+from phi3_jax.kernels import PackedTensor
 from phi3_jax.model import Phi3
 from phi3_jax.progress import OnProgress
+
+Path = Literal["exact", "generation"]
+PATHS: tuple[Path, ...] = ("exact", "generation")
 
 _LOGITS = 1024  # tokens whose logits are held at a time
 _BATCH_TOKENS = 4096  # tokens of a batch: the longer the rows, the fewer
@@ -45,33 +55,88 @@ class Score:
     greedy: bool
 
 
-def score(checkpoint: Checkpoint, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Score]:
+def usual_path(checkpoint: Checkpoint) -> Path:
+    """The path that measures what runs: "generation" where weights are packed for the CPU kernels, else "exact"."""
+    return "generation" if _is_packed(checkpoint) else "exact"
+
+
+def score(
+    checkpoint: Checkpoint,
+    requests: Sequence[Request],
+    on_progress: OnProgress | None = None,
+    path: Path | None = None,
+) -> list[Score]:
     """Scores texts, each on its own; in batches of similar lengths, so that few programs are compiled.
 
     Args:
       on_progress: called with (requests done, requests in all).
+      path: what computes them; None is the usual path.
 
     Raises:
-      ValueError: a text is longer than the model's context, or has ids outside of the vocabulary.
+      ValueError: a text is longer than the model's context, or has ids outside of the vocabulary; the exact path is
+        asked for packed weights; a log-probability is not finite.
     """
+    path = usual_path(checkpoint) if path is None else path
+    if path not in PATHS:
+        raise ValueError(f"path={path!r} is not one of {', '.join(PATHS)}")
+    if path == "exact" and _is_packed(checkpoint):
+        raise ValueError("packed weights have no exact path: load them with layout='rows', or measure 'generation'")
     _check(checkpoint.config, requests)
+    batch_tokens, score_batch = (_BATCH_TOKENS, _exact) if path == "exact" else (_LOGITS, _generation)
     scores: dict[int, Score] = {}
     longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
     while longest_first:
         T = max(_SHORTEST, 1 << (len(requests[longest_first[0]].ids) - 1).bit_length())
-        B = max(1, _BATCH_TOKENS // T)
+        B = max(1, batch_tokens // (T if path == "exact" else min(T, Options().prefill_chunk)))
         batch, longest_first = longest_first[:B], longest_first[B:]
-        tokens, positions = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
-        for row, i in enumerate(batch):
-            n = len(requests[i].ids)
-            tokens[row, :n], positions[row, :n] = requests[i].ids, np.arange(n)
-        logprobs, greedy = jax.device_get(_score(checkpoint.config, checkpoint.params, tokens, positions))
-        for row, i in enumerate(batch):
-            scored = slice(max(1, requests[i].begin), len(requests[i].ids))
-            scores[i] = Score(logprobs[row, scored], bool(greedy[row, scored].all()))
+        scores |= zip(batch, score_batch(checkpoint, [requests[i] for i in batch], B, T), strict=True)
         if on_progress is not None:
             on_progress(len(scores), len(requests))
+    if bad := [i for i in range(len(requests)) if not np.isfinite(scores[i].logprobs).all()]:
+        raise ValueError(
+            f"text {bad[0]}: the model gives log-probabilities that are not finite; weights that are not, or values "
+            "beyond the range of float16, do that"
+        )
     return [scores[i] for i in range(len(requests))]
+
+
+def _is_packed(checkpoint: Checkpoint) -> bool:
+    leaves = jax.tree.leaves(checkpoint.params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
+    return any(isinstance(leaf, PackedTensor) for leaf in leaves)
+
+
+def _exact(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, length: int) -> list[Score]:
+    tokens, positions = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
+    for row, request in enumerate(requests):
+        n = len(request.ids)
+        tokens[row, :n], positions[row, :n] = request.ids, np.arange(n)
+    logprobs, greedy = jax.device_get(_score(checkpoint.config, checkpoint.params, tokens, positions))
+    scores = []
+    for row, request in enumerate(requests):
+        scored = slice(max(1, request.begin), len(request.ids))
+        scores.append(Score(logprobs[row, scored], bool(greedy[row, scored].all())))
+    return scores
+
+
+def _generation(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, length: int) -> list[Score]:
+    prompts = [list(request.ids) for request in requests]
+    prompts += [[0]] * (rows - len(prompts))  # so that all batches run the same programs
+    # A prompt leaves room for a token: where a text fills the context, its last one is what the answer begins with.
+    last = [prompt.pop() if len(prompt) == checkpoint.config.max_position_embeddings else None for prompt in prompts]
+    forced = [Sampling(forced_tokens=() if token is None else (token,)) for token in last]
+    options = Options(logprobs=1, echo=True, room=length + 1)
+    run = Run(checkpoint, prompts, [1] * rows, forced, options)
+    new = run.advance()
+    while run.reading[0] < run.reading[1]:
+        new = run.advance()
+    scores = []
+    for row, request in enumerate(requests):
+        found = run.prompt_logprobs(row) + (new[row].logprobs or [] if last[row] is not None else [])
+        scored = found[max(1, request.begin) :]
+        logprobs = [math.nan if each.logprob is None else each.logprob for each in scored]
+        greedy = all(value >= max(each.top.values(), default=0) for value, each in zip(logprobs, scored, strict=True))
+        scores.append(Score(np.array(logprobs, np.float32), greedy))
+    return scores
 
 
 @functools.partial(jax.jit, static_argnums=0)

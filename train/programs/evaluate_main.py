@@ -20,26 +20,30 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import fastest_layout
+from phi3_jax.checkpoint import require_tokenizer
 from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
 
 from ..data import find_files
-from ..evaluation.evaluate import (
-    Accuracy,
-    HeldOutLoss,
-    Perplexity,
-    accuracy,
-    held_out_loss,
-    perplexity,
-    require_tokenizer,
-)
+from ..evaluation.evaluate import Accuracy, HeldOutLoss, Perplexity, accuracy, held_out_loss, perplexity
 from ..evaluation.files import read_data, read_questions, read_texts
+from ..evaluation.score import PATHS, usual_path
 
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "What weights become that are not quantised."
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16", "float16"],
+    "What weights become that are not quantised. auto: float32 on the CPU, elsewhere as stored.",
+)
+_PATH = flags.DEFINE_enum(
+    "path",
+    None,
+    PATHS,
+    "generation: what phi3-generate runs, by its kernels, which round activations, and with its cache. exact: XLA's "
+    "operations on the same weights, as training has it. By default generation where weights are packed for the CPU's "
+    "kernels, else exact.",
 )
 _TEXT = flags.DEFINE_string("text", None, "A text, or .jsonl with many, whose perplexity is wanted.")
 _WINDOW = flags.DEFINE_integer("window", None, "Tokens that are read at a time; by default the context, 2048 at most.")
@@ -63,25 +67,26 @@ def main() -> int:
     if _DATA.value:
         find_files(_DATA.value)  # raises before the model is loaded, with the tokenizer that reads it
     checkpoint = _load()
+    path = _PATH.value or usual_path(checkpoint)
     limit = checkpoint.config.max_position_embeddings
     data = []
     if _DATA.value:
         data = read_data(_DATA.value, require_tokenizer(checkpoint), limit, _PARSE_SPECIAL.value, _note)
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"path": path}
     if _TEXT.value:
         with progress_bar("texts", "text") as on_progress:
-            surprise = perplexity(checkpoint, texts, _WINDOW.value, _STRIDE.value, on_progress)
-        print(f"{_TEXT.value}: {_tell_perplexity(surprise)}", flush=True)
+            surprise = perplexity(checkpoint, texts, _WINDOW.value, _STRIDE.value, on_progress, path)
+        print(f"{_TEXT.value}: {_tell_perplexity(surprise)}; {path} path", flush=True)
         figures["text"] = {"file": _TEXT.value, "measured": dataclasses.asdict(surprise)}
     if data:
         with progress_bar("data", "text") as on_progress:
-            found = held_out_loss(checkpoint, data, on_progress)
-        print(f"{_DATA.value}: {_tell_held_out_loss(found)}", flush=True)
+            found = held_out_loss(checkpoint, data, on_progress, path)
+        print(f"{_DATA.value}: {_tell_held_out_loss(found)}; {path} path", flush=True)
         figures["data"] = {"file": _DATA.value, "measured": dataclasses.asdict(found)}
     if questions:
         with progress_bar("questions", "answer") as on_progress:
-            right = accuracy(checkpoint, questions, on_progress)
-        print(f"{_QUESTIONS.value}: {_tell_accuracy(right)}", flush=True)
+            right = accuracy(checkpoint, questions, on_progress, path)
+        print(f"{_QUESTIONS.value}: {_tell_accuracy(right)}; {path} path", flush=True)
         figures["questions"] = {"file": _QUESTIONS.value, "measured": dataclasses.asdict(right)}
     if _JSON.value:
         with new_file(Path(_JSON.value), overwrite=True) as partial:
@@ -99,7 +104,7 @@ def _load() -> phi3_jax.Checkpoint:
             CHECKPOINT.value,
             _DTYPE.value,
             quantize=QUANTIZE.value,
-            layout=fastest_layout(),
+            layout="rows" if _PATH.value == "exact" else "auto",
             adapter=ADAPTER.value,
             on_progress=on_progress,
         )
@@ -127,7 +132,7 @@ def run() -> None:
     """The console script."""
     topics: dict[str, list[flags.FlagHolder[Any]]] = {
         "Model": [CHECKPOINT, ADAPTER, _DTYPE, QUANTIZE],
-        "What is measured": [_TEXT, _WINDOW, _STRIDE, _DATA, _PARSE_SPECIAL, _QUESTIONS, _JSON],
+        "What is measured": [_TEXT, _WINDOW, _STRIDE, _DATA, _PARSE_SPECIAL, _QUESTIONS, _PATH, _JSON],
     }
     run_program("phi3-evaluate", main, topics)
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 import phi3_jax
-from phi3_jax.checkpoint import save_adapter
+from phi3_jax.checkpoint import require_tokenizer, save_adapter
 
 from .. import sharding
 from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
@@ -176,9 +176,10 @@ class _Run:
 def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     on_progress = functools.partial(observer.progress, "loading")
     quantize = settings.quantize or None
-    checkpoint = phi3_jax.load(settings.checkpoint, settings.dtype, quantize=quantize, on_progress=on_progress)
-    if checkpoint.tokenizer is None:
-        raise ValueError(f"{settings.checkpoint}: no tokenizer.json or tokenizer.model there; put one of them there")
+    checkpoint = phi3_jax.load(
+        settings.checkpoint, settings.dtype, quantize=quantize, layout="rows", on_progress=on_progress
+    )
+    require_tokenizer(checkpoint)
     return checkpoint
 
 
@@ -186,6 +187,12 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
     assert checkpoint.tokenizer is not None  # `_load` checks
     on_progress = functools.partial(observer.progress, "preparing")
     data = prepare(path, checkpoint.tokenizer, settings, Path(settings.output) / "data", on_progress)
+    rows = checkpoint.config.vocab_size
+    if checkpoint.tokenizer.vocab_size > rows and data.highest_id() >= rows:  # an added token without a row
+        raise ValueError(
+            f"{path}: it has the token id {data.highest_id()} ({checkpoint.tokenizer.piece(data.highest_id())!r}), but "
+            f"the model's embedding has {rows} rows: enlarge the embedding, or take the token out of the tokenizer"
+        )
     report = data.report
     text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
     text += f"{len(data)} rows that are {report.efficiency:.0%} full"

@@ -46,11 +46,13 @@ class GgufTensor:
       shape: slowest axis first ([out, in]), the reverse of the file's order.
       kind: number of the tensor type (`gguf.GGMLQuantizationType`).
       offset: of its first byte in the file.
+      path: the file.
     """
 
     shape: tuple[int, ...]
     kind: int
     offset: int
+    path: Path
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -145,7 +147,7 @@ def _row(reader: _Reader) -> tuple[str, GgufTensor]:
         raise damaged(
             reader.path, f"tensor {name!r} {list(shape)} at offset {offset} cannot lie in {len(reader.view)} bytes"
         )
-    return name, GgufTensor(shape, kind, offset)
+    return name, GgufTensor(shape, kind, offset, reader.path)
 
 
 def _unique(reader: _Reader, pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:

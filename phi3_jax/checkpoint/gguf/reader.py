@@ -6,26 +6,25 @@ Quantised tensors are read as floats, or as the file's own integers (blocks.py).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from phi3_jax.checkpoint.gguf.blocks import IntegerRows, fuse, fused_form, unpack
-from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged, read_header
+from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged
+from phi3_jax.checkpoint.gguf.parts import named_as_part, read_headers
+from phi3_jax.checkpoint.gguf.tensors import check_extents, fused_source, read_tensor, tensor_kinds, unsupported_kinds
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
-from phi3_jax.text import Tokenizer
+from phi3_jax.text import Tokenizer, end_ids
 
 _Kind = type | list[type]  # [str] is an array of strings
 
 _ARCHITECTURES = ("phi3", "llama")
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -43,7 +42,9 @@ _LAYER_PARTS = {
 # phi3 files hold these two already fused.
 _FUSED_PARTS = {"self_attn.qkv_proj.weight": "attn_qkv.weight", "mlp.gate_up_proj.weight": "ffn_up.weight"}
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+_ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's: divisors of the frequencies at every length
 # Keys of the architecture that are read here, and their types; others are refused: they could change the numbers.
+# Required is what llama.cpp requires, and what it cannot do without.
 _REQUIRED_KEYS: dict[str, _Kind] = {
     "attention.head_count": int,
     "attention.layer_norm_rms_epsilon": float,
@@ -59,21 +60,25 @@ _OPTIONAL_KEYS: dict[str, _Kind] = {
     "attention.value_length": int,
     "rope.dimension_count": int,
     "rope.freq_base": float,
+    "rope.scale_linear": float,
     "rope.scaling.attn_factor": float,
+    "rope.scaling.factor": float,
     "rope.scaling.original_context_length": int,
     "rope.scaling.type": str,
     "vocab_size": int,
 }
-# Says how a model was trained, not what it computes.
-_INERT_KEYS = frozenset({"rope.scaling.finetuned"})
+# One number, or one for each layer.
+_LAYER_KEYS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+# They say how a model was trained or made, or are not read for these architectures.
+_INERT_KEYS = frozenset({"attention.layer_norm_epsilon", "rope.scaling.finetuned", "tensor_data_layout"})
 # Converters write these values, which have no effect; other values are not implemented.
 _FIXED_KEYS = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}
 # Keys of every architecture. A damaged byte can turn a number into text, so types are checked before keys are used.
 _FILE_KEYS: dict[str, _Kind] = {
     "general.architecture": str,
-    "split.count": int,
     "tokenizer.chat_template": str,
     "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
     "tokenizer.ggml.add_space_prefix": bool,
     "tokenizer.ggml.merges": [str],
     "tokenizer.ggml.model": str,
@@ -83,9 +88,10 @@ _FILE_KEYS: dict[str, _Kind] = {
     "tokenizer.ggml.tokens": [str],
     **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "eom", "unknown", "padding")},
 }
+# What llama.cpp takes for a vocabulary of sentencepiece where a file does not say.
+_DEFAULT_IDS = {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("unknown", "bos", "eos"))}
 _NO_TOKENIZER = ("no_vocab", "none")
 # A GGUF file often names one or two end ids, but chat models have more: these tokens end a turn in all of them.
-_END_TEXTS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,58 +111,66 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Opens a GGUF file of architecture phi3 or llama.
+    """Opens a GGUF file of architecture phi3 or llama, or all parts of one of which any is named.
+
+    Warns:
+      UserWarning: what is loaded is not what a reader would expect of the file's name or keys.
 
     Raises:
+      FileNotFoundError: parts are missing.
       ImportError: the extra `gguf` is not installed.
       ValueError: the file is damaged, or is of a model that this decoder does not compute.
     """
-    kinds = _tensor_kinds()
-    metadata, table = read_header(path)
+    tensor_kinds()  # without the package, this says so before anything is read
+    metadata, table = read_headers(path)
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        metadata = _DEFAULT_IDS | metadata
     if wrong := _wrong_types(metadata, _FILE_KEYS):
         raise damaged(path, "; ".join(wrong))
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r} cannot be loaded, only {_ARCHITECTURES}")
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{path}: one of {metadata['split.count']} parts; merge them into one GGUF file first")
     keys = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
+    keys = _one_for_all_layers(keys)
     parts = _parts(keys.get("block_count"), architecture, table)
-    if problems := [*_key_problems(keys, architecture, table), *_tensor_problems(parts, table, kinds)]:
+    if "split.count" not in metadata:
+        _check_name(path, keys, parts)
+    if problems := [*_key_problems(keys, architecture, table), *_tensor_problems(parts, table)]:
         raise ValueError(f"{path}: not a model that can be loaded: {'; '.join(problems)}")
-    _check_extents(path, table, kinds)
+    check_extents(table)
     config = _config(path, metadata, keys, table)
     has_tokenizer = metadata.get("tokenizer.ggml.model", "no_vocab") not in _NO_TOKENIZER
     tokenizer = tokenizer_from_gguf(metadata, str(path)) if has_tokenizer else None
-    rows = {"vocab_size": keys.get("vocab_size"), "tokens": tokenizer.vocab_size if tokenizer else None}
-    if unequal := {name: count for name, count in rows.items() if count not in (None, config.vocab_size)}:
-        raise damaged(path, f"{unequal} but an embedding of {config.vocab_size} rows")
-    sources = {
-        name: _source(path, names, table, config, permuted=architecture == "llama") for name, names in parts.items()
-    }
+    # As in llama.cpp, the key counts only where there are no tokens to be counted.
+    what, rows = ("tokens", tokenizer.vocab_size) if tokenizer else ("vocab_size", keys.get("vocab_size"))
+    if rows not in (None, config.vocab_size):
+        raise damaged(path, f"{ {what: rows} } but an embedding of {config.vocab_size} rows")
+    sources = {name: fused_source(names, table, config, architecture == "llama") for name, names in parts.items()}
     return GgufFile(config, sources, tokenizer, _end_ids(path, metadata, tokenizer, config.vocab_size))
 
 
-@functools.cache
-def _tensor_kinds() -> dict[int, tuple[str, int, int]]:
-    """Tensor types by number -> (name, values per block, bytes per block): floats, and what gguf dequantises."""
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError("reading GGUF files needs the gguf package: pip install 'phi3_jax[gguf]'") from None
+def _one_for_all_layers(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys, with one number where a list has it for each layer."""
+    result = dict(keys)
+    for key in _LAYER_KEYS:
+        value = keys.get(key)
+        if isinstance(value, list) and len(value) == keys.get("block_count") and value == value[:1] * len(value):
+            result[key] = value[0]
+    return result
 
-    def is_readable(kind: Any) -> bool:
-        try:
-            gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
-        except NotImplementedError:
-            return False
-        return True
 
-    return {
-        int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind])
-        for kind in gguf.GGMLQuantizationType
-        if kind in gguf.GGML_QUANT_SIZES and (kind.name in _PLAIN or is_readable(kind))
-    }
+def _check_name(path: Path, keys: Mapping[str, Any], parts: Mapping[str, list[str]]) -> None:
+    """For a file that is no part of another by its header: whether its name says otherwise."""
+    if (part := named_as_part(path)) is None:
+        return
+    layers = keys.get("block_count")
+    count = len(parts) - ("lm_head.weight" in parts)
+    if type(layers) is not int or count != 2 + len(_LAYER_PARTS) * layers:
+        raise ValueError(
+            f"{path}: {part}, by its name, but its header does not say so: another program than gguf-split has cut it; "
+            "join the pieces as that program does, or download the whole file"
+        )
+    warnings.warn(f"{path}: {part}, by its name, but it holds a whole model: other parts are not read", stacklevel=4)
 
 
 def _wrong_types(values: Mapping[str, Any], kinds: Mapping[str, _Kind], prefix: str = "") -> list[str]:
@@ -193,13 +207,18 @@ def _key_problems(keys: Mapping[str, Any], architecture: str, table: Mapping[str
         found.append(f"{len(table)} tensors cannot be those of {keys['block_count']} layers")
     factors = [name for name in (_SHORT_FACTORS, _LONG_FACTORS) if name in table]
     scaling, original = keys.get("rope.scaling.type"), keys.get("rope.scaling.original_context_length")
-    if scaling not in (None, "none", "longrope") or (scaling == "none" and factors):
-        found.append(f"{prefix}rope.scaling.type is {scaling!r}, only LongRoPE with its factors is supported")
-    if factors and (len(factors) < 2 or original is None):
-        found.append("LongRoPE needs both factor tensors and rope.scaling.original_context_length")
+    if scaling not in (None, "none", "linear", "longrope"):
+        found.append(f"{prefix}rope.scaling.type is {scaling!r}, only none, linear and longrope are supported")
+    if len(factors) == 1:
+        found.append(f"LongRoPE needs both factor tensors, and only {factors[0]} is there")
     # Some converters lose the factors of a LongRoPE checkpoint: what remains is another model.
     extended = original is not None and original < keys.get("context_length", 0)
-    if not factors and (extended or scaling == "longrope" or keys.get("rope.scaling.attn_factor", 1.0) != 1.0):
+    divided = _ROPE_FACTORS in table or _linear_factor(keys) != 1
+    if factors and divided:
+        found.append("LongRoPE's factors and others, or rope.scaling.factor, are both given: only one is supported")
+    if not factors and (
+        (extended and not divided) or scaling == "longrope" or keys.get("rope.scaling.attn_factor", 1.0) != 1.0
+    ):
         found.append("the keys speak of LongRoPE but the tensors of its factors are missing; convert the model again")
     if not found:
         found += _head_problems(keys, architecture)
@@ -219,37 +238,19 @@ def _head_problems(keys: Mapping[str, Any], architecture: str) -> list[str]:
     return []
 
 
-def _tensor_problems(
-    parts: Mapping[str, list[str]], table: Mapping[str, GgufTensor], kinds: Mapping[int, tuple[str, int, int]]
-) -> list[str]:
+def _tensor_problems(parts: Mapping[str, list[str]], table: Mapping[str, GgufTensor]) -> list[str]:
     found = []
-    used = {_LONG_FACTORS, _SHORT_FACTORS, *(name for names in parts.values() for name in names)}
+    used = {_LONG_FACTORS, _SHORT_FACTORS, _ROPE_FACTORS, *(name for names in parts.values() for name in names)}
     if unknown := sorted(table.keys() - used):
         found.append(f"tensors that a Phi-3 decoder does not have: {unknown[:8]} ({len(unknown)} in all)")
-    if unsupported := {name: tensor.kind for name, tensor in table.items() if tensor.kind not in kinds}:
-        some = {name: _kind_name(kind) for name, kind in list(unsupported.items())[:8]}
+    if unsupported := unsupported_kinds(table):
+        some = dict(list(unsupported.items())[:8])
         found.append(
             f"tensors of unsupported types {some} ({len(unsupported)} in all): convert it, for example to Q8_0"
         )
-    if len(table.get("token_embd.weight", GgufTensor((), 0, 0)).shape) != 2:
+    if "token_embd.weight" not in table or len(table["token_embd.weight"].shape) != 2:
         found.append("there is no matrix token_embd.weight")
     return found
-
-
-def _kind_name(kind: int) -> str:
-    import gguf
-
-    return gguf.GGMLQuantizationType(kind).name if kind in set(gguf.GGMLQuantizationType) else f"number {kind}"
-
-
-def _check_extents(path: Path, table: Mapping[str, GgufTensor], kinds: Mapping[int, tuple[str, int, int]]) -> None:
-    size = path.stat().st_size
-    for name, tensor in table.items():
-        kind, block, block_bytes = kinds[tensor.kind]
-        if not tensor.shape or tensor.shape[-1] % block:
-            raise damaged(path, f"{name} {list(tensor.shape)} is not made of whole {kind} blocks of {block}")
-        if tensor.offset + math.prod(tensor.shape) // block * block_bytes > size:
-            raise damaged(path, f"{name} ends beyond byte {size}, the end of the file")
 
 
 def _config(
@@ -292,16 +293,40 @@ def _share(rotary_dim: int, head_dim: int) -> float:
     return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)
 
 
+def _linear_factor(keys: Mapping[str, Any]) -> float:
+    """What all frequencies are divided by; 0 and 1 mean the same, and the second name is an old one."""
+    if keys.get("rope.scaling.type") == "none":
+        return 1.0
+    return keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)) or 1.0
+
+
 def _long_rope(path: Path, keys: Mapping[str, Any], table: Mapping[str, GgufTensor]) -> LongRope | None:
-    if _SHORT_FACTORS not in table:
+    """LongRoPE's factors; or divisors that are the same at every length, which is LongRoPE with equal ones."""
+    original = keys.get("rope.scaling.original_context_length", keys["context_length"])
+    if _SHORT_FACTORS in table:
+        if "rope.scaling.original_context_length" not in keys:
+            warnings.warn(
+                f"{path}: rope.scaling.original_context_length is missing: as in llama.cpp, it is the context length, "
+                f"{original}, so that LongRoPE's long factors are not used within it",
+                stacklevel=5,
+            )
+        short, long = (_factors(table[name]) for name in (_SHORT_FACTORS, _LONG_FACTORS))
+        factor = keys.get("rope.scaling.attn_factor")
+        attention_factor = None if factor is None else _shortest(factor)
+        return LongRope(short, long, original, attention_factor=attention_factor)
+    linear = _shortest(_linear_factor(keys))
+    head_dim = keys.get("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
+    # A damaged number can be very large; `Phi3Config` compares the length of the list with the size of a head.
+    pairs = min(keys.get("rope.dimension_count", head_dim) // 2, 1 << 16)
+    divisors = _factors(table[_ROPE_FACTORS]) if _ROPE_FACTORS in table else (1.0,) * pairs
+    divisors = tuple(divisor * linear for divisor in divisors)
+    if all(divisor == 1 for divisor in divisors):
         return None
-    short, long = (
-        tuple(_shortest(value) for value in _read_tensor(path, table[name]).ravel())
-        for name in (_SHORT_FACTORS, _LONG_FACTORS)
-    )
-    factor = keys.get("rope.scaling.attn_factor")
-    attention_factor = None if factor is None else _shortest(factor)
-    return LongRope(short, long, keys["rope.scaling.original_context_length"], attention_factor=attention_factor)
+    return LongRope(divisors, divisors, keys["context_length"], attention_factor=1.0)
+
+
+def _factors(tensor: GgufTensor) -> tuple[float, ...]:
+    return tuple(_shortest(value) for value in read_tensor(tensor).ravel())
 
 
 def _parts(layers: Any, architecture: str, table: Mapping[str, GgufTensor]) -> dict[str, list[str]]:
@@ -319,82 +344,9 @@ def _parts(layers: Any, architecture: str, table: Mapping[str, GgufTensor]) -> d
     return found
 
 
-def _source(
-    path: Path, parts: list[str], table: Mapping[str, GgufTensor], config: Phi3Config, permuted: bool
-) -> TensorSource:
-    """One tensor, of the rows of all parts in their order."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    rows = {name: count * config.head_dim for name, count in heads.items()} | {
-        "attn_v": config.num_key_value_heads * config.head_dim,
-        "ffn_gate": config.intermediate_size,
-        "ffn_up": config.intermediate_size,
-    }
-    stems = [part.split(".")[-2] for part in parts]
-    shapes, width = [table[part].shape for part in parts], table[parts[0]].shape[1:]
-    if len(parts) > 1 and shapes != [(rows[stem], *width) for stem in stems]:
-        raise damaged(path, f"{parts} of shapes {[list(shape) for shape in shapes]} do not fit the configuration")
-    dtypes = {_dtype(table[part]) for part in parts}
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-    kinds = [_tensor_kinds()[table[part].kind][0] for part in parts]
-    form = fused_form(kinds)
-
-    def ordered(array: np.ndarray, stem: str) -> np.ndarray:
-        return _half_split(array, heads[stem]) if permuted and stem in heads else array
-
-    def read() -> np.ndarray:
-        arrays = [
-            ordered(_read_tensor(path, table[part]).astype(dtype, copy=False), stem)
-            for part, stem in zip(parts, stems, strict=True)
-        ]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-    def quantized() -> IntegerRows | None:
-        if form is None:
-            return None
-        found = []
-        for part, stem, kind in zip(parts, stems, kinds, strict=True):
-            rows = unpack(kind, _raw_blocks(path, table[part]))
-            found.append(rows and rows.each(functools.partial(ordered, stem=stem)))
-        return fuse(found)
-
-    return TensorSource((sum(shape[0] for shape in shapes), *width), dtype.name, read, form, quantized)
-
-
-def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows in the order of interleaved rotary pairs (0, 1), (2, 3), ... -> pairs (0, d/2), (1, d/2 + 1), ..."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def _dtype(tensor: GgufTensor) -> np.dtype:
-    return _PLAIN.get(_tensor_kinds()[tensor.kind][0], np.dtype(np.float32))
-
-
-def _read_tensor(path: Path, tensor: GgufTensor) -> np.ndarray:
-    """One tensor as float32, or as the 16-bit type that it has."""
-    name = _tensor_kinds()[tensor.kind][0]
-    if name in _PLAIN:
-        return np.memmap(path, _PLAIN[name], "r", tensor.offset, tensor.shape)
-    return _dequantiser()(_raw_blocks(path, tensor), tensor.kind)
-
-
-def _raw_blocks(path: Path, tensor: GgufTensor) -> np.ndarray:
-    """A quantised tensor's bytes, row by row."""
-    _, block, block_bytes = _tensor_kinds()[tensor.kind]
-    *rows, width = tensor.shape
-    return np.memmap(path, np.uint8, "r", tensor.offset, (*rows, width // block * block_bytes))
-
-
-@functools.cache
-def _dequantiser() -> Callable[[np.ndarray, int], np.ndarray]:
-    import gguf
-
-    return lambda raw, kind: gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
-
-
 def _end_ids(path: Path, metadata: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
     named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    known = [t.id for t in tokenizer.added_tokens if t.content in _END_TEXTS] if tokenizer else []
-    ids = sorted({token_id for token_id in [*named, *known] if token_id is not None})
+    ids = sorted(end_ids([token_id for token_id in named if token_id is not None], tokenizer))
     if any(not 0 <= token_id < vocab_size for token_id in ids):
         raise damaged(path, f"ids {ids} that end a text, but an embedding of {vocab_size} rows")
     return tuple(ids)

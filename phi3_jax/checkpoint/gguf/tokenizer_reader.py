@@ -2,18 +2,17 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from phi3_jax.text import Tokenizer
-from phi3_jax.text.backends import SPACE_MARK, AddedToken, TokenizersEncoder, decoder_for
+from phi3_jax.text.added_tokens import AddedToken, is_hidden, is_special, template_text
+from phi3_jax.text.backends import SPACE_MARK, TokenizersEncoder, decoder_for
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")  # ids that have a key of their own
-_MARKER = re.compile(r"<\|\w+\|>")  # of roles, ends and padding, in all vocabularies of the family
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -75,17 +74,20 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     if add_bos and bos_id is None:
         raise ValueError(f"{path}: bos is to be added but there is no tokenizer.ggml.bos_token_id; set the key.")
+    eos_id = _token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens), path)
+    closes = metadata.get("tokenizer.ggml.add_eos_token", False)
     return Tokenizer(
         encoder=TokenizersEncoder(spec, added, path),
         new_decoder=decoder_for(spec["decoder"], path),
         pieces=tuple(None if t == UNUSED else token for token, t in zip(tokens, types, strict=True)),
         added_tokens=added,
         bos_id=bos_id,
-        eos_id=_token_id(metadata, "tokenizer.ggml.eos_token_id", len(tokens), path),
+        eos_id=eos_id,
         add_bos=add_bos,
         chat_template=metadata.get("tokenizer.chat_template"),
         source=path,
         document=spec,
+        closing=(eos_id,) if closes and eos_id is not None else (),
     )
 
 
@@ -99,15 +101,20 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         raise ValueError(
             f"{tokenizer.source}: only GGUF tokenizers are written anew; set Checkpoint.folder to copy it."
         )
-    added = [dataclasses.asdict(token) | {"normalized": False} for token in tokenizer.added_tokens]
-    opening = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
-    bos = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_id], "tokens": [tokenizer.bos_token]}
+    # What is special but not hidden is so by its name, which is read again.
+    added = [dataclasses.asdict(token) | {"special": token.hidden} for token in tokenizer.added_tokens]
+    for entry in added:
+        del entry["hidden"], entry["spelling"]
+        entry["normalized"] = False  # GGUF knows no other
+    opening, closing = [tokenizer.bos_token] * tokenizer.add_bos, [tokenizer.eos_token] * len(tokenizer.closing)
+    ids = {tokenizer.bos_token: tokenizer.bos_id, tokenizer.eos_token: tokenizer.eos_id}
+    before, behind = ([{"SpecialToken": {"id": name, "type_id": 0}} for name in names] for names in (opening, closing))
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     processor = {
         "type": "TemplateProcessing",
-        "single": [opening, *text],
-        "pair": [opening, *text, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {tokenizer.bos_token: bos},
+        "single": [*before, texts[0], *behind],
+        "pair": [*before, *texts, *behind],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in opening + closing},
     }
     document = {
         "version": "1.0",
@@ -116,7 +123,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": processor if tokenizer.add_bos else None,
+        "post_processor": processor if before or behind else None,
         **tokenizer.document,
     }
     settings = {
@@ -170,23 +177,22 @@ def _added_tokens(
     # has the same architecture name and no rstrip: its vocabulary is of the other kind, gpt2.
     phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
     named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _NAMED}
-    template = metadata.get("tokenizer.chat_template") or ""
-
-    def is_special(token_id: int, token: str, token_type: int) -> bool:
-        # Early files of Phi-3 mark <|end|> and others as user-defined; a user who types it would then end the turn.
-        marks = _MARKER.fullmatch(token) is not None or token in template
-        return token_type != USER_DEFINED or token_id in named or marks
-
-    return tuple(
-        AddedToken(
-            id=token_id,
-            content=token,
-            rstrip=phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
-            special=is_special(token_id, token, token_type),
-        )
-        for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True))
-        if token and token_type in (UNKNOWN, CONTROL, USER_DEFINED)
-    )
+    template = template_text(metadata.get("tokenizer.chat_template"))
+    added = []
+    for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        if token and token_type in (UNKNOWN, CONTROL, USER_DEFINED):
+            # Early files of Phi-3 mark <|end|> and others as user-defined; a user who types it would then end the turn.
+            hidden = is_hidden(token, token_type != USER_DEFINED or token_id in named)
+            added.append(
+                AddedToken(
+                    id=token_id,
+                    content=token,
+                    rstrip=phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
+                    special=is_special(token, hidden, template),
+                    hidden=hidden,
+                )
+            )
+    return tuple(added)
 
 
 def _token_id(metadata: Mapping[str, Any], key: str, rows: int, path: str) -> int | None:

@@ -61,8 +61,16 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         "add_bos_token": tokenizer.add_bos,
         **specific,
     }
-    if tokenizer.bos_id is not None:
-        keys["bos_token_id"] = tokenizer.bos_id
+    opening = tokenizer.opening or tuple(i for i in (tokenizer.bos_id,) if i is not None)
+    if len(opening) > 1 or tokenizer.closing not in ((), (tokenizer.eos_id,)):
+        raise ValueError(
+            f"{tokenizer.source}: it puts tokens around a text that are not one bos and one eos, for which GGUF has no "
+            "words; export without the tokenizer"
+        )
+    if opening:
+        keys["bos_token_id"] = opening[0]
+    if tokenizer.closing:
+        keys["add_eos_token"] = True
     if unknown is not None:
         keys["unknown_token_id"] = tokens.index(unknown)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
@@ -94,7 +102,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int, unknown: str | None, byte_level
         elif piece == unknown:
             kind = UNKNOWN
         elif token_id in added:
-            kind = CONTROL if added[token_id].special else USER_DEFINED
+            kind = CONTROL if added[token_id].hidden else USER_DEFINED
         else:
             kind = BYTE if not byte_level and _BYTE_PIECE.fullmatch(piece) else NORMAL
         tokens.append(piece)

@@ -87,7 +87,7 @@ def save_gguf(
         raise ValueError(f"{target}: llama.cpp's phi3 cannot compute this model: {'; '.join(problems)}")
     leaves = flax.traverse_util.flatten_dict(checkpoint.params, sep="/")
     if other := [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
-        raise ValueError(f"{other[0]} is no longer floats: load the checkpoint without `quantize` and `layout`")
+        raise ValueError(f"{other[0]} is no longer floats: load the checkpoint with layout='rows' and without quantize")
     metadata, remarks = _metadata(checkpoint)
     # Shapes first, for the table in the header; values are written later, one tensor at a time.
     plan = [(_gguf_name(name), *_layout(tensor.shape, kind)) for name, tensor in _tensors(checkpoint)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -136,9 +137,9 @@ class Packing:
         ours = (self.data[layer], self.scales[layer], None if self.mins is None else self.mins[layer])
         _call(self._library.phi3_pack_quantized, *map(_contiguous, (values, scales, mins)), *sizes, *ours)
 
-    def finish(self) -> PackedTensor:
+    def finish(self, to_device: Callable[[np.ndarray], jax.Array] = jax.device_put) -> PackedTensor:
         """The finished tensor; nothing may be put into it any more."""
-        leaves = [None if leaf is None else jax.device_put(leaf) for leaf in (self.data, self.scales, self.mins)]
+        leaves = [None if leaf is None else to_device(leaf) for leaf in (self.data, self.scales, self.mins)]
         return PackedTensor(jax.block_until_ready(leaves)[0], leaves[1], leaves[2], self.kind, self.shape)
 
 

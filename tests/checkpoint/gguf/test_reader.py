@@ -4,7 +4,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_files import TYPES, as_llama, as_phi3, split, variant, write
+from gguf_files import TYPES, as_llama, as_phi3, split, variant, vocabulary, write
 
 import phi3_jax
 from phi3_jax.checkpoint import named_tensors
@@ -62,6 +62,110 @@ def test_the_rotary_base_may_be_left_out_if_it_is_the_formats_default(tiny, tmp_
     path = write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", lambda keys: keys.pop("rope.freq_base"))
     assert tiny.config.rope_theta == 10000.0
     assert_same(phi3_jax.load(path), tiny)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope.scaling.type": "linear"},
+        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"rope.scaling.factor": 1.0, "rope.scale_linear": 0.0},
+        {"rope.scaling.factor": 0.0, "attention.layer_norm_epsilon": 1e-6, "tensor_data_layout": "reference"},
+        {"attention.head_count": [6, 6, 6], "attention.head_count_kv": [2] * 3, "feed_forward_length": [40] * 3},
+    ],
+)
+def test_defaults_written_out_and_lists_of_one_number_change_nothing(tiny, tmp_path, changes):
+    path = write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", lambda keys: keys.update(changes))
+    assert_same(phi3_jax.load(path), tiny)
+
+
+def test_every_optional_key_of_llama_cpp_may_be_absent(tiny, tmp_path):
+    """head_count_kv is head_count, the size of a head embedding_length / head_count, all of it rotated, and so on."""
+    config = dataclasses.replace(
+        tiny.config, long_rope=None, sliding_window=None, num_attention_heads=3, num_key_value_heads=3
+    )
+    original = dataclasses.replace(tiny, config=config)
+    qkv = {"qkv_proj": {"weight": original.params["layers"]["self_attn"]["qkv_proj"]["weight"][:, :72]}}
+    o = {"o_proj": {"weight": original.params["layers"]["self_attn"]["o_proj"]["weight"][:, :, :24]}}
+    layers = original.params["layers"] | {"self_attn": qkv | o}
+    original = dataclasses.replace(original, params=original.params | {"layers": layers})
+    optional = ("head_count_kv", "key_length", "value_length", "sliding_window")
+
+    def change(keys):
+        for key in [*(f"attention.{name}" for name in optional), "rope.dimension_count", "rope.freq_base"]:
+            del keys[key]
+
+    for architecture, tensors in {"phi3": as_phi3(original), "llama": as_llama(original)}.items():
+        loaded = phi3_jax.load(write(tmp_path / f"{architecture}.gguf", original.config, tensors, architecture, change))
+        assert_same(loaded, original)
+
+
+def test_without_the_original_length_longropes_long_factors_are_not_used(tiny, tmp_path):
+    """llama.cpp's default of the original length is the context length."""
+    path = tmp_path / "x.gguf"
+    write(path, tiny.config, as_phi3(tiny), "phi3", lambda keys: keys.pop("rope.scaling.original_context_length"))
+    with pytest.warns(UserWarning, match=r"original_context_length is missing: as in llama\.cpp, .* 64"):
+        loaded = phi3_jax.load(path)
+    rope = dataclasses.replace(tiny.config.long_rope, original_max_position_embeddings=64)
+    assert loaded.config.long_rope == rope
+
+
+@pytest.mark.parametrize(
+    ("changes", "freqs", "expected"),
+    [
+        ({}, [1.0, 1.0, 2.5, 8.0], (1.0, 1.0, 2.5, 8.0)),
+        ({"rope.scaling.original_context_length": 16}, [1.0, 1.0, 1.0, 4.0], (1.0, 1.0, 1.0, 4.0)),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, None, (4.0,) * 4),
+        ({"rope.scale_linear": 4.0}, [1.0, 1.0, 2.0, 8.0], (4.0, 4.0, 8.0, 32.0)),
+        ({"rope.scaling.factor": 1.0}, [1.0] * 4, None),
+    ],
+)
+def test_divisors_of_the_rotary_frequencies(tiny, tmp_path, changes, freqs, expected):
+    """Llama 3's tensor and linear scaling are LongRoPE with one set of factors: llama.cpp's theta / factor."""
+    config = dataclasses.replace(tiny.config, long_rope=None, sliding_window=None)
+    original = dataclasses.replace(tiny, config=config)
+    tensors = as_llama(original) | ({"rope_freqs.weight": np.asarray(freqs, np.float32)} if freqs else {})
+    path = write(tmp_path / "x.gguf", original.config, tensors, "llama", lambda keys: keys.update(changes))
+    rope = phi3_jax.LongRope(expected, expected, 64, attention_factor=1.0) if expected else None
+    assert phi3_jax.load(path).config.long_rope == rope
+
+
+def test_the_key_of_the_vocabularys_size_counts_only_without_tokens(tiny, tmp_path):
+    def change(keys):
+        keys.update(vocabulary(97) | {"vocab_size": 96})
+
+    loaded = phi3_jax.load(write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", change))
+    assert loaded.config.vocab_size == loaded.tokenizer.vocab_size == 97
+
+
+def test_ids_of_a_sentencepiece_vocabulary_have_llama_cpps_defaults(tiny, tmp_path):
+    """0, 1 and 2 are unknown, bos and eos; other kinds of vocabularies have no such order."""
+    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(94))]
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 97,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * 94,
+    }
+    path = write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", lambda given: given.update(keys))
+    loaded = phi3_jax.load(path)
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (1, (2,))
+    assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (1, 2)
+    assert loaded.generation.eos_token_ids == (2,)
+    assert loaded.tokenizer.encode("a")[0] == 1
+    explicit = {f"tokenizer.ggml.{name}_token_id": i for name, i in {"bos": 5, "eos": 6, "unknown": 0}.items()}
+    path = write(tmp_path / "y.gguf", tiny.config, as_phi3(tiny), "phi3", lambda given: given.update(keys | explicit))
+    assert (phi3_jax.load(path).config.bos_token_id, phi3_jax.load(path).config.eos_token_id) == (5, (6,))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.uint64, np.int64])
+def test_numbers_of_any_width(tiny, tmp_path, kind):
+    def change(keys):
+        for key in ("block_count", "context_length", "attention.head_count_kv", "rope.dimension_count"):
+            keys[key] = kind(keys[key])
+        keys["rope.freq_base"] = np.float64(keys["rope.freq_base"])
+
+    assert_same(phi3_jax.load(write(tmp_path / "x.gguf", tiny.config, as_phi3(tiny), "phi3", change)), tiny)
 
 
 def test_longropes_attention_factor_is_taken_over(tiny, tmp_path):

@@ -1,12 +1,13 @@
 """GGUF files that cannot be loaded, and files that lie."""
 
+import dataclasses
 import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_files import as_llama, as_phi3, split, variant, write
+from gguf_files import as_llama, as_phi3, split, variant, vocabulary, write
 
 import phi3_jax
 from phi3_jax.checkpoint.gguf.header import read_header
@@ -19,21 +20,26 @@ from phi3_jax.checkpoint.gguf.reader import read_gguf
         (lambda keys: keys.pop("context_length"), "phi3.context_length is missing"),
         (lambda keys: keys.pop("block_count"), "phi3.block_count is missing"),
         (lambda keys: keys.update({"expert_count": 8}), r"unsupported keys \['phi3.expert_count'\]"),
-        (lambda keys: keys.update({"rope.scaling.type": "linear"}), "phi3.rope.scaling.type"),
+        (lambda keys: keys.update({"rope.scaling.type": "yarn"}), "phi3.rope.scaling.type is 'yarn'"),
+        (
+            lambda keys: keys.update({"rope.scaling.factor": 4.0}),
+            "LongRoPE's factors and others, or rope.scaling.factor",
+        ),
+        (lambda keys: keys.update({"rope.scale_linear": 0.5}), "LongRoPE's factors and others, or rope.scaling.factor"),
+        (lambda keys: keys.update({"attention.head_count_kv": [2, 2]}), "layers that differ"),
+        (lambda keys: keys.update({"feed_forward_length": [40, 40, 44]}), "layers that differ"),
         (lambda keys: keys.update({"attention.value_length": 4}), "keys of 8 and values of 4"),
         (lambda keys: keys.update({"attention.head_count": [6, 6, 3]}), "layers that differ"),
         (lambda keys: keys.update({"attention.head_count_kv": 4}), "not a multiple"),
         (lambda keys: keys.update({"block_count": 4}), r"missing tensors: model\.layers\.3"),
         (lambda keys: keys.update({"block_count": 10**9}), "cannot be those of 1000000000 layers"),
         (lambda keys: keys.update({"block_count": 2}), r"tensors that a Phi-3 decoder does not have: \['blk\.2"),
-        (lambda keys: keys.update({"split.count": 3}), "one of 3 parts"),
-        (lambda keys: keys.pop("rope.scaling.original_context_length"), "LongRoPE needs both factor tensors"),
+        (lambda keys: keys.update({"split.count": 3}), r"one of 3 parts, .* this one \.\.\.-00001-of-00003\.gguf"),
         (lambda keys: keys.update({"rope.dimension_count": 6}), "must list rotary_dim/2 = 3 numbers, not 4"),
         (lambda keys: keys.update({"tokenizer.ggml.model": "bert"}), "tokenizer.ggml.model is 'bert'"),
         (lambda keys: keys.update({"tokenizer.ggml.eot_token_id": 97}), r"ids \[97\] that end a text"),
         (lambda keys: keys.update({"vocab_size": 96}), "'vocab_size': 96} but an embedding of 97 rows"),
         (lambda keys: keys.update(vocabulary(96)), "'tokens': 96} but an embedding of 97 rows"),
-        (lambda keys: keys.update({"rope.scaling.type": "none"}), "phi3.rope.scaling.type is 'none'"),
         (lambda keys: keys.update({"attention.causal": False}), r"unsupported keys \['phi3.attention.causal'\]"),
         (
             lambda keys: keys.update({"expert_count": 8, "clamp": 1.0}) or keys.pop("context_length"),
@@ -55,6 +61,10 @@ def test_unknown_tensors_types_and_architectures(tiny, tmp_path):
     path = write(tmp_path / "b.gguf", tiny.config, tensors | {"output_norm.weight": np.ones(24, np.float64)}, "phi3")
     with pytest.raises(ValueError, match=r"tensors of unsupported types {'output_norm\.weight': 'F64'}"):
         phi3_jax.load(path)
+    short = {"rope_factors_short.weight": np.ones(4, np.float32)}
+    config = dataclasses.replace(tiny.config, long_rope=None)
+    with pytest.raises(ValueError, match="needs both factor tensors, and only rope_factors_short"):
+        phi3_jax.load(write(tmp_path / "d.gguf", config, tensors | short, "phi3"))
     path = write(tmp_path / "c.gguf", tiny.config, tensors, "mamba")
     with pytest.raises(ValueError, match="architecture 'mamba' cannot be loaded"):
         phi3_jax.load(path)
@@ -87,20 +97,6 @@ def test_parts_that_only_add_up_to_the_right_shape(tiny, tmp_path):
     path = write(tmp_path / "x.gguf", tiny.config, tensors, "phi3")
     with pytest.raises(ValueError, match=r"\[40, 24\], \[24, 24\], \[16, 24\]\] do not fit the configuration"):
         phi3_jax.load(path)
-
-
-def vocabulary(tokens: int) -> dict:
-    """A byte-level tokenizer's keys."""
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": ["<|endoftext|>", "ab", *(chr(i) for i in range(97, 95 + tokens))],
-        "tokenizer.ggml.token_type": [3] + [1] * (tokens - 1),
-        "tokenizer.ggml.merges": ["a b"],
-        **{f"tokenizer.ggml.{name}_token_id": 0 for name in ("bos", "eos", "eot", "unknown", "padding")},
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": "{{ messages }}",
-    }
 
 
 def test_keys_of_any_type_and_size_give_value_errors_only(tiny, tmp_path):

@@ -12,8 +12,9 @@ import sentencepiece
 import tokenizers
 from vocabularies import train_sentencepiece
 
-from phi3_jax.checkpoint.gguf.tokenizer_reader import _llama_spec, tokenizer_from_gguf
-from phi3_jax.text import Tokenizer
+from phi3_jax.checkpoint.gguf.tokenizer_reader import _llama_spec, tokenizer_from_gguf, write_tokenizer
+from phi3_jax.checkpoint.gguf.tokenizer_writer import tokenizer_metadata
+from phi3_jax.text import Tokenizer, load_tokenizer
 
 # ---------------------------------------------------------------- SmolLM2's published file
 
@@ -283,3 +284,32 @@ def test_markers_are_special_whatever_the_file_says_of_them():
         assert (token_id in tokenizer.encode(f"a{name}b")) != is_special, name
         assert token_id in tokenizer.encode(f"a{name}b", parse_special=True), name
         assert tokenizer.decode([token_id], skip_special_tokens=True) == ("" if is_special else name)
+
+
+def test_texts_that_are_closed_with_eos(tmp_path: Path) -> None:
+    """`add_eos_token`, also after it was written for Hugging Face and exported to GGUF again."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [*alphabet, "<s>", "</s>", "<|tool_call|>"],
+        "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 4],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True,
+    }
+    first = tokenizer_from_gguf(metadata, "x.gguf")
+    write_tokenizer(first, tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    second = load_tokenizer(tmp_path)
+    eos = {"tokenizer.ggml.eos_token_id": 257}  # which the model's file has among the ids that end an answer
+    third = tokenizer_from_gguf(tokenizer_metadata(second, 259) | eos, "y.gguf")
+    for tokenizer in (first, second, third):
+        assert tokenizer.encode("a") == library.encode("a").ids
+        assert tokenizer.encode("a")[-1] == 257
+        assert tokenizer.encode("a", add_eos=False) == library.encode("a").ids[:-1]
+        assert 258 not in tokenizer.encode("<|tool_call|>")
+        assert tokenizer.decode([258, 257], skip_special_tokens=True) == "<|tool_call|>"

@@ -39,6 +39,7 @@ def written(config, params, settings):
     return decoding.unroll(config, params, decoding.answer(config, params, state, last, settings), settings, STEPS)
 
 
+@pytest.mark.slow
 def test_unrolled_steps_are_those_of_the_loop(short):
     seeds = jnp.asarray([4, 5, 6], jnp.uint32)
     state = written(short.config, short.params, settings_of(seeds))

@@ -107,7 +107,7 @@ def test_errors_are_one_line_each_and_the_session_goes_on(small, tmp_path):
         "refuses these messages: not a word of that",
         "has 723 tokens, .*context of 600: /reset begins a new one",
         "not valid Unicode",
-        "unknown command /nonsense; there are /exit, /help, /load, /reset, /save, /system",
+        "unknown command /nonsense; there are /exit, /help, /load, /reset, /result, /save, /system",
         "/reset takes nothing after it",
         "give a file name",
         "taken.json: exists already",

@@ -73,7 +73,7 @@ def test_every_field_of_sampling_can_be_given(tmp_path: Path) -> None:
         ('{"messages": ["a"]}', "must be a list, not empty"),
         ('{"messages": [{"role": "user"}]}', "must be a list, not empty"),
         ('{"messages": [{"role": "user", "content": 1}]}', "must be a list, not empty"),
-        ('{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "must be a list, not empty"),
+        ('{"messages": [{"role": "user", "content": "a", "nome": "b"}]}', "must be a list, not empty"),
         ('{"prompt": "a", "id": null}', "id=null must be a text or a number"),
         ('{"prompt": "a", "id": true}', "id=true must be a text or a number"),
         ('{"prompt": "a", "id": [1]}', r"id=\[1\] must be a text or a number"),

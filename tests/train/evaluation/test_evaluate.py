@@ -13,6 +13,9 @@ from templates import PHI4_MINI, small_tokenizer
 from training_runs import CONFIG, write_data, write_model
 
 import phi3_jax
+from phi3_jax.infer import Options, generate
+from phi3_jax.kernels import why_unavailable
+from phi3_jax.train.data import Text
 from phi3_jax.train.evaluation import score as scoring
 from phi3_jax.train.evaluation.evaluate import (
     Accuracy,
@@ -169,7 +172,72 @@ def test_continuations(model):
         continuation(tokenizer, "ab ", " cd", 4)
 
 
+@pytest.fixture(scope="module")
+def integers(model, tmp_path_factory) -> dict[str, phi3_jax.Checkpoint]:
+    """int8 as the kernels read it, and in rows; without LongRoPE, so that texts may be scored piece by piece."""
+    folder, config = tmp_path_factory.mktemp("integers") / "model", dataclasses.replace(CONFIG, long_rope=None)
+    phi3_jax.save(phi3_jax.Checkpoint(config, model.params, None, phi3_jax.GenerationSettings()), folder)
+    return {layout: phi3_jax.load(folder, quantize="int8", layout=layout) for layout in ("packed", "rows")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_unavailable() is not None, reason=f"no kernels: {why_unavailable()}")
+def test_the_path_of_generation_is_what_generation_runs(model, integers, monkeypatch):
+    monkeypatch.setattr(scoring, "_LOGITS", 128)  # two rows of 64 tokens
+    rng = np.random.default_rng(3)
+    prompts, wanted = [rng.integers(0, 263, n).tolist() for n in (51, 33)], Options(logprobs=1, echo=True, room=192)
+    # Of floats, also what is reported while an answer is written, one token after another.
+    floats = dataclasses.replace(integers["rows"], params=model.params)
+    answers = generate(floats, prompts, 13, options=wanted)
+    texts = [prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)]
+    assert len(texts[0]) == CONFIG.max_position_embeddings  # all that a model can read
+    requests = [Request(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
+    found = score(floats, requests, path="generation")
+    assert [each.greedy for each in found] == [True, True]
+    for each, answer in zip(found, answers, strict=True):
+        np.testing.assert_allclose(each.logprobs, [entry.logprob for entry in answer.logprobs], atol=2e-4)
+    # Integers, read as a prompt: the very same numbers, and not those of exact activations.
+    packed, rows = integers["packed"], integers["rows"]
+    whole = [Request(text[:63], 0) for text in texts]
+    echoed = [answer.prompt_logprobs for answer in generate(packed, [each.ids for each in whole], 1, options=wanted)]
+    for read, each, exact in zip(echoed, score(packed, whole), score(rows, whole), strict=True):
+        assert each.logprobs.tolist() == [entry.logprob for entry in read[1:]]
+        assert 1e-3 < np.abs(each.logprobs - exact.logprobs).mean() < 0.2
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason=f"no kernels: {why_unavailable()}")
+def test_every_figure_is_of_the_path_that_is_asked_for(model, integers):
+    """Floats have the same figures by each path, integers others."""
+    tokenizer = model.tokenizer
+    packed, rows = (dataclasses.replace(integers[layout], tokenizer=tokenizer) for layout in ("packed", "rows"))
+    ids = np.array(tokenizer.encode(TEXT[:50]))
+    texts = [Text(ids, np.arange(len(ids)) > 20)]
+    measures = (
+        lambda model, path: perplexity(model, [TEXT[:50]], 48, 30, path=path).loss,
+        lambda model, path: held_out_loss(model, texts, path=path).loss,
+        lambda model, path: score(model, [Request(ids, 30)], path=path)[0].logprobs.mean(),
+    )
+    for measure in measures:
+        exact, kernels = measure(rows, None), measure(packed, None)
+        assert measure(rows, "exact") == exact
+        assert measure(packed, "generation") == kernels
+        assert 1e-3 < abs(exact - kernels) < 0.2
+        floats = dataclasses.replace(rows, params=model.params)
+        assert measure(floats, "generation") == pytest.approx(measure(floats, None), abs=1e-5)
+    with pytest.raises(ValueError, match="packed weights have no exact path: load them with layout='rows'"):
+        accuracy(packed, QUESTIONS, path="exact")
+    with pytest.raises(ValueError, match="path='fast' is not one of exact, generation"):
+        accuracy(packed, QUESTIONS, path="fast")
+
+
 def test_what_cannot_be_computed(model):
+    with pytest.raises(ValueError, match="there are no questions to answer"):
+        accuracy(model, [])
+    with pytest.raises(ValueError, match=r"no tokenizer\.json or tokenizer\.model there; put one of them beside the w"):
+        accuracy(dataclasses.replace(model, tokenizer=None), QUESTIONS)
+    params = model.params | {"norm": {"weight": model.params["norm"]["weight"].at[3].set(np.nan)}}
+    with pytest.raises(ValueError, match="text 0: the model gives log-probabilities that are not finite"):
+        perplexity(dataclasses.replace(model, params=params), [TEXT], 50, 30)
     for window, stride in ((65, 3), (1, 1), (8, 8), (8, 0)):
         with pytest.raises(ValueError, match=f"window={window}, stride={stride}: needs 1 <= stride < window <= 64"):
             perplexity(model, [TEXT], window, stride)
@@ -237,10 +305,11 @@ def test_the_program(model, tmp_path):
     answers = HeldOutLoss(**figures["data"]["measured"])
     assert done.stdout.splitlines() == [
         f"t.txt: perplexity {surprise.perplexity:.4f}, loss {surprise.loss:.4f}, {surprise.bits_per_byte:.4f} bits per "
-        f"byte, {surprise.tokens} tokens",
-        f"d.jsonl: loss {answers.loss:.4f}, perplexity {answers.perplexity:.4f}, {answers.tokens} learned tokens",
+        f"byte, {surprise.tokens} tokens; exact path",
+        f"d.jsonl: loss {answers.loss:.4f}, perplexity {answers.perplexity:.4f}, {answers.tokens} learned tokens; "
+        "exact path",
         f"q.jsonl: accuracy {right.accuracy:.4f} +- {right.standard_error:.4f}, by character "
-        f"{right.accuracy_normalised:.4f}, 3 questions",
+        f"{right.accuracy_normalised:.4f}, 3 questions; exact path",
     ]
     # Compiled with all optimisations, which round otherwise.
     assert dataclasses.astuple(surprise) == pytest.approx(

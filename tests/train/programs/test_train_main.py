@@ -95,7 +95,8 @@ def steps_of(settings: Settings) -> set[int]:
     return {int(path.name) for path in folder.iterdir() if path.name.isdecimal()} if folder.exists() else set()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(program, whole, tmp_path, number):
     settings = dataclasses.replace(whole, output=str(tmp_path / "run"), save_every=1000, eval_every=1000, keep_best=0)
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -158,6 +158,7 @@ def test_a_run_in_parts_is_the_whole(whole, tmp_path):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_the_best_is_written_too_where_it_is_not_the_last(tmp_path):
     settings = write_run(tmp_path, lr=0.3, schedule="constant", warmup_steps=0, steps=2, eval_every=1)
     # Words are held out, and digits are learned.

@@ -1,0 +1,69 @@
+"""Adapters written in PEFT's format.
+
+The matrices have the names of Hugging Face's Phi-3, where q, k and v are fused, and gate and up. If the published base
+has them separately (Llama, and so the demo model), an adapter that is written here does not fit the published model,
+but the checkpoint that `phi3_jax.save` writes of it, which transformers loads as Phi-3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import flax.traverse_util
+import numpy as np
+
+from phi3_jax.adapters import Adapter, LoraConfig, adapter_shapes
+from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.atomic_write import new_folder
+from phi3_jax.checkpoint.peft.reader import PREFIX, WEIGHTS
+from phi3_jax.checkpoint.peft.settings import CONFIG
+from phi3_jax.config import Phi3Config
+from phi3_jax.model import tensor_names
+
+_PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+def save_adapter(
+    folder: str | os.PathLike[str], adapter: Adapter, lora: LoraConfig, config: Phi3Config, base_name: str
+) -> None:
+    """Writes an adapter that PEFT loads; the folder appears whole or not at all.
+
+    Args:
+      config: of the model that the adapter is for.
+      base_name: the model's name or folder, by which PEFT finds it.
+
+    Raises:
+      FileExistsError: the folder is there already.
+      OSError: there is not enough room for it.
+      ValueError: the adapter does not fit this model, or `lora`.
+    """
+    leaves = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items()}
+    if {path: leaf.shape for path, leaf in leaves.items()} != adapter_shapes(config, lora):
+        raise ValueError("the adapter's leaves are not those of the model and the LoraConfig that are given with it")
+    tensors = {
+        name: layer for path, leaf in leaves.items() for name, layer in zip(_names(path, len(leaf)), leaf, strict=True)
+    }
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+    }
+    with new_folder(Path(folder), sum(leaf.nbytes for leaf in leaves.values())) as partial:
+        safetensors_files.write_file(partial / WEIGHTS, tensors)
+        (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _names(path: str, layers: int) -> list[str]:
+    """PEFT's names of the tensors in one leaf, "layers/mlp/down_proj/a"."""
+    place, _, part = path.rpartition("/")
+    return [PREFIX + name for name in tensor_names(f"{place}/{_PARTS[part]}", layers)]

@@ -1,0 +1,68 @@
+"""Where the arrays of parameters are put; and what dtype="auto" and layout="auto" stand for there."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from phi3_jax.checkpoint.tensor_source import TensorSource
+from phi3_jax.kernels import why_unavailable
+from phi3_jax.model import DTYPES
+
+Layout = Literal["rows", "packed"]
+Place = jax.Device | Sharding
+# One place for all arrays, or a function of a parameter's path and the shape of its array; None: JAX's default device.
+Device = Place | Callable[[str, tuple[int, ...]], Place] | None
+Put = Callable[[np.ndarray], jax.Array]
+
+
+def put_function(device: Device, path: str) -> Put:
+    """A function that puts an array of the parameter at `path` where it belongs, straight from the host's memory."""
+    if device is None:
+        return jax.device_put
+
+    def put(array: np.ndarray) -> jax.Array:
+        place = device(path, array.shape) if callable(device) else device
+        try:
+            return jax.device_put(array, place)
+        except ValueError as error:
+            raise ValueError(f"{path} {list(array.shape)} cannot be put to {place}: {error}") from None
+
+    return put
+
+
+def platform(device: Device = None) -> str:
+    """The platform of a place, such as "cpu" or "gpu"; that of the default device for a function."""
+    if device is None or callable(device):
+        return jax.default_backend()
+    return _devices(device)[0].platform
+
+
+def auto_dtype(tensors: Iterable[TensorSource] = (), device: Device = None) -> str:
+    """The dtype that floats get: float32 on the CPU; elsewhere that of the matrices, or bfloat16 if it is not one."""
+    if platform(device) == "cpu":
+        return "float32"
+    found = {tensor.dtype for tensor in tensors if len(tensor.shape) == 2}
+    return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "bfloat16"
+
+
+def fastest_layout(device: Device = None) -> Layout:
+    """ "packed" for a single CPU with kernels that read it; else "rows"."""
+    spread = callable(device) or (device is not None and len(_devices(device)) > 1)
+    return "packed" if not spread and platform(device) == "cpu" and why_unavailable() is None else "rows"
+
+
+def known_layout(layout: str, device: Device = None) -> Layout:
+    """The layout of this name; "auto" is the fastest one. Raises ValueError if there is none."""
+    if layout not in ("auto", *typing.get_args(Layout)):
+        raise ValueError(f"layout={layout!r} is not 'auto', 'rows' or 'packed'")
+    return fastest_layout(device) if layout == "auto" else typing.cast(Layout, layout)
+
+
+def _devices(place: Place) -> list[jax.Device]:
+    return list(place.device_set) if isinstance(place, Sharding) else [place]

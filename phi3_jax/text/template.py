@@ -1,0 +1,199 @@
+"""A chat template: a jinja2 program from a file that somebody else wrote.
+
+It runs in jinja2's sandbox, with bounded sizes, and sees plain data only: text, numbers, lists and dicts.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+
+from phi3_jax.text.tokenizer import Tokenizer
+
+MAX_TEMPLATE_CHARACTERS = 100_000
+MAX_GENERATED_CHARACTERS = 1_000_000  # written by the template itself, on top of the messages
+
+# Code points that Unicode reserves for a program's own use; real text does not contain them.
+NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+
+_DEFUSE = "phi3_jax defuse"  # no name that a template could write
+_SEARCHING = frozenset(  # methods of text whose first argument is looked for in it
+    ["split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "rindex"]
+).union(["replace", "count", "removeprefix", "removesuffix"])
+
+
+def render(
+    tokenizer: Tokenizer, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None
+) -> str:
+    """What the checkpoint's template writes.
+
+    Args:
+        variables: the names that the template may use, on top of bos_token and eos_token.
+        characters: how long the texts in them are.
+        defuse: what was done to these texts. What the template searches in them is then treated alike.
+
+    Raises:
+        ValueError: no template, or one that fails or refuses the messages.
+    """
+    source = require_template(tokenizer)
+    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    variables = {name: token for name, token in names.items() if token} | variables | {_DEFUSE: defuse}
+    room = MAX_GENERATED_CHARACTERS + characters
+    chunks = []
+    try:
+        for chunk in _compile(source).generate(variables):
+            chunks.append(chunk)
+            room -= len(chunk)
+            if room < 0:
+                raise jinja2.TemplateError(f"more than {MAX_GENERATED_CHARACTERS} characters written")
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"{tokenizer.source}: syntax error in the chat template, line {error.lineno}: {error}"
+        ) from error
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{tokenizer.source}: the chat template refuses these messages: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{tokenizer.source}: the chat template fails on these messages: {error!r}") from error
+    return "".join(chunks)
+
+
+def require_template(tokenizer: Tokenizer) -> str:
+    """The template's source. Raises ValueError if there is none."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.source}: the checkpoint has no chat template; "
+            "put one into chat_template.jinja beside the tokenizer, or encode plain text."
+        )
+    return tokenizer.chat_template
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What a template speaks of.
+
+    Attributes:
+        variables: names that it takes from outside.
+        fields: names of fields that it may read, from messages or from anything else.
+        compared: texts that it compares something with, among them the roles that it knows by name.
+        writes_json: whether it has a use of the filter `tojson`.
+    """
+
+    variables: frozenset[str]
+    fields: frozenset[str]
+    compared: frozenset[str]
+    writes_json: bool
+
+
+@lru_cache(maxsize=8)
+def vocabulary(source: str) -> Vocabulary:
+    """What a template speaks of. One that cannot be parsed says nothing: `render` explains why."""
+    try:
+        # One tree for each question: the first changes its own, by folding constants.
+        undeclared = jinja2.meta.find_undeclared_variables(_environment().parse(source))
+        tree = _environment().parse(source)
+    except jinja2.TemplateError:
+        return Vocabulary(frozenset(), frozenset(), frozenset(), False)
+
+    nodes = jinja2.nodes
+
+    def texts(*roots: jinja2.nodes.Node) -> frozenset[str]:
+        consts = [const for root in roots for const in (root, *root.find_all(nodes.Const))]
+        return frozenset(c.value for c in consts if isinstance(c, nodes.Const) and isinstance(c.value, str))
+
+    got = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) == "get"]
+    return Vocabulary(
+        variables=frozenset(undeclared),
+        fields=texts(*got, *(node.arg for node in tree.find_all(nodes.Getitem)))
+        | frozenset(node.attr for node in tree.find_all(nodes.Getattr)),
+        compared=texts(*tree.find_all(nodes.Compare), *(pair.key for pair in tree.find_all(nodes.Pair))),
+        writes_json=any(node.name == "tojson" for node in tree.find_all(nodes.Filter)),
+    )
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox; `'a' * 10**11` is refused too, before it is computed."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        size = 1
+        for value in (left, right):
+            size *= len(value) if isinstance(value, str | list | tuple) else abs(value)
+        if operator == "**" or size > MAX_GENERATED_CHARACTERS:
+            raise jinja2.TemplateError(f"the result of {operator} would be too large")
+        return left * right
+
+    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        # content.split('</think>') has to find the string where it is a special token and was defused in the content.
+        text = getattr(__obj, "__self__", None)
+        if args and isinstance(args[0], str) and isinstance(text, str) and __obj.__name__ in _SEARCHING:
+            defused = _defused(__context, args[0])
+            args = (defused if defused in text else args[0], *args[1:])
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+@jinja2.pass_context
+def _defused(context: jinja2.runtime.Context, value: Any) -> Any:
+    defuse = context.get(_DEFUSE)
+    return defuse(value) if defuse is not None and isinstance(value, str) else value
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what an assistant wrote, for training; here it is plain text."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 wants a set)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> _Sandbox:
+    """The environment that Hugging Face chat templates expect."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
+    environment.filters.update(tojson=_to_json, _defused=_defused)
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    del environment.globals["lipsum"]  # generates filler text of any length
+    return environment
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    if len(source) > MAX_TEMPLATE_CHARACTERS:
+        raise jinja2.TemplateError(f"it has {len(source)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
+    environment = _environment()
+    tree = environment.parse(source)
+    for comparison in tree.find_all(jinja2.nodes.Compare):  # '</think>' in content: as in `_Sandbox.call`
+        literal, [first, *_] = comparison.expr, comparison.ops
+        if isinstance(literal, jinja2.nodes.Const) and first.op in ("in", "notin"):
+            comparison.expr = jinja2.nodes.Filter(literal, "_defused", [], [], None, None, lineno=literal.lineno)
+    code = environment.compile(tree)
+    return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Replaces jinja2's own filter, which escapes HTML: chat templates expect plain JSON."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    if ensure_ascii:  # but a noncharacter may be the mark of `Literals`, which is dropped later, and not if escaped
+        text = re.sub(r"[^\x00-\x7f\ufdd0-\ufdef]", lambda match: json.dumps(match[0])[1:-1], text)
+    return text
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
