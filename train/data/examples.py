@@ -14,7 +14,6 @@ from phi3_jax.text import Tokenizer, encode_answers, encode_chat, encode_spans
 
 from ..settings import Settings
 from .forms import Chat, Plain, read_form
-from .messages import MORE_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,8 @@ def read_record(record: dict[str, Any], tokenizer: Tokenizer, settings: Settings
 
 
 def _encode_chat(tokenizer: Tokenizer, chat: Chat, loss_on: str) -> Text:
-    messages, more = [each.fields for each in chat.messages], _for_template(chat)
+    messages = [each.fields for each in chat.messages]
+    more: dict[str, Any] = {"tools": chat.tools, "template_options": chat.options}
     learned = [each.learned for each in chat.messages if each.is_answer]
     if loss_on == "all" and all(learned):
         with warnings.catch_warnings():
@@ -92,15 +92,6 @@ def _encode_chat(tokenizer: Tokenizer, chat: Chat, loss_on: str) -> Text:
     for (begin, end), is_learned in zip(answers, learned, strict=True):
         text.learned[begin:end] &= is_learned
     return text
-
-
-def _for_template(chat: Chat) -> dict[str, Any]:
-    """What encode_chat and encode_answers are to know beside the messages."""
-    more = {key for each in chat.messages for key in MORE_KEYS if key in each.fields}
-    more |= {name for name in ("tools", "options") if getattr(chat, name)}
-    if more:
-        raise ValueError(f"it has {', '.join(sorted(more))}, which chats cannot be rendered with yet")
-    return {}
 
 
 def _encode_plain(tokenizer: Tokenizer, plain: Plain, settings: Settings) -> Text:

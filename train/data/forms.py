@@ -170,8 +170,7 @@ class _Line:
         self.used.add(name)
         if name in _CHATS[1:]:
             self.notes.converted.add(f"{name} -> messages")
-        value = self.fields[name]
-        return read_messages([value] if isinstance(value, dict) else value, name, self.notes)
+        return read_messages(self.fields[name], name, self.notes)
 
     def _string(self, name: str) -> str:
         self.used.add(name)
@@ -219,7 +218,8 @@ class _Line:
                 raise ValueError(f"it has {name}, which this model cannot read; without the field, its text is learned")
         if self.fields.get("chat_template"):
             raise ValueError("it has a chat_template; the checkpoint's own is used, so remove the field")
-        if isinstance(self.fields.get("label"), bool) and {"completion", *_CHATS} & self.fields.keys():
+        is_verdict = str(self.fields.get("label")).lower() in ("true", "false")  # a csv has it as text
+        if is_verdict and {"completion", *_CHATS} & self.fields.keys():
             raise ValueError(
                 "its label says whether the answer is wanted (KTO), which is not learned; keep the lines with true and "
                 "remove the field"

@@ -45,15 +45,28 @@ class Message:
 
 
 def read_messages(value: Any, name: str, notes: Notes) -> list[Message]:
-    """The messages of a field of a line: role and content, or ShareGPT's from and value; a list, or that as JSON.
+    """The messages of a field of a line: role and content, or ShareGPT's from and value; a list, one, or that as JSON.
 
     Raises:
       ValueError: it has another shape; names the message.
     """
     value = from_json(value, name, notes)
+    if isinstance(value, dict):
+        value = _columns(value, name, notes)
     if not isinstance(value, list):
         raise ValueError(f"{name} is not a list but {type(value).__name__}")
     return [_message(each, f"{name}[{index}]", name, notes) for index, each in enumerate(value)]
+
+
+def _columns(value: dict[str, Any], name: str, notes: Notes) -> list[Any]:
+    """One message as a list; or a list for each key, as `datasets` gives a sequence of objects -> the messages."""
+    columns = present(value)
+    if not isinstance(columns.get("role", columns.get("from")), list):
+        return [value]
+    if len({len(each) if isinstance(each, list) else -1 for each in columns.values()}) != 1:
+        raise ValueError(f"{name} has lists of different lengths for its keys {sorted(columns)}")
+    notes.converted.add(f"{name} as a list for each key -> messages")
+    return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
 
 
 def from_json(value: Any, name: str, notes: Notes) -> Any:
@@ -83,9 +96,10 @@ def _message(value: Any, place: str, name: str, notes: Notes) -> Message:
     role = fields.get("role")
     if not isinstance(role, str):
         raise ValueError(f'{place} is {value!r}, without a role; write {{"role": ..., "content": ...}}')
-    if role in _ROLES:
-        fields["role"] = _ROLES[role]
-        notes.converted.add(f"role {role} -> {_ROLES[role]}")
+    known = role.lower() if role.lower() in ("user", "assistant", "system", "tool") else role
+    fields["role"] = _ROLES.get(role.lower(), known)
+    if fields["role"] != role:
+        notes.converted.add(f"role {role} -> {fields['role']}")
     if role == "function_call":
         fields |= {"tool_calls": [_call(fields.pop("content", None), place)]}
     if call := fields.pop("function_call", None):

@@ -142,6 +142,8 @@ def _by_name(data: Sequence[str]) -> dict[str, list[str]]:
 def _require_all_shards(source: str, names: Sequence[str]) -> None:
     """A part of a data set is not taken for the whole."""
     for name in names:
+        if re.search(r"(^|/)partial-", name):  # the hub's own conversions to parquet stop at some size
+            raise FileNotFoundError(f"{source}: {name} is only a part of this split; name hf://datasets/... to have it")
         if shard := _SHARD.fullmatch(name):
             expected = {f"{shard[1]}-{number:05}-of-{shard[3]}{shard[4]}" for number in range(int(shard[3]))}
             alike = [each for each in names if each.startswith(f"{shard[1]}-") and f"-of-{shard[3]}" in each]

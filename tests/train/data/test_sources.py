@@ -79,6 +79,7 @@ def test_files_of_a_split(names, card, parts, expected):
         (NAMES, [{"data_files": {"train": "a"}}], [], "its card lists data_files in an unknown way"),
         (NAMES, [{"data_files": [3]}], [], "its card lists data_files in an unknown way"),
         (SHARDS[1:], [], ["train_sft"], "only 1 of 00002 files like data/train_sft-00000-of-00002.parquet are there"),
+        (["default/partial-train/0000.parquet"], [], [], "is only a part of this split"),
         (["load.py", "README.md"], [], [], "has no file of .* but a script; owner/name@refs/convert/parquet may"),
     ],
 )
