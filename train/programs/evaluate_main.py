@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from phi3_jax.command_line.progress import progress_bar
 from ..evaluation.evaluate import Accuracy, HeldOutLoss, Perplexity, accuracy, held_out_loss, perplexity
 from ..evaluation.files import read_data, read_questions, read_texts
 from ..evaluation.score import PATHS, usual_path
+from ..evaluation.score import Path as ScoringPath
 
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -64,7 +66,7 @@ def main() -> int:
     if _DATA.value and not Path(_DATA.value).is_file():  # before the model is loaded, with the tokenizer that reads it
         raise FileNotFoundError(f"{_DATA.value}: no such file; give one of JSON lines")
     checkpoint = _load()
-    path = _PATH.value or usual_path(checkpoint)
+    path = usual_path(checkpoint) if _PATH.value is None else typing.cast(ScoringPath, _PATH.value)
     limit = checkpoint.config.max_position_embeddings
     data = read_data(_DATA.value, require_tokenizer(checkpoint), limit) if _DATA.value else []
     figures: dict[str, Any] = {"path": path}
