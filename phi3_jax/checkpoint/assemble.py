@@ -159,6 +159,7 @@ def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     require_floats({path: leaf for path, leaf in leaves.items() if not is_packed[path]})
     for path, leaf in leaves.items():
         layers = leaf.shape[0] if path.startswith("layers/") else 1
+        stack: Iterator[np.ndarray]
         if is_packed[path]:
             stack = (np.asarray(leaf.dequantize(jnp.int32(i)).astype(jnp.bfloat16)) for i in range(layers))
         else:

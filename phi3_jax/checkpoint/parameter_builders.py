@@ -53,6 +53,7 @@ class FloatBuilder:
     def finish(self, to_device: Put = jax.device_put) -> jax.Array:
         """See `ParameterBuilder`."""
         array, self._array = self._array, None
+        assert array is not None  # nothing is finished twice
         return to_device(array)
 
 

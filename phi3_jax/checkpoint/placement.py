@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -15,9 +15,9 @@ from phi3_jax.kernels import why_unavailable
 from phi3_jax.model import DTYPES
 
 Layout = Literal["rows", "packed"]
-Place = jax.Device | Sharding
+Place: TypeAlias = jax.Device | Sharding
 # One place for all arrays, or a function of a parameter's path and the shape of its array; None: JAX's default device.
-Device = Place | Callable[[str, tuple[int, ...]], Place] | None
+Device: TypeAlias = Place | Callable[[str, tuple[int, ...]], Place] | None
 Put = Callable[[np.ndarray], jax.Array]
 
 

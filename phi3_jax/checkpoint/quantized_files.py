@@ -168,9 +168,10 @@ def _wanted(form: _Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, .
     if form.kind not in BITS:
         return {"floats": (shape, DTYPES[form.kind])}
     groups = -(-shape[-1] // form.group)
-    values = ((*shape[:-1], groups * form.group * BITS[form.kind] // 8), np.dtype(np.uint8))
     scales = ((*shape[:-1], groups), np.dtype(np.float16))
-    return {"values": values, "scales": scales} | ({} if form.symmetric else {"mins": scales})
+    values = ((*shape[:-1], groups * form.group * BITS[form.kind] // 8), np.dtype(np.uint8))
+    found: dict[str, tuple[tuple[int, ...], np.dtype]] = {"values": values, "scales": scales}
+    return found if form.symmetric else found | {"mins": scales}
 
 
 def _leaf(form: _Form, shape: tuple[int, ...], mapped: dict[str, np.ndarray], packed: bool, put: Put) -> Any:

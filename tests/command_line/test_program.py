@@ -1,5 +1,7 @@
 """What every program does, tried on one of them."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -22,3 +24,27 @@ def test_the_version_is_told_before_flags_are_checked():
     done = export("--version")  # --output is required
     assert done.returncode == 0
     assert done.stdout.startswith(f"phi3-export {phi3_jax.__version__} (jax ")
+
+
+def test_a_reader_that_has_left_ends_the_program_without_a_word():
+    """As in `phi3-export --help | head -1`, when the reader is gone before anything is written, or after it."""
+    command = [sys.executable, "-m", "phi3_jax.infer.programs.export_main", "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as gone:
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    script = (
+        "from phi3_jax.command_line.program import run_program\n"
+        "def main():\n"
+        "    for _ in range(100_000): print('word')\n"
+        "    return 0\n"
+        "run_program('phi3-words', main, {})\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "word\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 128 + signal.SIGPIPE

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..data import find_files
 from ..evaluation.evaluate import Accuracy, HeldOutLoss, Perplexity, accuracy, held_out_loss, perplexity
 from ..evaluation.files import read_data, read_questions, read_texts
 from ..evaluation.score import PATHS, usual_path
+from ..evaluation.score import Path as ScoringPath
 
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -67,7 +69,7 @@ def main() -> int:
     if _DATA.value:
         find_files(_DATA.value)  # raises before the model is loaded, with the tokenizer that reads it
     checkpoint = _load()
-    path = _PATH.value or usual_path(checkpoint)
+    path = usual_path(checkpoint) if _PATH.value is None else typing.cast(ScoringPath, _PATH.value)
     limit = checkpoint.config.max_position_embeddings
     data = []
     if _DATA.value:

@@ -326,3 +326,26 @@ def test_the_program(model, tmp_path):
     ):
         done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, check=False)
         assert (done.returncode, done.stderr) == (1, f"phi3-evaluate: {message}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_unavailable() is not None, reason=f"no kernels: {why_unavailable()}")
+def test_the_program_measures_what_generation_runs(tmp_path):
+    """Where weights are packed integers, unless the exact path is asked for; and it says which one it was."""
+    folder = write_model(tmp_path / "model")
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    command = [sys.executable, "-m", "phi3_jax.train.programs.evaluate_main", "--checkpoint", str(folder)]
+    command += ["--quantize", "int8", "--text", "t.txt", "--window", "40", "--json", "figures.json"]
+    losses = []
+    for more, path in (([], "generation"), (["--path", "exact"], "exact")):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith(f"; {path} path\n")
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert figures["path"] == path
+        losses.append(figures["text"]["measured"]["loss"])
+    layouts = (phi3_jax.load(folder, quantize="int8", layout=layout) for layout in ("packed", "rows"))
+    # Rounded activations are not rounded alike by programs that were compiled otherwise.
+    for found, model in zip(losses, layouts, strict=True):
+        assert found == pytest.approx(perplexity(model, [TEXT], 40).loss, abs=5e-3)
+    assert abs(losses[0] - losses[1]) > 1e-3

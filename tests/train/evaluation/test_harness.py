@@ -13,6 +13,7 @@ from training_runs import CONFIG
 import phi3_jax
 from phi3_jax.train.evaluation.evaluate import accuracy
 from phi3_jax.train.evaluation.files import Question
+from phi3_jax.train.evaluation.score import Score
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -60,6 +61,18 @@ def test_likelihoods(checkpoint, model):
     # 63 predictions in the first window, as many in the second; the last four with all that fits before them.
     expected = total(checkpoint, ids[:64], 1) + total(checkpoint, ids[63:127], 1) + total(checkpoint, ids[67:], 60)
     assert rolling == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_path_is_passed_on(checkpoint, model, monkeypatch):
+    from phi3_jax.train.evaluation import harness
+
+    asked = []
+    monkeypatch.setattr(harness, "score", lambda *_, path: asked.append(path) or [Score(np.zeros(1), True)])
+    for path in ("generation", "exact", None):
+        other = harness.HarnessModel(checkpoint, phi3_jax.infer.generate, path)
+        assert other.loglikelihood(instances("loglikelihood", ("ab", " cd"))) == [(0.0, True)]
+        assert other.loglikelihood_rolling(instances("loglikelihood_rolling", ("ab",))) == [0.0]
+    assert asked == [path for path in ("generation", "exact", None) for _ in range(2)]
 
 
 def test_answers(checkpoint, model):
