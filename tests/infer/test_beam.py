@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from spoiled import spoiled
 
 import phi3_jax
 from phi3_jax.infer import DraftModel, Options, PromptCache, PromptLookup, generate
@@ -308,3 +311,16 @@ def test_finds_a_more_likely_answer_than_greedy_decoding(demo):
     assert len({tuple(beam.token_ids) for beam in found}) == 4
     for beam in found:
         assert demo.tokenizer.encode(prompt + beam.text) == demo.tokenizer.encode(prompt) + beam.token_ids
+
+
+def test_numbers_that_are_none_end_the_search_of_their_prompt_only(tiny):
+    """At once, for a prompt that has token 5; and where a beam has come to a token that the model cannot read."""
+    prompts = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8]]
+    sound = beam_search(tiny, prompts, 6, beams=3)
+    for token, steps in ((5, 0), (sound[0][0].token_ids[2], 3)):
+        (failed,), (other, *_) = beam_search(spoiled(tiny, "embed_tokens", (token, 0), math.nan), prompts, 6, beams=3)
+        assert (failed.text, failed.token_ids, failed.finish_reason, failed.score) == ("", [], "error", -math.inf)
+        count = int(re.search("for token ([0-9]+) of the answer are not finite", failed.error)[1])
+        assert count == 1 if steps == 0 else 2 <= count <= steps + 1
+        if steps == 0:
+            assert other == sound[1][0]

@@ -146,3 +146,43 @@ def test_heads_padded_for_a_tpu_change_no_number(tiny, monkeypatch, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     np.testing.assert_allclose(logits(), expected, rtol=1e-5, atol=1e-5)
     assert head_dims == [tiny.config.head_dim, 128]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("window", "capacity", "pieces", "fits"),
+    [
+        (None, 8, [5, 3], True),
+        (None, 8, [5, 3, 1], False),
+        (None, 8, [8, 1], False),
+        (6, 6, [5, 1, 1, 1, 1, 1, 1, 1], True),  # a ring of the window's size takes tokens one by one
+        (6, 6, [5, 2], False),
+        (6, 8, [3, 3, 3, 3, 3], True),  # window + 3 - 1 slots for three at a time
+        (6, 7, [3, 3, 3], False),
+        (6, 8, [8, 1], True),
+    ],
+)
+def test_a_cache_that_is_too_small_gives_no_number(tiny, window, capacity, pieces, fits):
+    """Raised where positions are known, NaN inside of a compiled program, and only in the row that overflows."""
+    config = dataclasses.replace(tiny.config, sliding_window=window, long_rope=None, num_hidden_layers=1)
+    params = {**tiny.params, "layers": jax.tree.map(lambda leaf: leaf[:1], tiny.params["layers"])}
+    model, total = phi3_jax.Phi3(config), sum(pieces)
+    tokens = jnp.asarray(np.random.default_rng(8).integers(4, 97, (2, total)), jnp.int32)
+    expected = np.asarray(model.apply({"params": params}, tokens))
+    run = jax.jit(lambda tokens, positions, cache: model.apply({"params": params}, tokens, positions, cache=cache))
+    cache, begin = phi3_jax.KVCache.create(config, 2, capacity), 0
+    for size in pieces:
+        places = jnp.arange(begin, begin + size)
+        positions = jnp.stack([places, jnp.where(places < 2, places, -1)])  # the second row has two tokens
+        before, piece = cache, tokens[:, begin : begin + size]
+        logits, cache = run(piece, positions, cache)
+        begin += size
+        if begin < total or fits:
+            np.testing.assert_allclose(logits[0], expected[0, begin - size : begin], rtol=1e-4, atol=1e-4)
+    assert np.isnan(logits[0]).all() != fits
+    assert np.isfinite(logits[1]).all()
+    if not fits:
+        with pytest.raises(
+            ValueError, match=f"positions up to {total - 1} do not fit into a cache of {capacity} slots"
+        ):
+            model.apply({"params": params}, piece, positions, cache=before)

@@ -1,6 +1,7 @@
 """phi3-generate, in this process where only its answers matter, and started as a program where that does."""
 
 import json
+import math
 import os
 import pty
 import signal
@@ -12,6 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from cache_folders import own_cache
+from spoiled import spoiled, with_bytes
 
 import phi3_jax
 from phi3_jax.infer import Options, generate
@@ -248,6 +250,34 @@ def test_a_bad_line_is_found_before_anything_runs(program, batch, tmp_path, line
 def test_flags_that_contradict(program, args, message):
     with pytest.raises(ValueError, match=message):
         program(*args)
+
+
+@pytest.mark.slow
+def test_answers_that_end_with_an_error(tiny, program, monkeypatch, tmp_path, capfd):
+    """One prompt: an error, so exit code 1. A file: its line says so, the others are answered, and exit code 1."""
+    small = with_bytes(tiny, tmp_path)
+    (dog,) = set(small.tokenizer.encode("dog")) - set(small.tokenizer.encode("the cat"))
+    monkeypatch.setattr(phi3_jax, "load", lambda *_, **__: spoiled(small, "embed_tokens", (dog, 0), math.nan))
+    with pytest.raises(ValueError, match="not finite numbers: the weights may be damaged"):
+        program("--prompt", "the dog")
+    lines = [{"prompt": "the cat"}, {"prompt": "the dog"}, {"prompt": "cat", "banned_tokens": list(range(311))}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = ["--input", str(tmp_path / "in.jsonl"), "--max_new_tokens", "2", "--logprobs", "0"]
+    for beams in ([], ["--beams", "2"]):
+        if beams:
+            (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+            batch = batch[:4]
+        with flagsaver.flagsaver():
+            flags.FLAGS(["phi3-generate", *batch, "--output", str(tmp_path / f"out{len(beams)}.jsonl"), *beams])
+            assert generate_main.main() == 1
+        assert f"{1 if beams else 2} of {2 if beams else 3} answers ended with an error" in capfd.readouterr().err
+        written = lines_of(tmp_path / f"out{len(beams)}.jsonl")
+        assert [line["finish_reason"] for line in written] == ["length", "error", "error"][: len(written)]
+        assert "error" not in written[0]
+        assert "not finite" in written[1]["error"]
+        assert [line["token_ids"] for line in written[1:]] == [[]] * (len(written) - 1)
+        assert "null" not in (tmp_path / f"out{len(beams)}.jsonl").read_text()
+    assert "no token to pick" in lines_of(tmp_path / "out0.jsonl")[2]["error"]
 
 
 # The program itself.
