@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import typing
@@ -174,12 +175,15 @@ def options(checkpoint: phi3_jax.Checkpoint) -> Options:
 
 def tools() -> list[Any] | None:
     """The functions of --tools. Raises ValueError, with the file's name, if it holds something else."""
-    if TOOLS.value is None:
-        return None
+    return None if TOOLS.value is None else _read_tools(TOOLS.value)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_tools(path: str) -> list[Any]:
     try:
-        return read_tools(json.loads(read_text(TOOLS.value)))
+        return read_tools(json.loads(read_text(path)))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{TOOLS.value}: not a JSON file with a list of functions: {error}") from None
+        raise ValueError(f"{path}: not a JSON file with a list of functions: {error}") from None
 
 
 def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:

@@ -234,7 +234,7 @@ def _search(
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
     """The token ids of a request's prompt. Raises ValueError with the line's number, before anything runs."""
     tokenizer = require_tokenizer(checkpoint)
-    own = request.fields.keys() & {field.name for field in dataclasses.fields(Sampling)}
+    own = request.fields.keys() & {"tools", *(field.name for field in dataclasses.fields(Sampling))}
     if _BEAMS.value > 1 and own:
         raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")
     try:
@@ -246,6 +246,7 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
             raise ValueError('"tools" are for chats: give "messages", or --chat')
         else:
             ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value, add_eos=False)
+        common.grammar(_tools(request))  # raises if the line has no tools and --tool_choice=required
         SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

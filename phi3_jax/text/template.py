@@ -74,11 +74,9 @@ def for_chat(tokenizer: Tokenizer, has_tools: bool) -> Tokenizer:
     Raises:
         ValueError: there is no template.
     """
-    other = getattr(tokenizer, "tool_chat_template", None)
-    if has_tools and other is not None:
-        return dataclasses.replace(tokenizer, chat_template=other)
-    require_template(tokenizer)
-    return tokenizer
+    chosen = tokenizer.for_tools if has_tools else tokenizer
+    require_template(chosen)
+    return chosen
 
 
 def require_template(tokenizer: Tokenizer) -> str:

@@ -7,7 +7,7 @@ Cutting and decoding are the same code for every kind of file; only the encoder 
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -99,6 +99,11 @@ class Tokenizer:
         """Ids that `skip_special_tokens` hides."""
         return frozenset(token.id for token in self.added_tokens if token.hidden)
 
+    @cached_property
+    def for_tools(self) -> "Tokenizer":
+        """The same with the template that is for chats with tools, if the checkpoint has such a one."""
+        return self if self.tool_chat_template is None else replace(self, chat_template=self.tool_chat_template)
+
     def encode(
         self,
         text: str,
@@ -154,7 +159,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a sequence of ids; unused ids give nothing. Raises ValueError for an id outside [0, vocab_size)."""
         decoder, hidden = self.new_decoder(), self.special_ids if skip_special_tokens else frozenset()
-        pieces = [self.piece(token_id) for token_id in ids if operator.index(token_id) not in hidden]
+        pieces = [self._spelling(token_id) for token_id in ids if operator.index(token_id) not in hidden]
         return "".join([decoder.push(piece) for piece in pieces if piece is not None] + [decoder.flush()])
 
     def stream(self, *, skip_special_tokens: bool = False) -> "StreamDecoder":

@@ -8,6 +8,7 @@ Models write calls in many forms, all of them JSON:
     functools[{"name": ..., "arguments": {...}}]                       Phi-4-mini, with the prompt that others give it
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>           Hermes, Qwen
     [TOOL_CALLS] [{"name": ..., "arguments": {...}}]                   Mistral; also [TOOL_CALLS]name[ARGS]{...}
+    <function=name>{...}</function>                                    Llama 3
     <|python_tag|>{"name": ..., "parameters": {...}}                   Llama 3
     {"name": ..., "parameters": {...}} and [...], also in ```          nothing else in the answer; Llama 3, Phi-4
 """
@@ -29,12 +30,19 @@ _MARKERS = {
     "<tool_call>": ("</tool_call>",),
     "[TOOL_CALLS]": ("[/TOOL_CALLS]",),
     "<|python_tag|>": (),
+    "<function=": ("</function>",),
     "functools[": (),
 }
 _ALL_MARKERS = frozenset([*_MARKERS, *(end for ends in _MARKERS.values() for end in ends), "[ARGS]"])
 _OPENING = re.compile("|".join(map(re.escape, _MARKERS)))
-_MISTRAL_NAME = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*(?:\[ARGS\]\s*)?(?=\{)")
-_MISTRAL_NAME_BEGUN = re.compile(r"\s*([A-Za-z_][\w.-]*)?\s*(\[(A(R(G(S(\]\s*)?)?)?)?)?)?")
+# Markers behind which a name may stand, apart from the arguments: the whole of it, and its beginnings.
+_NAMED = {
+    "[TOOL_CALLS]": (
+        re.compile(r"\s*([A-Za-z_][\w.-]*)\s*(?:\[ARGS\]\s*)?(?=\{)"),
+        re.compile(r"\s*([A-Za-z_][\w.-]*)?\s*(\[(A(R(G(S(\]\s*)?)?)?)?)?)?"),
+    ),
+    "<function=": (re.compile(r"([A-Za-z_][\w.-]*)>\s*(?=\{)"), re.compile(r"([A-Za-z_][\w.-]*(>\s*)?)?")),
+}
 # The beginning of an answer that may be nothing but calls: its first key, or what there is of it so far.
 _BARE = re.compile(r'\s*(```(json)?\s*)?[\[\s]*\{\s*"(name|type|function|id|arguments|parameters)"')
 _BARE_BEGUN = re.compile(r'\s*(`{1,2}|```(j|js|jso|json)?\s*)?(\[[\[\s]*)?(\{\s*("\w*)?)?')
@@ -167,9 +175,10 @@ class ToolCallParser:
         fenced = _FENCED.fullmatch(self._text)
         text = fenced[1] if fenced else self._text.strip()
         try:
-            end, calls = _read_values(text, 0, (), is_over=True, strict=True)
+            end, values = _read_values(text, 0, (), is_over=True)
             if text[end:].strip(" \n\t;,"):
                 raise ValueError("more than calls")
+            calls = _calls(values, strict=True)
         except ValueError as error:
             if '"name"' in text and ('"arguments"' in text or '"parameters"' in text):
                 self._complain("the answer", error)
@@ -192,19 +201,19 @@ class _IncompleteError(Exception):
 def _read_marked(text: str, opening: str, is_over: bool) -> tuple[int, list[ToolCall]]:
     """The calls behind a marker, and where they end. Raises ValueError for anything else."""
     start = len(opening) - opening.endswith("[")  # the bracket of functools[ is a part of its list
-    if opening == "[TOOL_CALLS]":
-        if named := _MISTRAL_NAME.match(text, start):
-            end, value = _read_json(text, named.end(), is_over)
-            return end, [_call({"name": named[1], "arguments": value})]
-        if not is_over and _MISTRAL_NAME_BEGUN.fullmatch(text, start):
+    if opening in _NAMED:
+        whole, begun = _NAMED[opening]
+        if named := whole.match(text, start):
+            end, arguments = _read_values(text, named.end(), _MARKERS[opening], is_over)
+            return end, [_call({"name": named[1], "arguments": value}) for value in arguments]
+        if not is_over and begun.fullmatch(text, start):
             raise _IncompleteError
-    return _read_values(text, start, _MARKERS[opening], is_over)
+    end, values = _read_values(text, start, _MARKERS[opening], is_over)
+    return end, _calls(values)
 
 
-def _read_values(
-    text: str, start: int, closings: Iterable[str], is_over: bool, strict: bool = False
-) -> tuple[int, list[ToolCall]]:
-    """One JSON value after the other, and the closing marker."""
+def _read_values(text: str, start: int, closings: Iterable[str], is_over: bool) -> tuple[int, list[Any]]:
+    """One JSON value after the other, and where they end, the closing marker included."""
     end, value = _read_json(text, start, is_over)
     values = [value]
     while True:
@@ -212,13 +221,13 @@ def _read_values(
         follows = rest.lstrip()
         for closing in closings:
             if follows.startswith(closing):
-                return len(text) - len(follows) + len(closing), _calls(values, strict)
+                return len(text) - len(follows) + len(closing), values
             if closing.startswith(follows) and not is_over:
                 raise _IncompleteError
         next_value = re.match(r"\s*[,;]?\s*(\{|\[\s*\{|(\[\s*)?\Z)", rest)
         is_there = next_value is not None and next_value[1].endswith("{")
         if next_value is None or (is_over and not is_there):
-            return end, _calls(values, strict)
+            return end, values
         if not is_there:
             raise _IncompleteError
         end, value = _read_json(text, end + next_value.start(1), is_over)
@@ -256,7 +265,7 @@ def _loads(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _calls(values: list[Any], strict: bool) -> list[ToolCall]:
+def _calls(values: list[Any], strict: bool = False) -> list[ToolCall]:
     entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
     return [_call(entry, strict) for entry in entries]
 

@@ -31,6 +31,8 @@ CALLS: list[tuple[str, str, list[ToolCall]]] = [
     (f"x[TOOL_CALLS][{A}, {B}] y", "x y", [CALL_A, CALL_B]),
     ('[TOOL_CALLS]time[ARGS]{"zone": 1}[TOOL_CALLS]time{}', "", [ToolCall("time", {"zone": 1}), CALL_B]),
     (f"<|python_tag|>{PARAMETERS}", "", [CALL_A]),
+    ('<function=time>{"zone": 1}</function><function=time>{}', "", [ToolCall("time", {"zone": 1}), CALL_B]),
+    ("[TOOL_CALLS]time{} and so on", "and so on", [CALL_B]),
     (PARAMETERS, "", [CALL_A]),
     (f" {A};\n{B}\n", "", [CALL_A, CALL_B]),
     (f"[{A}, {B}]", "", [CALL_A, CALL_B]),
@@ -59,6 +61,8 @@ MALFORMED: list[tuple[str, str]] = [
     ('{"name": "time", "arguments": {"a": 1}', "it ends in the middle"),
     ('{"name": "time", "arguments": {}} is what I would call', "more than calls"),
     ("[TOOL_CALLS]time[ARGS]{", "it ends in the middle"),
+    ("<function=time>zone</function>", "begins with a bracket, not with 't'"),
+    ("[TOOL_CALLS]time[ARG", "begins with a bracket, not with 't'"),
 ]
 
 

@@ -84,7 +84,8 @@ def _key(sources: Sequence[Path], tokenizer: Tokenizer, settings: Settings) -> s
         "settings": [getattr(settings, name) for name in _READ_BY_DATA],
         "vocabulary": tokenizer.pieces,
         "added_tokens": [dataclasses.astuple(token) for token in tokenizer.added_tokens],
-        "tokenizer": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.chat_template],
+        "tokenizer": [tokenizer.eos_id, tokenizer.add_bos, tokenizer.bos_id, tokenizer.opening],
+        "templates": [tokenizer.chat_template, tokenizer.tool_chat_template],
     }
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 

@@ -59,6 +59,7 @@ def forced(checkpoint, text):
     return [*checkpoint.tokenizer.encode(text.ljust(144), add_bos=False), checkpoint.generation.eos_token_ids[0]]
 
 
+@pytest.mark.slow
 def test_calls_are_printed_as_json(program, caller, tools):
     ids = ",".join(map(str, forced(caller, f"Let me look.{CALL}")))
     asked = [
@@ -120,6 +121,20 @@ def test_lines_with_tools_of_their_own(program, caller, tools, tmp_path):
     assert (shared["content"].strip(), shared["tool_calls"]) == ("<tool_call>[}", [])
     assert shared["tool_problems"] == ["what follows <tool_call> is no tool call, and stays in the text: a } too many"]
     assert "tool_calls" not in plain
+
+
+@pytest.mark.parametrize(
+    ("line", "args", "message"),
+    [
+        ('{"prompt": "Hi"}', ["--tool_choice", "required"], r":1: --tool_choice=required needs --tools"),
+        ('{"prompt": "Hi", "tools": [{"name": "f"}]}', [], r':1: "tools" are for chats: give "messages", or --chat'),
+        ('{"messages": [{"role": "user", "content": ""}], "tools": []}', ["--beams", "2"], "beam search has no tools"),
+    ],
+)
+def test_lines_whose_tools_make_no_sense(program, tmp_path, line, args, message):
+    (tmp_path / "in.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        program("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), *args)
 
 
 @pytest.mark.parametrize(
