@@ -236,7 +236,7 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     place = Path(path)
     if place.is_dir():
         if not (place / "config.json").exists():
-            if (gguf := only_gguf(place)) is not None:
+            if (gguf := only_gguf(place)) is not None and not any(place.glob("*.safetensors")):
                 return gguf
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"

@@ -124,6 +124,8 @@ def inert_keys(folder: Folder) -> None:
         "transformers.js_config": {"dtype": "q4"},
         "embd_pdrop": 0.1,
         "_flash_attn_2_enabled": True,
+        "layer_types": ["sliding_attention" if "sliding_window" in BASES[folder.base][1] else "full_attention"]
+        * LAYERS,
     }
     chosen = {key: value for key, value in options.items() if folder.pick(True, False)}
     folder.configure(lambda raw: raw.update(chosen))

@@ -147,7 +147,7 @@ def _metadata(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
             f"llama.cpp ignores the sliding window of {config.sliding_window} tokens in phi3 models: longer texts give "
             "other numbers there"
         )
-    if config.long_rope is not None:
+    if config.long_rope is not None and config.long_rope.short_factor != config.long_rope.long_factor:
         remarks.append(
             "llama.cpp takes LongRoPE's long factors wherever its context size (n_ctx) is above "
             f"{config.long_rope.original_max_position_embeddings}, however short the text is"

@@ -124,6 +124,10 @@ def test_a_name_without_the_header_of_parts(whole, tmp_path):
 
 
 def test_a_folder_of_several_models_lists_them(whole, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"there is no config\.json"):  # which of the two is meant?
+        phi3_jax.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     shutil.copy(whole, tmp_path / "other.gguf")
     with pytest.raises(
         ValueError, match=r"there are 2 GGUF models \(other\.gguf, whole\.gguf\); name one of the files"
