@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import stored_dtype
+from phi3_jax.checkpoint import holds_integers, stored_dtype
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT
 from phi3_jax.command_line.program import run_program
@@ -46,6 +46,10 @@ def main() -> int:
         raise ValueError(f"--type={kind} is a type of GGUF's; give --format gguf, or one of {', '.join(_DTYPES)}")
     if _FORMAT.value == "safetensors" and not _TOKENIZER.value:
         raise ValueError("--notokenizer is for --format gguf")
+    if holds_integers(CHECKPOINT.value):
+        raise ValueError(
+            f"{CHECKPOINT.value}: weights that are integers are not exported: name what they were made from"
+        )
     with progress_bar("loading") as on_progress:
         dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
         checkpoint = phi3_jax.load(

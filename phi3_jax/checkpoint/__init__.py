@@ -8,6 +8,7 @@ below, the modules of gguf/, and `atomic_write`; benchmarks `assemble` weights o
 from phi3_jax.checkpoint.assemble import named_tensors as named_tensors
 from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
 from phi3_jax.checkpoint.load_save import GenerationSettings as GenerationSettings
+from phi3_jax.checkpoint.load_save import holds_integers as holds_integers
 from phi3_jax.checkpoint.load_save import load as load
 from phi3_jax.checkpoint.load_save import require_tokenizer as require_tokenizer
 from phi3_jax.checkpoint.load_save import resolve as resolve

@@ -138,8 +138,7 @@ def load(
         params = assemble(sources, gguf.config, floats, str(place), on_progress, quantize, layout, device)
         return Checkpoint(gguf.config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
-    described = settings.get("quantization_config")
-    ours = isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
+    described, ours = settings.get("quantization_config"), _is_ours(settings)
     if ours:
         settings.pop("quantization_config")
     config = Phi3Config.from_hf(settings, str(place / "config.json"))
@@ -227,6 +226,12 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     )
 
 
+def holds_integers(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder of quantised or packed weights, as `save` writes them, which keep their own dtype."""
+    place = resolve(path)
+    return place.is_dir() and _is_ours(read_json(place / "config.json"))
+
+
 def stored_dtype(path: str | os.PathLike[str]) -> str:
     """The dtype of a checkpoint's floats, to load them without a loss in the least memory.
 
@@ -242,6 +247,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
     return tokenizer_files.read_json(path)
+
+
+def _is_ours(settings: dict[str, Any]) -> bool:
+    described = settings.get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
 
 
 def _generation_settings(folder: Path, config: Phi3Config) -> GenerationSettings:

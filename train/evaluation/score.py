@@ -22,7 +22,7 @@ import numpy as np
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.infer import Options, Run, Sampling
-from phi3_jax.kernels import PackedTensor
+from phi3_jax.kernels import has_packed
 from phi3_jax.model import Phi3
 from phi3_jax.progress import OnProgress
 
@@ -57,7 +57,7 @@ class Score:
 
 def usual_path(checkpoint: Checkpoint) -> Path:
     """The path that measures what runs: "generation" where weights are packed for the CPU kernels, else "exact"."""
-    return "generation" if _is_packed(checkpoint) else "exact"
+    return "generation" if has_packed(checkpoint.params) else "exact"
 
 
 def score(
@@ -79,7 +79,7 @@ def score(
     path = usual_path(checkpoint) if path is None else path
     if path not in PATHS:
         raise ValueError(f"path={path!r} is not one of {', '.join(PATHS)}")
-    if path == "exact" and _is_packed(checkpoint):
+    if path == "exact" and has_packed(checkpoint.params):
         raise ValueError("packed weights have no exact path: load them with layout='rows', or measure 'generation'")
     _check(checkpoint.config, requests)
     batch_tokens, score_batch = (_BATCH_TOKENS, _exact) if path == "exact" else (_LOGITS, _generation)
@@ -98,11 +98,6 @@ def score(
             "beyond the range of float16, do that"
         )
     return [scores[i] for i in range(len(requests))]
-
-
-def _is_packed(checkpoint: Checkpoint) -> bool:
-    leaves = jax.tree.leaves(checkpoint.params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
-    return any(isinstance(leaf, PackedTensor) for leaf in leaves)
 
 
 def _exact(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, length: int) -> list[Score]:
