@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import stored_dtype
+from phi3_jax.checkpoint import holds_integers, stored_dtype
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT
 from phi3_jax.command_line.program import run_program
@@ -57,6 +57,10 @@ def main() -> int:
         raise ValueError("--notokenizer is for --format gguf")
     if _FORMAT.value == "gguf" and _AS.value != "phi3":
         raise ValueError(f"--as={_AS.value} is for --format safetensors")
+    if holds_integers(CHECKPOINT.value):
+        raise ValueError(
+            f"{CHECKPOINT.value}: weights that are integers are not exported: name what they were made from"
+        )
     with progress_bar("loading") as on_progress:
         dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
         checkpoint = phi3_jax.load(

@@ -1,14 +1,16 @@
 """Checkpoints in files <-> a configuration, a tree of parameters, a tokenizer and settings.
 
 load_save.py has the two functions that users call; each kind of file has a module (safetensors, quantised ones, PEFT's
-adapters) or a package (gguf/); unfused.py has Llama's names, and assemble.py stacks the tensors over the layers. Other
-packages use the names below, the modules of gguf/, and `atomic_write`; benchmarks `assemble` weights of a
+adapters) or a package (gguf/); unfused.py has Llama's names, assemble.py stacks the tensors over the layers, and
+placement.py says where they are put. Other packages use the names below, the modules of gguf/, and `atomic_write`;
+benchmarks `assemble` weights of a
 `tensor_source` of their own.
 """
 
 from phi3_jax.checkpoint.assemble import named_tensors as named_tensors
 from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
 from phi3_jax.checkpoint.load_save import GenerationSettings as GenerationSettings
+from phi3_jax.checkpoint.load_save import holds_integers as holds_integers
 from phi3_jax.checkpoint.load_save import load as load
 from phi3_jax.checkpoint.load_save import require_tokenizer as require_tokenizer
 from phi3_jax.checkpoint.load_save import resolve as resolve

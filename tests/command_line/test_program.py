@@ -48,3 +48,11 @@ def test_a_reader_that_has_left_ends_the_program_without_a_word():
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_integers_are_not_exported_as_if_they_were_a_checkpoint_for_others(tiny_folder, tmp_path):
+    phi3_jax.save(phi3_jax.load(tiny_folder, "bfloat16", quantize="int8"), tmp_path / "q")
+    done = export("--checkpoint", str(tmp_path / "q"), "--format", "safetensors", "--output", str(tmp_path / "out"))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "q: weights that are integers are not exported: name what they were made from" in done.stderr
+    assert not (tmp_path / "out").exists()

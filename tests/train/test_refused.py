@@ -11,8 +11,9 @@ import pytest
 from training_runs import write_data, write_run
 
 import phi3_jax
+from phi3_jax.kernels import QuantizedTensor, why_unavailable
 from phi3_jax.train.data import batches, prepare
-from phi3_jax.train.run import memory
+from phi3_jax.train.run import loop, memory
 from phi3_jax.train.run.loop import train
 from phi3_jax.train.run.metrics import read
 from phi3_jax.train.run.observer import Observer
@@ -38,6 +39,21 @@ def test_all_weights(tmp_path):
     assert exported.generation == checkpoint.generation
     with pytest.raises(ValueError, match="train_file: not given"):
         train(dataclasses.replace(settings, train_file=""))
+
+
+def test_a_base_of_integers_keeps_its_own_dtype_and_must_not_be_packed(tmp_path):
+    settings = write_run(tmp_path)
+    for layout in ("rows", "packed") if why_unavailable() is None else ("rows",):
+        model = phi3_jax.load(settings.checkpoint, "bfloat16", quantize="int8", layout=layout)
+        phi3_jax.save(model, tmp_path / layout)
+    loaded = loop._load(dataclasses.replace(settings, checkpoint=str(tmp_path / "rows")), Observer())
+    assert isinstance(loaded.params["layers"]["mlp"]["down_proj"]["weight"], QuantizedTensor)
+    assert loaded.params["norm"]["weight"].dtype == "bfloat16"
+    if why_unavailable() is None:
+        with pytest.raises(
+            ValueError, match="packed: packed weights are in the order of the CPU kernels, which training"
+        ):
+            train(dataclasses.replace(settings, checkpoint=str(tmp_path / "packed")))
 
 
 def test_another_run_in_the_folder(tmp_path):

@@ -22,7 +22,7 @@ import numpy as np
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.infer import Options, Run, Sampling
-from phi3_jax.kernels import PackedTensor
+from phi3_jax.kernels import has_packed
 from phi3_jax.model import Phi3
 from phi3_jax.progress import OnProgress
 
@@ -57,7 +57,7 @@ class Score:
 
 def usual_path(checkpoint: Checkpoint) -> Path:
     """The path that measures what runs: "generation" where weights are packed for the CPU kernels, else "exact"."""
-    return "generation" if _is_packed(checkpoint) else "exact"
+    return "generation" if has_packed(checkpoint.params) else "exact"
 
 
 def score(
@@ -79,8 +79,11 @@ def score(
     path = usual_path(checkpoint) if path is None else path
     if path not in PATHS:
         raise ValueError(f"path={path!r} is not one of {', '.join(PATHS)}")
-    if path == "exact" and _is_packed(checkpoint):
-        raise ValueError("packed weights have no exact path: load them with layout='rows', or measure 'generation'")
+    if path == "exact" and has_packed(checkpoint.params):
+        raise ValueError(
+            "packed weights have no exact path: load them with layout='rows' (a folder of them: write it with "
+            "phi3-quantize --layout rows), or measure 'generation'"
+        )
     _check(checkpoint.config, requests)
     batch_tokens, score_batch = (_BATCH_TOKENS, _exact) if path == "exact" else (_LOGITS, _generation)
     scores: dict[int, Score] = {}
@@ -90,19 +93,14 @@ def score(
         B = max(1, batch_tokens // (T if path == "exact" else min(T, Options().prefill_chunk)))
         batch, longest_first = longest_first[:B], longest_first[B:]
         scores |= zip(batch, score_batch(checkpoint, [requests[i] for i in batch], B, T), strict=True)
+        if bad := [i for i in batch if not np.isfinite(scores[i].logprobs).all()]:
+            raise ValueError(
+                f"text {min(bad)}: the model gives log-probabilities that are not finite; weights that are not, or "
+                "values beyond the range of float16, do that"
+            )
         if on_progress is not None:
             on_progress(len(scores), len(requests))
-    if bad := [i for i in range(len(requests)) if not np.isfinite(scores[i].logprobs).all()]:
-        raise ValueError(
-            f"text {bad[0]}: the model gives log-probabilities that are not finite; weights that are not, or values "
-            "beyond the range of float16, do that"
-        )
     return [scores[i] for i in range(len(requests))]
-
-
-def _is_packed(checkpoint: Checkpoint) -> bool:
-    leaves = jax.tree.leaves(checkpoint.params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
-    return any(isinstance(leaf, PackedTensor) for leaf in leaves)
 
 
 def _exact(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, length: int) -> list[Score]:

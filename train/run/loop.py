@@ -20,7 +20,8 @@ from typing import Any
 import jax
 
 import phi3_jax
-from phi3_jax.checkpoint import require_tokenizer, save_adapter
+from phi3_jax.checkpoint import holds_integers, require_tokenizer, save_adapter
+from phi3_jax.kernels import has_packed
 
 from .. import sharding
 from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
@@ -176,9 +177,14 @@ class _Run:
 def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     on_progress = functools.partial(observer.progress, "loading")
     quantize = settings.quantize or None
-    checkpoint = phi3_jax.load(
-        settings.checkpoint, settings.dtype, quantize=quantize, layout="rows", on_progress=on_progress
-    )
+    # `start` casts what is not quantised.
+    dtype = "auto" if holds_integers(settings.checkpoint) else settings.dtype
+    checkpoint = phi3_jax.load(settings.checkpoint, dtype, quantize=quantize, layout="rows", on_progress=on_progress)
+    if has_packed(checkpoint.params):
+        raise ValueError(
+            f"{settings.checkpoint}: packed weights are in the order of the CPU kernels, which training cannot use: "
+            "write the folder with phi3-quantize --layout rows"
+        )
     require_tokenizer(checkpoint)
     return checkpoint
 

@@ -78,6 +78,15 @@ class PackedTensor:
         return jnp.where(there[..., None], _unpack(self.kind, data, scales, mins)[..., 0, : self.shape[-1]], jnp.nan)
 
 
+def has_packed(params: Any) -> bool:
+    """Whether a parameter tree has packed weights, also where an adapter is attached to them."""
+
+    def is_one(leaf: Any) -> bool:
+        return isinstance(leaf, PackedTensor)
+
+    return any(map(is_one, jax.tree.leaves(params, is_leaf=is_one)))
+
+
 def pack(params: Any) -> Any:
     """A parameter tree with its matrices packed: floats as bfloat16, integers as they are; norms become float32.
 
