@@ -154,6 +154,7 @@ def test_which_matrices_are_meant(changed, settings, layers):
         ({"alpha_pattern": {"o_proj": None}}, "layers.0.self_attn.o_proj: an adapter's alpha must be a number"),
         ({"alpha_pattern": ["o_proj"]}, r"alpha_pattern=\['o_proj'\] must map names to numbers"),
         ({"rank_pattern": {"(o_proj": 3}}, r"is no regular expression \(missing \), unterminated subpattern"),
+        ({"rank_pattern": {"o_proj)": 3}}, r"is no regular expression \(unbalanced parenthesis"),
         ({"target_modules": r"(.)\1.*"}, "GROUPREF in a regular expression is not computed here: write the names out"),
         ({"target_modules": r"(?i).*O_PROJ"}, "ignores the case, which is not computed here"),
         ({"target_modules": ".*" * 5001}, "a pattern of 10002 characters is longer than 10000"),
