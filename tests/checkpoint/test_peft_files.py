@@ -154,6 +154,7 @@ def test_which_matrices_are_meant(changed, settings, layers):
         ({"alpha_pattern": {"o_proj": None}}, "layers.0.self_attn.o_proj: an adapter's alpha must be a number"),
         ({"alpha_pattern": ["o_proj"]}, r"alpha_pattern=\['o_proj'\] must map names to numbers"),
         ({"rank_pattern": {"(o_proj": 3}}, r"is no regular expression \(missing \), unterminated subpattern"),
+        ({"rank_pattern": {"o_proj)": 3}}, r"is no regular expression \(unbalanced parenthesis"),
         ({"target_modules": r"(.)\1.*"}, "GROUPREF in a regular expression is not computed here: write the names out"),
         ({"target_modules": r"(?i).*O_PROJ"}, "ignores the case, which is not computed here"),
         ({"target_modules": ".*" * 5001}, "a pattern of 10002 characters is longer than 10000"),
@@ -201,6 +202,43 @@ def test_what_is_not_computed_here_is_refused(changed, settings, message):
         load_adapter(folder, CONFIG)
     assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": "all", "fan_in_fan_out": True, "init_lora_weights": "gaussian", "ensure_weight_tying": True},
+        {"bias": "lora_only", "init_lora_weights": "mica", "velora_config": {"num_groups": 64, "scale": 1.0}},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "inference_mode": False, "task_type": "SEQ_CLS"},
+        {"loftq_config": {}, "lora_ga_config": None, "auto_mapping": {"base_model_class": "x", "unsloth_fixed": True}},
+    ],
+)
+def test_options_that_change_no_number(changed, settings):
+    """On top of all the keys that PEFT 0.21 writes."""
+
+    def add(tensors):
+        tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_velora_embed"] = np.ones(4, np.float32)
+
+    read = load_adapter(changed("lora", add if "velora_config" in settings else None, **settings), CONFIG)
+    assert_equal(read, load_adapter(RECORDED / "lora", CONFIG))
+
+
+def test_a_second_file_of_weights_is_not_read(changed):
+    folder = changed()
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    told = "adapter_model.safetensors is read, as by PEFT, and adapter_model.bin is not"
+    with pytest.warns(UserWarning, match=told):
+        load_adapter(folder, CONFIG)
+    with pytest.warns(UserWarning, match=told):
+        phi3_jax.load(BASE, adapter=folder)
+
+
+def test_a_folder_of_several_adapters_names_one(changed):
+    folder = changed()
+    with pytest.raises(
+        FileNotFoundError, match=f"adapter_config.json: the file is missing; .*; there is one in {folder}"
+    ):
+        load_adapter(folder.parent, CONFIG)
 
 
 def test_tensors_that_do_not_fit_are_named(changed):

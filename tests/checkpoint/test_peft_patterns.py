@@ -14,6 +14,7 @@ from adapters import BASE, RECORDED
 import phi3_jax
 from phi3_jax.checkpoint import load_adapter
 from phi3_jax.checkpoint.peft.patterns import matches
+from phi3_jax.checkpoint.peft.settings import read_settings
 
 NAMES = [
     f"model.layers.{i}.{name}" for i in (1, 12) for name in ("self_attn.q_proj", "self_attn.qkv_proj", "mlp.down_proj")
@@ -68,3 +69,28 @@ def test_random_patterns_mean_what_they_mean_to_python():
         found += (expected := bool(re.fullmatch(pattern, name)))
         assert matches(pattern, name) == expected, (pattern, name)
     assert 50 < found < 950
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["q_proj", "self_attn.q_proj", "elf_attn.q_proj", "1.self_attn.q.proj", "^q_proj", "q_proj$", "proj", ".*[kv]_proj",
+     "^model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "x.model.layers.1.self_attn.q_proj",
+     "layers.[12].*"],
+)  # fmt: skip
+def test_keys_of_ranks_and_alphas_mean_what_they_mean_to_peft(key, tmp_path):
+    settings = read_settings(
+        changed(tmp_path / "x", rank_pattern={key: 5}, alpha_pattern={key: 2}) / "adapter_config.json"
+    )
+    for name in NAMES:
+        lora = settings.of(name)
+        matched = re.match(rf"(.*\.)?({key})$", name)
+        assert (lora.rank, lora.alpha) == ((5, 2) if matched else (3, 7)), name
+
+
+def test_a_rank_for_each_module_of_a_large_model_takes_no_time(tmp_path):
+    names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(80) for part in "qkvo"]
+    ranks = {name: 1 + i for i, name in enumerate(names)}
+    path = changed(tmp_path / "x", rank_pattern=ranks, alpha_pattern=ranks) / "adapter_config.json"
+    began, settings = time.monotonic(), read_settings(path)
+    assert [settings.of(name).rank for name in names] == list(ranks.values())
+    assert time.monotonic() - began < 10

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 import shutil
 from pathlib import Path
@@ -13,11 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapters import BASE, RECORDED, dense, multiplied_out, peft_tensors, separate, write_peft
+from adapters import BASE, dense, multiplied_out, peft_tensors, separate, write_peft
 
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
-from phi3_jax.checkpoint import load_adapter, named_tensors, save
+from phi3_jax.checkpoint import load_adapter, named_tensors, save, save_adapter
+from phi3_jax.checkpoint.gguf.writer import save_gguf
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -91,6 +91,29 @@ def test_separate_matrices_become_blocks_of_the_fused_ones(names, layers, dora, 
     folder = write_peft(tmp_path / "x", tensors, target_modules=list(names), r=3, lora_alpha=6, **options)
     lora = check_both(folder, multiplied_out(weights(True), tensors, 2.0))
     assert (lora.rank, lora.scaling, lora.dora) == (rank, 2, dora)
+
+
+@pytest.mark.parametrize(("names", "options"), [(("q_proj", "v_proj"), {}), (MLP, {"alpha_pattern": {"up_proj": 2}})])
+def test_separate_matrices_are_written_as_fused_ones(names, options, tmp_path):
+    tensors = peft_tensors(weights(True), modules(names))
+    folder = write_peft(tmp_path / "x", tensors, target_modules=list(names), r=3, **options)
+    lora, adapter = load_adapter(folder, base().config)
+    save_adapter(tmp_path / "ours", adapter, lora, base().config, "")
+    scalings = {name: options.get("alpha_pattern", {}).get(name.split(".")[-1], 8) / 3 for name in modules(names)}
+    expected = multiplied_out(weights(True), tensors, scalings)
+    check_merged(tmp_path / "ours", expected)
+    written = safetensors.numpy.load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in written} <= set(FUSED)
+
+
+def test_separate_matrices_over_a_gguf_file(tmp_path):
+    """Which has its own order of the rows of q and k."""
+    names = (*ATTENTION, *MLP)
+    save_gguf(base(), tmp_path / "base.gguf", "f32")
+    tensors = peft_tensors(weights(True), modules(names) | {"lm_head": 3}, dora=True)
+    settings = {"target_modules": [*names, "lm_head"], "r": 3, "use_dora": True}
+    folder = write_peft(tmp_path / "x", tensors, **settings)
+    check_merged(folder, multiplied_out(weights(True), tensors, 8 / 3), tmp_path / "base.gguf")
 
 
 @pytest.mark.parametrize(("names", "layers"), [(("q_proj", "v_proj"), (0, 1)), (("o_proj",), (1,))])
@@ -312,7 +335,7 @@ def test_a_vocabulary_of_another_size_is_named(part, tmp_path):
         phi3_jax.load(BASE, adapter=folder)
 
 
-# ------------------------------------------------------------------------------------------------- names, dtypes, files
+# -------------------------------------------------------------------------------------------------- names and dtypes
 
 
 @pytest.mark.parametrize(
@@ -354,39 +377,3 @@ def test_other_dtypes(dtype, tmp_path):
     settings = {"target_modules": ["up_proj", "o_proj"], "r": 3, "rank_pattern": None, "alpha_pattern": {"o_proj": 5}}
     scalings = {name: (5 if "o_proj" in name else 8) / 3 for name in modules(("up_proj", "o_proj"))}
     check_both(write_peft(tmp_path / "x", tensors, **settings), multiplied_out(weights(True), tensors, scalings))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"bias": "all", "fan_in_fan_out": True, "init_lora_weights": "gaussian", "ensure_weight_tying": True},
-        {"bias": "lora_only", "init_lora_weights": "mica", "velora_config": {"num_groups": 64, "scale": 1.0}},
-        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "inference_mode": False, "task_type": "SEQ_CLS"},
-        {"loftq_config": {}, "lora_ga_config": None, "auto_mapping": {"base_model_class": "x", "unsloth_fixed": True}},
-    ],
-)
-def test_options_that_change_no_number(settings, tmp_path):
-    """On top of all the keys that PEFT 0.21 writes."""
-    whole = json.loads((RECORDED / "lora" / "adapter_config.json").read_text())
-    tensors = safetensors.numpy.load_file(RECORDED / "lora" / "adapter_model.safetensors")
-    lora, adapter = load_adapter(write_peft(tmp_path / "x", tensors, **whole | settings), base().config)
-    jax.tree.map(np.testing.assert_array_equal, (lora, adapter), load_adapter(RECORDED / "lora", base().config))
-
-
-def test_a_second_file_of_weights_is_not_read(tmp_path):
-    tensors = peft_tensors(weights(False), modules(["o_proj"]))
-    folder = write_peft(tmp_path / "x", tensors, target_modules=["o_proj"], r=3)
-    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    for load in (lambda: load_adapter(folder, base().config), lambda: phi3_jax.load(BASE, adapter=folder)):
-        with pytest.warns(
-            UserWarning, match="adapter_model.safetensors is read, as by PEFT, and adapter_model.bin is not"
-        ):
-            load()
-
-
-def test_a_folder_of_several_adapters_names_one(tmp_path):
-    write_peft(tmp_path / "mine", {"x": np.zeros(1, np.float32)})
-    with pytest.raises(
-        FileNotFoundError, match=f"adapter_config.json: the file is missing; .*; there is one in {tmp_path}/mine"
-    ):
-        load_adapter(tmp_path, base().config)

@@ -43,7 +43,7 @@ def matches(pattern: str, name: str) -> bool:
     return len(name) in _Matcher(name).ends(_parsed(pattern), 0)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def _parsed(pattern: str) -> Any:
     if len(pattern) > _LONGEST:
         raise ValueError(f"a pattern of {len(pattern)} characters is longer than {_LONGEST}: write the names out")

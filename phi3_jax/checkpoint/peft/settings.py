@@ -118,10 +118,16 @@ class Settings:
         return module.layer in self.layers and named
 
     def _ends(self, pattern: str, name: str) -> bool:
-        # Thousands of plain names are common; Python's `re` is quick where it has nothing to try out.
-        if not re.search(r"[*+?{|(\\[]", pattern):
-            return re.match(rf"(.*\.)?({pattern})$", name) is not None
-        return self._matches(rf"(.*\.)?({pattern})$", name)
+        plain = pattern.removeprefix("^")
+        if not re.fullmatch(r"[\w.]+", plain):
+            return self._matches(rf"(.*\.)?({pattern})$", name)
+        # Names are the rule, and one for each module of a large model makes many pairs; their dots fit any letter.
+        before, end = name[: -len(plain)], name[-len(plain) :]
+        return (
+            len(end) == len(plain)
+            and all(one in (".", two) for one, two in zip(plain, end, strict=True))
+            and (not before or (before.endswith(".") and plain == pattern))
+        )
 
     def _matches(self, pattern: str, name: str) -> bool:
         try:
