@@ -15,7 +15,7 @@ from phi3_jax.checkpoint import Checkpoint
 from .answer import Answer, Generation, Piece, write_answers
 from .engine import Options, Run
 from .prompts import Prompt, as_list, encode_prompt, for_each
-from .sampling import Grammar, Sampling, completing_tokens
+from .sampling import Grammar, Sampling, watched_tokens
 
 # Steps per call of the compiled loop if tokens are not needed one by one. It returns earlier after a token that may
 # complete a stop string, so that no step is taken in vain.
@@ -110,7 +110,7 @@ class _Batch:
         self._answers = [Answer(checkpoint, row, stop) for row in range(len(ids))]
         self._steps, watched = steps, None
         if steps > 1 and checkpoint.tokenizer is not None:
-            watched = completing_tokens(stop, checkpoint.tokenizer, checkpoint.config.vocab_size)
+            watched = watched_tokens(stop, checkpoint.tokenizer, checkpoint.config.vocab_size)
         self._run = Run(
             checkpoint,
             ids,

@@ -43,7 +43,7 @@ class Settings:
       prompt_lengths: int32 [B].
       rope_policy: which number of tokens decides a row's LongRoPE factors: "length", its own; "capacity", that which it
         may grow to; "batch", that of the longest row, padding of finished rows included.
-      watched: bool [V]: tokens after which `decode` returns early, because they may complete a stop string.
+      watched: uint8 [V], of `sampling.watched_tokens`: `decode` returns after a token that may complete a stop string.
     """
 
     limits: jax.Array
@@ -229,8 +229,8 @@ def decode(
 ) -> tuple[DecodeState, Any]:
     """Takes up to `steps` (int32 scalar) turns, until all rows are done or one must be restarted.
 
-    Every turn adds a token to each row, or with a drafter at least one. The turn that adds one of `settings.watched`
-    is the last. Returns the state and the drafter.
+    Every turn adds a token to each row, or with a drafter at least one. After a turn that may have completed a
+    stop string (`settings.watched`) no other is taken. Returns the state and the drafter.
     """
 
     def propose(loop: _Loop) -> tuple[Any, jax.Array]:
@@ -300,12 +300,15 @@ def must_restart(config: Phi3Config, state: DecodeState, settings: Settings) -> 
 
 
 def _has_watched(state: DecodeState, before: jax.Array, most: int, settings: Settings) -> jax.Array:
-    """Whether one of the tokens, at most `most` of each row, that came after lengths `before` is watched: bool."""
+    """Whether a token after lengths `before`, of which a row has at most `most`, may complete a stop string: bool."""
     if settings.watched is None:
         return jnp.asarray(False)
-    places = before[:, None] + jnp.arange(most)
-    new = jnp.take_along_axis(state.tokens, jnp.minimum(places, state.tokens.shape[1] - 1), axis=1)
-    return (settings.watched[new] & (places < state.lengths[:, None])).any()
+    places = before[:, None] - 1 + jnp.arange(most + 1)  # of the new tokens, and the one before them
+    tokens = jnp.take_along_axis(state.tokens, jnp.minimum(places, state.tokens.shape[1] - 1), axis=1)
+    marks = settings.watched[tokens]
+    new, previous = marks[:, 1:], marks[:, :-1]
+    is_watched = (new & 1 > 0) | ((new & 2 > 0) & (previous & 4 > 0))
+    return (is_watched & (places[:, 1:] < state.lengths[:, None])).any()
 
 
 def _no_guesses(state: DecodeState) -> jax.Array:

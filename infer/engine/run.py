@@ -79,7 +79,8 @@ class Run:
           max_new_tokens: the most new tokens of each row; the model's context is a limit, too.
           sampling: how each row picks its tokens; greedily if None.
           grammars: what each row's answer must match.
-          watched: bool [V]: `advance` returns when a row has got one of these tokens, without using up its steps.
+          watched: uint8 [V], of `sampling.watched_tokens`: `advance` returns when a row may have come to a stop string,
+            without using up its steps.
 
         Raises:
           ValueError: a prompt is empty, has ids outside of the vocabulary, or fills the model's context; a number makes
@@ -100,7 +101,7 @@ class Run:
             sampling=SamplingArrays.of(sampling or [Sampling()] * len(prompts), config.vocab_size),
             prompt_lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
             rope_policy=options.rope_policy,
-            watched=jnp.asarray(np.zeros(config.vocab_size, bool) if watched is None else watched),
+            watched=jnp.asarray(np.zeros(config.vocab_size, np.uint8) if watched is None else watched),
         )
         self._lengths = [len(prompt) for prompt in prompts]
         self._room = room_for(max(self._lengths, default=1), max(limits, default=1), options)

@@ -10,4 +10,4 @@ from .logprobs import TokenLogprob as TokenLogprob
 from .params import Sampling as Sampling
 from .params import SamplingArrays as SamplingArrays
 from .stop_strings import StopWatch as StopWatch
-from .stop_strings import completing_tokens as completing_tokens
+from .stop_strings import watched_tokens as watched_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Sequence
 
@@ -10,8 +9,10 @@ import numpy as np
 
 from phi3_jax.text import Tokenizer
 
-# Weak references, so that a tokenizer can be freed, and its bytes with it.
-_token_bytes: weakref.WeakKeyDictionary[Tokenizer, list[bytes]] = weakref.WeakKeyDictionary()
+# Of each tokenizer, for the stop strings that were used lately: it takes some tenths of a second to find out. Weak
+# references, so that a tokenizer can be freed.
+_watched: weakref.WeakKeyDictionary[Tokenizer, dict[tuple[str | int, ...], np.ndarray]] = weakref.WeakKeyDictionary()
+_MOST_KNOWN = 16
 
 
 class StopWatch:
@@ -47,26 +48,37 @@ class StopWatch:
         return text
 
 
-def completing_tokens(stops: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """The tokens that may complete a stop string, whatever stands before them: bool [vocab_size].
+def watched_tokens(stops: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """What every token may have to do with the stop strings, whatever text it is in: uint8 [vocab_size], a sum.
 
-    Those that begin with an end of one, or hold all of it. No other token does.
+    1: the token may hold all of one. 2: it may complete one that begins in the tokens before. 4: one may begin in it,
+    or go through it, and be completed by the next token. So a stop string is complete only after a token with 1, or
+    after one with 2 that follows one with 4.
     """
+    known = _watched.setdefault(tokenizer, {})
+    key = (*stops, vocab_size)
+    if key not in known:
+        if len(known) == _MOST_KNOWN:
+            known.clear()
+        known[key] = _marks(stops, tokenizer, vocab_size)
+    return known[key]
+
+
+def _marks(stops: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     if any("\ufffd" in stop for stop in stops):  # it may stand for any bytes
-        return np.ones(vocab_size, bool)
-    mask = np.zeros(vocab_size, bool)
+        return np.full(vocab_size, 1, np.uint8)
+    marks = np.zeros(vocab_size, np.uint8)
     if not stops:
-        return mask
-    if tokenizer not in _token_bytes:
-        _token_bytes[tokenizer] = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        return marks
     wanted = [stop.encode("utf-8", "surrogatepass") for stop in stops]
-    ends = {stop[i:] for stop in wanted for i in range(len(stop))}
-    has_last_byte = re.compile(b"[" + b"".join(re.escape(stop[-1:]) for stop in wanted) + b"]")  # few tokens have
-    for i, token in enumerate(_token_bytes[tokenizer][:vocab_size]):
-        if has_last_byte.search(token):
-            begins = any(token[:length] in ends for length in range(1, len(token) + 1))
-            mask[i] = begins or any(stop in token for stop in wanted)
-    return mask
+    ends = tuple({stop[i:] for stop in wanted for i in range(1, len(stop))})
+    beginnings = tuple({stop[:i] for stop in wanted for i in range(1, len(stop))})
+    for i in range(min(vocab_size, tokenizer.vocab_size)):
+        # A special token prints nothing: what it stands in may go through it.
+        token = b"" if i in tokenizer.special_ids else tokenizer.token_bytes(i)
+        inside = token.endswith(beginnings) or any(token in stop for stop in wanted)
+        marks[i] = any(stop in token for stop in wanted) + 2 * token.startswith(ends) + 4 * inside
+    return marks
 
 
 def _overlap(text: str, stop: str) -> int:

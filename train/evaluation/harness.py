@@ -88,6 +88,8 @@ class HarnessModel(LM):  # type: ignore[misc]
             temperature=float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0,
             stop=[until] if isinstance(until, str) else until,
         )
+        if failed := next((generation for generation in generations if generation.error is not None), None):
+            raise ValueError(failed.error)
         return [generation.text for generation in generations]
 
     def _windows(self, text: str) -> Iterator[Request]:

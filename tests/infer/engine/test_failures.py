@@ -10,6 +10,7 @@ from spoiled import spoiled, with_bytes
 import phi3_jax
 from phi3_jax.infer import DraftModel, Grammar, Options, PromptCache, PromptLookup, Run, Sampling, generate
 from phi3_jax.infer.conversation import Conversation
+from phi3_jax.infer.programs.chat_main import Chat
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8]]
@@ -159,7 +160,7 @@ def test_a_grammar_that_gives_up_ends_its_row_only(small, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_conversation_forgets_a_turn_with_an_error(small):
+def test_a_conversation_forgets_a_turn_with_an_error(small, capsys):
     tokenizer = dataclasses.replace(small.tokenizer, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     small = dataclasses.replace(small, tokenizer=tokenizer)
     (dog,) = set(tokenizer.encode("dog")) - set(tokenizer.encode("cat sat"))
@@ -169,6 +170,12 @@ def test_a_conversation_forgets_a_turn_with_an_error(small):
     pieces = list(conversation.ask(" dog"))
     assert pieces[-1].finish_reason == "error"
     assert conversation.messages == before
+    chat = Chat(conversation, on_terminal=False)
+    chat.take("dog")
+    assert chat.failed
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "not finite numbers" in err
     list(conversation.ask(" cat"))  # goes on with the keys of the turn before
     assert conversation.last.generation.finish_reason != "error"
     assert conversation.last.reused > 0

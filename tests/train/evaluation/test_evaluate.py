@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import without_cache
+from spoiled import spoiled
 from templates import PHI4_MINI, small_tokenizer
 from training_runs import CONFIG, write_data, write_model
 
@@ -247,6 +248,15 @@ def test_what_cannot_be_computed(model):
         score(model, [Request([1] * 65, 1)])
     with pytest.raises(ValueError, match="outside of the vocabulary of 263"):
         score(model, [Request([1, 263], 1)])
+
+
+@pytest.mark.parametrize(("name", "where"), [("embed_tokens", (0x68 - 0x21, 0)), ("norm", (3,))])  # of "h"
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none_are_no_result(model, name, where, value):
+    damaged = spoiled(model, name, where, value)
+    for measure in (lambda: perplexity(damaged, ["ab", TEXT]), lambda: accuracy(damaged, QUESTIONS)):
+        with pytest.raises(ValueError, match=r"text \d+ has log-probabilities that are not finite: the weights may"):
+            measure()
 
 
 @pytest.mark.parametrize(
