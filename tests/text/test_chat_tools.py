@@ -239,6 +239,16 @@ def test_what_a_template_drops_is_named(with_template, name, messages, tools, lo
         encode_answers(tokenizer, [*messages, SAY], tools=tools)
 
 
+def test_a_template_may_check_the_names_of_functions(with_template):
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.function.name not in tools | map(attribute="
+        "'name') %}{{ raise_exception('unknown function') }}{% endif %}{{ c }}{% endfor %}{{ m.content }}{% endfor %}"
+    )
+    assert "Time?" in render_chat(with_template(template), [ASK, CALLS], tools=[{"name": "time"}])
+    with pytest.raises(ValueError, match="unknown function"):
+        render_chat(with_template(template), [ASK, CALLS], tools=[{"name": "f"}])
+
+
 def test_a_template_with_a_role_of_that_name_does_not_read_tools_from_messages(with_template):
     tokenizer = with_template("{% for m in messages %}{{ 'x' if m.role == 'tools' }}{{ m.content }}{% endfor %}")
     with pytest.warns(UserWarning, match=r"drops tools\[0\]"):
