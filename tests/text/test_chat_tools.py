@@ -193,6 +193,23 @@ def test_words_that_complete_a_control_token_stay_text(with_template, template, 
     assert ids == tokenizer.encode(text, add_bos=False)
 
 
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        ("{{ messages[0].content.split(' ') | join }}", "<|end |>"),
+        ("{{ messages[0].content | replace('_', '') }}", "x <|e_nd|>"),
+        ("{{ '<|' + messages[0].content.split()[1] + '|>' }}", "The end"),
+        ("{{ messages[0].content | upper }}", "[inst]"),
+        ("<|user|>{{ messages[0].content | reverse }}<|end|>", ">s<"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*the checkpoint's chat template drops")
+def test_words_that_a_template_makes_a_control_token_of_are_refused(with_template, template, content):
+    with pytest.raises(ValueError, match=r"makes the control token .* out of the words of a message"):
+        encode_chat(with_template(template), [{"role": "user", "content": content}])
+    assert encode_chat(with_template(template), [{"role": "user", "content": "The test of it"}])
+
+
 def test_templates_find_control_tokens_in_what_is_said(plain):
     """Where </think> is a special token, as GGUF files have it, it is still cut from earlier turns."""
     special = tuple(dataclasses.replace(token, special=True) for token in plain.added_tokens)
