@@ -150,6 +150,8 @@ def answer_file(input_: Path, output: Path) -> int:
     options = dataclasses.replace(common.options(checkpoint), logprobs=_LOGPROBS.value, echo=_ECHO.value)
     own = {flag.name: flag.value for flag in (_CHAT, _PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS, _LENGTH_PENALTY)}
     shared = {name: value for name, value in common.settings().items() if name not in _ONLY_SPEED}
+    if (tools := common.tools()) is not None:
+        shared[common.TOOLS.name] = tools  # what the file says, not only its name
     with (
         AnswerFile(output, requests, {**shared, **own, common.SYSTEM.name: common.SYSTEM.value}) as file,
         interruptible() as interrupt,

@@ -82,34 +82,12 @@ def dropped(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> li
     """Says of each part of the chat that the template does not write what to do instead."""
     # Searching for the content is not enough: another message may have the same.
     probe = unused_noncharacter(tokenizer, chat)
-    parts: list[tuple[str, str]] = []  # what each mark stands for, and the remedy
-
-    def mark(what: str, remedy: str) -> str:
-        parts.append((what, remedy))
-        return f"{probe}{len(parts) - 1}{probe}"
-
-    probed = Chat([dict(message) for message in chat.messages], chat.tools, chat.options)
-    for index, message in enumerate(probed.messages):
-        role, name = message["role"], f"messages[{index}]"
-        which = "the system message" if role == "system" else name
-        calls = message.get("tool_calls")
-        if message.get("content") or (isinstance(message.get("content"), str) and not calls):
-            what, remedy = (f"the content beside the tool calls of {name}", _BESIDE) if calls else ("", _OTHER_ROLE)
-            message["content"] += mark(what or f"{which}, of role {role!r}", remedy)
-        if calls:
-            message["tool_calls"] = [_renamed(call, mark(f"the tool calls of {name}", _CALLS)) for call in calls]
-        if message.get("tools"):
-            end = mark(f"the tools of {name}", _TOOLS)
-            given = message["tools"]
-            message["tools"] = given + end if isinstance(given, str) else [_renamed(given[0], end), *given[1:]]
-        if message.get("name") and role not in ("tool", "function", "ipython"):  # a result has its call's name
-            message["name"] += mark(f"the name in {name}", "put it into the content.")
-    if probed.tools:
-        probed = Chat(
-            probed.messages, [_renamed(tool, mark(f"tools[{i}]", _TOOLS)) for i, tool in enumerate(probed.tools)], {}
-        )
-        probed.options.update(chat.options)
-    text = write(tokenizer, probed, add_generation_prompt)
+    probed, parts = _probed(chat, probe, functions=True)
+    try:
+        text = write(tokenizer, probed, add_generation_prompt)
+    except ValueError:  # a template may refuse to call a function that is none of the tools
+        probed, parts = _probed(chat, probe, functions=False)
+        text = write(tokenizer, probed, add_generation_prompt)
     found = [part for index, part in enumerate(parts) if f"{probe}{index}{probe}" not in text]
     if not {"reasoning_content", "thinking"} & vocabulary(tokenizer.chat_template or "").fields:
         # A template that knows it leaves out that of earlier turns on purpose.
@@ -117,6 +95,34 @@ def dropped(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> li
         found += [(f"the reasoning_content of messages[{index}]", "put it into the content.") for index in thoughts]
     said = [f"{tokenizer.source}: the checkpoint's chat template drops {what}; {remedy}" for what, remedy in found]
     return list(dict.fromkeys(said))
+
+
+def _probed(chat: Chat, probe: str, functions: bool) -> tuple[Chat, list[tuple[str, str]]]:
+    """The chat with a mark in each part, in the names of functions only if asked; what the parts are, and remedies."""
+    parts: list[tuple[str, str]] = []
+
+    def mark(what: str, remedy: str) -> str:
+        parts.append((what, remedy))
+        return f"{probe}{len(parts) - 1}{probe}"
+
+    messages, tools = [dict(message) for message in chat.messages], chat.tools
+    for index, message in enumerate(messages):
+        role, calls, name = message["role"], message.get("tool_calls"), f"messages[{index}]"
+        if calls and message.get("content"):
+            message["content"] += mark(f"the content beside the tool calls of {name}", _BESIDE)
+        elif isinstance(message.get("content"), str) and not calls:
+            which = "the system message" if role == "system" else name
+            message["content"] += mark(f"{which}, of role {role!r}", _OTHER_ROLE)
+        if calls and functions:
+            message["tool_calls"] = [_renamed(call, mark(f"the tool calls of {name}", _CALLS)) for call in calls]
+        if (given := message.get("tools")) and functions:
+            end = mark(f"the tools of {name}", _TOOLS)
+            message["tools"] = given + end if isinstance(given, str) else [_renamed(given[0], end), *given[1:]]
+        if message.get("name") and role not in ("tool", "function", "ipython"):  # a result has its call's name
+            message["name"] += mark(f"the name in {name}", "put it into the content.")
+    if tools and functions:
+        tools = [_renamed(tool, mark(f"tools[{index}]", _TOOLS)) for index, tool in enumerate(tools)]
+    return Chat(messages, tools, chat.options), parts
 
 
 _OTHER_ROLE = "put its text into a message of the user, or use a role that the template knows."

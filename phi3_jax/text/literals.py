@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -53,20 +54,37 @@ class Literals:
                 f"A message holds {short}, special tokens of one character; remove them from the messages."
             )
         self.check_roles(add_generation_prompt)
-        chat, guarded = self._chat.map(self._defuse), self._chat.map(lambda text: self._guard(self._defuse(text)))
-        for before, after in zip(chat.messages, guarded.messages, strict=True):
-            after["role"] = before["role"]
-        if guarded == chat:
-            return chat
-        # A word such as "end", or ">" at a beginning, completes a special token where the template writes the rest.
-        text, separate = (self.render(each, add_generation_prompt) for each in (chat, guarded))
-        if separate.replace(self.mark, "") == text.replace(self.mark, ""):
-            return guarded
-        if more := self._special_tokens(text) - self._special_tokens(separate):
+        chat = self._chat.map(self._defuse)
+        guarded = self._except_roles(lambda text: self._guard(self._defuse(text)))
+        text = self.render(chat, add_generation_prompt)
+        if guarded != chat:
+            # A word such as "end", or ">" at a beginning, completes a special token where the template writes the rest.
+            separate = self.render(guarded, add_generation_prompt)
+            if separate.replace(self.mark, "") == text.replace(self.mark, ""):
+                chat, text = guarded, separate
+        self._check_words(text, add_generation_prompt)
+        return chat
+
+    def _check_words(self, text: str, add_generation_prompt: bool) -> None:
+        """Raises ValueError if the template makes a special token out of the letters of words, cut or changed."""
+        spread = self._except_roles(self._spread)
+        given = variables(self._tokenizer, spread, add_generation_prompt)
+        try:
+            apart = render(self._tokenizer, given, _characters(spread), self._spread)
+        except ValueError:  # the template looks at words, and these it does not know
+            return
+        more = self._special_tokens(text) - self._special_tokens(apart)
+        if more and apart.replace(self.mark, "") == text.replace(self.mark, ""):
             raise ValueError(
-                f"{self._tokenizer.source}: the chat template makes the control tokens {sorted(more)} out of the words "
+                f"{self._tokenizer.source}: the chat template makes the control token {min(more)!r} out of the words "
                 "of a message; change these words."
             )
+
+    def _except_roles(self, function: Callable[[str], str]) -> Chat:
+        """The chat with every text changed; roles, which templates compare, are only defused."""
+        chat = self._chat.map(function)
+        for before, after in zip(self._chat.messages, chat.messages, strict=True):
+            after["role"] = self._defuse(before["role"])
         return chat
 
     def check_roles(self, add_generation_prompt: bool) -> None:
@@ -90,7 +108,12 @@ class Literals:
         return render(self._tokenizer, given, _characters(chat), self._defuse)
 
     def _special_tokens(self, text: str) -> Counter[str]:
-        return Counter(re.findall(_any_of(self._specials), text))
+        # Many searches for one string are faster than one for many.
+        return Counter({special: count for special in self._specials if (count := text.count(special))})
+
+    def _spread(self, text: str) -> str:
+        """Puts the mark behind every letter; white space stays as templates look for it."""
+        return re.sub(r"\S+", lambda word: self.mark.join(word[0]) + self.mark, text)
 
     def _defuse(self, text: str) -> str:
         """Puts the mark behind the first character of every special token's string, overlapping ones included."""

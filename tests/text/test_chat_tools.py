@@ -193,6 +193,23 @@ def test_words_that_complete_a_control_token_stay_text(with_template, template, 
     assert ids == tokenizer.encode(text, add_bos=False)
 
 
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        ("{{ messages[0].content.split(' ') | join }}", "<|end |>"),
+        ("{{ messages[0].content | replace('_', '') }}", "x <|e_nd|>"),
+        ("{{ '<|' + messages[0].content.split()[1] + '|>' }}", "The end"),
+        ("{{ messages[0].content | upper }}", "[inst]"),
+        ("<|user|>{{ messages[0].content | reverse }}<|end|>", ">s<"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*the checkpoint's chat template drops")
+def test_words_that_a_template_makes_a_control_token_of_are_refused(with_template, template, content):
+    with pytest.raises(ValueError, match=r"makes the control token .* out of the words of a message"):
+        encode_chat(with_template(template), [{"role": "user", "content": content}])
+    assert encode_chat(with_template(template), [{"role": "user", "content": "The test of it"}])
+
+
 def test_templates_find_control_tokens_in_what_is_said(plain):
     """Where </think> is a special token, as GGUF files have it, it is still cut from earlier turns."""
     special = tuple(dataclasses.replace(token, special=True) for token in plain.added_tokens)
@@ -237,6 +254,16 @@ def test_what_a_template_drops_is_named(with_template, name, messages, tools, lo
             assert re.search(f"chat template drops {part}", str(warning.message))
     with pytest.raises(ValueError, match=f"chat template drops {lost[0]}"):
         encode_answers(tokenizer, [*messages, SAY], tools=tools)
+
+
+def test_a_template_may_check_the_names_of_functions(with_template):
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.function.name not in tools | map(attribute="
+        "'name') %}{{ raise_exception('unknown function') }}{% endif %}{{ c }}{% endfor %}{{ m.content }}{% endfor %}"
+    )
+    assert "Time?" in render_chat(with_template(template), [ASK, CALLS], tools=[{"name": "time"}])
+    with pytest.raises(ValueError, match="unknown function"):
+        render_chat(with_template(template), [ASK, CALLS], tools=[{"name": "f"}])
 
 
 def test_a_template_with_a_role_of_that_name_does_not_read_tools_from_messages(with_template):

@@ -93,6 +93,7 @@ def test_required_calls_fit_the_schemas(program, demo, tools, monkeypatch):
         assert json.loads(line) in [{"name": "time", "arguments": {"zone": zone}} for zone in (1, 2)]
 
 
+@pytest.mark.slow
 def test_lines_with_tools_of_their_own(program, caller, tools, tmp_path):
     ask = [{"role": "user", "content": "What time is it?"}]
     called = [*ask, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "time"}}]}]
