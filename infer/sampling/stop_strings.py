@@ -11,7 +11,9 @@ from phi3_jax.text import Tokenizer
 
 # Of each tokenizer, for the stop strings that were used lately: it takes some tenths of a second to find out. Weak
 # references, so that a tokenizer can be freed.
-_watched: weakref.WeakKeyDictionary[Tokenizer, dict[tuple[str | int, ...], np.ndarray]] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakKeyDictionary[Tokenizer, dict[tuple[tuple[str, ...], int], np.ndarray]] = (
+    weakref.WeakKeyDictionary()
+)
 _MOST_KNOWN = 16
 
 
@@ -56,7 +58,7 @@ def watched_tokens(stops: Sequence[str], tokenizer: Tokenizer, vocab_size: int) 
     after one with 2 that follows one with 4.
     """
     known = _watched.setdefault(tokenizer, {})
-    key = (*stops, vocab_size)
+    key = tuple(stops), vocab_size
     if key not in known:
         if len(known) == _MOST_KNOWN:
             known.clear()
