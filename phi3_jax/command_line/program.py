@@ -81,11 +81,14 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
         try:
             app.run(guarded, flags_parser=parse)
         finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # Who read the output has left, as in `... | head -1`; other programs are ended then by the signal, quietly.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
-        sys.exit(128 + signal.SIGPIPE)
+        if isinstance(error, BrokenPipeError):
+            # Who read the output has left, as in `... | head -1`; other programs are ended then by the signal, quietly.
+            sys.exit(128 + signal.SIGPIPE)
+        sys.exit(f"{name}: cannot write to standard output: {error}")
 
 
 @contextlib.contextmanager

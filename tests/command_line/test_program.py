@@ -34,6 +34,11 @@ def test_a_reader_that_has_left_ends_the_program_without_a_word():
     with os.fdopen(writing, "wb") as gone:
         done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith("phi3-export: cannot write to standard output: [Errno 28]")
     script = (
         "from phi3_jax.command_line.program import run_program\n"
         "def main():\n"
