@@ -1,8 +1,8 @@
 """Checkpoints in files <-> a configuration, a tree of parameters, a tokenizer and settings.
 
-load_save.py has the two functions that users call; each kind of file has a module (safetensors, quantised ones, PEFT's
-adapters) or a package (gguf/), and assemble.py stacks their tensors over the layers. Other packages use the names
-below, the modules of gguf/, and `atomic_write`; benchmarks `assemble` weights of a `tensor_source` of their own.
+load_save.py has the two functions that users call; each kind of file has a module (safetensors, quantised ones) or a
+package (gguf/, and peft/ for adapters), and assemble.py stacks their tensors over the layers. Other packages use the
+names below, the modules of gguf/, and `atomic_write`; benchmarks `assemble` weights of a `tensor_source` of their own.
 """
 
 from phi3_jax.checkpoint.assemble import Layout as Layout

@@ -98,7 +98,8 @@ def load(
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Warns:
-      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it.
+      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it; an adapter changes
+        one of the two alone; beside a file that is read lies another one that is not.
 
     Raises:
       FileNotFoundError: a file is missing.
