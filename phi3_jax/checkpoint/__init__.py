@@ -1,9 +1,9 @@
 """Checkpoints in files <-> a configuration, a tree of parameters, a tokenizer and settings.
 
 load_save.py has the two functions that users call; each kind of file has a module (safetensors, quantised ones) or a
-package (gguf/, peft/); unfused.py has Llama's names, assemble.py stacks the tensors over the layers, and placement.py
-says where they are put. Other packages use the names below, the modules of gguf/, and `atomic_write`; benchmarks
-`assemble` weights of a `tensor_source` of their own.
+package (gguf/, and peft/ for adapters); unfused.py has Llama's names, assemble.py stacks the tensors over the layers,
+and placement.py says where they are put. Other packages use the names below, the modules of gguf/, and `atomic_write`;
+benchmarks `assemble` weights of a `tensor_source` of their own.
 """
 
 from phi3_jax.checkpoint.assemble import named_tensors as named_tensors

@@ -122,9 +122,9 @@ def load(
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Warns:
-      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it; a file is not read
-        because another one is; files contradict one another; a key of config.json is left out that changes no logit of
-        the reference's.
+      UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it, or an adapter changes
+        one of the two alone; a file is not read because another one is; files contradict one another; a key of
+        config.json is left out that changes no logit of the reference's.
 
     Raises:
       FileNotFoundError: a file is missing.

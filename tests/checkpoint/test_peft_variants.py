@@ -278,10 +278,26 @@ def test_a_tied_head_stays_tied_where_both_change(tied_folder, tmp_path):
     shared = tensors | {f"{EMBEDDING}.weight": table + 1}
     folder = write_peft(tmp_path / "shared", shared, r=2, target_modules=["o_proj"])
     assert check_merged(folder, expected, tied_folder).config.tie_word_embeddings
+    folder = write_peft(
+        tmp_path / "head", tensors | {"base_model.model.lm_head.weight": table + 1}, r=2, target_modules=["o_proj"]
+    )
+    assert check_merged(folder, expected, tied_folder).config.tie_word_embeddings
     both = shared | {"base_model.model.lm_head.weight": table + 1}
     settings = {"modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True}
     folder = write_peft(tmp_path / "both", both, r=2, target_modules=["o_proj"], **settings)
     check_merged(folder, expected | {"lm_head.weight": table + 1}, tied_folder)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_updates_of_a_tied_embedding_and_its_head(dora, tied_folder, tmp_path):
+    """`ensure_weight_tying` names the embedding, and stores the head's update, too: the same one, turned."""
+    before = weights(False) | {"lm_head.weight": weights(False)["model.embed_tokens.weight"]}
+    tensors = peft_tensors(before, {"model.embed_tokens": 2, "lm_head": 2}, dora)
+    for one, two in ("AB", "BA"):
+        tensors[f"base_model.model.lm_head.lora_{one}.weight"] = tensors[f"{EMBEDDING}.lora_embedding_{two}"].T.copy()
+    settings = {"target_modules": ["model.embed_tokens"], "ensure_weight_tying": True, "use_dora": dora}
+    folder = write_peft(tmp_path / "x", tensors, r=2, **settings)
+    check_merged(folder, multiplied_out(before, tensors, 4), tied_folder)
 
 
 @pytest.mark.parametrize("chosen", [[3, 99], {"embed_tokens": [5], "lm_head": [7, 0]}])

@@ -124,7 +124,7 @@ def drawn(rng: random.Random, kind: str) -> dict[str, Any]:
         options["target_modules"] = names + rng.choice([["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
     elif rng.random() < 0.2:
         options["trainable_token_indices"] = [5, 77, 31]
-    return options | {"ensure_weight_tying": rng.random() < 0.3}
+    return options | {"ensure_weight_tying": rng.random() < 0.3, "fan_in_fan_out": rng.random() < 0.2}
 
 
 def saved(model: Any, folder: Path, dtype: str, seed: int) -> None:
@@ -159,6 +159,11 @@ def adapted(rng: random.Random, kind: str, base: Any) -> Any:
             continue  # they exclude every module
 
 
+@functools.cache
+def parameters(folder: Path) -> Any:
+    return phi3_jax.load(folder).params
+
+
 def attachable(folder: Path, config: Any) -> Any:
     """What `load_adapter` gives, or None where it says that `load` has to merge it."""
     try:
@@ -182,7 +187,7 @@ def test_a_random_adapter(bases, reference, seed, tmp_path):
     assert np.abs(theirs - reference.logits(base, TOKENS)).max() > 0.1
     if attached := attachable(tmp_path / "adapter", ours.config):
         lora, adapter = attached
-        whole = dense(phi3_jax.load(folder).params, adapter, lora, lora.scaling)
+        whole = dense(parameters(folder), adapter, lora, lora.scaling)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours.params, whole)
 
 
