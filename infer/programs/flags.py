@@ -75,8 +75,9 @@ TOOLS = flags.DEFINE_string(
 TOOL_CHOICE = flags.DEFINE_enum(
     "tool_choice",
     "auto",
-    ["auto", "required"],
-    "required: the answer is a list of calls, whose arguments fit the functions' schemas; needs the extra grammar.",
+    ["auto", "required", "one"],
+    "required: the answer is a list of calls, whose arguments fit the functions' schemas; one: of one call. Needs the "
+    "extra grammar.",
 )
 
 PREFILL_CHUNK = flags.DEFINE_integer(
@@ -190,16 +191,16 @@ def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:
     """What answers must match, from the flags. Raises ValueError if more than one grammar is given.
 
     Args:
-      tools: what may be called, with --tool_choice=required.
+      tools: what may be called, with another --tool_choice than auto.
     """
     asked = [flag for flag in (JSON_SCHEMA, REGEX, CHOICE) if flag.value]
-    asked += [TOOL_CHOICE] if TOOL_CHOICE.value == "required" else []
+    asked += [TOOL_CHOICE] if TOOL_CHOICE.value != "auto" else []
     if len(asked) > 1:
         raise ValueError(f"give only one of {', '.join('--' + flag.name for flag in asked)}")
-    if TOOL_CHOICE.value == "required":
+    if TOOL_CHOICE.value != "auto":
         if not tools:
-            raise ValueError("--tool_choice=required needs --tools")
-        return Grammar.json_schema(call_schema(tools))
+            raise ValueError(f"--tool_choice={TOOL_CHOICE.value} needs --tools")
+        return Grammar.json_schema(call_schema(tools, 1 if TOOL_CHOICE.value == "one" else None))
     if JSON_SCHEMA.value:
         return Grammar.json_schema(read_text(JSON_SCHEMA.value))
     if REGEX.value:

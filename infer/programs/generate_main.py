@@ -248,7 +248,7 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
             raise ValueError('"tools" are for chats: give "messages", or --chat')
         else:
             ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value, add_eos=False)
-        common.grammar(_tools(request))  # raises if the line has no tools and --tool_choice=required
+        common.grammar(_tools(request))  # raises if the line has no tools and --tool_choice wants calls
         SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

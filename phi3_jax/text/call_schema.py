@@ -6,18 +6,21 @@ from typing import Any
 from phi3_jax.text.messages import Tool, function_of, read_tools
 
 
-def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+def call_schema(tools: Sequence[Tool], most: int | None = None) -> dict[str, Any]:
     """What a list of calls looks like: [{"name": ..., "arguments": {...}}], with arguments that fit the schemas.
 
     It is for `Grammar.json_schema`, and `parse_tool_calls` reads the answer. Arguments have no keys that their schema
     does not name, unless it says "additionalProperties".
+
+    Args:
+        most: how many calls there may be; small models go on for long.
 
     Raises:
         ValueError: there are no tools, or parameters that are not the schema of an object.
     """
     if not tools:
         raise ValueError("there are no tools to call")
-    root: dict[str, Any] = {"type": "array", "minItems": 1}
+    root: dict[str, Any] = {"type": "array", "minItems": 1} | ({} if most is None else {"maxItems": most})
     calls = []
     for index, tool in enumerate(read_tools(tools)):
         name, parameters = function_of(tool)["name"], function_of(tool).get("parameters") or {}

@@ -54,6 +54,10 @@ def test_one_tool_and_none():
     grammar = Grammar.json_schema(call_schema([{"name": "f"}]))
     assert accepts(tokenizer, grammar, '[{"name": "f", "arguments": {}}]', tokenizer.eos_id)
     assert not accepts(tokenizer, grammar, "[]", tokenizer.eos_id)
+    call = '{"name": "f", "arguments": {}}'
+    one = Grammar.json_schema(call_schema([{"name": "f"}], most=1))
+    assert accepts(tokenizer, one, f"[{call}]", tokenizer.eos_id)
+    assert not accepts(tokenizer, one, f"[{call}, {call}]", tokenizer.eos_id)
     with pytest.raises(ValueError, match="there are no tools"):
         call_schema([])
     with pytest.raises(ValueError, match="the parameters of f are no JSON schema of an object; write"):
