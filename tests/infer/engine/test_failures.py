@@ -171,7 +171,7 @@ def test_a_conversation_forgets_a_turn_with_an_error(small, capsys):
     assert pieces[-1].finish_reason == "error"
     assert conversation.messages == before
     chat = Chat(conversation, on_terminal=False)
-    chat.take("dog")
+    chat.take(" dog")
     assert chat.failed
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
