@@ -313,6 +313,7 @@ def test_finds_a_more_likely_answer_than_greedy_decoding(demo):
         assert demo.tokenizer.encode(prompt + beam.text) == demo.tokenizer.encode(prompt) + beam.token_ids
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_end_the_search_of_their_prompt_only(tiny):
     """At once, for a prompt that has token 5; and where a beam has come to a token that the model cannot read."""
     prompts = [[5, 1, 7], [11] * 4 + [2, 31, 8, 8]]

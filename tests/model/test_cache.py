@@ -152,14 +152,14 @@ def test_heads_padded_for_a_tpu_change_no_number(tiny, monkeypatch, dtype):
 @pytest.mark.parametrize(
     ("window", "capacity", "pieces", "fits"),
     [
-        (None, 8, [5, 3], True),
-        (None, 8, [5, 3, 1], False),
+        pytest.param(None, 8, [5, 3], True, marks=pytest.mark.slow),
+        pytest.param(None, 8, [5, 3, 1], False, marks=pytest.mark.slow),
         (None, 8, [8, 1], False),
         (6, 6, [5, 1, 1, 1, 1, 1, 1, 1], True),  # a ring of the window's size takes tokens one by one
         (6, 6, [5, 2], False),
-        (6, 8, [3, 3, 3, 3, 3], True),  # window + 3 - 1 slots for three at a time
-        (6, 7, [3, 3, 3], False),
-        (6, 8, [8, 1], True),
+        pytest.param(6, 8, [3, 3, 3, 3, 3], True, marks=pytest.mark.slow),  # window + 3 - 1 slots for three at a time
+        pytest.param(6, 7, [3, 3, 3], False, marks=pytest.mark.slow),
+        pytest.param(6, 8, [8, 1], True, marks=pytest.mark.slow),
     ],
 )
 def test_a_cache_that_is_too_small_gives_no_number(tiny, window, capacity, pieces, fits):

@@ -57,10 +57,8 @@ def test_an_error_at_a_later_step_keeps_what_came_before(tiny, sound):
     place = next(i for i, token in enumerate(sound[1]) if token not in PROMPTS[1] + sound[0])
     damaged = spoiled(tiny, "embed_tokens", (sound[1][place], 1), math.nan)
     expected = [(sound[0], "length"), (sound[1][: place + 1], "error")]
-    results = generate(damaged, PROMPTS, 8, sampling=[DRAWN, Sampling()], options=Options(logprobs=0, echo=True))
+    results = generate(damaged, PROMPTS, 8, sampling=[DRAWN, Sampling()])
     assert ends(results) == expected
-    assert [entry.token_id for entry in results[1].logprobs] == results[1].token_ids
-    assert all(math.isfinite(entry.logprob) for entry in results[1].logprobs)
     pieces = []
     generate(damaged, PROMPTS, 8, sampling=[DRAWN, Sampling()], on_piece=pieces.append)
     (last,) = (piece for piece in pieces if piece.finish_reason == "error")
@@ -80,14 +78,22 @@ def test_guesses_change_no_error(tiny, sound):
     assert ends(results) == [(tokens, "length") for tokens in sound]  # a draft model's numbers are only guesses
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_a_prompt_end_where_there_is_none(tiny):
     damaged = spoiled(tiny, "embed_tokens", (2, 0), math.nan)
-    results = generate(damaged, PROMPTS, 8, options=Options(logprobs=0, echo=True))
+    options = Options(logprobs=0, echo=True)
+    results = generate(damaged, PROMPTS, 8, options=options)
     assert [result.finish_reason for result in results] == ["length", "error"]
     assert [[entry.token_id for entry in result.prompt_logprobs] for result in results] == [PROMPTS[0], PROMPTS[1][:5]]
     assert all(entry.logprob is not None for result in results for entry in result.prompt_logprobs[1:])
+    token = results[0].token_ids[3]
+    results = generate(spoiled(tiny, "embed_tokens", (token, 0), math.nan), PROMPTS, 8, options=options)
+    assert (results[0].finish_reason, len(results[0].token_ids)) == ("error", results[0].token_ids.index(token) + 1)
+    assert [entry.token_id for entry in results[0].logprobs] == results[0].token_ids
+    assert all(math.isfinite(entry.logprob) for entry in results[0].logprobs)
 
 
+@pytest.mark.slow
 def test_a_row_that_may_take_no_token_says_so(tiny, sound):
     """All are banned at once; or the only one that is left may not come twice."""
     all_but_seven = [token for token in range(97) if token != 7]
@@ -130,13 +136,15 @@ def test_a_grammar_that_conflicts_ends_its_row_only(small):
         Sampling(banned_tokens=letters),
         Sampling(banned_tokens=[cat]),
         Sampling(forced_tokens=[the, cat]),
+        Sampling(banned_tokens=range(small.config.vocab_size)),
     ]
-    results = generate(small, [[5, 9]] * 5, 8, sampling=rows, grammar=grammars)
-    assert [result.finish_reason for result in results] == ["error"] * 3 + ["stop", "length"]
+    results = generate(small, [[5, 9]] * 6, 8, sampling=rows, grammar=[*grammars, None])
+    assert [result.finish_reason for result in results] == ["error"] * 3 + ["stop", "length", "error"]
     assert "forced_tokens[0] is a token that the grammar does not allow" in results[0].error
     assert (results[1].token_ids, results[1].error[:16]) == ([a], "forced_tokens[1]")
     assert "and the grammar together forbid all" in results[2].error
     assert (results[3].text, results[4].token_ids[:2]) == ("the", [the, cat])
+    assert "no token to pick as number 1 of the answer" in results[5].error
 
 
 def test_a_grammar_that_gives_up_ends_its_row_only(small, monkeypatch):
@@ -153,8 +161,8 @@ def test_a_grammar_that_gives_up_ends_its_row_only(small, monkeypatch):
         return real(self, row)
 
     monkeypatch.setattr(GrammarMasks, "mask", mask)
-    results = generate(small, [[5, 9]] * 5, 6, grammar=Grammar.regex("[a-z]{40}"))
-    assert [len(result.token_ids) for result in results] == [2, 6, 6, 6, 6]
+    results = generate(small, [[5, 9]] * 6, 6, grammar=Grammar.regex("[a-z]{40}"))
+    assert [len(result.token_ids) for result in results] == [2, 6, 6, 6, 6, 6]
     assert results[0].error == "row 0: llguidance cannot follow the grammar further"
     assert asked.count(0) == 4  # a row that has ended is not asked again
 
