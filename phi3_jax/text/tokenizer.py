@@ -190,7 +190,7 @@ class Tokenizer:
     def _spelling(self, token_id: int) -> str | None:
         """What the decoder is given for an id."""
         piece = self.piece(token_id)
-        return self._spellings.get(token_id, piece)
+        return self._spellings.get(operator.index(token_id), piece)
 
     @cached_property
     def _spellings(self) -> dict[int, str]:

@@ -95,8 +95,8 @@ def score(
         scores |= zip(batch, score_batch(checkpoint, [requests[i] for i in batch], B, T), strict=True)
         if bad := [i for i in batch if not np.isfinite(scores[i].logprobs).all()]:
             raise ValueError(
-                f"text {min(bad)}: the model gives log-probabilities that are not finite; weights that are not, or "
-                "values beyond the range of float16, do that"
+                f"text {min(bad)} has log-probabilities that are not finite: the weights may be damaged (download or "
+                "convert them again), or float16 overflowed (take float32 or bfloat16)"
             )
         if on_progress is not None:
             on_progress(len(scores), len(requests))
@@ -130,9 +130,11 @@ def _generation(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, 
     scores = []
     for row, request in enumerate(requests):
         found = run.prompt_logprobs(row) + (new[row].logprobs or [] if last[row] is not None else [])
-        scored = found[max(1, request.begin) :]
+        scored, expected = found[max(1, request.begin) :], len(request.ids) - max(1, request.begin)
+        # A run tells no log-probabilities from the first on that is no number.
         logprobs = [math.nan if each.logprob is None else each.logprob for each in scored]
-        greedy = all(value >= max(each.top.values(), default=0) for value, each in zip(logprobs, scored, strict=True))
+        logprobs += [math.nan] * (expected - len(scored))
+        greedy = all(value >= max(each.top.values(), default=0) for value, each in zip(logprobs, scored, strict=False))
         scores.append(Score(np.array(logprobs, np.float32), greedy))
     return scores
 
