@@ -15,16 +15,14 @@ import dataclasses
 import importlib
 import io
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from absl import flags
 
 from phi3_jax.checkpoint import require_tokenizer
 from phi3_jax.command_line.model_flags import CHECKPOINT
-from phi3_jax.command_line.program import interruptible, run_program
+from phi3_jax.command_line.program import interruptible, run_program, told_warnings
 
 from ..conversation import ContextFullError, Conversation, load_messages, save_messages
 from . import flags as common
@@ -52,7 +50,6 @@ class Chat:
 
     def __init__(self, conversation: Conversation, on_terminal: bool, verbose: bool = False):
         self._conversation, self._on_terminal, self._verbose = conversation, on_terminal, verbose
-        self._warned: set[str] = set()
         self.over = self.failed = False
 
     def take(self, line: str) -> None:
@@ -68,20 +65,6 @@ class Chat:
             self._fail(f"{error}: /reset begins a new one")
         except ValueError as error:
             self._fail(str(error))
-
-    def warn(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        """Shows a warning as one line, and the same one only once; takes the place of `warnings.showwarning`."""
-        if str(message) not in self._warned:
-            self._warned.add(str(message))
-            _tell(f"phi3-chat: warning: {message}")
 
     def _answer(self, text: str | None) -> None:
         written = False
@@ -136,7 +119,7 @@ class Chat:
         self._conversation.reset()
 
     def _set_system(self, text: str) -> None:
-        self._warned.clear()  # to warn again if the template drops this one, too
+        told_warnings.clear()  # to warn again if the template drops this one, too
         self._conversation.set_system(text or None)
 
     def _add_result(self, text: str) -> None:
@@ -149,7 +132,7 @@ class Chat:
 
     def _load(self, name: str) -> None:
         path = _file(name)
-        self._warned.clear()
+        told_warnings.clear()
         try:
             self._conversation.restore(load_messages(path))
         except ValueError as error:
@@ -220,8 +203,6 @@ def main() -> int:
         tools,
     )
     chat = Chat(conversation, sys.stdin.isatty(), common.VERBOSE.value)
-    warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = chat.warn
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is an error of one line, not of the program
     if sys.stdin.isatty():

@@ -12,12 +12,14 @@ import signal
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from absl import app, flags
+from tqdm import tqdm
 
 import phi3_jax
 
@@ -29,11 +31,15 @@ _COMPILATION_CACHE_DIR = flags.DEFINE_string(
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of the program, of jax and of Python, and end.")
 Topics = Mapping[str, Sequence["flags.FlagHolder[Any]"]]
 
+# The warnings that were shown, so that none is shown twice; a program that clears it wants to be warned anew.
+told_warnings: set[str] = set()
+
 
 def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
     """Parses the flags and runs `main`, whose result is the exit code; bad input becomes one line and exit code 1.
 
-    ValueError, OSError and ImportError count as bad input; other exceptions are bugs, shown with their traceback.
+    ValueError, OSError and ImportError count as bad input; other exceptions are bugs, shown with their traceback. A
+    UserWarning is a line, too.
     If nobody reads standard output any more, the program ends without a word.
 
     Args:
@@ -68,6 +74,7 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
             jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE_DIR.value)
             # Keep small compiled programs, too: a start compiles dozens of them, which together takes seconds.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        _show_warnings_as_lines(name)
         try:
             return main()
         except BrokenPipeError:
@@ -118,6 +125,27 @@ def read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+
+
+def _show_warnings_as_lines(name: str) -> None:
+    show_other = warnings.showwarning
+
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, UserWarning):
+            show_other(message, category, filename, lineno, file, line)
+        elif str(message) not in told_warnings:
+            told_warnings.add(str(message))
+            tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+
+    warnings.simplefilter("always", UserWarning)
+    warnings.showwarning = show_warning
 
 
 def _present_flags() -> set[str]:

@@ -55,6 +55,23 @@ def test_a_reader_that_has_left_ends_the_program_without_a_word():
         assert process.wait() == 128 + signal.SIGPIPE
 
 
+def test_a_warning_is_one_line_and_told_once():
+    script = (
+        "import warnings\n"
+        "from phi3_jax.command_line.program import run_program\n"
+        "def main():\n"
+        "    for text in ('this', 'that', 'this'): warnings.warn(text)\n"
+        "    warnings.warn('old', FutureWarning)\n"
+        "    return 0\n"
+        "run_program('phi3-warns', main, {})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    first, second, third, *_ = done.stderr.splitlines()
+    assert (first, second) == ("phi3-warns: warning: this", "phi3-warns: warning: that")
+    assert third.endswith("FutureWarning: old")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_integers_are_not_exported_as_if_they_were_a_checkpoint_for_others(tiny_folder, tmp_path):
     phi3_jax.save(phi3_jax.load(tiny_folder, "bfloat16", quantize="int8"), tmp_path / "q")
     done = export("--checkpoint", str(tmp_path / "q"), "--format", "safetensors", "--output", str(tmp_path / "out"))
