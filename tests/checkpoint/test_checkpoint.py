@@ -1,10 +1,7 @@
 import dataclasses
 import json
 import shutil
-import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from adapters import random_adapter
+from hub import serve
 
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
@@ -290,57 +288,10 @@ def test_the_demo_needs_its_package(monkeypatch):
         phi3_jax.load("demo")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Just enough of the hub's HTTP interface for huggingface_hub to download one model from."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def answer(self, body: bool) -> None:
-        self.asked.append(self.path)
-        if self.path.startswith("/api/models/microsoft/tiny"):
-            files = sorted(self.folder.iterdir())
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
-            info = {"id": "microsoft/tiny", "sha": "0" * 40, "siblings": [{"rfilename": f.name} for f in files]}
-            content = json.dumps(tree if "/tree/" in self.path else info).encode()
-        else:
-            file = self.folder / Path(self.path).name
-            if not self.path.startswith("/microsoft/tiny/resolve/") or not file.exists():
-                self.send_error(404)
-                return
-            content = file.read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{Path(self.path).name}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub(tiny_folder, monkeypatch, tmp_path):
-    handler = type("TinyHub", (Hub,), {"folder": tiny_folder, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
-        monkeypatch.delitem(sys.modules, name)  # it reads its settings once, when it is imported
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serve("models/microsoft/tiny", tiny_folder, tmp_path / "home", monkeypatch) as handler:
+        yield handler
 
 
 def test_a_hub_id_fetches_weights_and_data_but_never_code(hub, tiny, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from hub import serve
 
 import phi3_jax
 from phi3_jax.checkpoint import auto_dtype, fastest_layout, hub, placement
@@ -89,23 +91,19 @@ def test_packed_floats_are_saved_and_computed_like_any_others(tiny_folder, tmp_p
 
 
 def test_revisions_are_for_hub_ids(tiny_folder, monkeypatch, tmp_path):
-    asked = []
-    import huggingface_hub
-
-    def download(name, revision=None, allow_patterns=()):
-        asked.append((name, revision))
-        return str(tiny_folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    for arguments in (
-        {"path": "some/model", "revision": "v2"},
-        {"path": "some/model@refs/pr/3"},
-        {"path": "some/model@v2", "revision": "v2"},
-        {"path": "some/model"},
-    ):
-        phi3_jax.load(**arguments)
-    assert asked == [("some/model", rev) for rev in ("v2", "refs/pr/3", "v2", None)]
+    with serve("models/some/model", tiny_folder, tmp_path / "home", monkeypatch) as asked_hub:
+        for arguments in (
+            {"path": "some/model", "revision": "v2"},
+            {"path": "some/model@refs/pr/3"},
+            {"path": "some/model@v2", "revision": "v2"},
+            {"path": "some/model"},
+        ):
+            phi3_jax.load(**arguments)
+        info = [path.rpartition("/some/model/")[2] for path in asked_hub.asked if re.search("/revision/[^/]*$", path)]
+        assert info == [f"revision/{name}" for name in ("v2", "refs%2Fpr%2F3", "v2", "main")]
+        with pytest.raises(FileNotFoundError, match="no such model, or no revision v7 of it"):
+            phi3_jax.load("some/model@v7")
     shutil.copytree(tiny_folder, "some/local")
     for arguments, message in (
         ({"path": tiny_folder, "revision": "v2"}, r"revision='v2' is for hub ids, and .*tiny is none: leave it out"),
@@ -119,7 +117,6 @@ def test_revisions_are_for_hub_ids(tiny_folder, monkeypatch, tmp_path):
             phi3_jax.load(**arguments)
     shutil.copytree(tiny_folder, "some/odd@name")  # a folder that is there is meant
     phi3_jax.load("some/odd@name")
-    assert len(asked) == 4
     assert not hub.is_hub_id("some/model@")
     assert not hub.is_hub_id("some/model@a@b")
 

@@ -1,13 +1,7 @@
 """Data sets in folders and on a hub: which files are which split, and that only these are fetched."""
 
-import json
-import re
-import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread
-
 import pytest
+from hub import forget_hub, serve
 from templates import small_tokenizer
 
 from phi3_jax.train.data import find_files, prepare, read_entries
@@ -121,42 +115,6 @@ def test_the_files_of_a_split_are_one_data_set(tmp_path):
     assert again.fingerprint != found.fingerprint
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Just enough of the hub's HTTP interface for huggingface_hub to download files of one data set."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def answer(self, body: bool) -> None:
-        self.asked.append(self.path)
-        if re.match(r"/api/datasets/some/chats($|/revision/(main|v2)|/tree/)", self.path):
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in self.files.items()]
-            info = {"id": "some/chats", "sha": "0" * 40, "siblings": [{"rfilename": name} for name in self.files]}
-            content = json.dumps(tree if "/tree/" in self.path else info).encode()
-        else:
-            found = re.fullmatch(rf"/datasets/some/chats/resolve/({'0' * 40}|v2)/(.*)", self.path)
-            if not found or found[2] not in self.files:
-                self.send_error(404)
-                return
-            content = self.files[found[2]]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{Path(self.path).name}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 CARD = b"""---
 configs:
 - config_name: default
@@ -170,26 +128,15 @@ configs:
 """
 
 
-def forget_hub(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
-        monkeypatch.delitem(sys.modules, name)  # it reads its settings once, when it is imported
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     files = {f"data/train-{i}.jsonl": b'{"text": "%d"}\n' % i for i in range(2)}
     files |= {"README.md": CARD, "data/test1.jsonl": b"{}", "chats.py": b"raise SystemExit", "data/model.bin": b"x"}
-    handler = type("SmallHub", (Hub,), {"files": files, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    forget_hub(monkeypatch)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    yield handler
-    server.shutdown()
-    server.server_close()
+    (tmp_path / "repository" / "data").mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / "repository" / name).write_bytes(content)
+    with serve("datasets/some/chats", tmp_path / "repository", tmp_path / "home", monkeypatch) as handler:
+        yield handler
 
 
 def fetched(hub) -> set[str]:
