@@ -11,6 +11,7 @@ written.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -175,9 +176,10 @@ class Conversation:
     def _answer_message(self, content: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if calls:
-            before = sum(len(each.get("tool_calls") or []) for each in self._messages)
+            used = {call.get("id") for each in self._messages for call in each.get("tool_calls") or []}
             # Nine letters and digits: Mistral's template takes no other ids.
-            message["tool_calls"] = [call.as_message_part(f"call{before + i:05}") for i, call in enumerate(calls)]
+            unused = (name for i in itertools.count() if (name := f"call{i:05}") not in used)
+            message["tool_calls"] = [call.as_message_part(next(unused)) for call in calls]
         return message
 
     def reset(self) -> None:

@@ -19,6 +19,7 @@ _OWN_NAMES = re.compile(  # of roles and padding
     r"<\|(system|user|assistant|tool|im_start|im_sep|start_header_id|end_header_id|begin_of_text|pad|endofprompt"
     r"|fim_\w+|(placeholder|dummy|reserved)\w*)\|>|\[/?INST\]|\[PAD\d*\]|<pad>|<unk>|<s>|</s>"
 )
+_PARTS = re.compile(r"</?(think|thinking|tool_call|tool_response|tools|answer|solution)>")  # of what is said
 _MARKER = re.compile(r"<\|/?\w+\|>")  # how they are all spelled
 
 
@@ -60,7 +61,9 @@ def is_special(content: str, hidden: bool, template: str) -> bool:
     Args:
       template: the result of `template_text`.
     """
-    written = content in template and not content.isspace() and not content.strip().isalnum()
+    written = content in template and not (
+        content.isspace() or content.strip().isalnum() or _PARTS.fullmatch(content.strip())
+    )
     return hidden or _MARKER.fullmatch(content) is not None or written
 
 

@@ -1,5 +1,6 @@
 """Which tokens of a conversation an assistant says, for training."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ def encode_answers(
     last = max((i for i, message in enumerate(chat.messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise ValueError('no message has the role "assistant", so that there is no answer to learn.')
-    chat = Chat(chat.messages[: last + 1], chat.tools, chat.options)
+    chat = dataclasses.replace(chat, messages=chat.messages[: last + 1])
     literals = Literals(tokenizer, chat)
     text, spans = _find_answers(tokenizer, chat, literals)
     if lost := dropped(tokenizer, chat, add_generation_prompt=False):
@@ -86,7 +87,7 @@ def _bordered(
     tokenizer: Tokenizer, ready: Chat, literals: Literals, indices: list[int], border: str, text: str
 ) -> list[str]:
     """The text in pieces: every second one is the content of one of these messages."""
-    for prepare in (str, str.strip):  # the template may strip what is said
+    for prepare in (str, str.strip, str.rstrip, str.lstrip):  # the template may strip what is said
         pieces = _render_bordered(ready, literals, indices, border, prepare)
         if "".join(pieces) == text and len(pieces) == 1 + 2 * len(indices):
             return pieces
@@ -100,8 +101,9 @@ def _render_bordered(
     messages = list(ready.messages)
     for index in indices:
         kept = {"role": messages[index]["role"]} if plain else messages[index]
-        messages[index] = kept | {"content": border + prepare(messages[index].get("content") or "") + border}
-    chat = Chat(messages, ready.tools, ready.options)
+        content = "" if plain else messages[index].get("content") or ""  # a template may cut thoughts off
+        messages[index] = kept | {"content": border + prepare(content) + border}
+    chat = dataclasses.replace(ready, messages=messages)
     return literals.render(chat, add_generation_prompt=False).split(border)
 
 
@@ -121,13 +123,15 @@ def _ending(tokenizer: Tokenizer, pieces: list[str]) -> str:
 
 def _start(tokenizer: Tokenizer, ready: Chat, literals: Literals, index: int, border: str, text: str) -> int:
     """Where an answer begins: behind what the model is asked with, or else behind a plain answer's header."""
-    before = Chat(ready.messages[:index], ready.tools, ready.options)
-    asked = literals.render(before, add_generation_prompt=True) if index else border
-    if text.startswith(asked):
-        return len(asked)
-    # The template writes earlier turns in another way.
-    header = _render_bordered(ready, literals, [index], border, str, plain=True)[0]
-    for start in (header, header.rstrip()):
+    before = dataclasses.replace(ready, messages=ready.messages[:index])
+    asked, unasked = (literals.render(before, add) if index else border for add in (True, False))
+    try:
+        header = _render_bordered(ready, literals, [index], border, str, plain=True)[0]
+    except ValueError:  # the template refuses a plain answer in this place
+        header = asked
+    # Without a header to ask with, or with another one for earlier turns.
+    starts = [header, header.rstrip(), asked] if asked == unasked else [asked, header, header.rstrip()]
+    for start in starts:
         if text.startswith(start):
             return len(start)
     raise ValueError(_not_as_said(tokenizer))

@@ -9,7 +9,7 @@ characters go earlier: see ByteFallbackDecoder for the one case where that makes
 import codecs
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import sentencepiece
@@ -38,14 +38,25 @@ class PieceEncoder(Protocol):
 class SentencePieceEncoder:
     """`tokenizer.model`: the sentencepiece library puts a space mark in front of every piece by itself."""
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, special: Iterable[int] = ()):
         self._processor = processor
+        # A user-defined symbol is found in any text: where it is special, it is spelled out.
+        self._spelled = {token_id: self._letters(token_id) for token_id in special}
 
     def encode(
         self, piece: str, *, at_start: bool, parse_special: bool = False, literal_mark: str | None = None
     ) -> list[int]:
         """See PieceEncoder; every piece is treated alike."""
-        return list(self._processor.encode(_without(piece, literal_mark)))
+        ids = self._processor.encode(_without(piece, literal_mark))
+        return [i for token_id in ids for i in self._spelled.get(token_id, [token_id])]
+
+    def _letters(self, token_id: int) -> list[int]:
+        library, ids = self._processor, []
+        for letter in library.id_to_piece(token_id):
+            known = library.piece_to_id(letter)
+            bytes_ = [library.piece_to_id(f"<0x{byte:02X}>") for byte in letter.encode()]
+            ids += [known] if known != library.unk_id() else bytes_
+        return ids
 
 
 class TokenizersEncoder:

@@ -6,6 +6,7 @@ What a message says is text: a `<|end|>` in it stays plain text and never ends t
 descriptions of tools, and the arguments of calls.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,8 +111,12 @@ def _probed(chat: Chat, probe: str, functions: bool) -> tuple[Chat, list[tuple[s
         role, calls, name = message["role"], message.get("tool_calls"), f"messages[{index}]"
         if calls and message.get("content"):
             message["content"] += mark(f"the content beside the tool calls of {name}", _BESIDE)
-        elif isinstance(message.get("content"), str) and not calls:
+        elif (message.get("content") or "").strip() and not calls:
             which = "the system message" if role == "system" else name
+            if message is messages[-1] and role == "assistant" and "</think>" in message["content"]:
+                # Those of earlier turns are left out on purpose.
+                end = mark(f"the thoughts of {name}", "leave them out, or use a template that writes them.")
+                message["content"] = message["content"].replace("</think>", f"{end}</think>", 1)
             message["content"] += mark(f"{which}, of role {role!r}", _OTHER_ROLE)
         if calls and functions:
             message["tool_calls"] = [_renamed(call, mark(f"the tool calls of {name}", _CALLS)) for call in calls]
@@ -122,7 +127,7 @@ def _probed(chat: Chat, probe: str, functions: bool) -> tuple[Chat, list[tuple[s
             message["name"] += mark(f"the name in {name}", "put it into the content.")
     if tools and functions:
         tools = [_renamed(tool, mark(f"tools[{index}]", _TOOLS)) for index, tool in enumerate(tools)]
-    return Chat(messages, tools, chat.options), parts
+    return dataclasses.replace(chat, messages=messages, tools=tools), parts
 
 
 _OTHER_ROLE = "put its text into a message of the user, or use a role that the template knows."

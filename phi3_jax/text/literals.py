@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+from phi3_jax.text.added_tokens import END_NAMES
 from phi3_jax.text.messages import Chat, variables
 from phi3_jax.text.template import NONCHARACTERS, render, vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
@@ -36,11 +37,19 @@ class Literals:
         self._tokenizer, self._chat = tokenizer, chat
         self.mark = unused_noncharacter(tokenizer, chat)
         self._specials = [token.content for token in tokenizer.added_tokens if token.special and token.content]
+        letters = sorted({ord(c) for content in self._specials for c in content if not c.isspace()})
+        self._veils = {old: 0x100000 + i for i, old in enumerate(letters)}
         self._present = [content for content in self._specials if any(content in text for text in chat.texts())]
 
     def write(self, add_generation_prompt: bool) -> str:
         """The chat as the template writes it, with marks. Raises ValueError as `prepare`."""
-        return self.render(self.prepare(add_generation_prompt), add_generation_prompt)
+        text = self.render(self.prepare(add_generation_prompt), add_generation_prompt)
+        if self._present and self._unmarked(text) != write(self._tokenizer, self._chat, add_generation_prompt):
+            raise ValueError(
+                f"{self._tokenizer.source}: what the chat template writes depends on {self._present[:3]} in a message, "
+                "which are special tokens and stay text; remove them from the messages."
+            )
+        return text
 
     def prepare(self, add_generation_prompt: bool) -> Chat:
         """The chat with marks, so that the special tokens in what the template makes of it are all its own.
@@ -67,18 +76,30 @@ class Literals:
 
     def _check_words(self, text: str, add_generation_prompt: bool) -> None:
         """Raises ValueError if the template makes a special token out of the letters of words, cut or changed."""
-        spread = self._except_roles(self._spread)
-        given = variables(self._tokenizer, spread, add_generation_prompt)
-        try:
-            apart = render(self._tokenizer, given, _characters(spread), self._spread)
-        except ValueError:  # the template looks at words, and these it does not know
-            return
-        more = self._special_tokens(text) - self._special_tokens(apart)
-        if more and apart.replace(self.mark, "") == text.replace(self.mark, ""):
-            raise ValueError(
-                f"{self._tokenizer.source}: the chat template makes the control token {min(more)!r} out of the words "
-                "of a message; change these words."
-            )
+        said = text.replace(self.mark, "")
+        for change, undo in ((self._spread, self._unmarked), (self._veil, self._unveil)):
+            changed = self._except_roles(change)
+            given = variables(self._tokenizer, changed, add_generation_prompt)
+            try:
+                apart = render(self._tokenizer, given, _characters(changed), change)
+            except ValueError:  # the template looks at words, and these it does not know
+                continue
+            more = self._special_tokens(text) - self._special_tokens(apart)
+            if more and undo(apart) == said:
+                raise ValueError(
+                    f"{self._tokenizer.source}: the chat template makes the control token {min(more)!r} out of the "
+                    "words of a message; change these words."
+                )
+
+    def _unmarked(self, text: str) -> str:
+        return text.replace(self.mark, "")
+
+    def _veil(self, text: str) -> str:
+        """Other characters for those of special tokens, as many: a template may cut text by its length."""
+        return text.translate(self._veils)
+
+    def _unveil(self, text: str) -> str:
+        return self._unmarked(text).translate({new: old for old, new in self._veils.items()})
 
     def _except_roles(self, function: Callable[[str], str]) -> Chat:
         """The chat with every text changed; roles, which templates compare, are only defused."""
@@ -91,7 +112,8 @@ class Literals:
         """Raises ValueError if the template makes a special token out of a role that it does not name."""
         named = _ROLES | vocabulary(self._tokenizer.chat_template or "").compared
         for index, message in enumerate(self._chat.messages):
-            if (role := message["role"]) in named:
+            # A template may compare contents with "end", too.
+            if (role := message["role"]) in named and f"<|{role}|>" not in END_NAMES:
                 continue
             chat = self._chat.map(self._defuse)
             made = self._special_tokens(self.render(chat, add_generation_prompt))

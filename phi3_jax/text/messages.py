@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from phi3_jax.text.template import vocabulary
@@ -31,10 +32,12 @@ class Chat:
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     options: dict[str, Any]
+    now: datetime = dataclasses.field(default_factory=datetime.now)  # the same whenever the chat is rendered
 
     def map(self, function: Callable[[str], str]) -> "Chat":
         """A copy with every text changed, keys of dicts included, except those that templates look up."""
-        return Chat(*(map_texts(part, function) for part in (self.messages, self.tools, self.options)))
+        messages, tools, options = (map_texts(part, function) for part in (self.messages, self.tools, self.options))
+        return Chat(messages, tools, options, self.now)
 
     def texts(self) -> Iterator[str]:
         """Every text in it."""
@@ -148,7 +151,7 @@ def variables(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> 
                 written = f"{_CALL}{json.dumps(calls, ensure_ascii=False)}{_END_CALL}"
                 message["content"] = (message.get("content") or "") + written
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
-    return {"documents": None} | chat.options | given
+    return {"documents": None, "strftime_now": chat.now.strftime} | chat.options | given
 
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +163,8 @@ def _aliased(message: dict[str, Any]) -> dict[str, Any]:
 def _read_message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or "role" not in message:
         raise ValueError(f"{name} is {_short(message)}; {_SHAPE}.")
+    # What holds nothing loses nothing: clients write "refusal": null and "annotations": [].
+    message = {key: value for key, value in message.items() if key in _FIELDS or value not in (None, [], {}, "")}
     if unknown := sorted(map(str, message.keys() - _FIELDS)):
         raise ValueError(f"{name} has the unknown fields {unknown}; there are {sorted(_FIELDS)}.")
     calls = message.get("tool_calls")

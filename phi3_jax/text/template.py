@@ -48,7 +48,12 @@ def render(
     """
     source = require_template(tokenizer)
     names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    variables = {name: token for name, token in names.items() if token} | variables | {_DEFUSE: defuse}
+    variables = (
+        {**tokenizer.named_tokens}
+        | {name: token for name, token in names.items() if token}
+        | variables
+        | {_DEFUSE: defuse}
+    )
     room = MAX_GENERATED_CHARACTERS + characters
     chunks = []
     try:

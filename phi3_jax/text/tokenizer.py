@@ -7,14 +7,14 @@ Cutting and decoding are the same code for every kind of file; only the encoder 
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import sentencepiece
 
-from phi3_jax.text.added_tokens import AddedToken, Cutter
+from phi3_jax.text.added_tokens import AddedToken, Cutter, is_hidden, is_special
 from phi3_jax.text.backends import (
     SPACE_MARK,
     ByteFallbackDecoder,
@@ -32,6 +32,7 @@ from phi3_jax.text.tokenizer_files import (
     listed_in_config,
     make_added_tokens,
     named_token,
+    named_tokens,
     read_chat_templates,
     read_config,
     read_json,
@@ -61,6 +62,7 @@ class Tokenizer:
             usually empty.
         chat_template, tool_chat_template: jinja2 sources, for chat.py; the second is for chats with tools, if it is
             another one.
+        named_tokens: special tokens by the names that a template may use, such as pad_token.
         source: the file this came from, for messages.
         document: the contents of a tokenizer.json for `checkpoint.save`, where there is no file to copy (GGUF).
     """
@@ -78,6 +80,7 @@ class Tokenizer:
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
     tool_chat_template: str | None = None
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -311,6 +314,7 @@ def _load_tokenizer_json(path: Path, config: dict[str, Any], templates: Mapping[
         opening=tuple(opening),
         closing=tuple(closing),
         tool_chat_template=templates.get("tool_use"),
+        named_tokens=named_tokens(config),
     )
 
 
@@ -349,6 +353,8 @@ def _load_sentencepiece(path: Path, config: dict[str, Any], templates: Mapping[s
             vocabulary[entry["id"]] = entry["content"]
     controls = [i for i in vocabulary if processor.is_control(i) or processor.is_unknown(i)]
     inside = [{"id": i, "content": vocabulary[i], "special": True} for i in controls]
+    # Models also hold markers as user-defined symbols.
+    inside += [{"id": i, "content": c} for i, c in vocabulary.items() if is_special(c, is_hidden(c, False), "")]
     default = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
     names = {name: named_token(config, name) or vocabulary.get(token_id) for name, token_id in default.items()}
     ids = {piece: token_id for token_id, piece in vocabulary.items()}
@@ -357,7 +363,9 @@ def _load_sentencepiece(path: Path, config: dict[str, Any], templates: Mapping[s
     pieces = join_vocabulary(vocabulary, added, config, path)
     prefixed = processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
     return Tokenizer(
-        encoder=SentencePieceEncoder(processor),
+        encoder=SentencePieceEncoder(
+            processor, [t.id for t in added if t.special and t.id < processor.get_piece_size() and t.id not in controls]
+        ),
         new_decoder=lambda: ByteFallbackDecoder(strip_leading_space=prefixed),
         pieces=pieces,
         added_tokens=added,
@@ -367,4 +375,5 @@ def _load_sentencepiece(path: Path, config: dict[str, Any], templates: Mapping[s
         chat_template=templates.get("default"),
         source=str(path),
         tool_chat_template=templates.get("tool_use"),
+        named_tokens=named_tokens(config),
     )

@@ -74,7 +74,7 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
         raise ValueError(f"{folder}: the chat_template {odd[0]!r} is a {kind}; make it a string.")
     paths = {"default": folder / "chat_template.jinja"}
     paths |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    files = {name: path.read_text(encoding="utf-8-sig") for name, path in paths.items() if path.is_file()}
+    files = {name: _read_template(path) for name, path in paths.items() if path.is_file()}
     known = files or inside
     if files and "default" in inside and inside["default"].strip() != files.get("default", "").strip():
         warn_of(
@@ -86,6 +86,13 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     return known
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 (byte {error.start}); download the file again.") from None
+
+
 def named_token(config: Mapping[str, Any], name: str) -> str | None:
     """A token that the config names, as a plain string or as an object with "content"."""
     value = config.get(name)
@@ -94,6 +101,15 @@ def named_token(config: Mapping[str, Any], name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"tokenizer_config.json: {name} is {value!r}; make it a string.")
     return value
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by the names that the config gives them, as transformers hands them to chat templates."""
+    extra = config.get("extra_special_tokens")
+    entries = {key: value for key, value in config.items() if key in _NAMES} | (
+        extra if isinstance(extra, dict) else {}
+    )
+    return {name: token for name in entries if (token := named_token(entries, name))}
 
 
 def _named_entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from phi3_jax.text.messages import Tool, function_of, read_tools
-from phi3_jax.text.tokenizer import Tokenizer
+from phi3_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 # What opens a call, and what closes it, where it is written.
 _MARKERS = {
@@ -102,21 +103,12 @@ def parse_tool_calls(
     return Reply((content + parser.flush()).strip(), parser.calls, parser.problems)
 
 
-class MarkerDecoder:
+class MarkerDecoder(StreamDecoder):
     """As `Tokenizer.stream(skip_special_tokens=True)`, but special tokens that mark calls are written out."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._markers = {token.id: token.content for token in tokenizer.added_tokens if token.content in _ALL_MARKERS}
-        self._decoder = tokenizer.stream(skip_special_tokens=True)
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain once this id is added."""
-        marker = self._markers.get(int(token_id))
-        return self._decoder.push(token_id) if marker is None else self._decoder.flush() + marker
-
-    def flush(self) -> str:
-        """The text held back so far."""
-        return self._decoder.flush()
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._skip -= {token.id for token in tokenizer.added_tokens if token.content in _ALL_MARKERS}
 
 
 class ToolCallParser:
@@ -130,12 +122,15 @@ class ToolCallParser:
         self._names = None if tools is None else {function_of(tool)["name"] for tool in read_tools(tools)}
         self._text = ""  # not decided yet
         self._is_first = True  # nothing is decided yet
+        self._needs_bracket = False  # the text ends inside of JSON
         self.calls: list[ToolCall] = []
         self.problems: list[str] = []
 
     def push(self, text: str) -> str:
         """Adds text -> the content that is now certain."""
         self._text += text
+        if self._needs_bracket and not {"]", "}"} & set(text):
+            return ""
         return self._read(is_over=False)
 
     def flush(self) -> str:
@@ -155,7 +150,8 @@ class ToolCallParser:
             self._text = self._text[opening.start() :]
             try:
                 end, calls = _read_marked(self._text, opening[0], is_over)
-            except _IncompleteError:
+            except _IncompleteError as error:
+                self._needs_bracket = error.inside_json
                 return content
             except ValueError as error:
                 self._complain(f"what follows {opening[0]}", error)
@@ -163,6 +159,7 @@ class ToolCallParser:
                 content += opening[0]
             self.calls += calls
             self._text = self._text[end:]
+        self._needs_bracket = False
         held = 0 if is_over else _begun(self._text, _MARKERS)
         content += self._text[: len(self._text) - held]
         self._text = self._text[len(self._text) - held :]
@@ -195,7 +192,11 @@ class ToolCallParser:
 
 
 class _IncompleteError(Exception):
-    """More text is needed."""
+    """More text is needed; with `inside_json`, a closing bracket is in it."""
+
+    def __init__(self, inside_json: bool = False):
+        super().__init__()
+        self.inside_json = inside_json
 
 
 def _read_marked(text: str, opening: str, is_over: bool) -> tuple[int, list[ToolCall]]:
@@ -250,15 +251,21 @@ def _read_json(text: str, start: int, is_over: bool) -> tuple[int, Any]:
                 return match.end(), _loads(text[start : match.end()])
     if is_over:
         raise ValueError("it ends in the middle")
-    raise _IncompleteError
+    raise _IncompleteError(inside_json=bool(open_brackets))
 
 
 def _loads(text: str) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):  # 1e999 as well
+            raise ValueError(f"{number} is not JSON")
+        return value
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=finite, parse_float=finite)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("a text has half of a surrogate pair") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
@@ -277,12 +284,15 @@ def _call(entry: Any, strict: bool = False) -> ToolCall:
     if not isinstance(name, str):
         raise ValueError(f"no name of a function in {json.dumps(entry, ensure_ascii=False)[:40]}")
     found = [each["arguments"] for each in (function, entry) if "arguments" in each]
+    if not found and not strict and (odd := function.keys() - {"name", "type", "id", "parameters", "description"}):
+        raise ValueError(f"no arguments for {name}, but {', '.join(sorted(map(repr, odd)))}")
     if not found and "description" not in function:  # else it is the tool's definition, whose parameters are a schema
         found = [function["parameters"]] if "parameters" in function else []
         found = found or ([] if strict else [{}])
     if not found:
         raise ValueError(f"no arguments for {name}")
-    arguments = _loads(found[0]) if isinstance(found[0], str) else found[0]
+    arguments = {} if found[0] in (None, "") else found[0]
+    arguments = _loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments for {name} are no object")
     return ToolCall(name, arguments)

@@ -132,7 +132,7 @@ def test_markers_are_special_whatever_their_flags_say(tmp_path: Path) -> None:
         "<|user|>": (True, True),
         "<|tool_call|>": (True, False),  # part of an answer
         "[X]": (True, False),  # the template writes it
-        "<think>": (True, False),
+        "<think>": (False, False),  # what is said, though the template writes it
         "user": (False, False),  # a word, though the template writes it
         "<bos>": (True, True),
         "[PAD]": (True, True),

@@ -135,6 +135,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "eos_token": tokenizer.eos_token or None,
         "chat_template": tokenizer.chat_template,
     }
+    if tokenizer.tool_chat_template is not None:
+        templates = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_chat_template}
+        settings["chat_template"] = [{"name": name, "template": t} for name, t in templates.items() if t is not None]
     (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     given = {key: value for key, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
@@ -184,8 +187,8 @@ def _added_tokens(
     for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         # Early files of Phi-3 mark <|end|> and others as user-defined, and some files mark all tokens as normal; a user
         # who types it would then end the turn.
-        is_end = token_type == NORMAL and (token_id in ends or token in END_NAMES)
-        if token and (is_end or token_type in (UNKNOWN, CONTROL, USER_DEFINED)):
+        is_marker = is_hidden(token, token_id in ends) and (token in template or token in END_NAMES or token_id in ends)
+        if token and ((token_type == NORMAL and is_marker) or token_type in (UNKNOWN, CONTROL, USER_DEFINED)):
             hidden = is_hidden(token, token_type in (UNKNOWN, CONTROL) or token_id in named)
             added.append(
                 AddedToken(

@@ -76,6 +76,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    if tokenizer.tool_chat_template is not None:
+        metadata["tokenizer.chat_template.tool_use"] = tokenizer.tool_chat_template
     _check(tokenizer, metadata)
     return metadata
 
