@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from phi3_jax.text import Message, Tool, ToolCall, ToolCallParser, encode_chat
 from .answer import Answer, Generation, Piece, write_answers
 from .engine import Options, PromptCache, Run
 from .engine.buckets import room_for
-from .sampling import Grammar, Sampling
+from .sampling import Grammar, Sampling, stop_strings
 
 _SMALLEST_ROOM = 512  # tokens
 
@@ -76,7 +76,7 @@ class Conversation:
         system: str | None = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Iterable[str] = (),
         grammar: Grammar | None = None,
         options: Options | None = None,
         tools: Sequence[Tool] | None = None,
@@ -86,7 +86,7 @@ class Conversation:
         Args:
           sampling: how tokens are picked; the n-th answer, counted from 0, is drawn with seed + n.
           max_new_tokens: the most tokens of an answer.
-          stop: strings that end an answer.
+          stop: a string that ends an answer, or several.
           grammar: what every answer must match.
           options: how the runs are carried out; its prompt cache is for the first one.
           tools: functions that the model may call, as `encode_chat` takes them.
@@ -101,7 +101,7 @@ class Conversation:
             raise ValueError("a chat does not read its prompts as a whole, which echo needs: leave it out")
         self._checkpoint, self._tokenizer = checkpoint, checkpoint.tokenizer
         self._sampling = sampling or Sampling()
-        self._max_new_tokens, self._stop, self._grammar = max_new_tokens, tuple(stop), grammar
+        self._max_new_tokens, self._stop, self._grammar = max_new_tokens, stop_strings(stop), grammar
         self._tools = tools
         self._system = None if system is None else {"role": "system", "content": system}
         self._messages: list[dict[str, Any]] = []

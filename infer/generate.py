@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from phi3_jax.checkpoint import Checkpoint
 from .answer import Answer, Generation, Piece, write_answers
 from .engine import Options, Run
 from .prompts import Prompt, as_list, encode_prompt, for_each
-from .sampling import Grammar, Sampling, watched_tokens
+from .sampling import Grammar, Sampling, stop_strings, watched_tokens
 
 # Steps per call of the compiled loop if tokens are not needed one by one. It returns earlier after a token that may
 # complete a stop string, so that no step is taken in vain.
@@ -30,7 +30,7 @@ def generate(
     seed: int = 0,
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     grammar: Grammar | Sequence[Grammar | None] | None = None,
     options: Options | None = None,
     on_piece: Callable[[Piece], None] | None = None,
@@ -45,7 +45,7 @@ def generate(
       temperature: 0 for the most likely token at each step, else the softmax temperature to draw with.
       seed: of the random draws: row i draws with seed + i. The same seed gives the same answers.
       sampling: replaces temperature and seed: all settings of how tokens are picked, one for all rows or one for each.
-      stop: strings that end an answer.
+      stop: a string that ends an answer, or several.
       grammar: what the answers must match, one for all rows or one for each.
       options: how the run is carried out: memory, LongRoPE, log-probabilities, deadline, speculation, prompt cache.
       on_piece: called with every piece of an answer as it comes.
@@ -77,7 +77,7 @@ def stream(
     seed: int = 0,
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     grammar: Grammar | Sequence[Grammar | None] | None = None,
     options: Options | None = None,
     interrupt: Callable[[], bool] | None = None,
@@ -101,16 +101,17 @@ class _Batch:
         temperature: float,
         seed: int,
         sampling: Sampling | Sequence[Sampling] | None,
-        stop: Sequence[str],
+        stop: str | Iterable[str],
         grammar: Grammar | Sequence[Grammar | None] | None,
         options: Options | None,
         steps: int,
     ):
         ids = [encode_prompt(checkpoint, prompt) for prompt in as_list(prompts)]
-        self._answers = [Answer(checkpoint, row, stop) for row in range(len(ids))]
+        stops = stop_strings(stop)
+        self._answers = [Answer(checkpoint, row, stops) for row in range(len(ids))]
         self._steps, watched = steps, None
         if steps > 1 and checkpoint.tokenizer is not None:
-            watched = watched_tokens(stop, checkpoint.tokenizer, checkpoint.config.vocab_size)
+            watched = watched_tokens(stops, checkpoint.tokenizer, checkpoint.config.vocab_size)
         self._run = Run(
             checkpoint,
             ids,

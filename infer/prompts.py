@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,16 @@ Prompt = str | Sequence[int] | np.ndarray | jax.Array
 
 
 def encode_prompt(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt; ids pass through. Raises ValueError if there is text but no tokenizer."""
+    """Token ids of a prompt; ids pass through.
+
+    Raises:
+      ValueError: there is text but no tokenizer, or what is neither text nor token ids.
+    """
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f"a prompt is text or a list of token ids, not {str(prompt)[:60]}") from None
     if checkpoint.tokenizer is None:
         raise ValueError(
             "the checkpoint has no tokenizer: put tokenizer.json or tokenizer.model into its folder, or pass token ids"
@@ -34,12 +42,16 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
                 f"an array of prompts must hold token ids [T] or [B, T], not {prompts.dtype} {prompts.shape}"
             )
         return [prompts.tolist()] if prompts.ndim == 1 else prompts.tolist()
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"a prompt is text or a list of token ids, not {prompts!r}")
     items: list[Any] = list(prompts)
-    return [items] if items and isinstance(items[0], int | np.integer) else items
+    return [items] if items and not isinstance(items[0], str) and np.ndim(items[0]) == 0 else items
 
 
 def for_each(value: Any, rows: int, single: Any, name: str) -> list[Any]:
     """One value for each row, from a single value or a list. Raises ValueError for a list of another length."""
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, single):
         return [value] * rows
     if len(value) != rows:

@@ -180,7 +180,7 @@ def _problems(config: Phi3Config) -> list[str]:
         )
     for name in ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "initializer_range"):
         value = getattr(config, name)
-        if not is_number(value) or value <= 0:
+        if not is_number(value) or value < 0 or (value == 0 and name != "initializer_range"):
             found.append(f"{name} must be a positive number, not {value!r}")
     if found:
         return found
@@ -209,7 +209,7 @@ def _llama_problems(config: Phi3Config) -> list[str]:
     if config.rotary_dim != config.head_dim:
         found.append(f"it rotates {config.rotary_dim} of {config.head_dim} dimensions of a head, Llama all of them")
     if config.long_rope is not None:
-        found.append("it has LongRoPE's factors, which programs for Llama do not read")
+        found.append("it has factors for its rotary frequencies (LongRoPE, llama3, linear), which are not written so")
     if config.sliding_window is None and config.hidden_size % config.num_attention_heads:
         found.append(f"its width {config.hidden_size} is not a multiple of its {config.num_attention_heads} heads")
     return found
@@ -245,8 +245,10 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     for key, allowed in FIXED_KEYS.items():
         if (value := raw.pop(key, allowed[0])) not in allowed:
             raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is implemented")
-    if (quantization := raw.pop("quantization_config", None)) is not None:
+    named = [raw.pop(key, None) for key in ("quantization_config", "quantization")]  # MLX writes the second, too
+    if (quantization := next((each for each in named if each is not None), None)) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        method = method or "MLX or another program"
         raise ValueError(
             f"quantization_config: weights that were quantised by {method!r} cannot be read; load the checkpoint that "
             "they were made from, and quantise it here (quantize=..., or phi3-quantize)"
@@ -265,6 +267,13 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if fields.get("head_dim") is None:
         fields["head_dim"] = _derived_head_dim(fields["hidden_size"], fields["num_attention_heads"])
+    rows = fields["vocab_size"]
+    for name in ("bos_token_id", "pad_token_id"):
+        token: Any = fields.get(name)
+        # Old conversions of Llama have -1 for none, and a bos behind a vocabulary that was cut.
+        if _is_int(token) and (token < 0 or (name == "bos_token_id" and _is_int(rows) and token >= rows)):
+            warnings.warn(f"config.json: {name}={token} is no token of the vocabulary: taken as none", stacklevel=4)
+            fields[name] = None
     eos = fields.get("eos_token_id")
     fields["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     fields["rope_theta"] = 10000.0 if theta is None else theta

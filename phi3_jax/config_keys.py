@@ -8,9 +8,11 @@ from typing import Any
 
 # Keys that cannot change a logit: bookkeeping, and dropout on the embedding, which transformers never applies.
 _BOOKKEEPING = frozenset({
-    "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "embd_pdrop", "gradient_checkpointing", "id2label",
-    "is_encoder_decoder", "is_llama_config", "label2id", "model_type", "output_attentions", "output_hidden_states",
-    "pretraining_tp", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers.js_config",
+    "architectures", "auto_map", "bos_token", "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token",
+    "gradient_checkpointing", "id2label", "is_encoder_decoder", "is_llama_config", "label2id", "max_sequence_length",
+    "model_type", "name_or_path", "neftune_noise_alpha", "num_key_value_groups", "output_attentions",
+    "output_hidden_states", "pad_token", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class",
+    "torch_dtype", "transformers.js_config",
     "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 })  # fmt: skip
 # What transformers 4 adds in a full dump of any configuration, and its Phi-3 never reads: encoders, heads for other

@@ -99,6 +99,7 @@ def test_the_original_length_at_the_top_level_wins():
         },
         {"quantization_config": None, "logit_softcap": None, "mlp_bias": None, "hidden_act": "swish"},
         {"layer_types": ["full_attention"] * 2},
+        {"max_sequence_length": 2048, "neftune_noise_alpha": 5.0, "name_or_path": "x", "bos_token": "<s>"},
         {"_flash_attn_2_enabled": True, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"}},
     ],
 )
@@ -116,6 +117,15 @@ def test_bookkeeping_and_nulls_change_nothing(extra):
 def test_dropout_changes_no_logit_but_is_named(extra, message):
     with pytest.warns(UserWarning, match=message):
         assert Phi3Config.from_hf(V4 | extra) == Phi3Config.from_hf(V4)
+
+
+def test_ids_that_are_no_tokens_are_none():
+    for key, value in (("bos_token_id", -1), ("bos_token_id", V4["vocab_size"]), ("pad_token_id", -1)):
+        with pytest.warns(UserWarning, match=f"{key}={value} is no token of the vocabulary: taken as none"):
+            assert getattr(Phi3Config.from_hf(V4 | {key: value}), key) is None
+    assert Phi3Config.from_hf(V4 | {"initializer_range": 0.0}).initializer_range == 0
+    with pytest.raises(ValueError, match="quantised by 'MLX or another program' cannot be read"):
+        Phi3Config.from_hf(V4 | {"quantization": {"group_size": 64, "bits": 4}})
 
 
 def test_absent_keys_have_the_defaults_of_their_class():
@@ -217,7 +227,9 @@ def test_round_trip_as_llama_or_mistral(window):
     assert raw["architectures"] == ["LlamaForCausalLM" if window is None else "MistralForCausalLM"]
     assert raw.keys().isdisjoint({"partial_rotary_factor", "original_max_position_embeddings"})
     assert Phi3Config.from_hf(raw) == config
-    with pytest.raises(ValueError, match=r"does not compute this model: it rotates 6 of 12 .*; it has LongRoPE"):
+    with pytest.raises(
+        ValueError, match=r"does not compute this model: it rotates 6 of 12 .*; it has factors for its rotary"
+    ):
         Phi3Config.from_hf(V4).to_hf("llama")
 
 

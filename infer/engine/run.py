@@ -112,6 +112,7 @@ class Run:
         self._phase = "prefill"  # the timing that reading counts to: "decode" if rows are read again
         self._drafter: Any = None
         self._done = np.zeros(len(prompts), bool)
+        self._compiled: set[Any] = set()
         self._errors: list[str | None] = [None] * len(prompts)
         self.timings = Timings()
         self.reused = 0
@@ -284,8 +285,12 @@ class Run:
         """Calls a jitted function of a model's config, weights and `args`; times compilation and run separately."""
         model = model or self._checkpoint
         begin = time.perf_counter()
-        # Compiles if that has not happened yet; the call below then finds the program.
-        function.lower(model.config, model.params, *args).compile()
+        # Compiles if that has not happened yet; the call below then finds the program. Asking takes its time, too.
+        leaves, structure = jax.tree.flatten(args)
+        program = function, id(model), structure, tuple(map(_kind, leaves))
+        if program not in self._compiled:
+            function.lower(model.config, model.params, *args).compile()
+            self._compiled.add(program)
         compiled = time.perf_counter()
         result = function(model.config, model.params, *args)
         if wait:
@@ -337,3 +342,10 @@ def _check_options(checkpoint: Checkpoint, options: Options) -> None:
             f"the draft model has a vocabulary of {draft.checkpoint.config.vocab_size} tokens, the model one of "
             f"{config.vocab_size}: take a draft model of the same family"
         )
+
+
+def _kind(leaf: Any) -> Any:
+    """What a compiled function is made for: an array's shape and dtype, or another value itself."""
+    if isinstance(leaf, jax.Array):
+        return leaf.aval
+    return (leaf.shape, leaf.dtype.name) if isinstance(leaf, np.ndarray) else leaf

@@ -10,4 +10,5 @@ from .logprobs import TokenLogprob as TokenLogprob
 from .params import Sampling as Sampling
 from .params import SamplingArrays as SamplingArrays
 from .stop_strings import StopWatch as StopWatch
+from .stop_strings import stop_strings as stop_strings
 from .stop_strings import watched_tokens as watched_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,17 +17,25 @@ _watched: weakref.WeakKeyDictionary[Tokenizer, dict[tuple[tuple[str, ...], int],
 _MOST_KNOWN = 16
 
 
+def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One stop string, several or none. Raises ValueError for others than text, and for an empty one."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if odd := [each for each in stops if not isinstance(each, str)]:
+        raise ValueError(f"stop strings are text, not {odd[0]!r}")
+    if not all(stops):
+        raise ValueError("a stop string is empty; it would end every answer at once")
+    return stops
+
+
 class StopWatch:
-    """Passes a text through until one of the stop strings appears in it. Raises ValueError for an empty one.
+    """Passes a text through until one of the stop strings appears in it. Raises ValueError as `stop_strings`.
 
     Attributes:
       stopped: whether one has appeared; only the text before it has been passed on.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        if any(not stop for stop in stops):
-            raise ValueError("a stop string is empty; it would end every answer at once")
-        self._stops = tuple(stops)
+    def __init__(self, stops: str | Iterable[str] | None):
+        self._stops = stop_strings(stops)
         self._held = ""
         self.stopped = False
 

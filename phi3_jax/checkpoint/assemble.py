@@ -40,7 +40,7 @@ def without_redundant(
         return found, config
     head = found.pop(_HEAD)
     table = found.setdefault(_TABLE, head)
-    if table is head or (table.shape == head.shape and np.array_equal(table.read(), head.read())):
+    if table is head or (table.shape == head.shape and _are_equal(table.read(), head.read())):
         return found, config
     warnings.warn(
         f"{origin}: config.json ties {_HEAD} to {_TABLE}, but both are stored and differ: they are not tied",
@@ -168,6 +168,14 @@ def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
             host = _as_bfloat16(host) if any(is_packed.values()) else host
             stack = iter(host if path.startswith("layers/") else host[None])
         yield from zip(tensor_names(path, layers), stack, strict=True)
+
+
+def _are_equal(left: np.ndarray, right: np.ndarray) -> bool:
+    if np.array_equal(left, right):
+        return True
+    # A damaged number is not equal to itself, but its bits are.
+    bits = [np.ascontiguousarray(array).view(np.uint8) for array in (left, right)]
+    return left.dtype == right.dtype and np.array_equal(bits[0], bits[1])
 
 
 def _as_bfloat16(vectors: np.ndarray) -> np.ndarray:

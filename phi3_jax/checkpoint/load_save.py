@@ -31,13 +31,8 @@ from phi3_jax.model import DTYPES, Params, dtype_name
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer, end_ids, load_tokenizer, tokenizer_files
 
-# The only files of a checkpoint that are fetched from a hub: weights and data, never code.
-HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
+_ADAPTER = "adapter_config.json"
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -46,7 +41,17 @@ HUB_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-_TOKENIZER_FILES = HUB_FILES[5:]
+# The only files of a checkpoint that are fetched from a hub: weights and data, never code.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *_TOKENIZER_FILES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +152,7 @@ def load(
         return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
     described, ours = settings.get("quantization_config"), _is_ours(settings)
+    adapter = _adapter_of(place, adapter)
     if ours:
         settings.pop("quantization_config")
     config = Phi3Config.from_hf(settings, str(place / "config.json"))
@@ -155,7 +161,10 @@ def load(
     generation = _generation_settings(place, config, tokenizer)
     if ours:
         if quantize is not None:
-            raise ValueError(f"{place}: the weights are quantised already: leave quantize={quantize!r} out")
+            raise ValueError(
+                f"{place}: the weights are quantised already: leave quantize={quantize!r} out, or name what they were "
+                "made from"
+            )
         if adapter is not None:
             raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
         params = quantized_files.read(place, described, config, layout == "packed", device)
@@ -237,6 +246,9 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         if not (place / "config.json").exists():
             if (gguf := only_gguf(place)) is not None and not any(place.glob("*.safetensors")):
                 return gguf
+            if (place / _ADAPTER).exists():
+                base = read_json(place / _ADAPTER).get("base_model_name_or_path")
+                raise FileNotFoundError(f"{place}: an adapter for {base}; name that model, and this as its adapter")
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )
@@ -279,6 +291,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
     return tokenizer_files.read_json(path)
+
+
+def _adapter_of(place: Path, adapter: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    """The adapter to add: one that lies in the model's own folder is a part of the model, as in transformers."""
+    if not (place / _ADAPTER).exists():
+        return adapter
+    if adapter is not None:
+        raise ValueError(
+            f"{place}: an adapter lies in this folder, too ({_ADAPTER}), and only one is added; move that one away, or "
+            "merge it first: load the folder without another adapter, and save it"
+        )
+    _warn(f"{place}: the adapter that lies in this folder is added, as by transformers; if not wanted, move {_ADAPTER}")
+    return place
 
 
 def _is_ours(settings: dict[str, Any]) -> bool:

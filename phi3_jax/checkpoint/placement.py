@@ -65,4 +65,9 @@ def known_layout(layout: str, device: Device = None) -> Layout:
 
 
 def _devices(place: Place) -> list[jax.Device]:
+    if not isinstance(place, jax.Device | Sharding):
+        raise ValueError(
+            f"device={place!r} is no jax.Device, no Sharding, and no function that gives one of these; take "
+            "jax.devices()[0], for example"
+        )
     return list(place.device_set) if isinstance(place, Sharding) else [place]

@@ -136,7 +136,9 @@ def _build(model: dict[str, Any], normalizer: Any, pre_tokenizer: Any, source: s
     }
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(document))
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ValueError(f"{source}: the tokenizers library refuses it ({error}); download the file again.") from error
 
 

@@ -90,6 +90,12 @@ def test_packed_floats_are_saved_and_computed_like_any_others(tiny_folder, tmp_p
         phi3_jax.Phi3(packed.config, walk="slice").apply({"params": packed.params}, tokens)
 
 
+@pytest.mark.parametrize("device", ["cpu", ["cpu"], 0])
+def test_devices_are_devices(tiny_folder, device):
+    with pytest.raises(ValueError, match=r"is no jax\.Device, no Sharding, and no function that gives one of these"):
+        phi3_jax.load(tiny_folder, device=device)
+
+
 def test_revisions_are_for_hub_ids(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with serve("models/some/model", tiny_folder, tmp_path / "home", monkeypatch) as asked_hub:

@@ -139,7 +139,7 @@ def test_parts_that_do_not_fit_are_named(tiny, tmp_path):
 
 
 def test_what_llama_does_not_compute_is_not_written(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"it has LongRoPE's factors.*; save it as phi3"):
+    with pytest.raises(ValueError, match=r"it has factors for its rotary.*; save it as phi3"):
         phi3_jax.save(tiny, tmp_path / "x", architecture="llama")
     partial = dataclasses.replace(plain(tiny).config, partial_rotary_factor=0.5)
     with pytest.raises(ValueError, match=r"MistralForCausalLM does not compute this model: it rotates 4 of 8"):
@@ -261,3 +261,34 @@ def test_pointers_of_git_lfs_are_named(tiny_folder):
         path.write_text(pointer)
         with pytest.raises(ValueError, match=rf"{path.name}: a pointer of Git LFS, not the weights; .*: git lfs pull"):
             phi3_jax.load(tiny_folder if path.suffix == ".safetensors" else path)
+
+
+def test_an_adapter_in_the_models_own_folder_belongs_to_it(tiny, tiny_folder, tmp_path):
+    """As transformers has it; silently leaving it out would answer with the untrained model."""
+    lora = LoraConfig(3, 6)
+    save_adapter(tmp_path / "adapter", random_adapter(tiny.config, lora), lora, tiny.config, "tiny")
+    expected = phi3_jax.load(tiny_folder, adapter=tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match="adapter: an adapter for tiny; name that model, and this as its adap"):
+        phi3_jax.load(tmp_path / "adapter")
+    for path in (tmp_path / "adapter").iterdir():
+        (tiny_folder / path.name).write_bytes(path.read_bytes())
+    with pytest.warns(UserWarning, match="the adapter that lies in this folder is added, as by transformers"):
+        loaded = phi3_jax.load(tiny_folder)
+    for (name, left), (_, right) in zip(named_tensors(loaded.params), named_tensors(expected.params), strict=True):
+        np.testing.assert_array_equal(left, right, err_msg=name)
+    assert not np.array_equal(
+        *(dict(named_tensors(m.params))["model.layers.0.mlp.down_proj.weight"] for m in (tiny, loaded))
+    )
+    with pytest.raises(ValueError, match="an adapter lies in this folder, too"):
+        phi3_jax.load(tiny_folder, adapter=tmp_path / "adapter")
+
+
+def test_a_tied_head_that_is_damaged_alike_is_tied(tiny, tiny_folder):
+    tensors = dict(safetensors.numpy.load_file(tiny_folder / "model.safetensors"))
+    table = tensors["model.embed_tokens.weight"].copy()
+    table[5] = np.nan
+    tensors |= {"model.embed_tokens.weight": table, "lm_head.weight": table}
+    safetensors.numpy.save_file(tensors, tiny_folder / "model.safetensors")
+    raw = json.loads((tiny_folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tiny_folder / "config.json").write_text(json.dumps(raw))
+    assert phi3_jax.load(tiny_folder).config.tie_word_embeddings

@@ -30,6 +30,7 @@ def test_equals_decoding_without_a_cache_alone_and_in_a_ragged_batch(tiny, greed
 
 def test_prompts_may_be_arrays_of_token_ids(tiny, greedy):
     assert generate(tiny, jnp.asarray(PROMPTS[0]), max_new_tokens=24)[0].token_ids == greedy[0]
+    assert generate(tiny, list(jnp.asarray(PROMPTS[0])), jnp.int32(24))[0].token_ids == greedy[0]
     assert as_list(np.array([[5, 1, 7], [2, 3, 4]])) == [[5, 1, 7], [2, 3, 4]]
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         generate(tiny, np.array([], int))
@@ -181,6 +182,10 @@ def test_one_bucket_compiles_once(tiny):
         ([[1, 97]], {}, r"ids \[97\] outside of the vocabulary of 97"),
         ([[-1]], {}, r"ids \[-1\] outside"),
         ("text", {}, "the checkpoint has no tokenizer"),
+        ([[1.5, 2.5]], {}, r"a prompt is text or a list of token ids, not \[1\.5, 2\.5\]"),
+        ([1.0, 2.0], {}, "a prompt is text or a list of token ids"),
+        (5, {}, "a prompt is text or a list of token ids, not 5"),
+        ([[1]], {"stop": [b"a"]}, "stop strings are text, not b'a'"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature=nan"),
@@ -251,7 +256,7 @@ def test_a_stop_string_across_tokens_is_trimmed(demo):
     stop = whole.text[3:10]
     pieces = [demo.tokenizer.decode([token]) for token in whole.token_ids]
     assert not any(stop in piece for piece in pieces)
-    cut, other = generate(demo, ["The capital of France is", "Once upon a time"], max_new_tokens=16, stop=[stop])
+    cut, other = generate(demo, ["The capital of France is", "Once upon a time"], max_new_tokens=16, stop=stop)
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert stop in demo.tokenizer.decode(cut.token_ids)

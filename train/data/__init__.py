@@ -18,3 +18,4 @@ from .report import Report as Report
 from .report import Tally as Tally
 from .report import tell as tell
 from .sources import find_files as find_files
+from .sources import is_data as is_data

@@ -15,7 +15,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -36,6 +36,8 @@ _HEAD = 1 << 16
 # Scalars may stand before the list in {"version": 1, "data": [{...}, ...]}.
 _SCALAR = rb'"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\deE]+|null|true|false)\s*,\s*'
 _ARRAY = re.compile(rb'\s*(?:\[|\{\s*(?:' + _SCALAR + rb')*"data"\s*:\s*\[)(?=\s*\{)')  # fmt: skip
+
+_FOR_ALL = re.compile(rb'"(system|system_prompt|tools|functions)"\s*:')  # what would get lost
 
 
 class Entry(NamedTuple):
@@ -83,7 +85,7 @@ def _open(path: Path, raw: IO[bytes]) -> Iterator[Entry]:
     for magic, reason in _REFUSED.items():
         if start.startswith(magic):
             raise ValueError(reason)
-    suffixes = path.suffixes
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     if start.startswith(b"PAR1"):
         return _parquet(path)
     if start.startswith(b"ARROW1") or suffixes[-1:] == [".arrow"]:
@@ -98,6 +100,8 @@ def _open(path: Path, raw: IO[bytes]) -> Iterator[Entry]:
     head = file.read(_HEAD)
     bom = len(_BOM) if head.startswith(_BOM) else 0
     if found := _ARRAY.match(head[bom:]):
+        if lost := _FOR_ALL.search(found[0]):
+            raise ValueError(f"{lost[1].decode()} stands beside the list in data; write it into each entry")
         file.seek(bom + found.end())
         return _values(read_array(file, is_inside=b"{" in found[0]), raw.tell)
     if head[bom:].lstrip().partition(b"\n")[0].strip() == b"{":
@@ -155,10 +159,7 @@ def _csv(file: IO[bytes], delimiter: str, position: Callable[[], int]) -> Iterat
             if len(row) > len(header):
                 problem = f"it has {len(row)} columns, the header {len(header)}"
             else:
-                try:
-                    record = {name: _cell(name, text) for name, text in zip(header, row, strict=False) if text}
-                except ValueError as error:
-                    problem = str(error)
+                record = {name: text for name, text in zip(header, row, strict=False) if text}
             yield Entry("row", number, position(), record, problem)
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {error}") from None
@@ -166,25 +167,14 @@ def _csv(file: IO[bytes], delimiter: str, position: Callable[[], int]) -> Iterat
         text.detach()  # else it closes the file, which is not its own
 
 
-def _cell(name: str, text: str) -> Any:
-    """In these columns a list of messages is JSON, and other text is text; of other columns the name says which."""
-    if name not in ("prompt", "completion", "chosen", "rejected") or not re.match(r"\s*\[\s*\{", text):
-        return text
-    try:
-        return decode(text)
-    except (ValueError, RecursionError):
-        if re.match(r"\s*\[\s*\{\s*'", text):
-            raise ValueError(f"{name} is a list in Python's notation, not in JSON; write it with json.dumps") from None
-        return text
-
-
 def _parquet(path: Path) -> Iterator[Entry]:
     parquet, size = _pyarrow("pyarrow.parquet"), path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
             total = max(1, file.metadata.num_rows)
+            _check_columns(file.schema_arrow.names)
             for number, record in enumerate((r for b in file.iter_batches(256) for r in b.to_pylist()), 1):
-                yield Entry("row", number, size * number // total, record)
+                yield Entry("row", number, size * number // total, _without_nulls(record))
     except OSError as error:  # of damaged contents too
         raise ValueError(f"not a whole parquet file ({error}); fetch it again") from None
 
@@ -195,14 +185,27 @@ def _arrow(path: Path, is_file: bool) -> Iterator[Entry]:
     try:
         with open(path, "rb") as raw:
             reader = ipc.open_file(raw) if is_file else ipc.open_stream(raw)
+            _check_columns(reader.schema.names)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
                 for begin in range(0, batch.num_rows, 256):
                     for record in batch.slice(begin, 256).to_pylist():
                         number += 1
-                        yield Entry("row", number, raw.tell(), record)
+                        yield Entry("row", number, raw.tell(), _without_nulls(record))
     except OSError as error:
         raise ValueError(f"not a whole Arrow file ({error}); fetch it again") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table's structs have all fields of all rows: those that only other rows use are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"it has the column {twice[0]!r} twice; keep one of them")
 
 
 def _pyarrow(name: str) -> Any:

@@ -6,9 +6,11 @@ The README's table lists the forms. A field that is null is absent.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from .json_array import decode
 from .messages import Message, Notes, from_json, present, read_messages, shared, with_system
 
 _CHATS = ("messages", "conversations", "conversation")
@@ -60,7 +62,7 @@ class _Line:
     def __init__(self, fields: dict[str, Any], method: str):
         self.method = method
         self.notes, self.used = Notes(), set(_NOT_TEXT)  # these are empty or refused
-        self.fields = self._openai(fields)
+        self.fields = {name: _written_out(name, value) for name, value in self._openai(fields).items()}
         self._refuse_what_would_get_lost()
 
     # ---------------------------------------------------------------- the forms
@@ -108,6 +110,10 @@ class _Line:
                 self.notes.converted.add(f"{asked} -> a message of the user")
             return [self._reply(context, [_said("assistant", text)]) for text in (chosen, rejected)]
         else:
+            if more := self._one_of(_MORE):
+                raise ValueError(
+                    f"it has {more} beside chosen and rejected, and no prompt; name it prompt, question or instruction"
+                )
             self.notes.converted.add("chosen and rejected -> a prompt and its two completions")
             prompt = chosen[: _common(chosen, rejected)]
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -118,10 +124,16 @@ class _Line:
         if not chosen or not rejected:
             raise ValueError("chosen or rejected has no messages")
         chat, prompt = self._one_of(_CHATS), self.fields.get("prompt")
-        if not chosen[0].is_answer and not rejected[0].is_answer:
+        if chosen[0].is_answer != rejected[0].is_answer:
+            raise ValueError("one of chosen and rejected begins with an answer, and the other one does not")
+        if not chosen[0].is_answer:
             count = shared(chosen, rejected)
             if not count:
                 raise ValueError("chosen and rejected do not begin with the same message")
+            for name in (each for each in ("prompt", *_CHATS) if isinstance(self.fields.get(each), list)):
+                given = read_messages(self.fields[name], name, Notes())
+                if given != chosen[: len(given)]:
+                    raise ValueError(f"{name} is not what chosen and rejected begin with; keep one of them")
             self.notes.converted.add("chosen and rejected -> messages and their two replies")
             return [self._reply(each[:count], each[count:]) for each in (chosen, rejected)]
         if (chat is None) == (prompt is None):
@@ -227,6 +239,21 @@ class _Line:
 
     def _no_form(self) -> ValueError:
         return ValueError(f"it has the fields {sorted(self.fields)}; method={self.method} needs {_NEEDED[self.method]}")
+
+
+def _written_out(name: str, value: Any) -> Any:
+    """Tables have messages as JSON text: in these fields a list of them is meant, and other text is text."""
+    names = ("prompt", "completion", "chosen", "rejected")
+    if not isinstance(value, str) or name not in names or not re.match(r"\s*\[\s*\{", value):
+        return value
+    try:
+        found = decode(value)
+    except (ValueError, RecursionError):
+        if re.match(r"\s*\[\s*\{\s*'", value):
+            raise ValueError(f"{name} is a list in Python's notation, not in JSON; write it with json.dumps") from None
+        return value
+    are_messages = all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in found)
+    return found if are_messages else value
 
 
 def _said(role: str, text: str) -> Message:

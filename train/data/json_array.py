@@ -44,9 +44,11 @@ def read_array(file: IO[bytes], is_inside: bool) -> Iterator[Any]:
     text.expect("]", "")
     while is_inside and text.next() == ",":
         text.expect(",", "")
-        text.value("a field behind the array")
+        name = text.value("a field behind the array")
         text.expect(":", "behind the name of a field")
         text.value("a field behind the array")
+        if name in ("system", "system_prompt", "tools", "functions"):
+            raise ValueError(f"{name} stands beside the list in data; write it into each entry")
     if is_inside:
         text.expect("}", "behind the array")
     if text.next():

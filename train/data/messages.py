@@ -100,7 +100,9 @@ def _message(value: Any, place: str, name: str, notes: Notes) -> Message:
     fields["role"] = _ROLES.get(role.lower(), known)
     if fields["role"] != role:
         notes.converted.add(f"role {role} -> {fields['role']}")
-    if role == "function_call":
+    if {"function_call", "tool_calls"} <= fields.keys():
+        raise ValueError(f"{place} has both function_call and tool_calls; keep one of them")
+    if role.lower() == "function_call":
         fields |= {"tool_calls": [_call(fields.pop("content", None), place)]}
     if call := fields.pop("function_call", None):
         fields["tool_calls"] = [_call(call, place)]

@@ -52,9 +52,9 @@ def find_files(name: str | os.PathLike[str]) -> list[Path]:
         names = [str(each.relative_to(folder)) for each in Path(folder).rglob("*") if each.is_file()]
         return [Path(folder) / each for each in choose(folder, names, _card(Path(folder)), parts)]
     found = _HUB.fullmatch(str(name))
-    is_id = found is not None and (found["scheme"] or not (found["inside"] or _is_data(found["id"])))
+    is_id = found is not None and (found["scheme"] or not (found["inside"] or is_data(found["id"])))
     if found is None or not is_id:
-        more = "" if _is_data(str(name)) else ", or name a folder, or a data set of the hub as owner/name:split"
+        more = "" if is_data(str(name)) else ", or name a folder, or a data set of the hub as owner/name:split"
         raise FileNotFoundError(f"{name}: no such file; give one of JSON lines{more}")
     return _fetch(found["id"], found["revision"], found["inside"], found["parts"].split(":")[1:])
 
@@ -68,7 +68,7 @@ def choose(source: str, names: Sequence[str], card: Sequence[Any], parts: Sequen
       card: the field `configs` of its card, [] if there is none.
     """
     shown = [name for name in names if not any(part.startswith((".", "__")) for part in Path(name).parts)]
-    data = sorted(name for name in shown if _is_data(name) and not _ABOUT.fullmatch(Path(name).name))
+    data = sorted(name for name in shown if is_data(name) and not _ABOUT.fullmatch(Path(name).name))
     if not data:
         scripts = [name for name in names if name.endswith(".py")]
         more = " but a script; owner/name@refs/convert/parquet may have its data" if scripts else ""
@@ -87,8 +87,9 @@ def choose(source: str, names: Sequence[str], card: Sequence[Any], parts: Sequen
     return picked
 
 
-def _is_data(name: str) -> bool:
-    suffixes = Path(name).suffixes
+def is_data(name: str) -> bool:
+    """Whether a file of this name is read as data."""
+    suffixes = Path(name.lower()).suffixes
     return (suffixes[:-1] if suffixes[-1:] and suffixes[-1] in COMPRESSED else suffixes)[-1:] in [[s] for s in SUFFIXES]
 
 
@@ -184,7 +185,7 @@ def _fetch(hub_id: str, revision: str | None, inside: str | None, parts: Sequenc
     if inside is None:
         picked = choose(hub_id, names, _card(folder), parts)
     else:
-        data = sorted(filter(_is_data, names))
+        data = sorted(filter(is_data, names))
         picked = [name for name in data if _matches(name, inside) or name.startswith(f"{inside}/")]
         if not picked:
             raise FileNotFoundError(f"{hub_id}: has no data file {inside}; it has {', '.join(data)}")

@@ -105,7 +105,7 @@ def perplexity(
         raise ValueError("there is nothing to predict: the texts have less than two tokens")
     total = -math.fsum(float(each.logprobs.sum(dtype=np.float64)) for each in scores)
     size = sum(len(text.encode()) for text in texts)
-    return Perplexity(tokens, total / tokens, math.exp(total / tokens), total / size / math.log(2))
+    return Perplexity(tokens, total / tokens, _exp(total / tokens), total / size / math.log(2))
 
 
 def held_out_loss(
@@ -128,7 +128,12 @@ def held_out_loss(
     if tokens == 0:
         raise ValueError("no text has tokens that training would learn")
     loss = -math.fsum(float(each.sum(dtype=np.float64)) for each in logprobs) / tokens
-    return HeldOutLoss(tokens, loss, math.exp(loss))
+    return HeldOutLoss(tokens, loss, _exp(loss))
+
+
+def _exp(loss: float) -> float:
+    """The perplexity, which a model that is far off takes beyond the range of numbers."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Request]:

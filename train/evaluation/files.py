@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from phi3_jax.text import Tokenizer
 
-from ..data import Tally, Text, find_files, read_entries, read_record, tell
+from ..data import Tally, Text, find_files, is_data, read_entries, read_record, tell
 from ..settings import Settings
 
 
@@ -25,13 +24,13 @@ class Question:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
-    """The texts of a file: the field "text" of every line of a .jsonl; any other file is one text.
+    """The texts of a file: the field "text" of every entry of a data file (data/files.py); any other is one text.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: it is not UTF-8, or a line is not a JSON object with a text.
     """
-    if Path(path).suffix != ".jsonl":
+    if not is_data(str(path)):
         return [_decoded(path)]
     texts = []
     for place, record in _records(path):
@@ -108,17 +107,12 @@ def _question(place: str, record: Mapping[str, Any]) -> Question:
 
 
 def _records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, the object) of every line that is not blank."""
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for entry in read_entries(Path(path)):
+        where = f"{path}, {entry.unit} {entry.number}"
         try:
-            record = json.loads(line)
+            yield where, entry.fields()
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
-        yield f"{path}, line {number}", record
+            raise ValueError(f"{where}: {error}") from None
 
 
 def _decoded(path: str | os.PathLike[str]) -> str:

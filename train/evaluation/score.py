@@ -104,7 +104,9 @@ def score(
 
 
 def _exact(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, length: int) -> list[Score]:
-    tokens, positions = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
+    # Padding is a token of the texts: a damaged row of the embedding that no text uses must not count.
+    tokens = np.full((rows, length), requests[0].ids[0] if len(requests[0].ids) else 0, np.int32)
+    positions = np.full((rows, length), -1, np.int32)
     for row, request in enumerate(requests):
         n = len(request.ids)
         tokens[row, :n], positions[row, :n] = request.ids, np.arange(n)

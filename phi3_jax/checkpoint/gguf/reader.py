@@ -92,7 +92,6 @@ _FILE_KEYS: dict[str, _Kind] = {
 # What llama.cpp takes for a vocabulary of sentencepiece where a file does not say.
 _DEFAULT_IDS = {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("unknown", "bos", "eos"))}
 _NO_TOKENIZER = ("no_vocab", "none")
-# A GGUF file often names one or two end ids, but chat models have more: these tokens end a turn in all of them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +132,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise ValueError(f"{path}: architecture {architecture!r} cannot be loaded, only {_ARCHITECTURES}")
     keys = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
     keys = _one_for_all_layers(keys)
+    metadata = _known_ids(path, metadata, table)
     parts = _parts(keys.get("block_count"), architecture, table)
     if "split.count" not in metadata:
         _check_name(path, keys, parts)
@@ -148,6 +148,20 @@ def read_gguf(path: Path) -> GgufFile:
         raise damaged(path, f"{ {what: rows} } but an embedding of {config.vocab_size} rows")
     sources = {name: fused_source(names, table, config, architecture == "llama") for name, names in parts.items()}
     return GgufFile(config, sources, tokenizer, _end_ids(path, metadata, tokenizer, config.vocab_size))
+
+
+def _known_ids(path: Path, metadata: Mapping[str, Any], table: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    """The metadata without the ids of tokens that the vocabulary does not have; converters write -1 for none."""
+    tokens, embedding = metadata.get("tokenizer.ggml.tokens"), table.get("token_embd.weight")
+    rows = len(tokens) if tokens else embedding.shape[0] if embedding else None
+    known = dict(metadata)
+    for key, value in metadata.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and rows and not 0 <= value < rows:
+            warnings.warn(
+                f"{path}: {key} is {value}, and there are {rows} tokens: left out, as by llama.cpp", stacklevel=4
+            )
+            del known[key]
+    return known
 
 
 def _one_for_all_layers(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,8 @@ PRE_TOKENIZERS = {
     "gpt-4o": _Pre(_O200K),  # Phi-4-mini
 }
 
+_OTHER_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "phi-2": "gpt-2"}  # llama.cpp's
+
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     """The tokenizer that GGUF metadata describes.
@@ -149,8 +151,9 @@ def _need(metadata: Mapping[str, Any], key: str, path: str) -> Any:
     return metadata[key]
 
 
-def _column(metadata: Mapping[str, Any], name: str, rows: int, path: str) -> list[Any]:
-    column = list(_need(metadata, f"tokenizer.ggml.{name}", path))
+def _column(metadata: Mapping[str, Any], name: str, rows: int, absent: Any, path: str) -> list[Any]:
+    """A value for each token; where the file has none, `absent`, as in llama.cpp."""
+    column = list(metadata.get(f"tokenizer.ggml.{name}", [absent] * rows))
     if len(column) != rows:
         raise ValueError(
             f"{path}: {rows} entries in tokenizer.ggml.tokens but {len(column)} in tokenizer.ggml.{name}; "
@@ -161,7 +164,7 @@ def _column(metadata: Mapping[str, Any], name: str, rows: int, path: str) -> lis
 
 def _vocabulary(metadata: Mapping[str, Any], path: str) -> tuple[list[str], list[int]]:
     tokens = list(_need(metadata, "tokenizer.ggml.tokens", path))
-    types = _column(metadata, "token_type", len(tokens), path)
+    types = _column(metadata, "token_type", len(tokens), NORMAL, path)
     if not tokens:
         raise ValueError(f"{path}: tokenizer.ggml.tokens is empty; convert the model to GGUF again.")
     if unknown := sorted(set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}):
@@ -220,7 +223,7 @@ def _llama_spec(
     metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], path: str
 ) -> tuple[dict[str, Any], bool]:
     """Sentencepiece BPE: any two pieces that spell a third may merge, the best score of the result first."""
-    scores = _column(metadata, "scores", len(tokens), path)
+    scores = _column(metadata, "scores", len(tokens), 0.0, path)
     ids = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t == NORMAL}
     ranked = [
         (-scores[token_id], token_id, ids[token[:cut]], ids[token[cut:]], [token[:cut], token[cut:]])
@@ -251,9 +254,12 @@ def _gpt2_spec(
 ) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE with the file's own merges; the file names the way words are split."""
     name = _need(metadata, "tokenizer.ggml.pre", path)
-    if name not in PRE_TOKENIZERS:
-        raise ValueError(f"{path}: tokenizer.ggml.pre is {name!r}; known are {sorted(PRE_TOKENIZERS)}.")
-    pre = PRE_TOKENIZERS[name]
+    pre = PRE_TOKENIZERS.get(_OTHER_NAMES.get(name, name))
+    if pre is None:
+        known = sorted([*PRE_TOKENIZERS, *_OTHER_NAMES])
+        raise ValueError(
+            f"{path}: tokenizer.ggml.pre is {name!r}, and known are {known}; load the model's Hugging Face folder."
+        )
     merges = [merge.split(" ") for merge in _need(metadata, "tokenizer.ggml.merges", path)]
     if odd := [merge for merge in merges if len(merge) != 2]:
         raise ValueError(f"{path}: tokenizer.ggml.merges holds {odd[:3]}, not pairs; convert the model to GGUF again.")

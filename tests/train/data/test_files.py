@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from templates import PHI4_MINI, small_tokenizer
 
-from phi3_jax.train.data import json_array, prepare, read_entries, tell
+from phi3_jax.train.data import json_array, prepare, read_entries, read_record, tell
 from phi3_jax.train.evaluation.files import read_data
 from phi3_jax.train.settings import Settings
 
@@ -101,11 +101,20 @@ def test_tables(tmp_path):
     with pytest.raises(ValueError, match="it has 4 columns, the header 3"):
         entries[3].fields()
     path.write_text("""prompt,completion\n"[1, 2",[3]\n"[{'role': 'user'}]",b\n""")
-    first, second = read_entries(path)
-    assert first.record == {"prompt": "[1, 2", "completion": "[3]"}  # texts that only look like lists
+    first, second = (entry.fields() for entry in read_entries(path))
+    assert first == {"prompt": "[1, 2", "completion": "[3]"}
+    assert len(read_record(first, TOKENIZER, SETTINGS).texts) == 1  # texts that only look like lists
     with pytest.raises(ValueError, match="prompt is a list in Python's notation, not in JSON"):
-        second.fields()
-    # Structs of a table have all fields, with nulls for absent ones.
+        read_record(second, TOKENIZER, SETTINGS)
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pa.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet: it has the column 'text' twice"):
+        list(read_entries(tmp_path / "twice.parquet"))
+    # Structs of a table have all fields, with nulls for absent ones, however deep.
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": "c"}}}]
+    nested = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    pa.parquet.write_table(pa.Table.from_pylist(nested), tmp_path / "nested.parquet")
+    assert [entry.fields() for entry in read_entries(tmp_path / "nested.parquet")] == nested
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]}]
     pa.parquet.write_table(pa.Table.from_pylist([{"messages": None, "text": "x"}, *rows]), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + json.dumps(rows[0]))
@@ -123,6 +132,8 @@ def test_tables(tmp_path):
         ("a.json", b'{\n"text": "a"\n}\n{\n"text": ', "entry 2 is not JSON"),
         ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "there is more behind the array"),
         ("a.json", b'{"data": [{"text": "a"}], "x": ', "a field behind the array is not JSON"),
+        ("a.json", b'{"system": "S", "data": [{"text": "a"}]}', "system stands beside the list in data"),
+        ("a.json", b'{"data": [{"text": "a"}], "tools": []}', "tools stands beside the list in data"),
         ("a.json", b'[{"text": "a\xff"}]', "can't decode byte 0xff"),
         ("a.json", b'[{"a": ' + b"[" * 100_000, "entry 1 is nested too deeply"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "text in UTF-16; convert it to UTF-8"),

@@ -155,6 +155,18 @@ def test_preferences_of_one_turn():
     expected = encoded({"prompt": prompt, "chosen": " yes", "rejected": " yet another"}, DPO)
     assert encoded(record, DPO) == expected
     assert converted(record, DPO) == {"chosen and rejected -> a prompt and its two completions"}
+    for record, reason in (
+        ({"input": "2+2?", "chosen": "It is 4.", "rejected": "It is 5."}, "it has input beside chosen and rejected"),
+        (
+            {"prompt": said("q", system="S"), "chosen": [*said("q"), YES], "rejected": [*said("q"), NO]},
+            "prompt is not what chosen and rejected begin with",
+        ),
+        ({"prompt": "q", "chosen": [*said("q"), YES], "rejected": [NO]}, "one of chosen and rejected begins with an"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            encoded(record, DPO)
+    texts = {"prompt": json.dumps(FIRST), "chosen": json.dumps([YES]), "rejected": json.dumps([NO])}
+    assert encoded(texts, DPO) == encoded({"prompt": FIRST, "chosen": [YES], "rejected": [NO]}, DPO)
     with pytest.raises(ValueError, match="do not begin with the same message"):
         encoded({"chosen": said("a", "b"), "rejected": said("c", "b")}, DPO)
 
@@ -188,6 +200,10 @@ def test_preferences_of_one_turn():
         ({"instruction": "a", "output": 3}, "output is not a string but int"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "history is not a list of pairs"),
         ({"text": None, "id": 3}, r"has the fields \['id'\]"),
+        (
+            {"messages": [YES | {"function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [{}]}]},
+            r"messages\[0\] has both function_call and tool_calls",
+        ),
     ],
 )
 def test_what_contradicts_itself_or_would_get_lost_is_refused(record, reason):

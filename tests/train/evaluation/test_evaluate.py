@@ -263,8 +263,8 @@ def test_numbers_that_are_none_are_no_result(model, name, where, value):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"line 2: not JSON"),
-        ("[]", r"line 2: not a JSON object"),
+        ("{", r"line 2: it is not JSON"),
+        ("[]", r"line 2: it is JSON but not an object"),
         ('{"choices": ["a", "b"], "answer": 0}', r'needs one string "question" or "context"'),
         ('{"question": "q", "context": "c", "choices": ["a", "b"], "answer": 0}', r'needs one string "question"'),
         ('{"question": "q", "choices": ["a"], "answer": 0}', r'"choices" must be a list of at least two texts'),

@@ -14,8 +14,8 @@ import safetensors.numpy
 import phi3_jax
 from phi3_jax.adapters import Adapter, LoraConfig, adapter_shapes
 
-RECORDED = Path(__file__).parents[1] / "goldens_training"
-BASE = Path(__file__).parents[1] / "goldens" / "gqa"
+RECORDED = Path(__file__).parents[2] / "goldens_training"
+BASE = Path(__file__).parents[2] / "goldens" / "gqa"
 
 
 def random_adapter(config: phi3_jax.Phi3Config, lora: LoraConfig, seed: int = 0) -> Adapter:
