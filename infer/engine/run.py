@@ -287,7 +287,7 @@ class Run:
         begin = time.perf_counter()
         # Compiles if that has not happened yet; the call below then finds the program. Asking takes its time, too.
         leaves, structure = jax.tree.flatten(args)
-        program = function, id(model), structure, tuple(map(_kind, leaves))
+        program = id(function), id(model), structure, tuple(map(_kind, leaves))
         if program not in self._compiled:
             function.lower(model.config, model.params, *args).compile()
             self._compiled.add(program)
