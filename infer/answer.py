@@ -76,10 +76,9 @@ class Answer:
             raise ValueError("stop strings need a tokenizer: put tokenizer.json or tokenizer.model into the folder")
         self._row = row
         self._ends = checkpoint.generation.eos_token_ids
-        self._decoder: StreamDecoder | MarkerDecoder | None = None
-        if checkpoint.tokenizer:
-            plain = checkpoint.tokenizer.stream(skip_special_tokens=True)
-            self._decoder = MarkerDecoder(checkpoint.tokenizer) if markers else plain
+        self._decoder: StreamDecoder | None = None
+        if (tokenizer := checkpoint.tokenizer) is not None:
+            self._decoder = MarkerDecoder(tokenizer) if markers else tokenizer.stream(skip_special_tokens=True)
         self._watch = StopWatch(stop)
         self._pieces: list[Piece] = []
         self.finish_reason: FinishReason | None = None

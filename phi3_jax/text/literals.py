@@ -43,20 +43,15 @@ class Literals:
 
     def write(self, add_generation_prompt: bool) -> str:
         """The chat as the template writes it, with marks. Raises ValueError as `prepare`."""
-        text = self.render(self.prepare(add_generation_prompt), add_generation_prompt)
-        if self._present and self._unmarked(text) != write(self._tokenizer, self._chat, add_generation_prompt):
-            raise ValueError(
-                f"{self._tokenizer.source}: what the chat template writes depends on {self._present[:3]} in a message, "
-                "which are special tokens and stay text; remove them from the messages."
-            )
-        return text
+        return self.render(self.prepare(add_generation_prompt), add_generation_prompt)
 
     def prepare(self, add_generation_prompt: bool) -> Chat:
         """The chat with marks, so that the special tokens in what the template makes of it are all its own.
 
         Raises:
             ValueError: a text holds a special token of one character, which cannot be taken apart; or the template
-                makes a special token out of a role that it does not name, or out of other words.
+                makes a special token out of a role that it does not name, or out of other words; or what it writes
+                depends on special tokens' strings in a message.
         """
         if short := [content for content in self._present if len(content) == 1]:
             raise ValueError(
@@ -69,14 +64,19 @@ class Literals:
         if guarded != chat:
             # A word such as "end", or ">" at a beginning, completes a special token where the template writes the rest.
             separate = self.render(guarded, add_generation_prompt)
-            if separate.replace(self.mark, "") == text.replace(self.mark, ""):
+            if self._unmarked(separate) == self._unmarked(text):
                 chat, text = guarded, separate
         self._check_words(text, add_generation_prompt)
+        if self._present and self._unmarked(text) != write(self._tokenizer, self._chat, add_generation_prompt):
+            raise ValueError(
+                f"{self._tokenizer.source}: what the chat template writes depends on {self._present[:3]} in a message, "
+                "which are special tokens and stay text; remove them from the messages."
+            )
         return chat
 
     def _check_words(self, text: str, add_generation_prompt: bool) -> None:
         """Raises ValueError if the template makes a special token out of the letters of words, cut or changed."""
-        said = text.replace(self.mark, "")
+        said = self._unmarked(text)
         for change, undo in ((self._spread, self._unmarked), (self._veil, self._unveil)):
             changed = self._except_roles(change)
             given = variables(self._tokenizer, changed, add_generation_prompt)

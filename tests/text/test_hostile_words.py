@@ -49,6 +49,16 @@ def test_no_control_token_and_no_mark_comes_of_words(plain, template, content):
     )
 
 
+def test_training_refuses_what_depends_on_special_strings(plain):
+    """As `encode_chat` does: what is learned would not be what the template writes of this message."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = dataclasses.replace(plain, chat_template=template)
+    assert encode_answers(tokenizer, [*said("<|end|>"), *said("Yes", "assistant")])
+    tokenizer = dataclasses.replace(plain, chat_template="{{ messages[0].content | length }}" + template)
+    with pytest.raises(ValueError, match="which are special tokens and stay text"):
+        encode_answers(tokenizer, [*said("<|end|>"), *said("Yes", "assistant")])
+
+
 def test_symbols_of_a_sentencepiece_model_are_not_typed(tmp_path):
     train_sentencepiece(
         tmp_path / "tokenizer", "the cat sat\n" * 50, vocab_size=290, user_defined_symbols=["<|end|>", "<|user|>"]

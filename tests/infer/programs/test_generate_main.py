@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from cache_folders import own_cache
+from generate_program import in_process
 from spoiled import spoiled, with_bytes
 
 import phi3_jax
@@ -34,15 +35,7 @@ def own_compilation_cache(tmp_path_factory):
 @pytest.fixture
 def program(demo, monkeypatch, capfd):
     """Runs the program's `main` with the weights that are loaded already -> standard output."""
-    monkeypatch.setattr(phi3_jax, "load", lambda *args, **kwargs: demo)
-
-    def run(*args, code=0):
-        with flagsaver.flagsaver():
-            flags.FLAGS(["phi3-generate", *args])
-            assert generate_main.main() == code
-        return capfd.readouterr().out
-
-    return run
+    return in_process(demo, monkeypatch, capfd)
 
 
 @pytest.mark.slow

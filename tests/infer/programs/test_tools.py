@@ -7,11 +7,12 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from chats import small_chat
+from generate_program import in_process
 
 import phi3_jax
 from phi3_jax.infer import Grammar, Sampling
 from phi3_jax.infer.conversation import Conversation
-from phi3_jax.infer.programs import chat_main, generate_main
+from phi3_jax.infer.programs import chat_main
 from phi3_jax.infer.programs import flags as common
 from phi3_jax.text import call_schema
 
@@ -43,15 +44,7 @@ def tools(tmp_path):
 
 @pytest.fixture
 def program(caller, monkeypatch, capfd):
-    monkeypatch.setattr(phi3_jax, "load", lambda *args, **kwargs: caller)
-
-    def run(*args, code=0):
-        with flagsaver.flagsaver():
-            flags.FLAGS(["phi3-generate", *args])
-            assert generate_main.main() == code
-        return capfd.readouterr().out
-
-    return run
+    return in_process(caller, monkeypatch, capfd)
 
 
 def forced(checkpoint, text):
