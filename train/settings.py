@@ -19,14 +19,23 @@ class Settings:
 
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
+      init_adapter: a folder or hub id of an adapter that training goes on from; empty: a new one.
       output: the run's folder: checkpoints, metrics, the loss curve, and at the end the adapter or the model.
-      train_file, eval_file: files, or data sets of the hub as owner/name:split (data/sources.py), in one of the forms
-        of data/forms.py; without the second nothing is evaluated.
+      train_file: files, or data sets of the hub as owner/name:split (data/sources.py), in one of the forms of
+        data/forms.py.
+      mixture: how often an epoch has the rows of each of these files: 2 is twice, 0.5 half of them; empty: once.
+      eval_file: the same for what is held out; without it and `eval_fraction` nothing is evaluated.
+      eval_fraction: the share of the lines of train_file that is held out.
+      eval_rows: at most so many rows are evaluated; 0 is all.
       method: "sft" learns texts, "dpo" learns preferences between a chosen and a rejected answer.
-      dpo_beta: how closely DPO keeps to the model that it started from; larger is closer.
+      dpo_beta: how closely DPO keeps to its reference; larger is closer.
+      dpo_reference: what DPO compares with: "start" is what training begins with, init_adapter included; "base" is the
+        checkpoint alone; or another adapter's folder.
       loss_on: what of a chat is learned: answers with their end token, or everything.
       parse_special: special tokens that plain texts spell, such as <|user|>, become these tokens; else they are text.
       on_bad_line: what happens at a line that cannot be used: the run stops, or the line is skipped.
+      truncate: what happens to a chat or completion that is longer than a row: the run stops, it is skipped, tokens
+        are cut from its beginning ("left"), or the oldest turns are left out ("turns").
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
@@ -34,6 +43,7 @@ class Settings:
       seed: of the order of the data, of new weights and of dropout.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
       lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (phi3_jax/adapters.py).
+      rank_pattern: ranks that differ from lora_rank, each as target:rank.
       dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32.
       compute_dtype: of the computation; with "bfloat16" here, float32 weights are master weights.
       quantize: a policy of phi3_jax/quantization/policy.py for the base under an adapter (QLoRA).
@@ -46,21 +56,32 @@ class Settings:
       remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or everything in
         a layer ("full").
       shard_weights: spread the weights over the devices as well as the batch.
+      epochs: passes over the data, instead of `steps`.
       steps: optimizer steps of the run.
       log_every, eval_every, save_every: in steps.
+      patience: the run ends after so many evaluations without a lower loss; 0 is never.
+      samples: how many prompts are answered at each evaluation: the first of the held-out data, or of
+      sample_prompts: a file with a prompt in each line.
+      trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.
       keep_last, keep_best: how many checkpoints stay; the best are those of lowest evaluation loss.
       max_bad_steps: the run ends after this many steps in a row whose loss or gradient is not finite.
     """
 
     checkpoint: str = "demo"
+    init_adapter: str = ""
     output: str = "runs/train"
     train_file: str = ""
+    mixture: tuple[float, ...] = ()
     eval_file: str = ""
+    eval_fraction: float = 0.0
+    eval_rows: int = 0
     method: Literal["sft", "dpo"] = "sft"
     dpo_beta: float = 0.1
+    dpo_reference: str = "start"
     loss_on: Literal["assistant", "all"] = "assistant"
     parse_special: bool = False
     on_bad_line: Literal["stop", "skip"] = "stop"
+    truncate: Literal["stop", "skip", "left", "turns"] = "stop"
     sequence_length: int = 512
     pack: bool = True
     batch_size: int = 8
@@ -70,6 +91,7 @@ class Settings:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    rank_pattern: tuple[str, ...] = ()
     lora_rslora: bool = False
     lora_dropout: float = 0.0
     dora: bool = False
@@ -92,10 +114,15 @@ class Settings:
     label_smoothing: float = 0.0
     remat: Remat = "none"
     shard_weights: bool = False
+    epochs: float = 0.0
     steps: int = 100
     log_every: int = 1
     eval_every: int = 50
     save_every: int = 50
+    patience: int = 0
+    samples: int = 2
+    sample_prompts: str = ""
+    trackers: tuple[str, ...] = ()
     keep_last: int = 2
     keep_best: int = 1
     max_bad_steps: int = 5
@@ -149,7 +176,7 @@ def change(settings: Settings, changes: Sequence[str]) -> Settings:
 
 def _parse(name: str, text: str, hint: Any) -> Any:
     if isinstance(hint, types.GenericAlias):
-        return tuple(text.split(","))
+        return tuple(_parse(name, each, typing.get_args(hint)[0]) for each in text.split(",")) if text else ()
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name}={text}: must be true or false")

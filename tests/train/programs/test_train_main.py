@@ -180,7 +180,7 @@ def test_kills_at_random_moments(program, whole, tmp_path):
     ("recipe", "changes", "message"),
     [
         (None, [], r"^name a --recipe, or at least --set train_file=FILE; see phi3-train --help$"),
-        (None, ["nonsense=3"], r"^--set nonsense=3: give name=value, with one of checkpoint, output, "),
+        (None, ["nonsense=3"], r"^--set nonsense=3: give name=value, with one of checkpoint, init_adapter, output, "),
         (None, ["lr=high"], r"^lr=high: must be a number$"),
         (None, ["steps=3"], r"^train_file: not given; name a file of JSON lines$"),
         ("empty", [], r"^--recipe empty: module 'empty' has no attribute 'SETTINGS'; name a module with SETTINGS"),
