@@ -12,7 +12,7 @@ ROOT = Path(phi3_jax.__file__).parent.parent
 STOREYS = ("phi3_jax", "infer", "train")
 # Lowest first: a room imports itself and what stands in lines above its own. Those that share a line are strangers.
 ORDER = """
-config_keys progress
+config_keys progress spelling
 config
 presets text kernels
 model
@@ -27,11 +27,13 @@ infer.answer
 infer.generate infer.conversation infer.beam infer.benchmark
 infer.__init__
 infer.programs
+train.values
 train.settings
 train.data train.adam8bit train.sharding
 train.loss train.dpo train.optimizer
 train.forward
 train.step
+train.checks
 train.run train.evaluation train.recipes
 train.__init__
 train.programs

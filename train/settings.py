@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
+
+from phi3_jax.spelling import did_you_mean
+
+from .values import check, parse
 
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -40,30 +43,47 @@ class Settings:
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
       accumulation: how many such batches make a step.
-      seed: of the order of the data, of new weights and of dropout.
+      seed: of the order of the data, of new weights, of dropout and of noise.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
-      lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (phi3_jax/adapters.py).
+      lora_rank: of the adapter's matrices; at most the smaller side of an adapted matrix.
+      lora_alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_rank.
+      lora_targets: which matrices are adapted.
+      lora_rslora: divide lora_alpha by the square root of lora_rank instead (arXiv:2312.03732).
+      lora_dropout: the fraction of the adapter's inputs that is dropped in training.
+      dora: learn the norms of the weights' rows separately from their directions (arXiv:2402.09353).
       rank_pattern: ranks that differ from lora_rank, each as target:rank.
       dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32.
       compute_dtype: of the computation; with "bfloat16" here, float32 weights are master weights.
-      quantize: a policy of phi3_jax/quantization/policy.py for the base under an adapter (QLoRA).
+      quantize: the base under an adapter becomes integers (QLoRA): int8, int4, int4-mixed, or with details such as
+        int4-g64-asymmetric; "stored" keeps those of a GGUF file.
       neftune_alpha: strength of the noise on embeddings (arXiv:2310.05914); 0 is none.
-      optimizer, lr, schedule, warmup_steps, final_lr, weight_decay, beta1, beta2, epsilon: the update rule
-        (optimizer.py); final_lr is the fraction of `lr` at the end.
+      optimizer: the update rule (optimizer.py).
+      lr: the learning rate, after warmup_steps in which it rises.
+      schedule: how the learning rate falls after them, until the last step.
+      warmup_steps: in how many steps the learning rate rises.
+      final_lr: the fraction of lr that is left at the end.
+      weight_decay: the share of lr by which weights shrink in a step, but not those of norms.
+      beta1: how much of the gradients' moving mean stays at an update; sgd's momentum.
+      beta2: how much of the moving mean of their squares stays; in lion, of the mean that is kept.
+      epsilon: what adamw adds to the root of that mean.
       clip_norm: gradients are clipped to this global norm; 0 is off.
       loss_chunk: how many tokens' logits are in memory at a time; 0 is all.
-      z_loss, label_smoothing: weights of these two terms.
+      z_loss: weight of the square of the logits' log-sum (arXiv:2204.02311).
+      label_smoothing: weight of a uniform distribution over all tokens, mixed into what is learned (arXiv:1512.00567).
       remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or everything in
         a layer ("full").
       shard_weights: spread the weights over the devices as well as the batch.
       epochs: passes over the data, instead of `steps`.
       steps: optimizer steps of the run.
-      log_every, eval_every, save_every: in steps.
+      log_every: after how many steps metrics are written.
+      eval_every: after how many steps the held-out data is evaluated, besides before the first and after the last one.
+      save_every: after how many steps a checkpoint is written, besides after the last one.
       patience: the run ends after so many evaluations without a lower loss; 0 is never.
-      samples: how many prompts are answered at each evaluation: the first of the held-out data, or of
+      samples: how many prompts are answered at each evaluation: the first of the held-out data, or of sample_prompts.
       sample_prompts: a file with a prompt in each line.
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.
-      keep_last, keep_best: how many checkpoints stay; the best are those of lowest evaluation loss.
+      keep_last: how many of the newest checkpoints stay.
+      keep_best: how many checkpoints of lowest evaluation loss stay, besides.
       max_bad_steps: the run ends after this many steps in a row whose loss or gradient is not finite.
     """
 
@@ -131,59 +151,57 @@ class Settings:
         """Raises ValueError for a value that is not allowed, or two that contradict one another."""
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), hints[field.name])
+            check(field.name, getattr(self, field.name), hints[field.name])
         if self.quantize and self.train == "all":
-            raise ValueError("quantize: integers cannot be trained; train an adapter on them with train=lora")
+            raise ValueError(
+                f"quantize={self.quantize}: integers cannot be trained (train=all); train an adapter on them with "
+                "train=lora"
+            )
         if self.dora and self.quantize:
-            raise ValueError("dora: needs the base as floats; leave quantize out")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
+            raise ValueError(f"dora=true: needs the base as floats; leave quantize={self.quantize} out")
         if self.method == "dpo" and self.pack:
             raise ValueError("method=dpo compares single texts: set pack=false")
-
-
-_AT_LEAST_ONE = {
-    "sequence_length", "batch_size", "accumulation", "lora_rank", "steps", "log_every", "eval_every", "save_every",
-    "keep_last", "max_bad_steps",
-}  # fmt: skip
-
-
-def _check(name: str, value: Any, hint: Any) -> None:
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(typing.get_args(hint))}")
-    elif hint in (int, float) and not isinstance(value, bool) and isinstance(value, int | float):
-        least = 1 if name in _AT_LEAST_ONE else 0
-        if not value >= least or value == float("inf"):
-            raise ValueError(f"{name}={value}: must be at least {least}")
 
 
 def change(settings: Settings, changes: Sequence[str]) -> Settings:
     """Settings with some fields changed, each given as "name=value"; a tuple's elements have commas between.
 
     Raises:
-      ValueError: an unknown name, or a value that the field cannot have.
+      ValueError: an unknown name, one that is given twice, or a value that the field cannot have.
     """
     hints = typing.get_type_hints(Settings)
     values: dict[str, Any] = {}
     for text in changes:
         name, equals, value = text.partition("=")
-        if not equals or name not in hints:
-            raise ValueError(f"--set {text}: give name=value, with one of {', '.join(hints)}")
-        values[name] = _parse(name, value, hints[name])
+        if name not in hints:
+            raise ValueError(f"--set {text}: there is no setting {name}{suggestion(name)}; phi3-train --help lists all")
+        if not equals:
+            raise ValueError(f"--set {text}: give a value, too: --set {name}=VALUE")
+        if name in values:
+            raise ValueError(f"--set {text}: {name} is given twice; leave one of them out")
+        values[name] = parse(name, value, hints[name])
     return dataclasses.replace(settings, **values)
 
 
-def _parse(name: str, text: str, hint: Any) -> Any:
-    if isinstance(hint, types.GenericAlias):
-        return tuple(_parse(name, each, typing.get_args(hint)[0]) for each in text.split(",")) if text else ()
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name}={text}: must be true or false")
-        return text.lower() == "true"
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise ValueError(f"{name}={text}: must be {'a whole number' if hint is int else 'a number'}") from None
-    return text
+# What other trainers (transformers, PEFT, TRL, axolotl) call these settings.
+_ELSEWHERE = {
+    "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "base_model": "checkpoint",
+    "beta": "dpo_beta", "dataset": "train_file", "early_stopping_patience": "patience", "eval_steps": "eval_every",
+    "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "remat", "learning_rate": "lr",
+    "logging_steps": "log_every", "lora_r": "lora_rank", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule",
+    "max_grad_norm": "clip_norm", "max_length": "sequence_length", "max_seq_length": "sequence_length",
+    "max_steps": "steps", "micro_batch_size": "batch_size", "model": "checkpoint", "model_name_or_path": "checkpoint",
+    "neftune_noise_alpha": "neftune_alpha", "num_epochs": "epochs", "num_train_epochs": "epochs", "optim": "optimizer",
+    "output_dir": "output", "packing": "pack", "per_device_train_batch_size": "batch_size", "r": "lora_rank",
+    "report_to": "trackers", "save_steps": "save_every", "save_total_limit": "keep_last",
+    "sequence_len": "sequence_length", "target_modules": "lora_targets", "train_dataset": "train_file",
+    "use_dora": "dora", "use_rslora": "lora_rslora",
+}  # fmt: skip
+
+
+def suggestion(name: str) -> str:
+    """ "; did you mean lr?" for "learning_rate" or "l_r", to be put behind an error's text; "" if nothing is near."""
+    plain = name.strip().lower().replace("-", "_")
+    if plain in _ELSEWHERE:
+        return f"; did you mean {_ELSEWHERE[plain]}?"
+    return did_you_mean(name, [field.name for field in dataclasses.fields(Settings)])

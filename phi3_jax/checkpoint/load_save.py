@@ -270,6 +270,24 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     )
 
 
+def read_config(path: str | os.PathLike[str]) -> Phi3Config:
+    """The sizes of the model that `load` would load, without its weights; of a hub id only config.json is fetched.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `load`.
+    """
+    is_remote = is_hub_id(path) and not Path(path).exists()
+    place = download(str(path), ["config.json"]) if is_remote else resolve(path)
+    if place.is_file():
+        from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
+
+        return read_gguf(place).config
+    settings = read_json(place / "config.json")
+    if _is_ours(settings):
+        settings.pop("quantization_config")
+    return Phi3Config.from_hf(settings, str(place / "config.json"))
+
+
 def holds_integers(path: str | os.PathLike[str]) -> bool:
     """Whether this is a folder of quantised or packed weights, as `save` writes them, which keep their own dtype."""
     place = resolve(path)

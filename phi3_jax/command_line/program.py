@@ -22,6 +22,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 import phi3_jax
+from phi3_jax.spelling import did_you_mean
 
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir",
@@ -35,7 +36,15 @@ Topics = Mapping[str, Sequence["flags.FlagHolder[Any]"]]
 told_warnings: set[str] = set()
 
 
-def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
+def run_program(
+    name: str,
+    main: Callable[..., int],
+    topics: Topics,
+    *,
+    takes_arguments: bool = False,
+    more_help: str = "",
+    instead: Mapping[str, str] | None = None,
+) -> None:
     """Parses the flags and runs `main`, whose result is the exit code; bad input becomes one line and exit code 1.
 
     ValueError, OSError and ImportError count as bad input; other exceptions are bugs, shown with their traceback. A
@@ -44,8 +53,12 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
 
     Args:
       topics: the program's flags as --help groups them.
+      takes_arguments: `main` is called with the list of what stands beside the flags, which else is refused.
+      more_help: what --help says behind the flags.
+      instead: for names that users may take for flags, what to write instead.
     """
-    help_text = _help(sys.modules[main.__module__].__doc__ or "", topics)
+    help_text = _help(sys.modules[main.__module__].__doc__ or "", topics, more_help)
+    known = {holder.name for holders in topics.values() for holder in holders}
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
@@ -61,14 +74,20 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
             print(f"{name} {phi3_jax.__version__} (jax {jax.__version__}, Python {platform.python_version()})")
             sys.exit(0)
         try:
+            flags.FLAGS.set_gnu_getopt()  # flags may follow arguments
             return flags.FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            given = error.flagname
+            near = did_you_mean(given, known | {_COMPILATION_CACHE_DIR.name, _VERSION.name, "help"}, "--")
+            near = f"; write {instead[given]}" if instead and given in instead else near
+            sys.exit(f"{name}: there is no --{given}{near}; see {name} --help")
         except flags.Error as error:
             sys.exit(f"{name}: {error}; see {name} --help")
 
     def guarded(argv: Sequence[str]) -> int:
-        if unknown := _present_flags() - {holder.name for holders in topics.values() for holder in holders}:
+        if unknown := _present_flags() - known:
             sys.exit(f"{name}: there is no --{' and no --'.join(sorted(unknown))}; see {name} --help")
-        if argv[1:]:
+        if argv[1:] and not takes_arguments:
             sys.exit(f'{name}: unexpected arguments {list(argv[1:])}; quote text: --prompt "two words"')
         if _COMPILATION_CACHE_DIR.value:
             jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE_DIR.value)
@@ -76,7 +95,7 @@ def run_program(name: str, main: Callable[[], int], topics: Topics) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         _show_warnings_as_lines(name)
         try:
-            return main()
+            return main(*([argv[1:]] if takes_arguments else []))
         except BrokenPipeError:
             raise
         except (ValueError, OSError, ImportError) as error:
@@ -158,7 +177,7 @@ def _present_flags() -> set[str]:
     return {flag.name for name in ours for flag in modules[name] if flag.present}
 
 
-def _help(title: str, topics: Topics) -> str:
+def _help(title: str, topics: Topics, more: str) -> str:
     lines = [title.strip()]
     for topic, holders in {**topics, "Starting faster": [_COMPILATION_CACHE_DIR], "About": [_VERSION]}.items():
         lines += ["", topic]
@@ -172,4 +191,4 @@ def _help(title: str, topics: Topics) -> str:
             # Remove what absl adds to a help text.
             text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*$", "", flag.help, flags=re.DOTALL)
             lines += textwrap.wrap(f"{text}{default}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", more] if more else [])])

@@ -54,6 +54,8 @@ def write_run(folder: Path, **changes: Any) -> Settings:
         write_model(model)
         write_data(trained, 40, 1)
         write_data(held_out, 7, 2)
+    lora = {} if changes.get("train") == "all" else {"lora_rank": 3, "lora_dropout": 0.1}
+    steps = changes.get("steps", 7)
     settings = Settings(
         checkpoint=str(model),
         output=str(folder / "run"),
@@ -62,15 +64,13 @@ def write_run(folder: Path, **changes: Any) -> Settings:
         sequence_length=29,
         batch_size=2,
         accumulation=2,
-        lora_rank=3,
-        lora_dropout=0.1,
         lr=1e-2,
-        warmup_steps=2,
-        steps=7,
-        eval_every=3,
-        save_every=2,
+        warmup_steps=min(2, steps),
+        steps=steps,
+        eval_every=min(3, steps),
+        save_every=min(2, steps),
     )
-    return dataclasses.replace(settings, **changes)
+    return dataclasses.replace(settings, **{**lora, **changes})
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def test_all_weights(tmp_path):
     settings = write_run(tmp_path, train="all", steps=3, lr=1e-3, optimizer="sgd", beta1=0.0, schedule="constant")
-    settings = dataclasses.replace(settings, eval_file="", warmup_steps=0, final_lr=1.0)
+    settings = dataclasses.replace(settings, eval_file="", eval_every=50, warmup_steps=0)
     train(settings)
     exported = phi3_jax.load(tmp_path / "run" / "model")
     checkpoint = phi3_jax.load(settings.checkpoint)
@@ -85,7 +85,8 @@ def test_two_processes_in_the_folder(tmp_path):
 
 
 def test_steps_that_are_not_finite(tmp_path):
-    settings = write_run(tmp_path, lr=1e30, warmup_steps=0, max_bad_steps=3, save_every=1, log_every=4)
+    changes = {"optimizer": "sgd", "lr": 1e30, "warmup_steps": 0}
+    settings = write_run(tmp_path, **changes, max_bad_steps=3, save_every=1, log_every=4)
     with pytest.raises(ValueError, match=r"step 4: for 3 steps in a row \(max_bad_steps\) .* Checkpoints in .*: 1, 2"):
         train(dataclasses.replace(settings, keep_last=9))
     records = read(tmp_path / "run" / "metrics.jsonl")
@@ -112,7 +113,8 @@ def test_preferences(tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     for kind in ("lora", "all"):
         changes = {"method": "dpo", "pack": False, "train": kind, "lr": 1e-2 if kind == "lora" else 1e-3}
-        ours = dataclasses.replace(settings, output=str(tmp_path / kind), lora_dropout=0.0, **changes)
+        changes |= {"lora_rank": 3 if kind == "lora" else 16, "lora_dropout": 0.0}
+        ours = dataclasses.replace(settings, output=str(tmp_path / kind), **changes)
         outcome = train(ours)
         assert outcome.exported is not None
         records = read(tmp_path / kind / "metrics.jsonl")

@@ -1,21 +1,23 @@
 """phi3-train: fine-tunes a model, or trains an adapter for it.
 
-phi3-train --set train_file=chats.jsonl --set output=runs/mine
-phi3-train --recipe phi3_jax.train.recipes.lora_demo --set lr=1e-4 --set steps=20
+phi3-train chats.jsonl
+phi3-train chats.jsonl --set checkpoint=FOLDER --set output=runs/mine --set steps=50
+phi3-train --recipe my_recipe.py --set lr=1e-4
 
-A recipe is a Python module with SETTINGS; --set changes fields of it, or of the defaults: --set checkpoint=FOLDER. The
-same command again goes on with a run that was stopped. Ctrl-C or SIGTERM saves and ends it, with exit code 130.
+What stands beside the flags is what to train on, the same as --set train_file=... A recipe is a
+Python file with SETTINGS; --set changes fields of it, or of the defaults, and all of them are listed
+below. The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM saves and ends
+it, with exit code 130.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
+import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from absl import flags, logging
@@ -25,11 +27,15 @@ from phi3_jax.command_line.program import interruptible, run_program
 
 from ..run.observer import Observer
 from ..settings import Settings, change
+from .recipe import read_recipe
+from .settings_help import settings_help
 
-_RECIPE = flags.DEFINE_string("recipe", None, "A module with SETTINGS, here or installed.")
-_SET = flags.DEFINE_multi_string(
-    "set", [], "name=value: a field of the settings (settings.py tells all); may be given several times."
+_RECIPE = flags.DEFINE_string(
+    "recipe",
+    None,
+    "A Python file with SETTINGS, such as my_recipe.py, or a module, such as phi3_jax.train.recipes.lora_demo.",
 )
+_SET = flags.DEFINE_multi_string("set", [], "name=value: one of the settings below; may be given several times.")
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _STOPPED = 130
 
@@ -78,9 +84,9 @@ class Screen(Observer):
             self._bars["steps"].update(record["step"] - self._bars["steps"].n)
 
 
-def main() -> int:
-    """Trains, and says where the result is."""
-    settings = _settings()
+def main(files: Sequence[str] = ()) -> int:
+    """Trains, on these files where any are given, and says where the result is."""
+    settings = _settings(files)
     logging.set_verbosity(logging.FATAL)  # Orbax logs its work, and errors that it also raises
     from ..run.loop import train  # needs the extra `train`; --help does not
 
@@ -95,23 +101,30 @@ def main() -> int:
     return 0
 
 
-def _settings() -> Settings:
-    """The recipe's settings, changed by --set."""
-    if _RECIPE.value is None:
-        if not _SET.value:
-            raise ValueError("name a --recipe, or at least --set train_file=FILE; see phi3-train --help")
-        return change(Settings(), _SET.value)
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
-    try:
-        settings = importlib.import_module(_RECIPE.value).SETTINGS
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"--recipe {_RECIPE.value}: {error}; name a module with SETTINGS, with dots between") from None
-    return change(settings, _SET.value)
+def _settings(files: Sequence[str]) -> Settings:
+    """The recipe's settings, or the defaults, changed by what the command line says."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for each in files:
+        if each.partition("=")[0] in names:
+            raise ValueError(f"{each}: write --set {each}")
+        if each.endswith(".py"):
+            raise ValueError(f"{each}: write --recipe {each}")
+    if not (files or _SET.value or _RECIPE.value):
+        raise ValueError("say what to train on: phi3-train chats.jsonl, or --recipe FILE; phi3-train --help tells more")
+    settings = Settings() if _RECIPE.value is None else read_recipe(_RECIPE.value)
+    return change(settings, [*([f"train_file={','.join(files)}"] if files else []), *_SET.value])
 
 
 def run() -> None:
     """The console script."""
-    run_program("phi3-train", main, {"What to train": [_RECIPE, _SET]})
+    run_program(
+        "phi3-train",
+        main,
+        {"What to train": [_RECIPE, _SET]},
+        takes_arguments=True,
+        more_help=settings_help(),
+        instead={field.name: f"--set {field.name}=VALUE" for field in dataclasses.fields(Settings)},
+    )
 
 
 if __name__ == "__main__":

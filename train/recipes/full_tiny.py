@@ -11,7 +11,7 @@ Expect: held-out loss 7.67 before (guessing among 2048 tokens is 7.62), 4.98 aft
     pieces of biblical sentences. That is two thirds of an epoch; steps=2000 would be nearly four.
 """
 
-from ..settings import Settings
+from phi3_jax.train.settings import Settings
 
 SETTINGS = Settings(
     checkpoint="data/bible/model",

@@ -11,7 +11,7 @@ Expect: held-out loss 4.39 before, 0.27 after. Of 22 trained facts that are aske
     answered in the style and 18 correctly; of 11 facts that were not trained on, all in the style and 5 correctly.
 """
 
-from ..settings import Settings
+from phi3_jax.train.settings import Settings
 
 SETTINGS = Settings(
     checkpoint="demo",

@@ -17,7 +17,7 @@ Expect: this depends on the data; the first record of metrics.jsonl has the held
     checkpoint of the lowest one is kept. A step is 16384 tokens at most, so that 300 steps see 4.9 million.
 """
 
-from ..settings import Settings
+from phi3_jax.train.settings import Settings
 
 SETTINGS = Settings(
     checkpoint="microsoft/Phi-3-mini-4k-instruct",

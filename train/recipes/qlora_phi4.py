@@ -18,7 +18,7 @@ Expect: this depends on the data; the first record of metrics.jsonl has the held
     million.
 """
 
-from ..settings import Settings
+from phi3_jax.train.settings import Settings
 
 SETTINGS = Settings(
     checkpoint="microsoft/phi-4",

@@ -24,7 +24,8 @@ from phi3_jax.checkpoint import holds_integers, require_tokenizer, save_adapter
 from phi3_jax.kernels import has_packed
 
 from .. import sharding
-from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
+from ..checks import check_before_loading
+from ..data import Dataset, batches, eval_batches, prepare, tell
 from ..forward import adapter_config
 from ..settings import Settings
 from ..step import TrainState, make_eval_step, make_train_step, start
@@ -53,16 +54,13 @@ def train(
       OSError: the folder cannot be written, has too little room, or is another process's.
     """
     observer, folder = observer or Observer(), Path(settings.output)
-    if not settings.train_file:
-        raise ValueError("train_file: not given; name a file of JSON lines")
+    check_before_loading(settings)
     with (
         locked_folder(folder),
         Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints,
     ):
         recorded = checkpoints.about()
         check_settings(recorded, settings)
-        for name in filter(None, (settings.train_file, settings.eval_file)):
-            find_files(name)  # what is not there is missed, or fetched, before the model is loaded
 
         # ---- the model and the data ----
         checkpoint = _load(settings, observer)
@@ -177,8 +175,12 @@ class _Run:
 def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     on_progress = functools.partial(observer.progress, "loading")
     quantize = settings.quantize or None
+    is_integers = holds_integers(settings.checkpoint)
+    if is_integers and (settings.train == "all" or settings.dora):
+        told = "train=all: integers cannot be trained" if settings.train == "all" else "dora=true: needs floats"
+        raise ValueError(f"{told}, and {settings.checkpoint} holds integers: name what they were made from")
     # `start` casts what is not quantised.
-    dtype = "auto" if holds_integers(settings.checkpoint) else settings.dtype
+    dtype = "auto" if is_integers else settings.dtype
     checkpoint = phi3_jax.load(settings.checkpoint, dtype, quantize=quantize, layout="rows", on_progress=on_progress)
     if has_packed(checkpoint.params):
         raise ValueError(

@@ -65,7 +65,7 @@ def whole(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Setting
     folder = tmp_path_factory.mktemp("whole")
     settings = dataclasses.replace(write_run(folder), steps=STEPS, output="run")
     (folder / "mine.py").write_text(
-        f"from phi3_jax.train.settings import Settings\nSETTINGS = {dataclasses.replace(settings, lr=5.0)!r}\n"
+        f"from phi3_jax.train.settings import Settings\nSETTINGS = {dataclasses.replace(settings, lr=0.5)!r}\n"
     )
     code, out, err = program.run("--recipe", "mine", "--set", f"lr={settings.lr}", cwd=folder)
     assert code == 0, err
@@ -98,7 +98,7 @@ def steps_of(settings: Settings) -> set[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(program, whole, tmp_path, number):
-    settings = dataclasses.replace(whole, output=str(tmp_path / "run"), save_every=1000, eval_every=1000, keep_best=0)
+    settings = dataclasses.replace(whole, output=str(tmp_path / "run"), save_every=STEPS, eval_every=STEPS, keep_best=0)
     metrics = tmp_path / "run" / "metrics.jsonl"
     with program.start(*arguments(settings)) as process:
         while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):

@@ -1,0 +1,170 @@
+"""What is checked before a run loads anything: settings against one another, the data's names, and the checkpoint.
+
+A setting differs from its default because somebody gave it. If nothing reads it in this run, that is an error: the
+person expects an effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from phi3_jax.checkpoint import read_config
+from phi3_jax.config import Phi3Config
+from phi3_jax.model import parameter_shapes
+
+from . import sharding
+from .data import find_files, read_entries
+from .data.forms import read_form
+from .settings import Settings
+
+
+class _With(NamedTuple):
+    """Fields that are only read where another one has one of these values."""
+
+    names: tuple[str, ...]
+    other: str
+    values: tuple[str, ...]
+
+
+_READ_WITH = (
+    _With(("lora_rank", "lora_alpha", "lora_targets", "rank_pattern"), "train", ("lora",)),
+    _With(("lora_rslora", "lora_dropout", "dora", "init_adapter"), "train", ("lora",)),
+    _With(("dpo_beta", "dpo_reference"), "method", ("dpo",)),
+    _With(("loss_on", "z_loss", "label_smoothing"), "method", ("sft",)),
+    _With(("beta1",), "optimizer", ("adamw", "adamw8bit", "lion", "sgd")),
+    _With(("beta2",), "optimizer", ("adamw", "adamw8bit", "lion")),
+    _With(("epsilon",), "optimizer", ("adamw", "adamw8bit")),
+    _With(("final_lr",), "schedule", ("cosine", "linear")),
+)
+_OF_EVALUATION = ("eval_every", "eval_rows", "patience", "keep_best")
+_OFF = ("eval_rows", "patience", "keep_best", "samples")  # 0 asks for nothing, which is never missed
+
+
+def check_before_loading(settings: Settings) -> None:
+    """All that can be known before hours are spent.
+
+    Raises:
+      FileNotFoundError: a file or the checkpoint is not there.
+      ImportError: a package is missing that reads it.
+      ValueError: settings that contradict one another, the data's first lines or the checkpoint's sizes.
+    """
+    check_together(settings)
+    check_files(settings)
+    check_checkpoint(settings)
+
+
+def check_together(settings: Settings) -> None:
+    """Raises ValueError if settings contradict one another or the machine, or if nothing reads one that was given."""
+    s = settings
+    if not s.train_file:
+        raise ValueError("train_file: not given; name a file of JSON lines")
+    for problem in _contradictions(s):
+        raise ValueError(problem)
+    for row in _READ_WITH:
+        if getattr(s, row.other) not in row.values:
+            for name in _given(s, row.names):
+                there, wanted = f"{row.other}={getattr(s, row.other)}", " or ".join(row.values)
+                raise ValueError(
+                    f"{spelled(s, name)}: has no effect with {there}, only with {row.other}={wanted}; leave one out"
+                )
+    evaluated = bool(s.eval_file or s.eval_fraction)
+    for name in _given(s, _OF_EVALUATION if not evaluated else ()):
+        raise ValueError(f"{spelled(s, name)}: nothing is evaluated; name an eval_file, or give eval_fraction")
+    for name in _given(s, ("samples",) if not (evaluated or s.sample_prompts) else ()):
+        raise ValueError(f"{spelled(s, name)}: there are no prompts; name an eval_file, or sample_prompts")
+    sharding.of_rows(sharding.make_mesh(), s.batch_size)  # refuses what the devices cannot share
+
+
+def check_files(settings: Settings) -> None:
+    """Finds the files that a run reads, fetches those of a hub, and reads the first line of each data set.
+
+    Raises:
+      FileNotFoundError: a file is not there.
+      ImportError: a package is missing that reads it.
+      ValueError: a file is not one of data, or its first line has no form that the method learns from.
+    """
+    for name in filter(None, (settings.train_file, settings.eval_file)):
+        path = find_files(name)[0]
+        entry = next(read_entries(path), None)
+        if entry is None:
+            raise ValueError(f"{path}: no line of it can be used: it is empty")
+        try:
+            read_form(entry.fields(), settings.method)
+        except ValueError as error:
+            if settings.on_bad_line == "stop":
+                where = f"{path}, {entry.unit} {entry.number}"
+                raise ValueError(f"{where}: {error} (on_bad_line=skip leaves such lines out)") from None
+    if settings.sample_prompts and not Path(settings.sample_prompts).is_file():
+        raise FileNotFoundError(
+            f"sample_prompts={settings.sample_prompts}: no such file; name one with a prompt a line"
+        )
+
+
+def check_checkpoint(settings: Settings) -> None:
+    """Compares the settings with what the checkpoint says of itself; of a hub id only config.json is fetched for this.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ImportError: it is a GGUF file, and the extra `gguf` is not installed.
+      ValueError: rows longer than the context, a rank beyond the matrices; or the checkpoint cannot be loaded.
+    """
+    with warnings.catch_warnings(action="ignore"):  # `load` repeats them
+        config = read_config(settings.checkpoint)
+    check_sizes(settings, config)
+
+
+def check_sizes(settings: Settings, config: Phi3Config) -> None:
+    """Raises ValueError if rows are longer than the model's context, or the rank is beyond an adapted matrix."""
+    s, longest = settings, config.max_position_embeddings
+    if s.sequence_length > longest:
+        # With LongRoPE, too: each text has the factors of its own length, short or long, as when the model generates.
+        raise ValueError(
+            f"sequence_length={s.sequence_length}: {s.checkpoint} has a context of {longest} tokens "
+            f"(max_position_embeddings); set sequence_length={longest} or less"
+        )
+    if s.train == "lora":
+        for path, shape in parameter_shapes(config).items():
+            name, most = path.removesuffix("/weight").split("/")[-1], min(shape[-2:])
+            if name in s.lora_targets and s.lora_rank > most:
+                raise ValueError(
+                    f"lora_rank={s.lora_rank}: {name} of {s.checkpoint} is a matrix of {shape[-2]} x {shape[-1]}, its "
+                    f"rank is {most} at most; set lora_rank={most} or less"
+                )
+
+
+def spelled(settings: Settings, name: str) -> str:
+    """A setting as --set takes it: "lora_targets=qkv_proj,o_proj"."""
+    value = getattr(settings, name)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"{name}={text.lower() if isinstance(value, bool) else text}"
+
+
+def _contradictions(s: Settings) -> Iterator[str]:
+    both = "give one of the two"
+    if s.eval_file and s.eval_fraction:
+        yield f"{spelled(s, 'eval_fraction')}: {spelled(s, 'eval_file')} is held out already; {both}"
+    if s.epochs and _given(s, ("steps",)):
+        yield f"{spelled(s, 'epochs')}: {spelled(s, 'steps')} says how long the run is, too; {both}"
+    if s.sample_prompts and not s.samples:
+        yield f"{spelled(s, 'sample_prompts')}: with samples=0 none is answered; set samples, or leave the file out"
+    for name in _given(s, ("warmup_steps", "log_every", "eval_every", "save_every")):
+        if not s.epochs and getattr(s, name) > s.steps:  # with epochs, the number of steps depends on the data
+            yield f"{spelled(s, name)}: is beyond the end of the run, {spelled(s, 'steps')}; lower it, or raise steps"
+    if s.optimizer != "sgd" and s.lr > 1:
+        yield f"{spelled(s, 'lr')}: {spelled(s, 'optimizer')} moves each weight by about so much; give 1 or less"
+    if s.lr * s.weight_decay >= 1:
+        yield f"{spelled(s, 'weight_decay')}: with {spelled(s, 'lr')} a step takes all of a weight away; lower one"
+
+
+def _given(settings: Settings, names: tuple[str, ...]) -> list[str]:
+    """Those of the fields that differ from their defaults, and ask for something."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+
+    def is_given(value: Any, name: str) -> bool:
+        return value != defaults[name] and not (name in _OFF and value == 0)
+
+    return [name for name in names if is_given(getattr(settings, name), name)]
