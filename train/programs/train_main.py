@@ -4,10 +4,10 @@ phi3-train chats.jsonl
 phi3-train chats.jsonl --set checkpoint=FOLDER --set output=runs/mine --set steps=50
 phi3-train --recipe my_recipe.py --set lr=1e-4
 
-What stands beside the flags is what to train on, the same as --set train_file=... A recipe is a
-Python file with SETTINGS; --set changes fields of it, or of the defaults, and all of them are listed
-below. The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM saves and ends
-it, with exit code 130.
+What stands beside the flags is what to train on, the same as --set train_file=FILE. A recipe is
+a Python file with SETTINGS; --set changes fields of it, or of the defaults. All are listed
+below. The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM saves and
+ends it, with exit code 130.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from cache_folders import own_cache
 from training_runs import tensors, write_run
 
 from phi3_jax.train.programs import train_main
+from phi3_jax.train.programs.settings_help import settings_help
 from phi3_jax.train.run.metrics import TIMES, read
 from phi3_jax.train.settings import Settings
 
@@ -64,10 +65,9 @@ def whole(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Setting
     """A run by a recipe that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     settings = dataclasses.replace(write_run(folder), steps=STEPS, output="run")
-    (folder / "mine.py").write_text(
-        f"from phi3_jax.train.settings import Settings\nSETTINGS = {dataclasses.replace(settings, lr=0.5)!r}\n"
-    )
-    code, out, err = program.run("--recipe", "mine", "--set", f"lr={settings.lr}", cwd=folder)
+    recipe = dataclasses.replace(settings, lr=0.5, train_file="no")
+    (folder / "mine.py").write_text(f"from phi3_jax.train.settings import Settings\nSETTINGS = {recipe!r}\n")
+    code, out, err = program.run(settings.train_file, "--recipe", "mine.py", "--set", f"lr={settings.lr}", cwd=folder)
     assert code == 0, err
     assert out.startswith(f"run/adapter: {STEPS} steps, ")
     assert out.endswith("; the curve is run/loss.png\n")
@@ -177,24 +177,22 @@ def test_kills_at_random_moments(program, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "changes", "message"),
+    ("files", "changes", "message"),
     [
-        (None, [], r"^name a --recipe, or at least --set train_file=FILE; see phi3-train --help$"),
-        (None, ["nonsense=3"], r"^--set nonsense=3: give name=value, with one of checkpoint, init_adapter, output, "),
-        (None, ["lr=high"], r"^lr=high: must be a number$"),
-        (None, ["steps=3"], r"^train_file: not given; name a file of JSON lines$"),
-        ("empty", [], r"^--recipe empty: module 'empty' has no attribute 'SETTINGS'; name a module with SETTINGS"),
-        ("no.where", [], r"^--recipe no\.where: No module named 'no'; name a module with SETTINGS, with dots between$"),
+        ([], [], r"^say what to train on: phi3-train chats\.jsonl, or --recipe FILE; phi3-train --help tells more$"),
+        ([], ["nonsense=3"], r"^--set nonsense=3: there is no setting nonsense; phi3-train --help lists all$"),
+        ([], ["steps=3"], r"^train_file: not given; name a file of JSON lines$"),
+        (["a.jsonl", "lr=3"], [], r"^lr=3: write --set lr=3$"),
+        (["mine.py"], [], r"^mine\.py: write --recipe mine\.py$"),
+        (["a.jsonl"], ["train_file=b.jsonl"], r"^--set train_file=b\.jsonl: train_file is given twice"),
+        (["a.jsonl"], ["steps=3"], r"^a\.jsonl: no such file; give one of JSON lines$"),
     ],
 )
-def test_mistakes(recipe, changes, message, tmp_path, monkeypatch):
-    (tmp_path / "empty.py").write_text("")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_mistakes(files, changes, message):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
-    with flagsaver.flagsaver(recipe=recipe, set=changes), pytest.raises(ValueError, match=message):
-        train_main.main()
+    with flagsaver.flagsaver(set=changes), pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_main.main(files)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(program, tmp_path):
@@ -242,8 +240,14 @@ def test_help_needs_no_extra(program):
     for args, code, text in (
         (["--help"], 0, "phi3-train: fine-tunes a model"),
         (["--set", "train_file=x"], 1, "phi3-train: training needs more packages ("),
+        (["--lr", "3"], 1, "phi3-train: there is no --lr; write --set lr=VALUE; see phi3-train --help"),
+        (["x", "--recip=y"], 1, "phi3-train: there is no --recip; did you mean --recipe?; see phi3-train --help"),
     ):
         done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         assert (done.stdout + done.stderr).startswith(text)
-    assert "pip install 'phi3_jax[train]'" in done.stderr
+        if "more packages" in text:
+            assert "pip install 'phi3_jax[train]'" in done.stderr
+        if "--help" in args:
+            assert all(len(line) <= 96 for line in done.stdout.splitlines() if "(default: /" not in line)
+            assert settings_help() in done.stdout
