@@ -123,7 +123,7 @@ def tell(counts: Report | Tally) -> str:
         text += f"; {counted(counts.cut, 'line')} cut, which lost {counted(counts.tokens_cut, 'token')}"
     if counts.too_long:
         number, reason = counts.too_long_reasons[0]
-        text += f"; {counted(counts.too_long, 'line')} skipped for their length, as line {number}: {reason}"
+        text += f"; {counted(counts.too_long, 'line')} longer than a row skipped, as line {number}: {reason}"
     for lines, group in itertools.groupby(counts.converted, lambda each: each[1]):
         text += f"; {lines} lines: {', '.join(what for what, _ in group)}"
     if counts.ignored_fields:

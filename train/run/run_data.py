@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +56,16 @@ def _prepare_files(
 
 
 def tell_training(data: Mixture, settings: Settings) -> list[str]:
-    """Lines about what is trained on, and how long: the last begins with "train: " and has the whole."""
+    """Lines about what is trained on and how long; the one that begins with "train: " has the whole. Then warnings."""
     length, reports = settings.sequence_length, [part.report for part in data.parts]
-    steps = settings.all_steps(epoch_size(data.counts, settings))
-    run = _tell_length(epoch_size(data.counts, settings), steps, settings)
+    size, run = _tell_size(reports, length), _tell_length(data, settings)
     if len(reports) == 1:
-        return [f"train: {data.names[0]}: {_tell_size(reports, length)}; {run}{tell(reports[0])}"]
-    lines = [
-        f"{name}: {_tell_size([each], length)}{tell(each)}" for name, each in zip(data.names, reports, strict=True)
-    ]
-    return [*lines, f"an epoch has of {_tell_mixture(data, settings)}", f"train: {_tell_size(reports, length)}; {run}"]
+        lines = [f"train: {data.names[0]}: {size}; {run}{tell(reports[0])}"]
+    else:
+        named = zip(data.names, reports, strict=True)
+        lines = [f"{name}: {_tell_size([each], length)}{tell(each)}" for name, each in named]
+        lines += [f"an epoch has of {_tell_mixture(data, settings)}", f"train: {size}; {run}"]
+    return lines + _warn_of_length(data, settings)
 
 
 def tell_held_out(data: Mixture, held_out: Mixture, settings: Settings) -> list[str]:
@@ -107,17 +106,26 @@ def _tell_mixture(mixture: Mixture, settings: Settings) -> str:
     return ", ".join(told)
 
 
-def _tell_length(epoch: Fraction, steps: int, settings: Settings) -> str:
-    """How long a run is, with warnings where it is odd; an epoch has so many rows."""
-    each = settings.batch_size * settings.accumulation
-    passes, rows = steps * each / float(epoch), f"{float(epoch):.6g} rows"
-    times = f"{passes:.0f}" if passes >= 100 else f"{passes:.3g}"
-    text = f"{counted(steps, 'step')} of {counted(each, 'row')} = {times} passes over the data"
-    text += f" ({rows} in a pass)" if settings.mixture else ""
+def _tell_length(data: Mixture, settings: Settings) -> str:
+    epoch, each = float(epoch_size(data.counts, settings)), settings.batch_size * settings.accumulation
+    steps = settings.all_steps(epoch_size(data.counts, settings))
+    passes = steps * each / epoch
+    text = f"{counted(steps, 'step')} of {counted(each, 'row')} = "
+    text += f"{passes:.0f}" if passes >= 100 else f"{passes:.3g}"
+    return f"{text} passes over the data" + (f" ({epoch:.6g} rows in a pass)" if settings.mixture else "")
+
+
+def _warn_of_length(data: Mixture, settings: Settings) -> list[str]:
+    epoch, each = epoch_size(data.counts, settings), settings.batch_size * settings.accumulation
+    warnings = []
     if each > epoch:
-        text += f"; WARNING: a step takes more than the {rows} of a pass, so that it has some of them twice: lower "
-        text += "batch_size, accumulation or sequence_length, or give more data"
-    if passes > _MANY_PASSES:
-        text += "; WARNING: in so many passes a model learns the lines by heart: watch the held-out loss "
-        text += "(eval_fraction holds lines out), or take fewer steps, as epochs=3 does"
-    return text
+        warnings.append(
+            f"WARNING: a step takes {each} rows, and a pass over the data has {float(epoch):.6g}, so that it has some "
+            "of them twice: lower batch_size, accumulation or sequence_length, or give more data"
+        )
+    if settings.all_steps(epoch) * each > _MANY_PASSES * epoch:
+        warnings.append(
+            "WARNING: in so many passes over the data a model learns the lines by heart: watch the held-out loss "
+            "(eval_fraction=0.1 holds lines out), or take fewer steps, as epochs=3 does"
+        )
+    return warnings
