@@ -21,6 +21,7 @@ _ANSWERED = ("output", "response", "answer")
 _MORE = ("input", "context")  # beside what is asked: what it is about
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
+_ROLES = ("prompter", "user", "human", "assistant", "gpt", "system")
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 _NEEDED = {
     "sft": "messages, or completion and prompt, or text, or instruction and output",
@@ -241,11 +242,16 @@ class _Line:
                 raise ValueError(f"it has {name}, which this model cannot read; without the field, its text is learned")
         if self.fields.get("chat_template"):
             raise ValueError("it has a chat_template; the checkpoint's own is used, so remove the field")
-        is_verdict = str(self.fields.get("label")).lower() in ("true", "false")  # a csv has it as text
-        if is_verdict and {"completion", *_CHATS} & self.fields.keys():
+        role = self.fields.get("role")
+        if isinstance(role, str) and "text" in self.fields and role.lower() in _ROLES:
             raise ValueError(
-                "its label says whether the answer is wanted (KTO), which is not learned; keep the lines with true and "
-                "remove the field"
+                f"it is one message, of role {role}, and not a conversation; write each conversation as messages"
+            )
+        verdict = str(self.fields.get("label")).lower()  # a csv has it as text
+        if verdict in ("true", "false", "0", "1", "0.0", "1.0") and {"completion", *_CHATS} & self.fields.keys():
+            raise ValueError(
+                "its label says whether the answer is wanted (KTO), which is not learned; keep the lines with true (1) "
+                "and remove the field"
             )
 
     def _no_form(self) -> ValueError:
