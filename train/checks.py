@@ -17,7 +17,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.model import parameter_shapes
 
 from . import sharding
-from .data import find_files, read_entries
+from .data import find_files, read_entries, require_different_files
 from .data.forms import read_form
 from .settings import Settings
 
@@ -60,7 +60,7 @@ def check_before_loading(settings: Settings) -> None:
 def check_together(settings: Settings) -> None:
     """Raises ValueError if settings contradict one another or the machine, or if nothing reads one that was given."""
     s = settings
-    if not s.train_file:
+    if not s.train_files:
         raise ValueError("train_file: not given; name a file of JSON lines")
     for problem in _contradictions(s):
         raise ValueError(problem)
@@ -71,7 +71,7 @@ def check_together(settings: Settings) -> None:
                 raise ValueError(
                     f"{spelled(s, name)}: has no effect with {there}, only with {row.other}={wanted}; leave one out"
                 )
-    evaluated = bool(s.eval_file or s.eval_fraction)
+    evaluated = bool(s.eval_files or s.eval_fraction)
     for name in _given(s, _OF_EVALUATION if not evaluated else ()):
         raise ValueError(f"{spelled(s, name)}: nothing is evaluated; name an eval_file, or give eval_fraction")
     for name in _given(s, ("samples",) if not (evaluated or s.sample_prompts) else ()):
@@ -85,9 +85,10 @@ def check_files(settings: Settings) -> None:
     Raises:
       FileNotFoundError: a file is not there.
       ImportError: a package is missing that reads it.
-      ValueError: a file is not one of data, or its first line has no form that the method learns from.
+      ValueError: a file is not one of data, is named twice, or its first line has no form that the method learns from.
     """
-    for name in filter(None, (settings.train_file, settings.eval_file)):
+    require_different_files(settings)
+    for name in (*settings.train_files, *settings.eval_files):
         path = find_files(name)[0]
         entry = next(read_entries(path), None)
         if entry is None:
@@ -144,16 +145,11 @@ def spelled(settings: Settings, name: str) -> str:
 
 
 def _contradictions(s: Settings) -> Iterator[str]:
-    both = "give one of the two"
-    if s.eval_file and s.eval_fraction:
-        yield f"{spelled(s, 'eval_fraction')}: {spelled(s, 'eval_file')} is held out already; {both}"
-    if s.epochs and _given(s, ("steps",)):
-        yield f"{spelled(s, 'epochs')}: {spelled(s, 'steps')} says how long the run is, too; {both}"
     if s.sample_prompts and not s.samples:
         yield f"{spelled(s, 'sample_prompts')}: with samples=0 none is answered; set samples, or leave the file out"
     for name in _given(s, ("warmup_steps", "log_every", "eval_every", "save_every")):
-        if not s.epochs and getattr(s, name) > s.steps:  # with epochs, the number of steps depends on the data
-            yield f"{spelled(s, name)}: is beyond the end of the run, {spelled(s, 'steps')}; lower it, or raise steps"
+        if not s.epochs and getattr(s, name) > s.all_steps():  # with epochs, this depends on the data
+            yield f"{spelled(s, name)}: is beyond the end of the run, steps={s.all_steps()}; lower it, or raise steps"
     if s.optimizer != "sgd" and s.lr > 1:
         yield f"{spelled(s, 'lr')}: {spelled(s, 'optimizer')} moves each weight by about so much; give 1 or less"
     if s.lr * s.weight_decay >= 1:

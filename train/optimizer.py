@@ -19,12 +19,12 @@ def schedule(settings: Settings) -> optax.Schedule:
     get_linear_schedule_with_warmup, but to `final_lr` * lr instead of 0; or it stays at lr. The first update has
     lr / (warmup_steps + 1); in transformers it has 0 and no effect.
     """
-    s = settings
+    s, steps = settings, settings.all_steps()
 
     def at(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
         rising = (count + 1) / (s.warmup_steps + 1)
-        progress = jnp.clip((count - s.warmup_steps) / max(1, s.steps - s.warmup_steps), 0, 1)
+        progress = jnp.clip((count - s.warmup_steps) / max(1, steps - s.warmup_steps), 0, 1)
         remaining = {
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
             "linear": 1 - progress,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 from phi3_jax.spelling import did_you_mean
@@ -14,6 +16,7 @@ from .values import check, parse
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Remat = Literal["none", "dots", "full"]
+DEFAULT_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +27,14 @@ class Settings:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
       init_adapter: a folder or hub id of an adapter that training goes on from; empty: a new one.
       output: the run's folder: checkpoints, metrics, the loss curve, and at the end the adapter or the model.
-      train_file: files, or data sets of the hub as owner/name:split (data/sources.py), in one of the forms of
-        data/forms.py.
-      mixture: how often an epoch has the rows of each of these files: 2 is twice, 0.5 half of them; empty: once.
+      train_file: a file or several, or data sets of the hub as owner/name:split (data/sources.py), in one of the forms
+        of data/forms.py.
+      mixture: how often an epoch has the rows of each of these files: 2 is twice, 0.5 half of them, and the next epoch
+        another half; empty: once.
       eval_file: the same for what is held out; without it and `eval_fraction` nothing is evaluated.
-      eval_fraction: the share of the lines of train_file that is held out.
-      eval_rows: at most so many rows are evaluated; 0 is all.
+      eval_fraction: the share of the lines of train_file that is held out and never trained on. Which lines these are
+        depends on their contents and the seed.
+      eval_rows: at most so many rows are evaluated, chosen by the seed; 0 is all.
       method: "sft" learns texts, "dpo" learns preferences between a chosen and a rejected answer.
       dpo_beta: how closely DPO keeps to its reference; larger is closer.
       dpo_reference: what DPO compares with: "start" is what training begins with, init_adapter included; "base" is the
@@ -37,8 +42,9 @@ class Settings:
       loss_on: what of a chat is learned: answers with their end token, or everything.
       parse_special: special tokens that plain texts spell, such as <|user|>, become these tokens; else they are text.
       on_bad_line: what happens at a line that cannot be used: the run stops, or the line is skipped.
-      truncate: what happens to a chat or completion that is longer than a row: the run stops, it is skipped, tokens
-        are cut from its beginning ("left"), or the oldest turns are left out ("turns").
+      truncate: what happens to a chat, completion or preference that is longer than a row: the run stops, it is
+        skipped, tokens are cut from its beginning ("left"), or the oldest turns are left out ("turns"). What cannot be
+        cut so without losing what is learned last is skipped.
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
@@ -73,8 +79,8 @@ class Settings:
       remat: what the backward pass computes again: nothing ("none"), all but matrix products ("dots"), or everything in
         a layer ("full").
       shard_weights: spread the weights over the devices as well as the batch.
-      epochs: passes over the data, instead of `steps`.
-      steps: optimizer steps of the run.
+      epochs: passes over the data, which may be fractional, instead of `steps`.
+      steps: optimizer steps of the run; if this and `epochs` are 0, 100.
       log_every: after how many steps metrics are written.
       eval_every: after how many steps the held-out data is evaluated, besides before the first and after the last one.
       save_every: after how many steps a checkpoint is written, besides after the last one.
@@ -90,9 +96,9 @@ class Settings:
     checkpoint: str = "demo"
     init_adapter: str = ""
     output: str = "runs/train"
-    train_file: str = ""
+    train_file: str | tuple[str, ...] = ()
     mixture: tuple[float, ...] = ()
-    eval_file: str = ""
+    eval_file: str | tuple[str, ...] = ()
     eval_fraction: float = 0.0
     eval_rows: int = 0
     method: Literal["sft", "dpo"] = "sft"
@@ -135,7 +141,7 @@ class Settings:
     remat: Remat = "none"
     shard_weights: bool = False
     epochs: float = 0.0
-    steps: int = 100
+    steps: int = 0
     log_every: int = 1
     eval_every: int = 50
     save_every: int = 50
@@ -161,6 +167,48 @@ class Settings:
             raise ValueError(f"dora=true: needs the base as floats; leave quantize={self.quantize} out")
         if self.method == "dpo" and self.pack:
             raise ValueError("method=dpo compares single texts: set pack=false")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        if self.epochs and self.steps:
+            raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one of them, and 0 for the other")
+        if "" in (*self.train_files, *self.eval_files):
+            raise ValueError("train_file and eval_file: one of the names is empty")
+        if self.eval_fraction and self.eval_files:
+            raise ValueError("eval_fraction and eval_file: give one of them, and 0 or nothing for the other")
+        if self.eval_rows and not (self.eval_files or self.eval_fraction):
+            raise ValueError("eval_rows: nothing is held out; give eval_file or eval_fraction")
+        if self.mixture and len(self.mixture) != len(self.train_files):
+            raise ValueError(
+                f"mixture={','.join(map(str, self.mixture))}: has {len(self.mixture)} numbers for "
+                f"{len(self.train_files)} names in train_file; give one for each"
+            )
+
+    @property
+    def train_files(self) -> tuple[str, ...]:
+        """The names in `train_file`."""
+        return _names(self.train_file)
+
+    @property
+    def eval_files(self) -> tuple[str, ...]:
+        """The names in `eval_file`."""
+        return _names(self.eval_file)
+
+    def all_steps(self, epoch: Fraction | None = None) -> int:
+        """How many optimizer steps the run has; with `epochs` that takes the number of rows in an epoch.
+
+        Raises:
+          ValueError: it is not given.
+        """
+        if not self.epochs:
+            return self.steps or DEFAULT_STEPS
+        if epoch is None:
+            raise ValueError(f"epochs={self.epochs}: how many steps these are depends on the data; give steps")
+        return max(1, math.ceil(epoch * Fraction(str(self.epochs)) / (self.batch_size * self.accumulation)))
+
+
+def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return ((value,) if value else ()) if isinstance(value, str) else tuple(value)
 
 
 def change(settings: Settings, changes: Sequence[str]) -> Settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,13 +39,14 @@ class Range(NamedTuple):
 
 
 _POSITIVE, _UP_TO_1, _BELOW_1 = Range(0, above=True), Range(0, 1), Range(0, 1, below=True)
-_COUNTS = ("batch_size", "accumulation", "lora_rank", "steps", "keep_last", "max_bad_steps")
+_COUNTS = ("batch_size", "accumulation", "lora_rank", "keep_last", "max_bad_steps")
 # Numbers that are not here are at least 0.
 _RANGES = {
     **dict.fromkeys((*_COUNTS, "log_every", "eval_every", "save_every"), Range(1)),
-    **dict.fromkeys(("lr", "epsilon", "dpo_beta", "lora_alpha", "mixture"), _POSITIVE),
+    **dict.fromkeys(("lr", "epsilon", "dpo_beta", "lora_alpha"), _POSITIVE),
     **dict.fromkeys(("beta1", "beta2", "label_smoothing", "lora_dropout", "eval_fraction"), _BELOW_1),
     **dict.fromkeys(("final_lr", "z_loss"), _UP_TO_1),
+    "mixture": Range(0.001, 1000),
     "sequence_length": Range(2),  # the first token of a row is not learned
 }
 _ELEMENTS = {"lora_targets": TARGETS, "trackers": ("csv", "wandb", "mlflow")}
@@ -136,6 +138,9 @@ def _in_float32(value: float) -> float:
 
 def parse(name: str, text: str, hint: Any) -> Any:
     """The value that a text such as "1e-4" or "qkv_proj,o_proj" stands for. Raises ValueError if it stands for none."""
+    if hint == str | tuple[str, ...]:
+        names = _split(text)
+        return names[0] if len(names) == 1 else names
     if typing.get_origin(hint) in _UNIONS:
         kinds = typing.get_args(hint)
         words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
@@ -158,3 +163,14 @@ def parse(name: str, text: str, hint: Any) -> Any:
         except ValueError:
             raise ValueError(f"{name}={text}: must be {_NAMES[hint]}") from None
     return text
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Names with commas between; one that has commas itself is known by the file of that name."""
+    pieces, names = text.split(",") if text else [], []
+    while pieces:
+        longest = [n for n in range(len(pieces), 1, -1) if Path(",".join(pieces[:n])).exists()]
+        count = longest[0] if longest else 1
+        names.append(",".join(pieces[:count]))
+        pieces = pieces[count:]
+    return tuple(names)

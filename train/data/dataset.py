@@ -5,6 +5,7 @@
     text_starts.bin   int64 [texts + 1], where in the two files above each text begins
     row_texts.bin     int64 [texts], texts in the order of the rows that they are in
     row_starts.bin    int64 [rows + 1], where in the file above each row begins
+    lines.bin         uint64 [lines], a hash of the contents of each line that is used (forms.py)
     header.json       the report, the lengths of the other files, and the fingerprint of all of them
 
 Axis letters: B rows, T tokens.
@@ -29,6 +30,7 @@ DTYPES: dict[str, type] = {
     "text_starts": np.int64,
     "row_texts": np.int64,
     "row_starts": np.int64,
+    "lines": np.uint64,
 }
 
 
@@ -51,6 +53,16 @@ class Dataset:
 
     def __len__(self) -> int:
         return self.report.rows
+
+    @property
+    def counts(self) -> tuple[int]:
+        """The number of rows, as of a mixture of one (mixture.py)."""
+        return (len(self),)
+
+    @property
+    def lines(self) -> np.ndarray:
+        """A hash of each line, uint64 [lines]; equal lines have equal ones."""
+        return self._arrays["lines"]
 
     def highest_id(self) -> int:
         """The highest token id in it, -1 if it is empty."""
@@ -102,9 +114,10 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
             path = folder / f"{name}.bin"
             if path.stat().st_size != sizes[name] * np.dtype(dtype).itemsize:
                 return None
-            arrays[name] = np.memmap(path, dtype, mode="r")
+            arrays[name] = np.memmap(path, dtype, mode="r") if sizes[name] else np.zeros(0, dtype)
         fields |= {
             "reasons": tuple((line, reason) for line, reason in fields["reasons"]),
+            "too_long_reasons": tuple((line, reason) for line, reason in fields["too_long_reasons"]),
             "ignored_fields": tuple(fields["ignored_fields"]),
             "converted": tuple((what, lines) for what, lines in fields["converted"]),
             "first_spelled": fields["first_spelled"] and tuple(fields["first_spelled"]),

@@ -173,7 +173,7 @@ def _parquet(path: Path) -> Iterator[Entry]:
         with parquet.ParquetFile(path) as file:
             total = max(1, file.metadata.num_rows)
             _check_columns(file.schema_arrow.names)
-            for number, record in enumerate((r for b in file.iter_batches(256) for r in b.to_pylist()), 1):
+            for number, record in enumerate((r for b in file.iter_batches(256) for r in _records(b)), 1):
                 yield Entry("row", number, size * number // total, _without_nulls(record))
     except OSError as error:  # of damaged contents too
         raise ValueError(f"not a whole parquet file ({error}); fetch it again") from None
@@ -189,11 +189,30 @@ def _arrow(path: Path, is_file: bool) -> Iterator[Entry]:
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
                 for begin in range(0, batch.num_rows, 256):
-                    for record in batch.slice(begin, 256).to_pylist():
+                    for record in _records(batch.slice(begin, 256)):
                         number += 1
                         yield Entry("row", number, raw.tell(), _without_nulls(record))
     except OSError as error:
         raise ValueError(f"not a whole Arrow file ({error}); fetch it again") from None
+
+
+def _records(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch. Python's own times have no nanoseconds: such times are given as text."""
+    arrow = _pyarrow("pyarrow")
+    fields = [field.with_type(_without_nanoseconds(arrow, field.type)) for field in batch.schema]
+    schema = arrow.schema(fields)
+    return (batch if schema.equals(batch.schema) else arrow.Table.from_batches([batch]).cast(schema)).to_pylist()
+
+
+def _without_nanoseconds(arrow: Any, kind: Any) -> Any:
+    if getattr(kind, "unit", None) == "ns":
+        return arrow.string()
+    if arrow.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return arrow.struct([field.with_type(_without_nanoseconds(arrow, field.type)) for field in fields])
+    if arrow.types.is_list(kind):
+        return arrow.list_(kind.value_field.with_type(_without_nanoseconds(arrow, kind.value_type)))
+    return kind
 
 
 def _without_nulls(value: Any) -> Any:

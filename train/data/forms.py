@@ -6,6 +6,8 @@ The README's table lists the forms. A field that is null is absent.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +21,7 @@ _ANSWERED = ("output", "response", "answer")
 _MORE = ("input", "context")  # beside what is asked: what it is about
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
+_ROLES = ("prompter", "user", "human", "assistant", "gpt", "system")
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 _NEEDED = {
     "sft": "messages, or completion and prompt, or text, or instruction and output",
@@ -54,6 +57,15 @@ def read_form(record: dict[str, Any], method: str) -> tuple[list[Chat | Plain], 
     texts = line.preference() if method == "dpo" else [line.single()]
     line.notes.unused |= line.fields.keys() - line.used
     return texts, line.notes
+
+
+def digest(forms: Sequence[Chat | Plain]) -> int:
+    """A hash of 64 bits by which equal lines are known; fields that are not used do not matter."""
+    try:
+        content = json.dumps(forms, sort_keys=True, default=lambda each: getattr(each, "__dict__", None) or str(each))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
 
 class _Line:
@@ -230,11 +242,16 @@ class _Line:
                 raise ValueError(f"it has {name}, which this model cannot read; without the field, its text is learned")
         if self.fields.get("chat_template"):
             raise ValueError("it has a chat_template; the checkpoint's own is used, so remove the field")
-        is_verdict = str(self.fields.get("label")).lower() in ("true", "false")  # a csv has it as text
-        if is_verdict and {"completion", *_CHATS} & self.fields.keys():
+        role = self.fields.get("role")
+        if isinstance(role, str) and "text" in self.fields and role.lower() in _ROLES:
             raise ValueError(
-                "its label says whether the answer is wanted (KTO), which is not learned; keep the lines with true and "
-                "remove the field"
+                f"it is one message, of role {role}, and not a conversation; write each conversation as messages"
+            )
+        verdict = str(self.fields.get("label")).lower()  # a csv has it as text
+        if verdict in ("true", "false", "0", "1", "0.0", "1.0") and {"completion", *_CHATS} & self.fields.keys():
+            raise ValueError(
+                "its label says whether the answer is wanted (KTO), which is not learned; keep the lines with true (1) "
+                "and remove the field"
             )
 
     def _no_form(self) -> ValueError:

@@ -25,7 +25,7 @@ from phi3_jax.kernels import has_packed
 
 from .. import sharding
 from ..checks import check_before_loading
-from ..data import Dataset, batches, eval_batches, prepare, tell
+from ..data import Mixture, batches, epoch_size, eval_batches, rows_of_evaluation
 from ..forward import adapter_config
 from ..settings import Settings
 from ..step import TrainState, make_eval_step, make_train_step, start
@@ -34,6 +34,7 @@ from .curve import save_curve
 from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
+from .run_data import prepare_data
 from .run_folder import best_folder, check_data, check_settings, describe, export_folder, locked_folder
 from .window import Window, with_perplexity
 
@@ -64,9 +65,10 @@ def train(
 
         # ---- the model and the data ----
         checkpoint = _load(settings, observer)
-        data = _prepare(settings.train_file, checkpoint, settings, observer)
-        held_out = _prepare(settings.eval_file, checkpoint, settings, observer) if settings.eval_file else None
+        data, held_out = prepare_data(checkpoint, settings, observer)
         check_data(recorded, settings, data.fingerprint)
+        about = describe(settings, data.fingerprint)
+        settings = dataclasses.replace(settings, steps=settings.all_steps(epoch_size(data.counts, settings)), epochs=0)
 
         # ---- does it fit? ----
         like = _start_like(settings, checkpoint)
@@ -87,7 +89,7 @@ def train(
 
         # ---- the steps ----
         evaluate = None if held_out is None else _evaluation(settings, checkpoint, frozen, held_out, observer)
-        about, window = describe(settings, data.fingerprint), Window(settings, checkpoint.config)
+        window = Window(settings, checkpoint.config)
         with MetricsWriter(folder, -1 if is_new else int(state.step)) as metrics:
             run = _Run(settings, data, evaluate, window, metrics, checkpoints, about, observer, interrupt)
             state = run.go_on(step, state, frozen, is_new)
@@ -113,7 +115,7 @@ class _Run:
     """The steps of a run: what they are computed from, and what their results are written to."""
 
     settings: Settings
-    data: Dataset
+    data: Mixture
     evaluate: Callable[[TrainState], Record] | None
     window: Window
     metrics: MetricsWriter
@@ -191,23 +193,6 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     return checkpoint
 
 
-def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, observer: Observer) -> Dataset:
-    assert checkpoint.tokenizer is not None  # `_load` checks
-    on_progress = functools.partial(observer.progress, "preparing")
-    data = prepare(path, checkpoint.tokenizer, settings, Path(settings.output) / "data", on_progress)
-    rows = checkpoint.config.vocab_size
-    if checkpoint.tokenizer.vocab_size > rows and data.highest_id() >= rows:  # an added token without a row
-        raise ValueError(
-            f"{path}: it has the token id {data.highest_id()} ({checkpoint.tokenizer.piece(data.highest_id())!r}), but "
-            f"the model's embedding has {rows} rows: enlarge the embedding, or take the token out of the tokenizer"
-        )
-    report = data.report
-    text = f"{path}: {report.texts} texts, {report.tokens} tokens, {report.learned_tokens} of them learned, "
-    text += f"{len(data)} rows that are {report.efficiency:.0%} full"
-    observer.note(text + tell(report))
-    return data
-
-
 def _start_like(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tuple[Any, Any]:
     """What `start` will return, (state, frozen), as shapes with shardings."""
     shapes = jax.eval_shape(lambda params: start(settings, checkpoint.config, params), checkpoint.params)
@@ -224,11 +209,11 @@ def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> TrainSt
 
 
 def _evaluation(
-    settings: Settings, checkpoint: phi3_jax.Checkpoint, frozen: Any, held_out: Dataset, observer: Observer
+    settings: Settings, checkpoint: phi3_jax.Checkpoint, frozen: Any, held_out: Mixture, observer: Observer
 ) -> Callable[[TrainState], Record]:
     """A function that computes the means over all held-out data, under names that begin with eval_."""
     step = make_eval_step(settings, checkpoint.config)
-    total = -(-len(held_out) // settings.batch_size)
+    total = -(-len(rows_of_evaluation(len(held_out), settings)) // settings.batch_size)
 
     def evaluate(state: TrainState) -> Record:
         sums: dict[str, float] = {}

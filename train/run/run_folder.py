@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..settings import Settings
+from ..settings import DEFAULT_STEPS, Settings
 
 # The settings that may differ when a run is resumed. Of the training file the contents are compared, not the name.
 _FREE = {
@@ -49,6 +49,9 @@ def check_settings(recorded: Mapping[str, Any] | None, settings: Settings) -> No
         return
     defaults = describe(Settings(), "")["settings"]
     there, here = defaults | recorded["settings"], describe(settings, "")["settings"]
+    for each in (there, here):
+        if not each["epochs"]:
+            each["steps"] = each["steps"] or DEFAULT_STEPS
     if other := [name for name in here if name not in _FREE and there[name] != here[name]]:
         told = "; ".join(f"{name}={there[name]} there, {here[name]} here" for name in other)
         raise ValueError(f"{settings.output} has checkpoints of a run with other settings ({told}): {_REMEDY}")
@@ -58,7 +61,8 @@ def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str
     """Raises ValueError if the run in the folder began with other data."""
     if recorded is not None and recorded["data"] != data:
         raise ValueError(
-            f"{settings.train_file}: gives other rows than when the run in {settings.output} began: {_REMEDY}"
+            f"{', '.join(settings.train_files)}: gives other rows than when the run in {settings.output} began: "
+            f"{_REMEDY}"
         )
 
 

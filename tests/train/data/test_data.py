@@ -145,16 +145,16 @@ def test_preferences_are_pairs(tmp_path):
 
 
 def test_every_epoch_has_every_row_once_in_a_new_order():
-    stream = np.concatenate([rows_of_step(31, SETTINGS, step).reshape(-1) for step in range(31)])
+    stream = np.concatenate([rows_of_step([31], SETTINGS, step).reshape(-1) for step in range(31)])
     epochs = stream[: 31 * 12].reshape(12, 31)
     assert (np.sort(epochs) == np.arange(31)).all()
     assert len({tuple(epoch) for epoch in epochs}) == 12
-    other = rows_of_step(31, dataclasses.replace(SETTINGS, seed=6), 0)
-    assert not np.array_equal(other, rows_of_step(31, SETTINGS, 0))
+    other = rows_of_step([31], dataclasses.replace(SETTINGS, seed=6), 0)
+    assert not np.array_equal(other, rows_of_step([31], SETTINGS, 0))
 
 
 def test_the_order_stays_the_same_for_ever():
-    assert rows_of_step(31, SETTINGS, 2).tolist() == [[28, 16, 18, 8], [14, 30, 25, 10], [7, 30, 27, 25]]
+    assert rows_of_step([31], SETTINGS, 2).tolist() == [[28, 16, 18, 8], [14, 30, 25, 10], [7, 30, 27, 25]]
 
 
 def test_going_on_gives_the_same_batches(dataset):
@@ -162,7 +162,7 @@ def test_going_on_gives_the_same_batches(dataset):
     assert whole[0].tokens.shape == (3, 4, T)
     for step in (1, 7, 13, 19):
         assert equal(next(batches(dataset, SETTINGS, step)), whole[step])
-    rows = rows_of_step(len(dataset), SETTINGS, 7)
+    rows = rows_of_step([len(dataset)], SETTINGS, 7)
     assert equal(jax.tree.map(lambda leaf: leaf[2], whole[7]), dataset.rows(rows[2]))
 
 
@@ -227,8 +227,8 @@ def lines_read(monkeypatch):
         return real(*arguments)
 
     preparation = importlib.import_module("phi3_jax.train.data.prepare")  # the room exports a function of this name
-    real = preparation.read_record
-    monkeypatch.setattr(preparation, "read_record", counted)
+    real = preparation.encode_forms
+    monkeypatch.setattr(preparation, "encode_forms", counted)
     return count
 
 

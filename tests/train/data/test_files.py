@@ -115,6 +115,21 @@ def test_tables(tmp_path):
     nested = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
     pa.parquet.write_table(pa.Table.from_pylist(nested), tmp_path / "nested.parquet")
     assert [entry.fields() for entry in read_entries(tmp_path / "nested.parquet")] == nested
+    # Python's times have no nanoseconds.
+    when = pa.array([1_700_000_000_000_000_123, None], pa.timestamp("ns", "UTC"))
+    said = pa.array([[{"role": "user", "at": None}], [{"role": "x", "at": 5123}]],
+                    pa.list_(pa.struct([("role", pa.string()), ("at", pa.duration("ns"))])))  # fmt: skip
+    day = pa.array([1, 2], pa.timestamp("ms"))
+    table = pa.table({"text": ["x", "y"], "created": when, "said": said, "day": day})
+    pa.parquet.write_table(table, tmp_path / "times.parquet")
+    with pa.OSFile(str(tmp_path / "times.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("times.parquet", "times.arrow"):
+        first, second = (entry.fields() for entry in read_entries(tmp_path / name))
+        assert first["created"] == "2023-11-14 22:13:20.000000123Z"
+        assert (first["said"], second["said"]) == ([{"role": "user"}], [{"role": "x", "at": "5123"}])
+        assert first["day"].microsecond == 1000
+        assert len(read_record({"text": first["text"], "at": first["day"]}, TOKENIZER, SETTINGS).texts) == 1
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]}]
     pa.parquet.write_table(pa.Table.from_pylist([{"messages": None, "text": "x"}, *rows]), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + json.dumps(rows[0]))

@@ -184,6 +184,10 @@ def test_preferences_of_one_turn():
         ({"prompt": "a", "completion": "b", "tools": [{}]}, "tools belongs to a chat"),
         ({"prompt": "a", "completion": "b", "label": False}, r"label says whether the answer is wanted \(KTO\)"),
         ({"prompt": "a", "completion": "b", "label": "True"}, "label says whether the answer is wanted"),
+        ({"prompt": "a", "completion": "b", "label": 1}, r"keep the lines with true \(1\) and remove the field"),
+        ({"messages": CHAT, "label": "0.0"}, "label says whether the answer is wanted"),
+        ({"text": "Can you?", "role": "prompter", "message_id": "6ab2"}, "is one message, of role prompter, and not a"),
+        ({"text": "Yes.", "role": "assistant", "parent_id": "6ab2", "rank": 0}, "write each conversation as messages"),
         ({"messages": {"role": ["user", "assistant"], "content": ["a"]}}, "lists of different lengths for its keys"),
         ({"prompt": "a", "completion": [YES]}, "completion is not a string but list"),
         ({"messages": CHAT, "images": ["x.png"]}, "has images, which this model cannot read"),
@@ -209,6 +213,12 @@ def test_preferences_of_one_turn():
 def test_what_contradicts_itself_or_would_get_lost_is_refused(record, reason):
     with pytest.raises(ValueError, match=reason):
         encoded(record)
+
+
+def test_other_labels_and_roles_are_fields_that_are_not_used():
+    assert read_record({"messages": CHAT, "label": 3}, TOKENIZER, SFT).unused == {"label"}
+    assert read_record({"text": "a", "label": 1}, TOKENIZER, SFT).unused == {"label"}
+    assert read_record({"text": "a", "role": "narrator"}, TOKENIZER, SFT).unused == {"role"}
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])

@@ -17,7 +17,7 @@ from absl import flags
 from absl.testing import flagsaver
 from batches import read_only, small_disk
 from cache_folders import own_cache
-from training_runs import tensors, write_run
+from training_runs import tensors, write_data, write_run
 
 from phi3_jax.train.programs import train_main
 from phi3_jax.train.programs.settings_help import settings_help
@@ -29,11 +29,12 @@ STEPS = 12
 
 def arguments(settings: Settings) -> list[str]:
     """What differs from the defaults, as --set."""
-    changed = [
-        f"{field.name}={getattr(settings, field.name)}"
-        for field in dataclasses.fields(settings)
-        if getattr(settings, field.name) != field.default
-    ]
+    changed = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            told = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            changed.append(f"{field.name}={told}")
     return [part for each in changed for part in ("--set", each)]
 
 
@@ -174,6 +175,55 @@ def test_kills_at_random_moments(program, whole, tmp_path):
     assert "cannot be read" not in err
     require_equal(settings, expected)
     assert not list(Path(settings.output).glob("checkpoints/unreadable*"))
+
+
+@pytest.mark.slow
+def test_kills_with_a_mixture_and_epochs(program, whole, tmp_path):
+    """Three files of which an epoch has 1/2, 2 and 1.3 times the rows; some lines held out, some cut."""
+    others = [str(write_data(tmp_path / f"{seed}.jsonl", lines, seed)) for seed, lines in ((5, 12), (6, 25))]
+    settings = dataclasses.replace(
+        whole,
+        output=str(tmp_path / "run"),
+        train_file=(whole.train_file, *others),
+        mixture=(0.5, 2.0, 1.3),
+        eval_file=(),
+        eval_fraction=0.25,
+        eval_rows=5,
+        steps=0,
+        epochs=1.3,
+        truncate="left",
+        sequence_length=11,
+        save_every=1,
+        eval_every=2,
+    )
+    expected = dataclasses.replace(settings, output=str(tmp_path / "whole"))
+    begun = time.perf_counter()
+    code, out, err = program.run(*arguments(expected))
+    longest = time.perf_counter() - begun
+    assert code == 0, err
+    steps = int(re.search(r"adapter: (\d+) steps", out)[1])
+    assert f"; {steps} steps of 4 rows = " in err
+    assert re.search(r"\d+ lines cut, which lost \d+ tokens", err)
+    rng, reached, kills = random.Random(8), set(), 0
+    while kills < 3:
+        with program.start(*arguments(settings)) as process:
+            before = max(steps_of(settings), default=0)
+            while process.poll() is None and max(steps_of(settings), default=0) < min(before + 1, steps - 1):
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.1) * longest)
+            process.kill()
+            _, err = process.communicate()
+        if process.returncode == 0:  # it was faster, and begins anew
+            require_equal(settings, expected)
+            shutil.rmtree(settings.output)
+            continue
+        kills += 1
+        assert process.returncode == -signal.SIGKILL, err
+        reached.add(max(steps_of(settings)))
+    assert len(reached) > 1
+    code, _, err = program.run(*arguments(settings))
+    assert code == 0, err
+    require_equal(settings, expected)
 
 
 @pytest.mark.parametrize(

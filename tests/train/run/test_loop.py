@@ -100,9 +100,11 @@ def test_a_run_writes_what_it_tells(whole):
     assert heard.begun == (0, 7)
     assert records[7]["eval_loss"] < records[0]["eval_loss"]
     data, held_out, fits = heard.notes
-    assert data.startswith(f"{settings.train_file}: 40 texts, ")
-    assert held_out.startswith(f"{settings.eval_file}: 7 texts, ")
-    assert data.endswith("; not used are the fields source")
+    assert data == (
+        f"train: {settings.train_file}: 40 lines, 40 texts, 464 tokens (119 learned), 20 rows of 29, 80% full; "
+        "7 steps of 4 rows = 1.4 passes over the data; not used are the fields source"
+    )
+    assert held_out.startswith(f"held out: {settings.eval_file}: 7 lines, 7 texts, ")
     assert fits.startswith("needs ")
     assert fits.endswith(": fits")
 
