@@ -2,7 +2,7 @@
 
 phi3-train chats.jsonl
 phi3-train chats.jsonl --set checkpoint=FOLDER --set output=runs/mine --set steps=50
-phi3-train --recipe my_recipe.py --set lr=1e-4
+phi3-train --recipe ./my_recipe.py --set lr=1e-4
 
 What stands beside the flags is what to train on, the same as --set train_file=FILE. A recipe is
 a Python file with SETTINGS; --set changes fields of it, or of the defaults. All are listed
@@ -33,7 +33,7 @@ from .settings_help import settings_help
 _RECIPE = flags.DEFINE_string(
     "recipe",
     None,
-    "A Python file with SETTINGS, such as my_recipe.py, or a module, such as phi3_jax.train.recipes.lora_demo.",
+    "A Python file with SETTINGS, such as ./my_recipe.py, or a module, such as phi3_jax.train.recipes.lora_demo.",
 )
 _SET = flags.DEFINE_multi_string("set", [], "name=value: one of the settings below; may be given several times.")
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"

@@ -248,7 +248,7 @@ def test_mistakes(files, changes, message):
 def test_a_folder_that_cannot_be_written_is_one_line(program, tmp_path):
     (tmp_path / "fixed").mkdir()
     with read_only(tmp_path / "fixed"):
-        code, out, err = program.run("--set", "train_file=a", "--set", f"output={tmp_path}/fixed/run")
+        code, out, err = program.run(*arguments(write_run(tmp_path, output=f"{tmp_path}/fixed/run")))
     assert (code, out) == (1, "")
     assert re.fullmatch(r"phi3-train: \[Errno \d+\] .*: '.*/fixed/run'\n", err), err
 
