@@ -40,8 +40,8 @@ _READ_WITH = (
     _With(("epsilon",), "optimizer", ("adamw", "adamw8bit")),
     _With(("final_lr",), "schedule", ("cosine", "linear")),
 )
-_OF_EVALUATION = ("eval_every", "eval_rows", "patience", "keep_best")
-_OFF = ("eval_rows", "patience", "keep_best", "samples")  # 0 asks for nothing, which is never missed
+_OF_EVALUATION = ("eval_every", "patience", "keep_best")
+_OFF = ("patience", "keep_best", "samples")  # 0 asks for nothing, which is never missed
 
 
 def check_before_loading(settings: Settings) -> None:

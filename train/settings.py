@@ -178,7 +178,7 @@ class Settings:
             raise ValueError("eval_fraction and eval_file: give one of them, and 0 or nothing for the other")
         if self.eval_rows and not (self.eval_files or self.eval_fraction):
             raise ValueError("eval_rows: nothing is held out; give eval_file or eval_fraction")
-        if self.mixture and len(self.mixture) != len(self.train_files):
+        if self.mixture and self.train_files and len(self.mixture) != len(self.train_files):
             raise ValueError(
                 f"mixture={','.join(map(str, self.mixture))}: has {len(self.mixture)} numbers for "
                 f"{len(self.train_files)} names in train_file; give one for each"

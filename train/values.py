@@ -98,7 +98,7 @@ def _check_tuple(name: str, value: Any, kind: type) -> None:
         check(name, each, kind)
         if (known := _ELEMENTS.get(name)) is not None and each not in known:
             raise ValueError(f"{name}: there is no {each!r}, only {', '.join(known)}{did_you_mean(each, known)}")
-    if kind is str and len(set(value)) < len(value):
+    if name in _ELEMENTS and len(set(value)) < len(value):
         raise ValueError(f"{name}={_shown(value)}: names one of them twice")
 
 

@@ -60,7 +60,7 @@ def test_left_keeps_the_end_and_bos(template, loss_on):
     last = max(i for i in range(1, len(ids)) if answers[i] and not answers[i - 1])
     kept = int(ids[0] == BOS)
     assert kept == (template == DROPS_SYSTEM)
-    for length in range(1, len(ids)):
+    for length in range(2, len(ids)):
         cut = len(ids) - length
         if kept + cut >= last:  # nothing would stand before the answer
             with pytest.raises(TooLongError, match="its answer leaves no room"):
@@ -78,7 +78,7 @@ def test_left_of_a_completion():
     assert read(record, 6, truncate="left") == ([(expected, [False] * 3 + [True] * 3)], 6)
     plain = dataclasses.replace(TOKENIZER, add_bos=False)
     assert read(record, 5, plain, truncate="left") == ([(expected[1:], [False] * 2 + [True] * 3)], 6)
-    for length in (4, 3, 1):
+    for length in (4, 3, 2):
         with pytest.raises(TooLongError, match="leaves no room"):
             read(record, length, truncate="left")
     # A text is cut into pieces whatever is set.
