@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from absl import flags, logging
@@ -60,6 +60,11 @@ class Screen(Observer):
     def note(self, text: str) -> None:
         """A line above the bars."""
         tqdm.write(f"phi3-train: {text}", file=sys.stderr)
+
+    def table(self, lines: Sequence[str]) -> None:
+        """The lines of the table."""
+        for line in lines:
+            self.note(line)
 
     def begin(self, step: int, steps: int) -> None:
         """The bar of the steps."""

@@ -85,7 +85,7 @@ def test_a_run_writes_what_it_tells(whole):
     settings, heard = whole
     folder = Path(settings.output)
     assert {entry.name for entry in folder.iterdir()} == {
-        "adapter", "checkpoints", "data", "lock", "loss.png", "metrics.jsonl", "tensorboard",
+        "adapter", "checkpoints", "data", "lock", "loss.png", "metrics.jsonl", "settings.json", "tensorboard",
     }  # fmt: skip
     # The last two, the best, and none more.
     records = read(folder / "metrics.jsonl")
