@@ -79,9 +79,9 @@ class Evaluations:
         self.records = [record for record in self.records if record["step"] <= step]
 
     @property
-    def of_other_data(self) -> list[int]:
-        """The steps of evaluations on other held-out data, which are not compared with these."""
-        return [record["step"] for record in self.records if record["held_out"] != self.held_out]
+    def has_other_data(self) -> bool:
+        """Whether the latest evaluation was on other held-out data, and so is not compared with the next ones."""
+        return bool(self.records) and self.records[-1]["held_out"] != self.held_out
 
     @property
     def best(self) -> Record | None:
@@ -135,9 +135,15 @@ def evaluations_before(
         return Evaluations(None, before)
     name = held_out_fingerprint(held_out, settings)
     evaluations = Evaluations(name, before)
-    if others := sorted({*checkpoints.compare_on(name), *evaluations.of_other_data}):
+    others = checkpoints.compare_on(name)
+    if evaluations.has_other_data:
         observer.note(
-            f"the held-out rows are others than before: the losses of steps {', '.join(map(str, others))} are not "
+            f"the held-out rows are others than in the evaluations up to step {before[-1]['step']}, which are not "
             "compared with new ones, neither for the best nor for patience"
+        )
+    elif others and not before:
+        told = ", ".join(map(str, others))
+        observer.note(
+            f"the losses of checkpoints {told} do not compete for the best: their held-out rows are not known"
         )
     return evaluations

@@ -180,34 +180,41 @@ def disown_exports_after(step: int, settings: Settings) -> None:
 
 def replace_export(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Puts what `write` writes into a new folder in the place of a folder, when it is whole."""
-    fresh = folder.with_name(f"{folder.name}.new")
-    write(fresh)
-    (fresh / _STEP).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-    old = folder.with_name(f"{folder.name}.old")
+    new, old = _beside(folder, "new"), _beside(folder, "old")
+    write(new)
+    (new / _STEP).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     if folder.exists():
         folder.rename(old)
-    fresh.rename(folder)
-    remove_export(old)
+    new.rename(folder)
+    _remove(old, folder)
 
 
 def remove_export(folder: Path) -> None:
-    """Removes a folder that may not be there; what is half removed has another name."""
-    removed = folder.with_name(f"{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    if folder.exists():
-        folder.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+    """Removes a folder, which need not be there."""
+    _remove(folder, folder)
 
 
 def settle_exports(settings: Settings) -> None:
-    """Undoes what a kill interrupted: an old folder has its name again, and half a folder is removed."""
+    """Undoes what a kill interrupted: the old folder has its name again, and what is not whole is removed."""
     for folder in (export_folder(settings), best_folder(settings)):
-        old = folder.with_name(f"{folder.name}.old")
+        new, old = _beside(folder, "new"), _beside(folder, "old")
         if old.exists() and not folder.exists():
             old.rename(folder)
-        remains = [folder.with_name(f"{folder.name}.{end}") for end in ("new", "old", "removed")]
-        for path in (*remains, *folder.parent.glob(f".{folder.name}.new-*")):
+        for path in (new, old, _beside(folder, "removed"), *folder.parent.glob(f".{new.name}-*")):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path, folder: Path) -> None:
+    """What is half removed has another name, so that nobody takes it for whole."""
+    removed = _beside(folder, "removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if path.exists():
+        path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
 
 
 @contextlib.contextmanager
