@@ -57,9 +57,10 @@ class Settings:
         a layer ("full").
       shard_weights: spread the weights over the devices as well as the batch.
       epochs: passes over the data, instead of `steps`.
-      steps: optimizer steps of the run.
+      steps: optimizer steps of the run; with more of them a finished run goes on, by the schedule of the new number.
       log_every, eval_every, save_every: in steps.
-      patience: the run ends after so many evaluations without a lower loss; 0 is never.
+      patience: the run ends after so many evaluations without a lower loss than one before, that before the first step
+        included; 0 is never.
       samples: how many prompts are answered at each evaluation: the first of the held-out data, or of
       sample_prompts: a file with a prompt in each line.
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.

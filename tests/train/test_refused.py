@@ -121,3 +121,5 @@ def test_preferences(tmp_path):
         assert records[-1]["eval_accuracy"] > 0.8
         assert "perplexity" not in records[-1]
         assert "margin" in records[-1]
+        assert records[0]["eval_margin"] == 0
+        assert records[-1]["eval_margin"] > 0

@@ -1,9 +1,10 @@
 """A training run from its settings to files, top to bottom: `train`.
 
-A run's folder (`Settings.output`) holds data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/, loss.png, and at
-the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is adapter-best/ or
-model-best/. The same settings in the same folder resume a run that was stopped or killed; its weights and metrics are
-bit for bit those of a run that was not.
+A run's folder (`Settings.output`) holds settings.json, data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/,
+loss.png, and at the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is
+adapter-best/ or model-best/. The same settings in the same folder resume a run that was stopped or killed; its weights
+and metrics are bit for bit those of a run that was not. With more steps a finished run goes on, too: the state of its
+last step, with the learning rates that the schedule of the new number of steps has from there on.
 
 Axis letters: A batches of a step, B rows, T tokens.
 """
@@ -64,8 +65,9 @@ def train(
 
     Raises:
       FileNotFoundError: a file or the checkpoint is not there.
-      ValueError: settings that cannot be used, or that differ from those of the run in the folder; data that cannot be
-        used; too little memory; too many steps in a row that were not finite.
+      ValueError: settings that cannot be used; settings, weights, a tokenizer or data other than those of the run in
+        the folder, or fewer steps than it has done; data that cannot be used; too little memory; too many steps in a
+        row that were not finite.
       OSError: the folder cannot be written, has too little room, or is another process's.
     """
     observer, folder = observer or Observer(), Path(settings.output)

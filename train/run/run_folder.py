@@ -104,7 +104,7 @@ def check_settings(recorded: Mapping[str, Any] | None, settings: Settings, done:
 
 def check_steps(done: int, settings: Settings) -> None:
     """Raises ValueError if more steps are done than there are to be."""
-    if settings.steps < done:
+    if 0 < settings.steps < done:
         raise ValueError(
             f"steps={settings.steps}: the run in {settings.output} has done {done}; give at least as many, or name "
             "another output for a new run"
@@ -143,7 +143,8 @@ def check_contents(recorded: Mapping[str, Any] | None, about: Mapping[str, Any],
 
 
 def write_settings(about: Mapping[str, Any], settings: Settings) -> None:
-    """Writes settings.json for readers. Raises OSError if there is no room."""
+    """Writes settings.json for readers: `about`, with the settings as they came to be. Raises OSError."""
+    about = {**about, "settings": _fields(settings)}
     with new_file(Path(settings.output) / "settings.json", overwrite=True) as partial:
         partial.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
