@@ -80,11 +80,13 @@ class Settings:
         a layer ("full").
       shard_weights: spread the weights over the devices as well as the batch.
       epochs: passes over the data, which may be fractional, instead of `steps`.
-      steps: optimizer steps of the run; if this and `epochs` are 0, 100.
+      steps: optimizer steps of the run; if this and `epochs` are 0, 100. With more of them a finished run goes on, by
+        the schedule of the new number.
       log_every: after how many steps metrics are written.
       eval_every: after how many steps the held-out data is evaluated, besides before the first and after the last one.
       save_every: after how many steps a checkpoint is written, besides after the last one.
-      patience: the run ends after so many evaluations without a lower loss; 0 is never.
+      patience: the run ends after so many evaluations without a lower loss than one before, that before the first step
+        included; 0 is never.
       samples: how many prompts are answered at each evaluation: the first of the held-out data, or of sample_prompts.
       sample_prompts: a file with a prompt in each line.
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.

@@ -1,15 +1,23 @@
 """A tiny model with a tokenizer of bytes, and data, for the tests of runs."""
 
+import contextlib
 import dataclasses
 import json
 import random
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import pytest
 from templates import PHI4_MINI, small_tokenizer
 
 import phi3_jax
+from phi3_jax.train.run import evaluations, loop
+from phi3_jax.train.run.metrics import TIMES
+from phi3_jax.train.run.observer import Observer
 from phi3_jax.train.settings import Settings
 
 CONFIG = phi3_jax.Phi3Config(
@@ -79,3 +87,72 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
     (path,) = folder.glob("*.safetensors")
     return load_file(path)
+
+
+_COMPILED: dict[Settings, Any] = {}
+_EVALUATING: dict[Settings, Any] = {}
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Runs whose settings give the same programs compile them once, without optimizations, in all files."""
+    make_train_step, make_eval_step = loop.make_train_step, evaluations.make_eval_step
+
+    def of_steps(settings: Settings, config: phi3_jax.Phi3Config) -> Any:
+        def lower(*args: Any) -> Any:
+            key = _what_is_compiled(settings)
+            if key not in _COMPILED:
+                jitted: Any = make_train_step(settings, config)
+                _COMPILED[key] = jitted.lower(*args).compile()
+            return types.SimpleNamespace(compile=lambda: _COMPILED[key])
+
+        return types.SimpleNamespace(lower=lower)
+
+    def of_evaluation(settings: Settings, config: phi3_jax.Phi3Config) -> Any:
+        return _EVALUATING.setdefault(_what_is_compiled(settings), make_eval_step(settings, config))
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", of_steps)
+        patch.setattr(evaluations, "make_eval_step", of_evaluation)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _what_is_compiled(settings: Settings) -> Settings:
+    """Without what does not matter; a constant rate does not depend on the number of steps."""
+    names = ("checkpoint", "output", "train_file", "eval_file", "eval_every", "save_every", "log_every", "patience")
+    names += ("keep_last", "keep_best", *(["steps"] if settings.schedule == "constant" else []))
+    return dataclasses.replace(settings, **{name: getattr(Settings(), name) for name in names})
+
+
+class Heard(Observer):
+    """Keeps what it is told, and interrupts after a step."""
+
+    def __init__(self, stop_after: int | None = None):
+        self.notes: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self.lines: list[str] = []
+        self.begun: tuple[int, int] | None = None
+        self._stop_after = stop_after
+        self._asked = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def table(self, lines: Sequence[str]) -> None:
+        self.lines = list(lines)
+
+    def begin(self, step: int, steps: int) -> None:
+        self.begun = step, steps
+
+    def interrupt(self) -> bool:
+        self._asked += 1
+        return self._stop_after is not None and self._asked == self._stop_after
+
+
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]

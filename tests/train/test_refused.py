@@ -63,11 +63,11 @@ def test_another_run_in_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(lora_targets=\['qkv.*; lr=0.01 there, 0.5 here\): go on"):
         train(dataclasses.replace(settings, **changes))
     write_data(tmp_path / "other.jsonl", 40, 3)
-    with pytest.raises(ValueError, match=r"other\.jsonl: gives other rows than when the run in .* began: go on"):
+    with pytest.raises(ValueError, match=r"run: not what they were .* began are the rows of .*other\.jsonl: go on"):
         train(dataclasses.replace(settings, train_file=str(tmp_path / "other.jsonl")))
     # Without checkpoints the adapter would be taken for the new run's.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ValueError, match=r"adapter: from an earlier run; name another output"):
+    with pytest.raises(ValueError, match=r"adapter: from an earlier run, which .*checkpoints is empty; name another"):
         train(settings)
 
 
@@ -123,3 +123,5 @@ def test_preferences(tmp_path):
         assert records[-1]["eval_accuracy"] > 0.8
         assert "perplexity" not in records[-1]
         assert "margin" in records[-1]
+        assert records[0]["eval_margin"] == 0
+        assert records[-1]["eval_margin"] > 0

@@ -67,6 +67,11 @@ class Screen(Observer):
         """A line above the bars."""
         tqdm.write(f"phi3-train: {text}", file=sys.stderr)
 
+    def table(self, lines: Sequence[str]) -> None:
+        """The lines of the table."""
+        for line in lines:
+            self.note(line)
+
     def begin(self, step: int, steps: int) -> None:
         """The bar of the steps."""
         self.interrupted = self._stack.enter_context(interruptible(signal.SIGTERM))

@@ -59,7 +59,9 @@ class Checkpoints:
           OSError: the folder cannot be written.
         """
         self._folder, self._keep_last, self._keep_best = folder.absolute(), keep_last, keep_best
-        self._losses: dict[int, float] = {}
+        self._losses: dict[int, float] = {}  # those that compete for the best
+        self._held_out_of: dict[int, str | None] = {}
+        self._held_out: str | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep_last, keep_best, self._losses),
             cleanup_tmp_directories=True,
@@ -70,9 +72,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
             self._remove()
         for step in self.steps:
-            found = self._about(step)
-            if found is not None and found[1] is not None and math.isfinite(found[1]):
-                self._losses[step] = found[1]
+            if (found := self._about(step)) is not None:
+                self._add_loss(step, found["eval_loss"], found["held_out"])
 
     @property
     def steps(self) -> Sequence[int]:
@@ -93,10 +94,25 @@ class Checkpoints:
         """
         for step in reversed(self.steps):
             if (found := self._about(step)) is not None:
-                return found[0]
+                return found["run"]
         if self.steps:
             raise self._unreadable("what they say about their run is missing or damaged")
         return None
+
+    def compare_on(self, held_out: str) -> list[int]:
+        """From now on only losses on this held-out data compete for the best.
+
+        Args:
+          held_out: its fingerprint, which is saved with each loss.
+
+        Returns:
+          The checkpoints whose losses, on other data, do so no more; they stay as long as they are among the last.
+        """
+        self._held_out = held_out
+        others = [step for step in sorted(self._losses) if self._held_out_of[step] != held_out]
+        for step in others:
+            del self._losses[step]
+        return others
 
     def require_room(self, like: Any) -> None:
         """Raises OSError if the disk has no room for all checkpoints that are kept, and one that is being written.
@@ -165,7 +181,7 @@ class Checkpoints:
         Raises:
           OSError: this one or the one before could not be written.
         """
-        about = {"run": dict(run), "eval_loss": eval_loss}
+        about = {"run": dict(run), "eval_loss": eval_loss, "held_out": self._held_out}
         leaves = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
         with self._explained():
             self._manager.wait_until_finished()
@@ -173,8 +189,7 @@ class Checkpoints:
             # Orbax would notice, too, but its threads would print messages of their own.
             if (size := _size(state)) > (free := shutil.disk_usage(self._folder).free):
                 raise OSError(f"it takes {size / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free")
-            if eval_loss is not None and math.isfinite(eval_loss):
-                self._losses[step] = eval_loss
+            self._add_loss(step, eval_loss, self._held_out)
             args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about))
             self._manager.save(step, args=args, force=True)
 
@@ -194,13 +209,19 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # the first error is the one to report
             self.close()
 
-    def _about(self, step: int) -> tuple[dict[str, Any], float | None] | None:
-        """What was saved of the run, and the evaluation loss; None if that cannot be read."""
+    def _about(self, step: int) -> dict[str, Any] | None:
+        """What was saved of the run, the evaluation loss and its data; None if that cannot be read."""
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-            return found["run"], found["eval_loss"]
+            return {"run": found["run"], "eval_loss": found["eval_loss"], "held_out": found.get("held_out")}
         except Exception:  # see `read`
             return None
+
+    def _add_loss(self, step: int, eval_loss: float | None, held_out: str | None) -> None:
+        """A loss competes if it is a number; another one that a checkpoint of this step had does not any more."""
+        self._losses.pop(step, None)
+        if eval_loss is not None and math.isfinite(eval_loss):
+            self._losses[step], self._held_out_of[step] = eval_loss, held_out
 
     def _remove(self) -> None:
         shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)

@@ -1,9 +1,10 @@
 """A training run from its settings to files, top to bottom: `train`.
 
-A run's folder (`Settings.output`) holds data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/, loss.png, and at
-the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is adapter-best/ or
-model-best/. The same settings in the same folder resume a run that was stopped or killed; its weights and metrics are
-bit for bit those of a run that was not.
+A run's folder (`Settings.output`) holds settings.json, data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/,
+loss.png, and at the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is
+adapter-best/ or model-best/. The same settings in the same folder resume a run that was stopped or killed; its weights
+and metrics are bit for bit those of a run that was not. With more steps a finished run goes on, too: the state of its
+last step, with the learning rates that the schedule of the new number of steps has from there on.
 
 Axis letters: A batches of a step, B rows, T tokens.
 """
@@ -25,18 +26,34 @@ from phi3_jax.kernels import has_packed
 
 from .. import sharding
 from ..checks import check_before_loading
-from ..data import Mixture, batches, epoch_size, eval_batches, rows_of_evaluation
+from ..data import Mixture, batches, epoch_size
 from ..forward import adapter_config
 from ..settings import Settings
-from ..step import TrainState, make_eval_step, make_train_step, start
-from .checkpoints import Checkpoints
+from ..step import TrainState, make_train_step, start
+from .checkpoints import Checkpoints, Restored
 from .curve import save_curve
+from .evaluations import Evaluations, evaluations_before, make_evaluation
 from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
 from .run_data import prepare_data
-from .run_folder import best_folder, check_data, check_settings, describe, export_folder, locked_folder
-from .window import Window, with_perplexity
+from .run_folder import (
+    best_folder,
+    check_contents,
+    check_settings,
+    check_steps,
+    describe,
+    disown_exports_after,
+    export_folder,
+    exported_step,
+    is_exported,
+    locked_folder,
+    remove_export,
+    replace_export,
+    settle_exports,
+    write_settings,
+)
+from .window import Window
 
 
 def train(
@@ -50,8 +67,9 @@ def train(
 
     Raises:
       FileNotFoundError: a file or the checkpoint is not there.
-      ValueError: settings that cannot be used, or that differ from those of the run in the folder; data that cannot be
-        used; too little memory; too many steps in a row that were not finite.
+      ValueError: settings that cannot be used; settings, weights, a tokenizer or data other than those of the run in
+        the folder, or fewer steps than it has done; data that cannot be used; too little memory; too many steps in a
+        row that were not finite.
       OSError: the folder cannot be written, has too little room, or is another process's.
     """
     observer, folder = observer or Observer(), Path(settings.output)
@@ -60,52 +78,68 @@ def train(
         locked_folder(folder),
         Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints,
     ):
-        recorded = checkpoints.about()
-        check_settings(recorded, settings)
+        settle_exports(settings)
+        recorded, done = checkpoints.about(), max(checkpoints.steps, default=0)
+        check_settings(recorded, settings, done)
 
         # ---- the model and the data ----
         checkpoint = _load(settings, observer)
         data, held_out = prepare_data(checkpoint, settings, observer)
-        check_data(recorded, settings, data.fingerprint)
-        about = describe(settings, data.fingerprint)
+        about = describe(settings, checkpoint, data.fingerprint)
         settings = dataclasses.replace(settings, steps=settings.all_steps(epoch_size(data.counts, settings)), epochs=0)
+        check_steps(done, settings)  # once more: the data say how many are in `epochs`
 
-        # ---- does it fit? ----
+        # ---- what was done before ----
+        for text in check_contents(recorded, about, settings):
+            observer.note(text)
+        evaluations = evaluations_before(recorded, held_out, checkpoints, settings, observer)
         like = _start_like(settings, checkpoint)
-        jitted = typing.cast(jax.stages.Wrapped, make_train_step(settings, checkpoint.config))
-        step = jitted.lower(*like, next(batches(data, settings))).compile()
-        memory = estimate(step, *like)
-        observer.note(str(memory))
-        require_fit(memory, settings)
-        checkpoints.require_room(like[0])
+        is_over = recorded is not None and _is_over(done, evaluations, settings)
+        if is_over and not is_exported(settings, done, checkpoints.best):
+            done = _restore(checkpoints, like[0], observer).step  # a broken checkpoint's steps are taken again
+            evaluations.forget_after(done)
+            is_over = _is_over(done, evaluations, settings)
 
-        # ---- begin, or go on ----
-        state, frozen = start(settings, checkpoint.config, checkpoint.params)
-        checkpoint = dataclasses.replace(checkpoint, params={})  # there may not be room for them twice
-        is_new = recorded is None
-        if not is_new:
-            del state
-            state = _restore(checkpoints, like[0], observer)
+        # ---- the steps that are left ----
+        state = None
+        if not is_over:
+            jitted = typing.cast(jax.stages.Wrapped, make_train_step(settings, checkpoint.config))
+            step = jitted.lower(*like, next(batches(data, settings))).compile()
+            memory = estimate(step, *like)
+            observer.note(str(memory))
+            require_fit(memory, settings)
+            checkpoints.require_room(like[0])
 
-        # ---- the steps ----
-        evaluate = None if held_out is None else _evaluation(settings, checkpoint, frozen, held_out, observer)
-        window = Window(settings, checkpoint.config)
-        with MetricsWriter(folder, -1 if is_new else int(state.step)) as metrics:
-            run = _Run(settings, data, evaluate, window, metrics, checkpoints, about, observer, interrupt)
-            state = run.go_on(step, state, frozen, is_new)
+            state, frozen = start(settings, checkpoint.config, checkpoint.params)
+            checkpoint = dataclasses.replace(checkpoint, params={})  # there may not be room for them twice
+            if recorded is not None:
+                del state
+                restored = _restore(checkpoints, like[0], observer)
+                state, done = restored.state, restored.step
+                evaluations.forget_after(done)
+                observer.note(f"going on after step {done}, from the checkpoint of this run")
+            write_settings({**about, "held_out": evaluations.held_out}, settings)
+            disown_exports_after(done, settings)
+            evaluate = None
+            if held_out is not None:
+                evaluate = make_evaluation(settings, checkpoint, frozen, held_out, observer)
+            window = Window(settings, checkpoint.config)
+            with MetricsWriter(folder, -1 if recorded is None else done) as metrics:
+                run = _Run(
+                    settings, data, evaluate, evaluations, window, metrics, checkpoints, about, observer, interrupt
+                )
+                state = run.go_on(step, state, frozen, recorded is None)
+            done = int(state.step)
 
         # ---- the end ----
-        done, exported = int(state.step), None
-        if done == settings.steps:
+        exported = None
+        checkpoint = dataclasses.replace(checkpoint, params={})  # room for what is read and written
+        if _is_over(done, evaluations, settings):
             exported = export_folder(settings)
-            _export(settings, checkpoint, state, exported)
-            if (best := checkpoints.best) is not None and best != done:
-                del state  # there may not be room for two
-                state = checkpoints.read(best, like[0])
-                _export(settings, checkpoint, state, best_folder(settings))
-                observer.note(
-                    f"{best_folder(settings)}: of step {best}, whose held-out loss is the lowest of those kept"
-                )
+            for text in _how_it_ended(done, evaluations, settings, was_over=is_over):
+                observer.note(text)
+            _export(settings, checkpoint, checkpoints, like[0], state, done, observer)
+            observer.table(evaluations.table())
         save_curve(read(folder / "metrics.jsonl"), folder / "loss.png", str(folder))
     return Outcome(done, exported)
 
@@ -117,6 +151,7 @@ class _Run:
     settings: Settings
     data: Mixture
     evaluate: Callable[[TrainState], Record] | None
+    evaluations: Evaluations
     window: Window
     metrics: MetricsWriter
     checkpoints: Checkpoints
@@ -129,30 +164,39 @@ class _Run:
         s, done, bad_in_row = self.settings, int(state.step), int(state.bad_in_row)
         self.observer.begin(done, s.steps)
         if is_new and self.evaluate is not None:
-            self._write([{"step": 0, **self.evaluate(state)}])
+            self._write([self._evaluated({"step": 0}, state)])
         stream = batches(self.data, s, done)
         batch = next(stream)
         self.window.restart()
-        is_last = done == s.steps
+        is_last = False
         while not is_last:
             state, metrics = step(state, frozen, batch)
             done += 1
             self.window.add(done, metrics, batch)
             batch = next(stream)  # while the devices compute
             is_last = self.interrupt() or done == s.steps
-            saves = is_last or done % s.save_every == 0
-            evaluates = done % s.eval_every == 0 or done == s.steps
-            if saves or evaluates or done % s.log_every == 0:
+            evaluates = self.evaluate is not None and (done % s.eval_every == 0 or done == s.steps)
+            if is_last or evaluates or done % s.save_every == 0 or done % s.log_every == 0:
                 records = self.window.records()
                 bad_in_row = self._count_bad(records, bad_in_row)
-                if evaluates and self.evaluate is not None:
-                    records[-1] |= self.evaluate(state)
+                if evaluates:
+                    records[-1] = self._evaluated(records[-1], state)
+                    is_last = is_last or self.evaluations.is_exhausted(s.patience)
                 eval_loss = records[-1].get("eval_loss")
                 self._write(records)
-                if saves or (eval_loss is not None and self.checkpoints.is_among_best(eval_loss)):
-                    self.checkpoints.save(done, state, self.about, eval_loss)
+                is_good = eval_loss is not None and self.checkpoints.is_among_best(eval_loss)
+                if is_last or is_good or done % s.save_every == 0:
+                    about = {**self.about, "evaluations": self.evaluations.records}
+                    self.checkpoints.save(done, state, about, eval_loss)
                 self.window.restart()
         return state
+
+    def _evaluated(self, record: Record, state: TrainState) -> Record:
+        """A line of metrics with the evaluation of the state."""
+        assert self.evaluate is not None
+        record = {**record, **self.evaluate(state)}
+        self.evaluations.add(record)
+        return record
 
     def _write(self, records: list[Record]) -> None:
         for record in records:
@@ -200,38 +244,64 @@ def _start_like(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tuple[An
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 
 
-def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> TrainState:
+def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> Restored:
     restored = checkpoints.restore(like)
     for text in restored.skipped:
         observer.note(text)
-    observer.note(f"going on after step {restored.step}, from the checkpoint of this run")
-    return restored.state
+    return restored
 
 
-def _evaluation(
-    settings: Settings, checkpoint: phi3_jax.Checkpoint, frozen: Any, held_out: Mixture, observer: Observer
-) -> Callable[[TrainState], Record]:
-    """A function that computes the means over all held-out data, under names that begin with eval_."""
-    step = make_eval_step(settings, checkpoint.config)
-    total = -(-len(rows_of_evaluation(len(held_out), settings)) // settings.batch_size)
-
-    def evaluate(state: TrainState) -> Record:
-        sums: dict[str, float] = {}
-        for number, batch in enumerate(eval_batches(held_out, settings)):
-            observer.progress("evaluating", number, total)
-            for name, value in jax.device_get(step(state.trainable, frozen, batch)).items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        observer.progress("evaluating", total, total)
-        means = {"loss": sums["loss"] / sums["weight"], "accuracy": sums["correct"] / sums["weight"]}
-        return {f"eval_{name}": value for name, value in with_perplexity(means, settings).items()}
-
-    return evaluate
+def _is_over(done: int, evaluations: Evaluations, settings: Settings) -> bool:
+    """Whether no steps are left, or the run has ended early."""
+    return done >= settings.steps or evaluations.is_exhausted(settings.patience)
 
 
-def _export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, folder: Path) -> None:
-    """Writes the adapter in PEFT's format, or the model in Hugging Face's, if that is not done already."""
-    if folder.exists():
+def _how_it_ended(done: int, evaluations: Evaluations, settings: Settings, was_over: bool) -> list[str]:
+    """What to tell of it, if it was not by the last step just now."""
+    if done < settings.steps and (best := evaluations.best) is not None:
+        return [
+            f"ended early, after step {done} of {settings.steps}: patience={settings.patience}, and the lowest held-out"
+            f" loss is still {best['eval_loss']:.4f} of step {best['step']}; a larger patience, or 0, goes on"
+        ]
+    return [f"finished before: all {done} steps are done; more steps, or epochs, go on from there"] if was_over else []
+
+
+def _export(
+    settings: Settings,
+    checkpoint: phi3_jax.Checkpoint,
+    checkpoints: Checkpoints,
+    like: Any,
+    state: TrainState | None,
+    done: int,
+    observer: Observer,
+) -> None:
+    """Writes the last step's adapter or model, and the best one's, where they are not there already.
+
+    Args:
+      state: of the last step; None if no step was taken now.
+    """
+    write = functools.partial(_write_export, settings, checkpoint)
+    last, best, step = export_folder(settings), best_folder(settings), checkpoints.best
+    if state is not None or exported_step(last) != done:
+        state = checkpoints.read(done, like) if state is None else state
+        replace_export(last, done, functools.partial(write, state))
+    if step is None or step == exported_step(best):
         return
+    if step == done:
+        remove_export(best)  # of an earlier step, which is not the best any more
+        return
+    del state  # there may not be room for two
+    try:
+        state = checkpoints.read(step, like)
+    except ValueError as error:
+        observer.note(f"{best}: not written, because {error}")
+        return
+    replace_export(best, step, functools.partial(write, state))
+    observer.note(f"{best}: of step {step}, whose held-out loss is the lowest of those kept")
+
+
+def _write_export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, folder: Path) -> None:
+    """Writes the adapter in PEFT's format, or the model in Hugging Face's."""
     if settings.train == "lora":
         save_adapter(folder, state.trainable, adapter_config(settings), checkpoint.config, settings.checkpoint)
     else:

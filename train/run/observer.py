@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from .metrics import Record
@@ -22,6 +23,9 @@ class Observer:
 
     def record(self, record: Record) -> None:
         """A line of metrics was written."""
+
+    def table(self, lines: Sequence[str]) -> None:
+        """The evaluations before, of the best step and at the end, as lines of a table; none without held-out data."""
 
 
 @dataclasses.dataclass(frozen=True)

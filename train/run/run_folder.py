@@ -1,22 +1,41 @@
-"""The folder of a run: its lock, its names, and whether a run may go on in it."""
+"""The folder of a run: its lock, its names, what it was made from, and whether a run may go on in it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import fcntl
-from collections.abc import Iterator, Mapping
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..settings import DEFAULT_STEPS, Settings
+import jax
+
+import phi3_jax
+from phi3_jax.checkpoint.atomic_write import new_file
+
+from .. import fingerprint
+from ..settings import Settings
 
 # The settings that may differ when a run is resumed. Of the training file the contents are compared, not the name.
 _FREE = {
-    "output", "train_file", "eval_file", "log_every", "eval_every", "save_every", "keep_last", "keep_best",
-    "max_bad_steps",
+    "output", "train_file", "eval_file", "eval_rows", "steps", "epochs", "log_every", "eval_every", "save_every",
+    "patience", "samples", "sample_prompts", "trackers", "keep_last", "keep_best", "max_bad_steps",
 }  # fmt: skip
 _REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
+_STEP = "training.json"  # in an exported folder: the step that it is of
+# What is compared of a run's contents, in words.
+_CONTENTS = {
+    "data": "the rows of train_file={train_file}",
+    "base": "the weights of {checkpoint}",
+    "configuration": "the configuration of {checkpoint}",
+    "tokenizer": "the tokenizer or chat template of {checkpoint}",
+    "init_adapter": "init_adapter {init_adapter}",
+    "dpo_reference": "dpo_reference {dpo_reference}",
+}
 
 
 def export_folder(settings: Settings) -> Path:
@@ -30,40 +49,173 @@ def best_folder(settings: Settings) -> Path:
     return last.with_name(f"{last.name}-best")
 
 
-def describe(settings: Settings, data: str) -> dict[str, Any]:
-    """What is saved with a checkpoint to identify its run, as JSON; `data` is the fingerprint of the dataset."""
-    fields = dataclasses.asdict(settings)
-    return {"settings": {name: _listed(value) for name, value in fields.items()}, "data": data}
+# ---- what a run is known by ----
 
 
-def check_settings(recorded: Mapping[str, Any] | None, settings: Settings) -> None:
-    """Raises ValueError if the folder is another run's.
+def describe(settings: Settings, checkpoint: phi3_jax.Checkpoint, data: str) -> dict[str, Any]:
+    """What is saved with a checkpoint to identify its run, as JSON; `data` is the fingerprint of the dataset.
+
+    Raises:
+      The errors of `load_adapter`, of an adapter that the settings name.
+    """
+    assert checkpoint.tokenizer is not None
+    contents = {
+        "data": data,
+        "base": fingerprint.of_weights(checkpoint.params),
+        "configuration": fingerprint.of_config(checkpoint.config),
+        "tokenizer": fingerprint.of_tokenizer(checkpoint.tokenizer),
+    }
+    if settings.init_adapter:
+        contents["init_adapter"] = fingerprint.of_adapter(settings.init_adapter, checkpoint.config)
+    if settings.method == "dpo" and settings.dpo_reference not in ("start", "base"):
+        contents["dpo_reference"] = fingerprint.of_adapter(settings.dpo_reference, checkpoint.config)
+    device = jax.devices()[0].device_kind
+    versions = {
+        "phi3_jax": phi3_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {device}",
+    }
+    return {"settings": _fields(settings), "versions": versions} | contents
+
+
+def check_settings(recorded: Mapping[str, Any] | None, settings: Settings, done: int) -> None:
+    """Raises ValueError if the folder is another run's, as far as that can be told before the model is loaded.
 
     Args:
       recorded: what `describe` gave to the newest checkpoint there; None if there is none.
+      done: the step of that checkpoint.
     """
     if recorded is None:
         for exported in (export_folder(settings), best_folder(settings)):
             if exported.exists():
-                raise ValueError(f"{exported}: from an earlier run; name another output, or remove it")
+                raise ValueError(
+                    f"{exported}: from an earlier run, which cannot go on, because {settings.output}/checkpoints is "
+                    "empty; name another output, or remove it"
+                )
         return
-    defaults = describe(Settings(), "")["settings"]
-    there, here = defaults | recorded["settings"], describe(settings, "")["settings"]
-    for each in (there, here):
-        if not each["epochs"]:
-            each["steps"] = each["steps"] or DEFAULT_STEPS
+    there, here = _fields(Settings()) | recorded["settings"], _fields(settings)
     if other := [name for name in here if name not in _FREE and there[name] != here[name]]:
         told = "; ".join(f"{name}={there[name]} there, {here[name]} here" for name in other)
         raise ValueError(f"{settings.output} has checkpoints of a run with other settings ({told}): {_REMEDY}")
+    if not settings.epochs:
+        check_steps(done, settings)
 
 
-def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str) -> None:
-    """Raises ValueError if the run in the folder began with other data."""
-    if recorded is not None and recorded["data"] != data:
+def check_steps(done: int, settings: Settings) -> None:
+    """Raises ValueError if more steps are done than there are to be."""
+    if 0 < settings.steps < done:
         raise ValueError(
-            f"{', '.join(settings.train_files)}: gives other rows than when the run in {settings.output} began: "
-            f"{_REMEDY}"
+            f"steps={settings.steps}: the run in {settings.output} has done {done}; give at least as many, or name "
+            "another output for a new run"
         )
+
+
+def check_contents(recorded: Mapping[str, Any] | None, about: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Compares what the run in the folder was made from with what `describe` gives now.
+
+    Returns:
+      What to tell of differences that are allowed.
+
+    Raises:
+      ValueError: they are not; it names all of them.
+    """
+    if recorded is None:
+        return []
+    names = [name for name in _CONTENTS if name in about]
+    unknown = [name for name in names if name not in recorded]  # earlier versions recorded less
+    in_words = {name: _CONTENTS[name].format(**_fields(settings)) for name in names}
+    if other := [in_words[name] for name in names if name not in unknown and recorded[name] != about[name]]:
+        raise ValueError(
+            f"{settings.output}: not what they were when the run there began are {'; '.join(other)}: {_REMEDY}"
+        )
+    notes = []
+    if unknown:
+        told = "; ".join(in_words[name] for name in unknown)
+        notes.append(
+            f"the checkpoints are of an earlier version, which did not record, so that was not compared: {told}"
+        )
+    before, now = recorded.get("versions", {}), about["versions"]
+    if changed := [name for name in ("jax", "device") if name in before and before[name] != now[name]]:
+        told = "; ".join(f"{name} {before[name]} before, {now[name]} now" for name in changed)
+        notes.append(f"{told}: the last digits may differ from those of a run on one of them")
+    return notes
+
+
+def write_settings(about: Mapping[str, Any], settings: Settings) -> None:
+    """Writes settings.json for readers: `about`, with the settings as they came to be. Raises OSError."""
+    about = {**about, "settings": _fields(settings)}
+    with new_file(Path(settings.output) / "settings.json", overwrite=True) as partial:
+        partial.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _fields(settings: Settings) -> dict[str, Any]:
+    fields = dataclasses.asdict(settings)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+# ---- what is exported: it is replaced as a whole, and a kill leaves the old one or the new one ----
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step that an exported folder is of; None if there is no such folder, or it does not say."""
+    try:
+        return int(json.loads((folder / _STEP).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_exported(settings: Settings, done: int, best: int | None) -> bool:
+    """Whether there is nothing to export: `done` is the last step, `best` that of the lowest held-out loss."""
+    if exported_step(export_folder(settings)) != done:
+        return False
+    return best in (None, done) or exported_step(best_folder(settings)) == best
+
+
+def disown_exports_after(step: int, settings: Settings) -> None:
+    """Exports of later steps do not say their step any more, because these are taken again, and may become others."""
+    for folder in (export_folder(settings), best_folder(settings)):
+        if (exported_step(folder) or 0) > step:
+            (folder / _STEP).unlink()
+
+
+def replace_export(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Puts what `write` writes into a new folder in the place of a folder, when it is whole."""
+    new, old = _beside(folder, "new"), _beside(folder, "old")
+    write(new)
+    (new / _STEP).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _remove(old, folder)
+
+
+def remove_export(folder: Path) -> None:
+    """Removes a folder, which need not be there."""
+    _remove(folder, folder)
+
+
+def settle_exports(settings: Settings) -> None:
+    """Undoes what a kill interrupted: the old folder has its name again, and what is not whole is removed."""
+    for folder in (export_folder(settings), best_folder(settings)):
+        new, old = _beside(folder, "new"), _beside(folder, "old")
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for path in (new, old, _beside(folder, "removed"), *folder.parent.glob(f".{new.name}-*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path, folder: Path) -> None:
+    """What is half removed has another name, so that nobody takes it for whole."""
+    removed = _beside(folder, "removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if path.exists():
+        path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
 
 
 @contextlib.contextmanager
@@ -80,7 +232,3 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise OSError(f"{folder}: another process is training there; name another output") from None
         yield
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -82,6 +82,29 @@ def test_the_last_and_the_best_stay(saved):
     assert names(saved) == {"10"}
 
 
+def test_losses_on_other_held_out_data_do_not_compete(tmp_path):
+    folder = tmp_path / "kept"
+    with Checkpoints(folder, keep_last=1, keep_best=1) as checkpoints:
+        assert checkpoints.compare_on("first") == []
+        for step, loss in ((1, 1.0), (2, 3.0)):
+            checkpoints.save(step, make_state(step), RUN, loss)
+    with Checkpoints(folder, keep_last=1, keep_best=1) as checkpoints:
+        assert checkpoints.best == 1
+        assert checkpoints.compare_on("second") == [1, 2]
+        assert (checkpoints.best, checkpoints.is_among_best(9.0)) == (None, True)
+        for step, loss in ((3, 5.0), (4, 6.0)):
+            checkpoints.save(step, make_state(step), RUN, loss)
+        assert checkpoints.best == 3
+    assert names(folder) == {"3", "4"}
+    # What is saved in the place of another checkpoint has a loss of its own, or none.
+    with Checkpoints(folder, keep_last=2, keep_best=1) as checkpoints:
+        shutil.rmtree(folder / "3")
+        checkpoints.restore(like(make_state(0)))
+        checkpoints.save(5, make_state(5), RUN, float("nan"))
+        checkpoints.save(6, make_state(6), RUN, float("-inf"))
+        assert checkpoints.best == 4
+
+
 def test_what_is_restored_is_what_was_saved(saved):
     with Checkpoints(saved, 2, 1) as checkpoints:
         assert checkpoints.about() == RUN

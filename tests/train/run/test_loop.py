@@ -5,21 +5,19 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import without_cache
-from training_runs import tensors, write_run
+from training_runs import Heard, shared_programs, tensors, untimed, write_run
 
 import phi3_jax
 from phi3_jax.train.evaluation.evaluate import held_out_loss
 from phi3_jax.train.evaluation.files import read_data
 from phi3_jax.train.run.checkpoints import Checkpoints
 from phi3_jax.train.run.loop import train
-from phi3_jax.train.run.metrics import TIMES, read
-from phi3_jax.train.run.observer import Observer
+from phi3_jax.train.run.metrics import read
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import start
 
@@ -27,37 +25,8 @@ from phi3_jax.train.step import start
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation() -> Iterator[None]:
     """For all of the file: runs are compared bit for bit, and have to be compiled in one way."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-class Heard(Observer):
-    """Keeps what it is told, and interrupts after a step."""
-
-    def __init__(self, stop_after: int | None = None):
-        self.notes: list[str] = []
-        self.records: list[dict[str, Any]] = []
-        self.begun: tuple[int, int] | None = None
-        self._stop_after = stop_after
-        self._asked = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def record(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def begin(self, step: int, steps: int) -> None:
-        self.begun = step, steps
-
-    def interrupt(self) -> bool:
-        self._asked += 1
-        return self._stop_after is not None and self._asked == self._stop_after
-
-
-def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+    with shared_programs():
+        yield
 
 
 def final_state(settings: Settings) -> list[np.ndarray]:
@@ -85,7 +54,7 @@ def test_a_run_writes_what_it_tells(whole):
     settings, heard = whole
     folder = Path(settings.output)
     assert {entry.name for entry in folder.iterdir()} == {
-        "adapter", "checkpoints", "data", "lock", "loss.png", "metrics.jsonl", "tensorboard",
+        "adapter", "checkpoints", "data", "lock", "loss.png", "metrics.jsonl", "settings.json", "tensorboard",
     }  # fmt: skip
     # The last two, the best, and none more.
     records = read(folder / "metrics.jsonl")
