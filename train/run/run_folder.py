@@ -29,7 +29,7 @@ _REMEDY = "go on with the same, or name another output for a new run, or remove 
 _STEP = "training.json"  # in an exported folder: the step that it is of
 # What is compared of a run's contents, in words.
 _CONTENTS = {
-    "data": "the rows of train_file={train_file}",
+    "data": "the rows of {train_file}",
     "base": "the weights of {checkpoint}",
     "configuration": "the configuration of {checkpoint}",
     "tokenizer": "the tokenizer or chat template of {checkpoint}",
