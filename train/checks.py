@@ -151,9 +151,10 @@ def _contradictions(s: Settings) -> Iterator[str]:
         yield f"{spelled(s, 'epochs')}: {spelled(s, 'steps')} says how long the run is, too; {both}"
     if s.sample_prompts and not s.samples:
         yield f"{spelled(s, 'sample_prompts')}: with samples=0 none is answered; set samples, or leave the file out"
-    for name in _given(s, ("warmup_steps", "log_every", "eval_every", "save_every")):
-        if not s.epochs and getattr(s, name) > s.steps:  # with epochs, the number of steps depends on the data
-            yield f"{spelled(s, name)}: is beyond the end of the run, {spelled(s, 'steps')}; lower it, or raise steps"
+    every = ("warmup_steps", "log_every", "save_every", "eval_every")
+    late = [spelled(s, name) for name in _given(s, every) if getattr(s, name) > s.steps]
+    if late and not s.epochs:  # with epochs, the number of steps depends on the data
+        yield f"{', '.join(late)}: beyond the end of the run, {spelled(s, 'steps')}; lower it, or raise steps"
     if s.optimizer != "sgd" and s.lr > 1:
         yield f"{spelled(s, 'lr')}: {spelled(s, 'optimizer')} moves each weight by about so much; give 1 or less"
     if s.lr * s.weight_decay >= 1:
