@@ -286,8 +286,11 @@ def test_a_run_refuses_before_it_loads(tmp_path, monkeypatch):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(dataclasses.replace(settings, output=f"{folder}/new", **changes))
-    assert not (tmp_path / "new" / "data").exists()
+    assert not (tmp_path / "new").exists()
+    skipping = {"output": f"{folder}/new", "on_bad_line": "skip"}
+    with pytest.raises(ValueError, match=r"word.jsonl, line 1: it is not JSON .*; and no other line of it can be used"):
+        train(dataclasses.replace(settings, train_file=f"{folder}/word.jsonl", **skipping))
+    with (tmp_path / "word.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a"}))
     with pytest.raises(AssertionError, match="loaded"):
-        train(
-            dataclasses.replace(settings, output=f"{folder}/new", train_file=f"{folder}/word.jsonl", on_bad_line="skip")
-        )
+        train(dataclasses.replace(settings, train_file=f"{folder}/word.jsonl", **skipping))
