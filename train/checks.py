@@ -7,12 +7,13 @@ person expects an effect.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phi3_jax.checkpoint import read_config
+from phi3_jax.checkpoint import holds_integers, read_config
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import parameter_shapes
 
@@ -40,6 +41,7 @@ _READ_WITH = (
     _With(("epsilon",), "optimizer", ("adamw", "adamw8bit")),
     _With(("final_lr",), "schedule", ("cosine", "linear")),
 )
+_LOOK = 1000  # so many lines are looked at for one that can be used
 _OF_EVALUATION = ("eval_every", "patience", "keep_best")
 _OFF = ("patience", "keep_best", "samples")  # 0 asks for nothing, which is never missed
 
@@ -80,29 +82,38 @@ def check_together(settings: Settings) -> None:
 
 
 def check_files(settings: Settings) -> None:
-    """Finds the files that a run reads, fetches those of a hub, and reads the first line of each data set.
+    """Finds the files that a run reads, fetches those of a hub, and looks into each data set.
 
     Raises:
       FileNotFoundError: a file is not there.
       ImportError: a package is missing that reads it.
-      ValueError: a file is not one of data, is named twice, or its first line has no form that the method learns from.
+      ValueError: a file is not one of data, is named twice, or its first line has no form that the method learns from;
+        with on_bad_line="skip", none of its lines has.
     """
     require_different_files(settings)
     for name in (*settings.train_files, *settings.eval_files):
-        path = find_files(name)[0]
-        entry = next(read_entries(path), None)
-        if entry is None:
-            raise ValueError(f"{path}: no line of it can be used: it is empty")
-        try:
-            read_form(entry.fields(), settings.method)
-        except ValueError as error:
-            if settings.on_bad_line == "stop":
-                where = f"{path}, {entry.unit} {entry.number}"
-                raise ValueError(f"{where}: {error} (on_bad_line=skip leaves such lines out)") from None
+        _look_into(find_files(name)[0], settings)
     if settings.sample_prompts and not Path(settings.sample_prompts).is_file():
         raise FileNotFoundError(
             f"sample_prompts={settings.sample_prompts}: no such file; name one with a prompt a line"
         )
+
+
+def _look_into(path: Path, settings: Settings) -> None:
+    skips, problems = settings.on_bad_line == "skip", []
+    for entry in itertools.islice(read_entries(path), _LOOK if skips else 1):
+        try:
+            read_form(entry.fields(), settings.method)
+        except ValueError as error:
+            problems.append(f"{path}, {entry.unit} {entry.number}: {error}")
+        else:
+            return
+    if not problems:
+        raise ValueError(f"{path}: no line of it can be used: it is empty")
+    if not skips:
+        raise ValueError(f"{problems[0]} (on_bad_line=skip leaves such lines out)")
+    if len(problems) < _LOOK:
+        raise ValueError(f"{problems[0]}; and no other line of it can be used")
 
 
 def check_checkpoint(settings: Settings) -> None:
@@ -111,11 +122,16 @@ def check_checkpoint(settings: Settings) -> None:
     Raises:
       FileNotFoundError: there is no such checkpoint.
       ImportError: it is a GGUF file, and the extra `gguf` is not installed.
-      ValueError: rows longer than the context, a rank beyond the matrices; or the checkpoint cannot be loaded.
+      ValueError: rows longer than the context, a rank beyond the matrices, integers where floats are needed; or the
+        checkpoint cannot be loaded.
     """
     with warnings.catch_warnings(action="ignore"):  # `load` repeats them
         config = read_config(settings.checkpoint)
     check_sizes(settings, config)
+    needs_floats = settings.train == "all" or settings.dora
+    if needs_floats and Path(settings.checkpoint).exists() and holds_integers(settings.checkpoint):
+        told = "train=all: integers cannot be trained" if settings.train == "all" else "dora=true: needs floats"
+        raise ValueError(f"{told}, and {settings.checkpoint} holds integers: name what they were made from")
 
 
 def check_sizes(settings: Settings, config: Phi3Config) -> None:
@@ -147,9 +163,10 @@ def spelled(settings: Settings, name: str) -> str:
 def _contradictions(s: Settings) -> Iterator[str]:
     if s.sample_prompts and not s.samples:
         yield f"{spelled(s, 'sample_prompts')}: with samples=0 none is answered; set samples, or leave the file out"
-    for name in _given(s, ("warmup_steps", "log_every", "eval_every", "save_every")):
-        if not s.epochs and getattr(s, name) > s.all_steps():  # with epochs, this depends on the data
-            yield f"{spelled(s, name)}: is beyond the end of the run, steps={s.all_steps()}; lower it, or raise steps"
+    every = ("warmup_steps", "log_every", "save_every", "eval_every")
+    late = [spelled(s, name) for name in _given(s, every) if not s.epochs and getattr(s, name) > s.all_steps()]
+    if late:  # with epochs, the number of steps depends on the data
+        yield f"{', '.join(late)}: beyond the end of the run, steps={s.all_steps()}; lower it, or raise steps"
     if s.optimizer != "sgd" and s.lr > 1:
         yield f"{spelled(s, 'lr')}: {spelled(s, 'optimizer')} moves each weight by about so much; give 1 or less"
     if s.lr * s.weight_decay >= 1:

@@ -163,9 +163,10 @@ EVALUATED = {"eval_file": "b"}
         ),
         ({"samples": 5}, "^samples=5: there are no prompts"),
         ({"sample_prompts": "x", "samples": 0}, "^sample_prompts=x: with samples=0 none is answered"),
-        ({"warmup_steps": 31, "steps": 30}, "^warmup_steps=31: is beyond the end of the run, steps=30"),
-        ({**EVALUATED, "eval_every": 31, "steps": 30}, "^eval_every=31: is beyond the end of the run, steps=30"),
-        ({"save_every": 101}, "^save_every=101: is beyond the end of the run, steps=100"),
+        ({"warmup_steps": 31, "steps": 30}, "^warmup_steps=31: beyond the end of the run, steps=30"),
+        ({**EVALUATED, "eval_every": 31, "steps": 30}, "^eval_every=31: beyond the end of the run, steps=30"),
+        ({"save_every": 70, "log_every": 10, "steps": 9}, "^log_every=10, save_every=70: beyond the end of the run, s"),
+        ({"save_every": 101}, "^save_every=101: beyond the end of the run, steps=100"),
         ({"lr": 2.0}, "^lr=2.0: optimizer=adamw moves each weight by about so much"),
         ({"lr": 0.5, "weight_decay": 2.0}, "^weight_decay=2.0: with lr=0.5 a step takes all of a weight away"),
     ],
@@ -283,8 +284,11 @@ def test_a_run_refuses_before_it_loads(tmp_path, monkeypatch):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(dataclasses.replace(settings, output=f"{folder}/new", **changes))
-    assert not (tmp_path / "new" / "data").exists()
+    assert not (tmp_path / "new").exists()
+    skipping = {"output": f"{folder}/new", "on_bad_line": "skip"}
+    with pytest.raises(ValueError, match=r"word.jsonl, line 1: it is not JSON .*; and no other line of it can be used"):
+        train(dataclasses.replace(settings, train_file=f"{folder}/word.jsonl", **skipping))
+    with (tmp_path / "word.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a"}))
     with pytest.raises(AssertionError, match="loaded"):
-        train(
-            dataclasses.replace(settings, output=f"{folder}/new", train_file=f"{folder}/word.jsonl", on_bad_line="skip")
-        )
+        train(dataclasses.replace(settings, train_file=f"{folder}/word.jsonl", **skipping))

@@ -221,12 +221,8 @@ class _Run:
 def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     on_progress = functools.partial(observer.progress, "loading")
     quantize = settings.quantize or None
-    is_integers = holds_integers(settings.checkpoint)
-    if is_integers and (settings.train == "all" or settings.dora):
-        told = "train=all: integers cannot be trained" if settings.train == "all" else "dora=true: needs floats"
-        raise ValueError(f"{told}, and {settings.checkpoint} holds integers: name what they were made from")
     # `start` casts what is not quantised.
-    dtype = "auto" if is_integers else settings.dtype
+    dtype = "auto" if holds_integers(settings.checkpoint) else settings.dtype
     checkpoint = phi3_jax.load(settings.checkpoint, dtype, quantize=quantize, layout="rows", on_progress=on_progress)
     if has_packed(checkpoint.params):
         raise ValueError(

@@ -283,22 +283,28 @@ def test_a_full_disk(program, whole, tmp_path):
         require_equal(settings, whole)
 
 
-def test_help_needs_no_extra(program):
+def test_help_and_mistakes_need_no_extra():
+    said = (
+        ("--help", "phi3-train: fine-tunes a model"),
+        ("--lr=3", "phi3-train: there is no --lr; write --set lr=VALUE; see phi3-train --help"),
+        ("x --recip=y", "phi3-train: there is no --recip; did you mean --recipe?; see phi3-train --help"),
+        ("x --zzz", "phi3-train: there is no --zzz; see phi3-train --help"),
+        ("x", "phi3-train: training needs more packages ("),
+        ("x --set lr=0", "phi3-train: lr=0.0: must be above 0"),
+    )
     script = (
         "import sys; sys.modules['orbax'] = sys.modules['matplotlib'] = None\n"
-        "from phi3_jax.train.programs.train_main import run; run()"
+        "from phi3_jax.train.programs.train_main import run\n"
+        f"for args in {[args.split() for args, _ in said]}:\n"
+        "    sys.argv[1:] = args\n"
+        "    try: run()\n"
+        "    except SystemExit as end: print(end.code or '')\n"
+        "    print('----')\n"
     )
-    for args, code, text in (
-        (["--help"], 0, "phi3-train: fine-tunes a model"),
-        (["--set", "train_file=x"], 1, "phi3-train: training needs more packages ("),
-        (["--lr", "3"], 1, "phi3-train: there is no --lr; write --set lr=VALUE; see phi3-train --help"),
-        (["x", "--recip=y"], 1, "phi3-train: there is no --recip; did you mean --recipe?; see phi3-train --help"),
-    ):
-        done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        assert (done.stdout + done.stderr).startswith(text)
-        if "more packages" in text:
-            assert "pip install 'phi3_jax[train]'" in done.stderr
-        if "--help" in args:
-            assert all(len(line) <= 96 for line in done.stdout.splitlines() if "(default: /" not in line)
-            assert settings_help() in done.stdout
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    for text, (args, begin) in zip(done.stdout.split("\n----\n"), said, strict=False):
+        assert text.startswith(begin), (args, text, done.stderr)
+    assert "pip install 'phi3_jax[train]'" in done.stdout
+    shown = done.stdout.split("\n----\n")[0]
+    assert settings_help() in shown
+    assert all(len(line) <= 96 for line in shown.splitlines() if "(default: /" not in line)

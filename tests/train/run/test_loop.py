@@ -140,7 +140,7 @@ def test_the_best_is_written_too_where_it_is_not_the_last(tmp_path):
     assert heard.records[1]["eval_loss"] < heard.records[2]["eval_loss"]
     best = tmp_path / "run" / "adapter-best"
     assert heard.notes[-1] == f"{best}: of step 1, whose held-out loss is the lowest of those kept"
-    alone = dataclasses.replace(settings, output=str(tmp_path / "alone"), steps=1)
+    alone = dataclasses.replace(settings, output=str(tmp_path / "alone"), steps=1, save_every=1)
     train(alone)
     assert not (tmp_path / "alone" / "adapter-best").exists()
     ours, theirs = tensors(best), tensors(tmp_path / "alone" / "adapter")
