@@ -62,7 +62,7 @@ def describe(settings: Settings, checkpoint: phi3_jax.Checkpoint, data: str) -> 
     contents = {
         "data": data,
         "base": fingerprint.of_weights(checkpoint.params),
-        "configuration": fingerprint.of_config(checkpoint.config),
+        "configuration": fingerprint.of_fields(checkpoint.config),
         "tokenizer": fingerprint.of_tokenizer(checkpoint.tokenizer),
     }
     if settings.init_adapter:

@@ -108,6 +108,19 @@ def test_a_finished_run_is_not_trained_again_and_what_is_missing_is_written(copi
         train(copied)
 
 
+# When a file cannot be read, Orbax leaves others' reading behind.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+def test_a_finished_run_whose_state_is_damaged_takes_its_last_steps_again(copied, six):
+    folder, heard = Path(copied.output), Heard()
+    (folder / "checkpoints" / "6" / "state" / "manifest.ocdbt").unlink()
+    shutil.rmtree(folder / "adapter")
+    assert train(copied, heard).step == 6
+    assert heard.begun == (4, 6)
+    assert any(note.startswith("checkpoint 6 cannot be read: ") for note in heard.notes)
+    shutil.rmtree(folder / "checkpoints" / "unreadable-6")
+    require_equal(copied, six)
+
+
 def test_a_kill_while_a_finished_run_goes_on(copied, ten, monkeypatch):
     class Killed(BaseException):
         pass
@@ -203,6 +216,9 @@ def test_an_early_end(copied, losses, tmp_path):
     again = Heard()
     assert train(settings, again).step == 4
     assert (again.begun, again.notes[-1], again.lines) == (None, early, heard.lines)
+    shutil.rmtree(tmp_path / "early" / "adapter-best")  # as if the end had been killed before it was written
+    train(settings)
+    require_equal(settings, whole)
     # More patience: a lower loss comes, and the best is another one.
     assert train(dataclasses.replace(settings, patience=4)).step == 6
     assert exported_step(tmp_path / "early" / "adapter") == 6

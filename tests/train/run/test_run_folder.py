@@ -4,6 +4,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from templates import PHI4_MINI, small_tokenizer
 from training_runs import CONFIG
 
 import phi3_jax
+from phi3_jax.adapters import LoraConfig, adapter_shapes
+from phi3_jax.checkpoint import save_adapter
 from phi3_jax.train import fingerprint
 from phi3_jax.train.run.run_folder import (
     best_folder,
@@ -48,6 +52,8 @@ def test_weights_are_known_by_every_bit(dtype, monkeypatch):
     monkeypatch.setattr(fingerprint, "_PIECE", 15 * rows.astype(dtype).itemsize)
     pieces = {fingerprint.of_weights(each) for each in (one, *others)}
     assert len(pieces) == 6
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # arrays that are fetched piece by piece
+    assert {fingerprint.of_weights(each) for each in (one, *others)} == pieces
 
 
 def test_what_differs_is_told_by_name():
@@ -80,6 +86,33 @@ def test_what_differs_is_told_by_name():
     assert "; device 8 x abacus before, " in note
     (note,) = check_contents({"settings": recorded["settings"], "data": "rows"}, recorded, settings)
     assert note.endswith(f"was not compared: {'; '.join(changed)}")
+
+
+def test_adapters_are_known_by_contents(tmp_path):
+    checkpoint = phi3_jax.Checkpoint(CONFIG, {}, small_tokenizer(PHI4_MINI), phi3_jax.GenerationSettings((257,)))
+    settings = Settings(init_adapter=str(tmp_path / "a"), method="dpo", pack=False, dpo_reference=str(tmp_path / "b"))
+
+    def save(name: str, lora: LoraConfig, change: float = 0.0) -> None:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        leaves = {path: np.full(shape, 0.5, np.float32) for path, shape in adapter_shapes(CONFIG, lora).items()}
+        leaves["layers/self_attn/o_proj/b"][2, 23, 1] += change
+        save_adapter(tmp_path / name, flax.traverse_util.unflatten_dict(leaves, sep="/"), lora, CONFIG, "")
+
+    lora = LoraConfig(2, 4.0, ("o_proj",))
+    for name in "ab":
+        save(name, lora)
+    recorded = describe(settings, checkpoint, "rows")
+    save("a", lora)
+    assert describe(settings, checkpoint, "rows") == recorded
+    for name, told, changed in (
+        ("a", "init_adapter", (lora, 2**-24)),
+        ("a", "init_adapter", (dataclasses.replace(lora, alpha=5.0), 0.0)),
+        ("b", "dpo_reference", (lora, -1.0)),
+    ):
+        save(name, *changed)
+        with pytest.raises(ValueError, match=rf"began are {told} {tmp_path}/{name}: go on"):
+            check_contents(recorded, describe(settings, checkpoint, "rows"), settings)
+        save(name, lora)
 
 
 def write(text: str, folder: Path) -> None:
