@@ -37,17 +37,21 @@ def _float(path: str, leaf: Any, dtype: np.dtype) -> jax.Array:
     shape, layers = (leaf.shape[1:], range(leaf.shape[0])) if path.startswith("layers/") else (leaf.shape, (None,))
     for layer in layers:
         try:
-            builder.put(layer, TensorSource(shape, "float32", functools.partial(_matrix, leaf, layer)))
+            builder.put(layer, TensorSource(shape, "float32", functools.partial(matrix, leaf, layer)))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return builder.finish()
 
 
-def _matrix(leaf: Any, layer: int | None) -> np.ndarray:
-    """One layer's weight, or the only one, in float32."""
-    index = None if layer is None else jnp.int32(layer)
+def matrix(leaf: Any, layer: int | None) -> np.ndarray:
+    """One layer's weight, or with None the only one, in float32: with the adapter that is attached to it."""
+    return np.asarray(_matrix(leaf, None if layer is None else jnp.int32(layer)))
+
+
+@jax.jit
+def _matrix(leaf: Any, layer: jax.Array | None) -> jax.Array:
     if not isinstance(leaf, LoraTensor):
-        return np.asarray(dense(leaf, index, jnp.float32), np.float32)
-    a, b, gain = (None if each is None else dense(each, index, None) for each in (leaf.a, leaf.b, leaf.gain))
-    whole = merged(dense(leaf.base, index, jnp.float32), {"a": a, "b": b}, leaf.scaling)
-    return np.asarray(whole if gain is None else whole * gain[:, None])
+        return dense(leaf, layer, jnp.float32).astype(jnp.float32)
+    a, b, gain = (None if each is None else dense(each, layer, None) for each in (leaf.a, leaf.b, leaf.gain))
+    whole = merged(_matrix(leaf.base, layer), {"a": a, "b": b}, leaf.scaling)
+    return whole if gain is None else whole * gain[:, None]

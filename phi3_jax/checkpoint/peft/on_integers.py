@@ -17,10 +17,10 @@ from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.adapters import Adapter, LoraConfig, attach
+from phi3_jax.checkpoint.as_floats import matrix
 from phi3_jax.checkpoint.assemble import builder_of
 from phi3_jax.checkpoint.peft.attached import stacked
 from phi3_jax.checkpoint.peft.merging import Change, base_changes, changes, unties
@@ -29,7 +29,6 @@ from phi3_jax.checkpoint.peft.reader import AdapterFiles
 from phi3_jax.checkpoint.placement import Device, Layout, Put, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.linear.xla import dense
 from phi3_jax.model import DTYPES, Params, dtype_name, parameter_shapes
 
 
@@ -111,7 +110,7 @@ def _changed(
     builder = builder_of(path, leaf.shape, dtype, None, layout)
 
     def read(layer: int) -> np.ndarray:
-        weight = np.array(dense(leaf, jnp.int32(layer) if is_stack else None, jnp.float32), np.float32)
+        weight = np.array(matrix(leaf, layer if is_stack else None))
         for each in of_layers.get(layer, ()):
             each(weight)
         return weight
