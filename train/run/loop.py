@@ -99,6 +99,10 @@ def train(
         if done == settings.steps:
             exported = export_folder(settings)
             _export(settings, checkpoint, state, exported)
+            if settings.quantize:
+                observer.note(
+                    f"{exported}: belongs to {settings.quantize} weights: use it with --quantize {settings.quantize}"
+                )
             if (best := checkpoints.best) is not None and best != done:
                 del state  # there may not be room for two
                 state = checkpoints.read(best, like[0])
