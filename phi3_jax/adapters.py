@@ -145,7 +145,10 @@ def require_merged(params: Params) -> None:
         return isinstance(leaf, LoraTensor)
 
     if any(map(is_one, jax.tree.leaves(params, is_leaf=is_one))):
-        raise ValueError("an adapter is attached to the weights: `merge` it into them, or write it by `save_adapter`")
+        raise ValueError(
+            "an adapter is attached to the weights: `merge` it into floats, make floats of integers with their adapter "
+            "by `checkpoint.as_floats` (phi3-export does), or write it alone by `save_adapter`"
+        )
 
 
 @jax.jit

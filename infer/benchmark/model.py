@@ -33,6 +33,7 @@ class ModelSpec:
       checkpoint: what `phi3_jax.load` takes, or with `is_random` the name of a preset.
       dtype: "auto", or a name that `phi3_jax.load` knows.
       quantize: a policy that `phi3_jax.load` knows, or None.
+      adapter: a folder or hub id, or None.
       window: False leaves the model's sliding window out.
     """
 
@@ -40,6 +41,7 @@ class ModelSpec:
     is_random: bool = False
     dtype: str = "auto"
     quantize: str | None = None
+    adapter: str | None = None
     window: bool = True
 
     @property
@@ -58,7 +60,9 @@ def load_model(spec: ModelSpec, layout: Layout | None = None) -> phi3_jax.Checkp
     if spec.is_random:
         checkpoint = random_checkpoint(phi3_jax.PRESETS[spec.checkpoint], spec.resolved_dtype(), spec.quantize, layout)
     else:
-        checkpoint = phi3_jax.load(spec.checkpoint, spec.dtype, quantize=spec.quantize, layout=layout)
+        checkpoint = phi3_jax.load(
+            spec.checkpoint, spec.dtype, quantize=spec.quantize, layout=layout, adapter=spec.adapter
+        )
     if spec.window:
         return checkpoint
     return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, sliding_window=None))

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ import safetensors.numpy
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels import LoraTensor
 from phi3_jax.model import KVCache
 
 from .failures import NOT_FINITE_ADVICE
@@ -192,7 +194,15 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for name, sample in zip(names, _samples([leaves[name] for name in names]), strict=True):
         digest.update(json.dumps([name, *leaves[name].shape, leaves[name].dtype.name]).encode())
         digest.update(sample.tobytes())
+    if scalings := [
+        leaf.scaling for leaf in jax.tree.leaves(checkpoint.params, is_leaf=_is_adapted) if _is_adapted(leaf)
+    ]:
+        digest.update(json.dumps(scalings).encode())  # of attached adapters, which are no leaves
     return digest.hexdigest()
+
+
+def _is_adapted(leaf: Any) -> bool:
+    return isinstance(leaf, LoraTensor)
 
 
 def _samples(leaves: Sequence[jax.Array]) -> list[np.ndarray]:

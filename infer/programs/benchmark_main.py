@@ -24,7 +24,7 @@ from absl import flags
 
 import phi3_jax
 from phi3_jax.checkpoint.atomic_write import new_file
-from phi3_jax.command_line.model_flags import CHECKPOINT, QUANTIZE
+from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import why_unavailable
@@ -71,7 +71,7 @@ _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 _CHART = flags.DEFINE_string("chart", None, "A PNG file for a chart (needs the extra plot).")
 
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "Model": [CHECKPOINT, _RANDOM, common.DTYPE, QUANTIZE, common.CACHE_DTYPE, _WINDOW],
+    "Model": [CHECKPOINT, _RANDOM, ADAPTER, common.DTYPE, QUANTIZE, common.CACHE_DTYPE, _WINDOW],
     "What is measured": [_PROMPT_LENGTHS, _CONTEXTS, _BATCHES, _NEW_TOKENS, _ROUNDS],
     "Other programs": [_PEERS, _PEER_PYTHON, _FLASH_ATTENTION, _WORK_DIR],
     "Figures": [_JSON, _CHART],
@@ -141,6 +141,7 @@ def _spec() -> ModelSpec:
         is_random=_RANDOM.value is not None,
         dtype=common.DTYPE.value,
         quantize=QUANTIZE.value,
+        adapter=ADAPTER.value,
         window=_WINDOW.value,
     )
 
@@ -162,6 +163,8 @@ def _check_flags() -> None:
     """Raises ValueError for flags that contradict one another, would have no effect, or would fail late."""
     if _RANDOM.value and CHECKPOINT.present:
         raise ValueError("give --checkpoint or --random, not both")
+    if ADAPTER.value and (_RANDOM.value or _PEERS.value):
+        raise ValueError("--adapter is for a checkpoint, and for our side alone: leave --random and --peers out")
     for flag in (_PEER_PYTHON, _FLASH_ATTENTION, _WORK_DIR):
         if flag.present and not _PEERS.value:
             raise ValueError(f"--{flag.name} needs --peers")
@@ -194,7 +197,7 @@ def _line(result: Result) -> str:
 
 
 def _title(spec: ModelSpec, about: Sequence[dict[str, Any]]) -> str:
-    weights = f"{spec.quantize or about[0]['dtype']} weights"
+    weights = f"{spec.quantize or about[0]['dtype']} weights{' with an adapter' if spec.adapter else ''}"
     return f"{spec.name}{' (random weights)' if spec.is_random else ''}, {weights}"
 
 

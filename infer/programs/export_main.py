@@ -3,7 +3,11 @@
 phi3-export --checkpoint demo --format gguf --type q8_0 --output demo-q8_0.gguf
 phi3-export --checkpoint model.gguf --format safetensors --type bf16 --output model
 phi3-export --checkpoint demo --adapter runs/train/adapter --format safetensors --output tuned
+phi3-export --checkpoint phi-4 --quantize int4 --adapter runs/qlora/adapter --format safetensors --output tuned
 phi3-export --checkpoint phi-4 --format safetensors --as llama --output phi-4-llama
+
+With --quantize, or a checkpoint of integers, what these stand for is written as floats, with the adapter that was
+trained on them. Quantising the result again gives other integers, and loses much of the adapter.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from pathlib import Path
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import holds_integers, stored_dtype
+from phi3_jax.checkpoint import as_floats, holds_integers, stored_dtype
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
-from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT
+from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.config import Architecture
@@ -57,15 +61,7 @@ def main() -> int:
         raise ValueError("--notokenizer is for --format gguf")
     if _FORMAT.value == "gguf" and _AS.value != "phi3":
         raise ValueError(f"--as={_AS.value} is for --format safetensors")
-    if holds_integers(CHECKPOINT.value):
-        raise ValueError(
-            f"{CHECKPOINT.value}: weights that are integers are not exported: name what they were made from"
-        )
-    with progress_bar("loading") as on_progress:
-        dtype = _DTYPES.get(kind) or stored_dtype(CHECKPOINT.value)
-        checkpoint = phi3_jax.load(
-            CHECKPOINT.value, dtype, layout="rows", adapter=ADAPTER.value, on_progress=on_progress
-        )
+    checkpoint = _load(kind)
     if _FORMAT.value == "safetensors":
         phi3_jax.save(checkpoint, output, architecture=typing.cast(Architecture, _AS.value))
         return 0
@@ -78,9 +74,36 @@ def main() -> int:
     return 0
 
 
+def _load(kind: str) -> phi3_jax.Checkpoint:
+    """The floats to write, and a line on what they are."""
+    ours = holds_integers(CHECKPOINT.value)
+    integers = QUANTIZE.value is not None or ours
+    dtype = _DTYPES.get(kind) or ("float32" if integers else stored_dtype(CHECKPOINT.value))
+    with progress_bar("loading") as on_progress:
+        checkpoint = phi3_jax.load(
+            CHECKPOINT.value,
+            "auto" if ours else dtype,
+            quantize=QUANTIZE.value,
+            layout="rows",
+            adapter=ADAPTER.value,
+            on_progress=on_progress,
+        )
+    if integers:
+        checkpoint = dataclasses.replace(checkpoint, params=as_floats(checkpoint.params, dtype))
+    if integers or ADAPTER.value:
+        weights = f"the {QUANTIZE.value or 'stored'} weights as floats," if integers else "the float weights"
+        told = f"{weights} with the adapter merged" if ADAPTER.value else weights.rstrip(",")
+        print(f"{_OUTPUT.value}: {told}", file=sys.stderr)
+    return checkpoint
+
+
 def run() -> None:
     """The console script."""
-    run_program("phi3-export", main, {"What to write": [CHECKPOINT, ADAPTER, _FORMAT, _TYPE, _AS, _OUTPUT, _TOKENIZER]})
+    run_program(
+        "phi3-export",
+        main,
+        {"What to write": [CHECKPOINT, ADAPTER, QUANTIZE, _FORMAT, _TYPE, _AS, _OUTPUT, _TOKENIZER]},
+    )
 
 
 if __name__ == "__main__":

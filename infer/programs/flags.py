@@ -12,10 +12,12 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
+from phi3_jax.checkpoint import holds_integers, stored_config
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels import status
+from phi3_jax.model import parameter_shapes
 from phi3_jax.text import call_schema, read_tools
 
 from ..engine import DraftModel, Options, PromptCache, PromptLookup
@@ -102,7 +104,7 @@ SPECULATE = flags.DEFINE_string(
     "speculate",
     None,
     "Guess tokens ahead, which changes nothing but the speed: lookup (they come from the text so far; for answers that "
-    "copy), or a smaller checkpoint with the same vocabulary.",
+    "copy), or a smaller checkpoint with the same vocabulary; one of the same sizes gets the --adapter, too.",
 )
 GUESSES = flags.DEFINE_integer("guesses", None, "How many tokens to guess at a time.", lower_bound=1)
 PROMPT_CACHE = flags.DEFINE_string(
@@ -128,13 +130,32 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
 }
 
 
-def load_checkpoint(path: str | None = None) -> phi3_jax.Checkpoint:
-    """Loads --checkpoint and --adapter, or only the checkpoint `path`; a progress bar appears after a second."""
-    adapter = ADAPTER.value if path is None else None
+def load_checkpoint() -> phi3_jax.Checkpoint:
+    """Loads --checkpoint with --quantize and --adapter; a progress bar appears after a second."""
+    return _load(CHECKPOINT.value, DTYPE.value, QUANTIZE.value, ADAPTER.value)
+
+
+def load_draft(path: str, checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Checkpoint:
+    """Loads the draft model of --speculate, for a model.
+
+    --dtype and --quantize are for it, too, unless it is integers already; and --adapter, if it has the model's sizes:
+    then it is the same model, perhaps rounded, and guesses better with the adapter.
+    """
+    adapter = None
+    if ADAPTER.value is not None:
+        ours = parameter_shapes(checkpoint.config).items()
+        theirs = {
+            name: size for name, size in parameter_shapes(stored_config(path)).items() if name != "lm_head/weight"
+        }
+        adapter = ADAPTER.value if theirs.items() <= ours else None
+    if holds_integers(path):
+        return _load(path, "auto", None, adapter)
+    return _load(path, DTYPE.value, QUANTIZE.value, adapter)
+
+
+def _load(path: str, dtype: str, quantize: str | None, adapter: str | None) -> phi3_jax.Checkpoint:
     with progress_bar("loading") as on_progress:
-        checkpoint = phi3_jax.load(
-            path or CHECKPOINT.value, DTYPE.value, quantize=QUANTIZE.value, adapter=adapter, on_progress=on_progress
-        )
+        checkpoint = phi3_jax.load(path, dtype, quantize=quantize, adapter=adapter, on_progress=on_progress)
     if VERBOSE.value:
         for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():
             print(f"{operation}: {answer}", file=sys.stderr)
@@ -169,7 +190,7 @@ def options(checkpoint: phi3_jax.Checkpoint) -> Options:
         cache_dtype=CACHE_DTYPE.value,
         rope_policy=typing.cast(RopePolicy, ROPE_POLICY.value),
         deadline=DEADLINE.value,
-        speculation=_speculation(),
+        speculation=_speculation(checkpoint),
         prompt_cache=None if cache is None else PromptCache.load(cache, checkpoint),
     )
 
@@ -214,7 +235,7 @@ def settings() -> dict[str, object]:
     return {holder.name: holder.value for holder in holders if holder.value != holder.default}
 
 
-def _speculation() -> PromptLookup | DraftModel | None:
+def _speculation(checkpoint: phi3_jax.Checkpoint) -> PromptLookup | DraftModel | None:
     if SPECULATE.value is None:
         if GUESSES.value is not None:
             raise ValueError("--guesses needs --speculate")
@@ -222,7 +243,7 @@ def _speculation() -> PromptLookup | DraftModel | None:
     guesses = {} if GUESSES.value is None else {"guesses": GUESSES.value}
     if SPECULATE.value == "lookup":
         return PromptLookup(**guesses)
-    return DraftModel(load_checkpoint(SPECULATE.value), **guesses)
+    return DraftModel(load_draft(SPECULATE.value, checkpoint), **guesses)
 
 
 def _logit_bias() -> dict[int, float]:

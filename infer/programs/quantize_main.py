@@ -3,6 +3,9 @@
 phi3-quantize --checkpoint microsoft/Phi-3-mini-4k-instruct --quantize int4 --output mini-int4
 phi3-quantize --checkpoint microsoft/Phi-3-mini-4k-instruct --quantize int4 --calibration some.txt --output mini-int4
 phi3-generate --checkpoint mini-int4 --prompt "Hello"
+
+With --adapter, the adapter is merged into the floats and the sum is rounded. An adapter that was trained on integers
+(QLoRA) loses by that: quantise without it, and give it to the programs that run what was written.
 """
 
 from __future__ import annotations
@@ -53,12 +56,19 @@ def main() -> int:
                 quantize=_policy(),
                 layout=layout,
                 adapter=ADAPTER.value,
+                merge_adapter=True,
                 on_progress=on_progress,
             )
         )
     phi3_jax.save(checkpoint, _OUTPUT.value)
     leaves = jax.tree.leaves(checkpoint.params)
     print(f"{_OUTPUT.value}: {sum(leaf.nbytes for leaf in leaves) / 1e9:.2f} GB", file=sys.stderr)
+    if ADAPTER.value:
+        print(
+            "note: the adapter was merged into the floats, and the sum rounded; if it was trained on integers "
+            "(quantize=), quantise without it, and give it to the programs that run the result",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -82,7 +82,7 @@ def assemble(
     shapes = parameter_shapes(config)
     _check_names(sources, shapes, config, origin)
     forms = _formats(sources, shapes, config, quantize)
-    builders = {path: _builder(path, shape, floats, forms[path], layout) for path, shape in shapes.items()}
+    builders = {path: builder_of(path, shape, floats, forms[path], layout) for path, shape in shapes.items()}
     jobs = [
         (path, i if path.startswith("layers/") else None, name)
         for path in shapes
@@ -138,9 +138,10 @@ def _formats(
     return found
 
 
-def _builder(
+def builder_of(
     path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | None, layout: Layout
 ) -> ParameterBuilder:
+    """What builds the parameter at a path: integers of a format, or with None floats of this dtype."""
     if form is not None:
         return IntegerBuilder(shape, form, packed=layout == "packed")
     is_matrix = len(shape) - path.startswith("layers/") == 2

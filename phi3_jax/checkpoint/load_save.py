@@ -16,13 +16,14 @@ import numpy as np
 
 from phi3_jax.adapters import require_merged
 from phi3_jax.checkpoint import quantized_files, safetensors_files
-from phi3_jax.checkpoint.assemble import assemble, named_tensors, without_redundant
+from phi3_jax.checkpoint.adapted import assemble_with_adapter
+from phi3_jax.checkpoint.assemble import named_tensors, without_redundant
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
-from phi3_jax.checkpoint.peft import merged_sources
+from phi3_jax.checkpoint.peft import on_integers, read_adapter
 from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
 from phi3_jax.config import Architecture, Phi3Config
@@ -100,6 +101,7 @@ def load(
     quantize: str | None = None,
     layout: Layout | Literal["auto"] = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    merge_adapter: bool = False,
     revision: str | None = None,
     device: Device = None,
     on_progress: OnProgress | None = None,
@@ -118,8 +120,11 @@ def load(
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "rows" is for everything else, such as training. "auto" is "packed" for a single CPU with
         kernels, else "rows". A file that is packed already stays so.
-      adapter: a folder or hub id of a PEFT adapter, which is added to the weights in float32 (peft/), before
-        they are converted as `dtype` or `quantize` say.
+      adapter: a folder or hub id of a PEFT adapter. It is added to weights that are floats, in float32 (peft/), before
+        they are converted as `dtype` says. Integers, by `quantize` or in the file, stay, and it is attached to them
+        (peft/on_integers.py), as where it was trained on them.
+      merge_adapter: add it to the floats in any case, and round the sum by `quantize`. The integers are then others
+        than those that an adapter of QLoRA was trained on, and it loses much of what it learned.
       revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.
       device: where the parameters are put, one after another, from the host's memory: a jax.Device, a
         jax.sharding.Sharding, or a function that gives one of these for a parameter's path, such as
@@ -140,15 +145,18 @@ def load(
     """
     place, is_auto = resolve(path, revision), isinstance(dtype, str) and dtype == "auto"
     layout = known_layout(layout, device)
-    if adapter is not None and quantize == "stored":
-        raise ValueError("quantize='stored' keeps a file's integers, which an adapter changes: name another policy")
+    if merge_adapter and quantize == "stored":
+        raise ValueError(
+            "quantize='stored' keeps a file's integers, into which no adapter is merged: name another policy"
+        )
     if place.is_file():
         from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
-        sources, config = merged_sources(gguf.tensors, adapter, gguf.config)
         floats = auto_dtype((), device) if is_auto else dtype
-        params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
+        params, config = assemble_with_adapter(
+            gguf.tensors, gguf.config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
+        )
         return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
     settings = read_json(place / "config.json")
     described, ours = settings.get("quantization_config"), _is_ours(settings)
@@ -165,17 +173,23 @@ def load(
                 f"{place}: the weights are quantised already: leave quantize={quantize!r} out, or name what they were "
                 "made from"
             )
-        if adapter is not None:
-            raise ValueError(f"{place}: an adapter is not added to integers: load the checkpoint they were made from")
+        if adapter is not None and merge_adapter:
+            raise ValueError(
+                f"{place}: an adapter is not merged into integers: load the checkpoint they were made from"
+            )
         params = quantized_files.read(place, described, config, layout == "packed", device)
         if not is_auto:
             quantized_files.require_dtype(params, dtype_name(dtype), place)
+        if adapter is not None:
+            floats = auto_dtype((), device) if is_auto else dtype
+            params, config = on_integers(params, config, read_adapter(adapter, config), floats, layout, device)
     else:
         found = published_names(safetensors_files.read_folder(place), str(place))
         stored, config = without_redundant(fused(found, config, str(place)), config, str(place))
-        sources, config = merged_sources(stored, adapter, config)
         floats = auto_dtype(stored.values(), device) if is_auto else dtype
-        params = assemble(sources, config, floats, str(place), on_progress, quantize, layout, device)
+        params, config = assemble_with_adapter(
+            stored, config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
+        )
     return Checkpoint(config, params, tokenizer, generation, place)
 
 
@@ -302,6 +316,19 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
     place = resolve(path)
     found = {source.dtype for source in safetensors_files.read_folder(place).values()} if place.is_dir() else set()
     return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
+
+
+def stored_config(path: str | os.PathLike[str]) -> Phi3Config:
+    """A checkpoint's sizes, without its weights."""
+    place = resolve(path)
+    if place.is_file():
+        from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
+
+        return read_gguf(place).config
+    settings = read_json(place / "config.json")
+    if _is_ours(settings):
+        settings.pop("quantization_config")
+    return Phi3Config.from_hf(settings, str(place / "config.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,5 +19,6 @@ QUANTIZE = flags.DEFINE_string(
 ADAPTER = flags.DEFINE_string(
     "adapter",
     None,
-    "A folder, or a hub id, of a LoRA adapter in PEFT's format, which is added to the weights before they are rounded.",
+    "A folder, or a hub id, of a LoRA adapter in PEFT's format. It is merged into weights that are floats, and "
+    "attached to integers, which stay as they are. (phi3-quantize merges it in any case, and rounds the sum.)",
 )

@@ -12,8 +12,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from absl import flags
-from absl.testing import flagsaver
 from adapters import BASE, RECORDED, random_adapter
 
 import phi3_jax
@@ -21,7 +19,6 @@ from phi3_jax.adapters import TARGETS, LoraConfig, attach, merge
 from phi3_jax.checkpoint import load_adapter, save_adapter
 from phi3_jax.checkpoint.gguf.writer import save_gguf
 from phi3_jax.infer import generate
-from phi3_jax.infer.programs import flags as program_flags
 from phi3_jax.quantization import quantize_params
 
 KINDS = ["lora", "rslora", "dora"]
@@ -281,9 +278,9 @@ def test_a_checkpoint_is_loaded_with_an_adapter(kind):
     assert_equal(in_bfloat16.params, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), loaded.params))
 
 
-def test_an_adapter_is_added_before_weights_are_rounded():
+def test_an_adapter_is_merged_before_weights_are_rounded_if_that_is_asked_for():
     loaded = phi3_jax.load(BASE, adapter=RECORDED / "lora")
-    rounded = phi3_jax.load(BASE, quantize="int8", layout="rows", adapter=RECORDED / "lora")
+    rounded = phi3_jax.load(BASE, quantize="int8", layout="rows", adapter=RECORDED / "lora", merge_adapter=True)
     assert_equal(rounded.params, quantize_params(loaded.params, "int8"))
 
 
@@ -293,27 +290,7 @@ def test_an_adapter_is_added_to_a_gguf_file(tmp_path):
     assert_equal(loaded.params, phi3_jax.load(BASE, adapter=RECORDED / "lora").params)
 
 
-def test_integers_get_no_adapter(tmp_path):
-    with pytest.raises(ValueError, match="quantize='stored' keeps a file's integers, which an adapter changes"):
-        phi3_jax.load(BASE, quantize="stored", adapter=RECORDED / "lora")
-    phi3_jax.save(phi3_jax.load(BASE, quantize="int8"), tmp_path / "integers")
-    with pytest.raises(
-        ValueError, match="an adapter is not added to integers: load the checkpoint they were made from"
-    ):
-        phi3_jax.load(tmp_path / "integers", adapter=RECORDED / "lora")
-
-
 # ------------------------------------------------------------------------------------------------------- the programs
-
-
-def test_programs_load_the_adapter_but_not_into_a_draft_model(monkeypatch):
-    asked = []
-    monkeypatch.setattr(phi3_jax, "load", lambda path, *args, adapter=None, **kwargs: asked.append((path, adapter)))
-    with flagsaver.flagsaver():
-        flags.FLAGS(["phi3-generate", "--checkpoint", "base", "--adapter", "mine"])
-        program_flags.load_checkpoint()
-        program_flags.load_checkpoint("draft")
-    assert asked == [("base", "mine"), ("draft", None)]
 
 
 def test_weights_with_an_adapter_attached_generate_but_are_not_saved(tmp_path):

@@ -1,7 +1,10 @@
 """Phi-4 in four bits learns an adapter (QLoRA, arXiv:2305.14314) from chats of your own.
 
     phi3-train --recipe phi3_jax.train.recipes.qlora_phi4
+    phi3-evaluate --checkpoint microsoft/phi-4 --quantize int4 --adapter runs/qlora_phi4/adapter --data held_out.jsonl
     phi3-chat --checkpoint microsoft/phi-4 --quantize int4 --adapter runs/qlora_phi4/adapter
+
+The adapter belongs to these integers, and stays beside them: without --quantize int4 it is another model.
 
 Hardware: one accelerator with 24 GB, and 30 GB of disk for the checkpoint, which is rounded while it is read.
 Memory: 13.0 GB, computed by XLA's compiler for an H100 (jax 0.10.2), not measured. By hand: 14.66 G weights, of which

@@ -139,6 +139,10 @@ def train(
             for text in _how_it_ended(done, evaluations, settings, was_over=is_over):
                 observer.note(text)
             _export(settings, checkpoint, checkpoints, like[0], state, done, observer)
+            if settings.quantize:
+                observer.note(
+                    f"{exported}: belongs to {settings.quantize} weights: use it with --quantize {settings.quantize}"
+                )
             observer.table(evaluations.table())
         save_curve(read(folder / "metrics.jsonl"), folder / "loss.png", str(folder))
     return Outcome(done, exported)
@@ -223,7 +227,14 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     quantize = settings.quantize or None
     # `start` casts what is not quantised.
     dtype = "auto" if holds_integers(settings.checkpoint) else settings.dtype
-    checkpoint = phi3_jax.load(settings.checkpoint, dtype, quantize=quantize, layout="rows", on_progress=on_progress)
+    checkpoint = phi3_jax.load(
+        settings.checkpoint,
+        dtype,
+        quantize=quantize,
+        layout="rows",
+        merge_adapter=True,  # of one that lies in the model's own folder
+        on_progress=on_progress,
+    )
     if has_packed(checkpoint.params):
         raise ValueError(
             f"{settings.checkpoint}: packed weights are in the order of the CPU kernels, which training cannot use: "

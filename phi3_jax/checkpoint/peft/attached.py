@@ -37,7 +37,11 @@ def load_adapter(folder: str | os.PathLike[str], config: Phi3Config) -> tuple[Lo
       ValueError: a file is damaged, does not fit the model, or describes something that is not implemented here, or
         that `load` can merge but that cannot be attached: embeddings, heads, weights in full, DoRA of some rows only.
     """
-    files = read_adapter(folder, config)
+    return stacked(read_adapter(folder, config), config)
+
+
+def stacked(files: AdapterFiles, config: Phi3Config) -> tuple[LoraConfig, Adapter]:
+    """`load_adapter` of files that are checked already. Raises ValueError for what cannot be attached."""
     _check_attachable(files)
     stacks: dict[tuple[str, int], list[Update]] = {}
     for update in files.updates:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.adapters import merged
-from phi3_jax.checkpoint.peft.modules import HEAD, TABLE
-from phi3_jax.checkpoint.peft.reader import AdapterFiles, Update, read_adapter
+from phi3_jax.checkpoint.peft.modules import HEAD, TABLE, Module
+from phi3_jax.checkpoint.peft.reader import AdapterFiles, Update
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 
@@ -22,47 +21,56 @@ Change = Callable[[np.ndarray], None]
 
 
 def merged_sources(
-    sources: Mapping[str, TensorSource], folder: str | os.PathLike[str] | None, config: Phi3Config
-) -> tuple[Mapping[str, TensorSource], Phi3Config]:
+    sources: Mapping[str, TensorSource], files: AdapterFiles, config: Phi3Config
+) -> tuple[dict[str, TensorSource], Phi3Config]:
     """A checkpoint's tensors, to which an adapter is added when they are read, and the configuration that fits them.
 
-    None adds nothing. An adapter of the embedding alone, or of the head, unties the two, as in PEFT.
+    An adapter of the embedding alone, or of the head, unties the two, as in PEFT.
 
     Warns:
-      UserWarning: it unties them; or see `read_adapter`.
+      UserWarning: it unties them.
 
     Raises:
-      The errors of `read_adapter`.
+      ValueError: a tensor that it changes is missing.
     """
-    if folder is None or config.num_hidden_layers > len(sources):  # `assemble` refuses the second
-        return sources, config
-    files = read_adapter(folder, config)
     found = dict(sources)
-    for module, source in files.base:
+    for module, change in base_changes(files):
         tied = config.tie_word_embeddings and module.name == HEAD
-        name = f"{TABLE}.weight" if tied else module.weight
-        _change(found, name, functools.partial(_put, module.rows, source), files)
-    own = {m.name for m, _ in files.whole} | {update.module.name for update in files.updates}
-    if config.tie_word_embeddings and own & {TABLE, HEAD} and f"{TABLE}.weight" in found:
-        if not files.settings.tied:
-            names = " and ".join(sorted(own & {TABLE, HEAD}))
-            warnings.warn(f"{files.weights}: changes {names}, which were tied: they are not any more", stacklevel=3)
+        _change(found, f"{TABLE}.weight" if tied else module.weight, change, files)
+    if f"{TABLE}.weight" in found and unties(files, config):
         found[f"{HEAD}.weight"] = found[f"{TABLE}.weight"]
         config = dataclasses.replace(config, tie_word_embeddings=False)
-    for weight, change in _changes(files):
-        _change(found, weight, change, files)
+    for module, change in changes(files):
+        _change(found, module.weight, change, files)
     return found, config
 
 
-def _changes(files: AdapterFiles) -> list[tuple[str, Change]]:
-    changes: list[tuple[str, Change]] = []
+def unties(files: AdapterFiles, config: Phi3Config) -> bool:
+    """Whether the embedding and the head, which were one matrix, become two. Warns if that was not asked for."""
+    own = {m.name for m, _ in files.whole} | {update.module.name for update in files.updates}
+    if not config.tie_word_embeddings or not own & {TABLE, HEAD}:
+        return False
+    if not files.settings.tied:
+        names = " and ".join(sorted(own & {TABLE, HEAD}))
+        warnings.warn(f"{files.weights}: changes {names}, which were tied: they are not any more", stacklevel=4)
+    return True
+
+
+def base_changes(files: AdapterFiles) -> list[tuple[Module, Change]]:
+    """What is done to weights before all else, and so to a head that is tied to the embedding."""
+    return [(module, functools.partial(_put, module.rows, source)) for module, source in files.base]
+
+
+def changes(files: AdapterFiles) -> list[tuple[Module, Change]]:
+    """What is done to weights then, in this order."""
+    found: list[tuple[Module, Change]] = []
     for module, source in files.whole:
-        changes.append((module.weight, functools.partial(_put, module.rows, source)))
+        found.append((module, functools.partial(_put, module.rows, source)))
     for module, ids, source in files.rows:
-        changes.append((module.weight, functools.partial(_put, ids, source)))
+        found.append((module, functools.partial(_put, ids, source)))
     for update in files.updates:
-        changes.append((update.module.weight, functools.partial(_add, update)))
-    return changes
+        found.append((update.module, functools.partial(_add, update)))
+    return found
 
 
 def _change(sources: dict[str, TensorSource], name: str, change: Change, files: AdapterFiles) -> None:

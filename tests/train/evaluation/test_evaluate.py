@@ -1,17 +1,19 @@
 """Evaluation against the obvious computation: every token by a run of the model on what stands before it."""
 
 import dataclasses
+import functools
 import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import without_cache
 from spoiled import spoiled
 from templates import PHI4_MINI, small_tokenizer
-from training_runs import CONFIG, write_data, write_model
+from training_runs import CONFIG, write_data, write_model, write_run
 
 import phi3_jax
 from phi3_jax.infer import Options, generate
@@ -30,6 +32,8 @@ from phi3_jax.train.evaluation.evaluate import (
 )
 from phi3_jax.train.evaluation.files import Question, read_data, read_questions, read_texts
 from phi3_jax.train.evaluation.score import Request, score
+from phi3_jax.train.run.loop import train
+from phi3_jax.train.run.observer import Observer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = (
@@ -360,3 +364,25 @@ def test_the_program_measures_what_generation_runs(tmp_path):
     for found, model in zip(losses, layouts, strict=True):
         assert found == pytest.approx(perplexity(model, [TEXT], 40).loss, abs=5e-3)
     assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"quantize": "int4"}, {"quantize": "int8", "lora_rslora": True}])
+def test_an_adapter_over_integers_has_the_held_out_loss_of_its_run(changes, tmp_path):
+    """What is served is what was trained; the sum, rounded, is not."""
+    settings = write_run(tmp_path, steps=12, lr=3e-2, **changes)
+    records: list[Any] = []
+
+    class Heard(Observer):
+        def record(self, record: Any) -> None:
+            records.append(record)
+
+    train(settings, Heard())
+    load = functools.partial(phi3_jax.load, settings.checkpoint, adapter=tmp_path / "run" / "adapter")
+    served = load(quantize=settings.quantize, layout="rows")
+    data = read_data(settings.eval_file, served.tokenizer, served.config.max_position_embeddings)
+    ours = held_out_loss(served, data, path="exact").loss
+    assert ours == pytest.approx(records[-1]["eval_loss"], abs=1e-4)
+    assert ours < records[0]["eval_loss"] - 0.5
+    rounded = load(quantize=settings.quantize, layout="rows", merge_adapter=True)
+    assert abs(held_out_loss(rounded, data, path="exact").loss - ours) > 1e-3

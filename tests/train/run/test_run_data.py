@@ -9,7 +9,7 @@ from templates import PHI4_MINI, small_tokenizer
 
 from phi3_jax.train.run.observer import Observer
 from phi3_jax.train.run.run_data import prepare_data
-from phi3_jax.train.run.run_folder import check_settings, describe
+from phi3_jax.train.run.run_folder import check_settings
 from phi3_jax.train.settings import Settings
 
 CHECKPOINT = types.SimpleNamespace(tokenizer=small_tokenizer(PHI4_MINI), config=types.SimpleNamespace(vocab_size=300))
