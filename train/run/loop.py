@@ -24,16 +24,16 @@ from phi3_jax.checkpoint import holds_integers, require_tokenizer, save_adapter
 from phi3_jax.kernels import has_packed
 
 from .. import sharding
+from ..adapters import fingerprints, reference_adapter, with_init_adapter
 from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
-from ..forward import adapter_config
-from ..settings import Settings
+from ..settings import Settings, adapter_config
 from ..step import TrainState, make_eval_step, make_train_step, start
 from .checkpoints import Checkpoints
 from .curve import save_curve
 from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
-from .run_folder import best_folder, check_data, check_settings, describe, export_folder, locked_folder
+from .run_folder import best_folder, check_adapters, check_data, check_settings, describe, export_folder, locked_folder
 from .window import Window, with_perplexity
 
 
@@ -63,6 +63,8 @@ def train(
         check_settings(recorded, settings)
         for name in filter(None, (settings.train_file, settings.eval_file)):
             find_files(name)  # what is not there is missed, or fetched, before the model is loaded
+        adapters = fingerprints(settings)
+        check_adapters(recorded, settings, adapters)
 
         # ---- the model and the data ----
         checkpoint = _load(settings, observer)
@@ -70,8 +72,12 @@ def train(
         held_out = _prepare(settings.eval_file, checkpoint, settings, observer) if settings.eval_file else None
         check_data(recorded, settings, data.fingerprint)
 
+        given = settings
+        settings, adapter = with_init_adapter(settings, checkpoint)
+        reference = reference_adapter(settings, checkpoint)
+
         # ---- does it fit? ----
-        like = _start_like(settings, checkpoint)
+        like = _start_like(settings, checkpoint, adapter, reference)
         jitted = typing.cast(jax.stages.Wrapped, make_train_step(settings, checkpoint.config))
         step = jitted.lower(*like, next(batches(data, settings))).compile()
         memory = estimate(step, *like)
@@ -80,7 +86,8 @@ def train(
         checkpoints.require_room(like[0])
 
         # ---- begin, or go on ----
-        state, frozen = start(settings, checkpoint.config, checkpoint.params)
+        state, frozen = start(settings, checkpoint.config, checkpoint.params, adapter, reference)
+        del adapter, reference
         checkpoint = dataclasses.replace(checkpoint, params={})  # there may not be room for them twice
         is_new = recorded is None
         if not is_new:
@@ -89,7 +96,7 @@ def train(
 
         # ---- the steps ----
         evaluate = None if held_out is None else _evaluation(settings, checkpoint, frozen, held_out, observer)
-        about, window = describe(settings, data.fingerprint), Window(settings, checkpoint.config)
+        about, window = describe(given, data.fingerprint, adapters), Window(settings, checkpoint.config)
         with MetricsWriter(folder, -1 if is_new else int(state.step)) as metrics:
             run = _Run(settings, data, evaluate, window, metrics, checkpoints, about, observer, interrupt)
             state = run.go_on(step, state, frozen, is_new)
@@ -179,7 +186,10 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     quantize = settings.quantize or None
     # `start` casts what is not quantised.
     dtype = "auto" if holds_integers(settings.checkpoint) else settings.dtype
-    checkpoint = phi3_jax.load(settings.checkpoint, dtype, quantize=quantize, layout="rows", on_progress=on_progress)
+    merged = settings.init_adapter or None if settings.train == "all" else None
+    checkpoint = phi3_jax.load(
+        settings.checkpoint, dtype, quantize=quantize, layout="rows", adapter=merged, on_progress=on_progress
+    )
     if has_packed(checkpoint.params):
         raise ValueError(
             f"{settings.checkpoint}: packed weights are in the order of the CPU kernels, which training cannot use: "
@@ -206,9 +216,13 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
     return data
 
 
-def _start_like(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tuple[Any, Any]:
+def _start_like(
+    settings: Settings, checkpoint: phi3_jax.Checkpoint, adapter: Any = None, reference: Any = None
+) -> tuple[Any, Any]:
     """What `start` will return, (state, frozen), as shapes with shardings."""
-    shapes = jax.eval_shape(lambda params: start(settings, checkpoint.config, params), checkpoint.params)
+    shapes = jax.eval_shape(
+        lambda params: start(settings, checkpoint.config, params, adapter, reference), checkpoint.params
+    )
     places = sharding.of_state(sharding.make_mesh(), shapes, settings.shard_weights)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 

@@ -30,10 +30,16 @@ def best_folder(settings: Settings) -> Path:
     return last.with_name(f"{last.name}-best")
 
 
-def describe(settings: Settings, data: str) -> dict[str, Any]:
-    """What is saved with a checkpoint to identify its run, as JSON; `data` is the fingerprint of the dataset."""
+def describe(settings: Settings, data: str, adapters: Mapping[str, str]) -> dict[str, Any]:
+    """What is saved with a checkpoint to identify its run, as JSON.
+
+    Args:
+      data: the fingerprint of the dataset.
+      adapters: those of adapters that the run reads, by the setting that names them.
+    """
     fields = dataclasses.asdict(settings)
-    return {"settings": {name: _listed(value) for name, value in fields.items()}, "data": data}
+    listed = {name: _listed(value) for name, value in fields.items()}
+    return {"settings": listed, "data": data, "adapters": dict(adapters)}
 
 
 def check_settings(recorded: Mapping[str, Any] | None, settings: Settings) -> None:
@@ -47,8 +53,8 @@ def check_settings(recorded: Mapping[str, Any] | None, settings: Settings) -> No
             if exported.exists():
                 raise ValueError(f"{exported}: from an earlier run; name another output, or remove it")
         return
-    defaults = describe(Settings(), "")["settings"]
-    there, here = defaults | recorded["settings"], describe(settings, "")["settings"]
+    defaults = describe(Settings(), "", {})["settings"]
+    there, here = defaults | recorded["settings"], describe(settings, "", {})["settings"]
     if other := [name for name in here if name not in _FREE and there[name] != here[name]]:
         told = "; ".join(f"{name}={there[name]} there, {here[name]} here" for name in other)
         raise ValueError(f"{settings.output} has checkpoints of a run with other settings ({told}): {_REMEDY}")
@@ -60,6 +66,16 @@ def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str
         raise ValueError(
             f"{settings.train_file}: gives other rows than when the run in {settings.output} began: {_REMEDY}"
         )
+
+
+def check_adapters(recorded: Mapping[str, Any] | None, settings: Settings, adapters: Mapping[str, str]) -> None:
+    """Raises ValueError if the files of an adapter that the run reads are not those that it began with."""
+    for setting, found in adapters.items():
+        if recorded is not None and recorded.get("adapters", {}).get(setting, found) != found:
+            raise ValueError(
+                f"{setting}={getattr(settings, setting)}: not the adapter any more with which the run in "
+                f"{settings.output} began: {_REMEDY}"
+            )
 
 
 @contextlib.contextmanager

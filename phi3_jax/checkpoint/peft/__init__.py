@@ -6,6 +6,9 @@ in Llama and Mistral); reader.py checks the second file's tensors against both. 
 that is being loaded, attached.py stacks them for training or a trial, and writer.py writes what was trained here.
 """
 
+from phi3_jax.checkpoint.peft.attached import AttachableAdapter as AttachableAdapter
 from phi3_jax.checkpoint.peft.attached import load_adapter as load_adapter
+from phi3_jax.checkpoint.peft.attached import read_attachable as read_attachable
 from phi3_jax.checkpoint.peft.merging import merged_sources as merged_sources
+from phi3_jax.checkpoint.peft.reader import find_adapter as find_adapter
 from phi3_jax.checkpoint.peft.writer import save_adapter as save_adapter

@@ -31,14 +31,12 @@ class AttachableAdapter:
 
     Attributes:
       lora, adapter: what `attach` takes.
-      base: the name of the model that it was made for, as PEFT stores it, or "".
       pads: the targets whose further training differs from PEFT's, because several modules, or modules of several ranks
         or alphas, have become one update (`load_adapter`).
     """
 
     lora: LoraConfig
     adapter: Adapter
-    base: str
     pads: tuple[str, ...]
 
 
@@ -101,7 +99,7 @@ def read_attachable(
     if lora.dora and not all(rows.all() for rows in filled.values()):
         raise ValueError(f"{files.settings.path}: DoRA of some layers or rows only cannot be attached; {_REMEDY}")
     adapter = flax.traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
-    return AttachableAdapter(lora, adapter, files.settings.base, pads)
+    return AttachableAdapter(lora, adapter, pads)
 
 
 def _check_attachable(files: AdapterFiles, params: Params | None) -> None:
