@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_an_adapter(tmp_path):
         pytest.warns(
             UserWarning, match=r"init_adapter=.*moved: was made for someone/else, as its file says, and not for"
         ),
-        pytest.raises(ValueError, match=r"lora_rank=7: init_adapter=.*moved has 2"),
+        pytest.raises(ValueError, match=r"lora_rank=7: init_adapter=.*moved has 3"),
     ):
         train(dataclasses.replace(on, init_adapter=str(moved), output=str(tmp_path / "x"), lora_rank=7))
     shutil.rmtree(first)

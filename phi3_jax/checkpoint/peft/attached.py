@@ -122,7 +122,7 @@ def _check_attachable(files: AdapterFiles, params: Params | None) -> None:
 
 def _is_own(module: Module, source: TensorSource, params: Params) -> bool:
     """Whether a stored weight is the model's own, as far as the smaller of the two dtypes tells."""
-    leaf: Any = params.get(module.path, params[TABLE])["weight"]
+    leaf: Any = (params[module.path] if module.path in params else params[TABLE])["weight"]
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise ValueError(
             f"{module.name} is a {type(leaf).__name__}, and the adapter stores that weight as floats, with which it "
