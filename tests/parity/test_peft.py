@@ -14,7 +14,12 @@ from phi3_jax.checkpoint import load_adapter, save_adapter
 
 peft = pytest.importorskip("peft", reason="the reference needs PEFT: make parity")
 # PEFT asks transformers 5.23 by a name that is going away.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # What it says about embeddings: that it stores them, too, and that they are not tied any more.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`:UserWarning"),
+]
 
 OPTIONS = {
     "lora": {},
