@@ -20,7 +20,7 @@ from phi3_jax.model import parameter_shapes
 from . import sharding
 from .data import find_files, read_entries, require_different_files
 from .data.forms import read_form
-from .settings import Settings
+from .settings import Settings, adapter_config
 
 
 class _With(NamedTuple):
@@ -32,8 +32,8 @@ class _With(NamedTuple):
 
 
 _READ_WITH = (
-    _With(("lora_rank", "lora_alpha", "lora_targets", "rank_pattern"), "train", ("lora",)),
-    _With(("lora_rslora", "lora_dropout", "dora", "init_adapter"), "train", ("lora",)),
+    _With(("lora_rank", "lora_alpha", "lora_targets", "lora_tied"), "train", ("lora",)),
+    _With(("rank_pattern", "alpha_pattern", "lora_rslora", "lora_dropout", "dora"), "train", ("lora",)),
     _With(("dpo_beta", "dpo_reference"), "method", ("dpo",)),
     _With(("loss_on", "z_loss", "label_smoothing"), "method", ("sft",)),
     _With(("beta1",), "optimizer", ("adamw", "adamw8bit", "lion", "sgd")),
@@ -143,13 +143,14 @@ def check_sizes(settings: Settings, config: Phi3Config) -> None:
             f"sequence_length={s.sequence_length}: {s.checkpoint} has a context of {longest} tokens "
             f"(max_position_embeddings); set sequence_length={longest} or less"
         )
-    if s.train == "lora":
+    if s.train == "lora" and not s.init_adapter:
+        lora = adapter_config(s)
         for path, shape in parameter_shapes(config).items():
             name, most = path.removesuffix("/weight").split("/")[-1], min(shape[-2:])
-            if name in s.lora_targets and s.lora_rank > most:
+            if name in s.lora_targets and (rank := lora.rank_of(name)) > most:
                 raise ValueError(
-                    f"lora_rank={s.lora_rank}: {name} of {s.checkpoint} is a matrix of {shape[-2]} x {shape[-1]}, its "
-                    f"rank is {most} at most; set lora_rank={most} or less"
+                    f"lora_rank={rank}: {name} of {s.checkpoint} is a matrix of {shape[-2]} x {shape[-1]}, its "
+                    f"rank is {most} at most; set lora_rank={most} or less, or rank_pattern={name}:{most}"
                 )
 
 

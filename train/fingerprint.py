@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from phi3_jax.adapters import LoraConfig
-from phi3_jax.checkpoint import load_adapter
 from phi3_jax.config import Phi3Config
 from phi3_jax.text import Tokenizer
 
@@ -51,12 +50,6 @@ def of_fields(config: Phi3Config | LoraConfig) -> str:
     """The fingerprint of a configuration; a field of a later version counts only where it is not its default."""
     fields = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
     return of_text(repr([(field.name, value) for field, value in fields if value != field.default]))
-
-
-def of_adapter(folder: str, config: Phi3Config) -> str:
-    """The fingerprint of an adapter. Raises the errors of `load_adapter`."""
-    lora, weights = load_adapter(folder, config)
-    return of_text(f"{of_fields(lora)} {of_weights(weights)}")
 
 
 def of_text(text: str) -> str:

@@ -5,13 +5,14 @@ Axis letters: B rows, T tokens, D model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.adapters import LoraConfig, attach
+from phi3_jax.adapters import Adapter, LoraConfig, attach
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.attention.masks import sequence_lengths
@@ -20,14 +21,29 @@ from phi3_jax.model import Params, Phi3
 from .data import Batch, Pair
 from .dpo import interleave, preference_sums
 from .loss import RowSums, row_sums
-from .settings import Settings
+from .settings import Settings, adapter_config
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What stays frozen where preferences are compared with an adapter on the base.
+
+    Attributes:
+      base: the parameters below both adapters.
+      adapter, lora: the reference's.
+    """
+
+    base: Params
+    adapter: Adapter
+    lora: LoraConfig = dataclasses.field(metadata={"static": True})
 
 
 def batch_sums(
     settings: Settings,
     config: Phi3Config,
     trainable: Params,
-    frozen: Params,
+    frozen: Params | Reference,
     batch: Batch | Pair,
     key: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
@@ -46,24 +62,27 @@ def batch_sums(
         return {"loss": loss, "weight": weight, "correct": correct, "tokens": weight}
     both = interleave(batch)
     ours = _row_sums(settings, config, parameters(settings, trainable, frozen, key), both, key)
-    # The frozen weights are the model at the start, because a new adapter changes nothing.
-    theirs = jax.lax.stop_gradient(_row_sums(settings, config, _cast(frozen, settings.compute_dtype), both, None))
+    reference = _reference(settings, frozen)
+    theirs = jax.lax.stop_gradient(_row_sums(settings, config, reference, both, None))
     return preference_sums(-ours.loss, -theirs.loss, ours.weight, settings.dpo_beta)
 
 
-def adapter_config(settings: Settings) -> LoraConfig:
-    """The adapter that these settings train."""
-    s = settings
-    return LoraConfig(s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_rslora, s.lora_dropout, s.dora)
-
-
-def parameters(settings: Settings, trainable: Params, frozen: Params, key: jax.Array | None) -> Params:
+def parameters(settings: Settings, trainable: Params, frozen: Params | Reference, key: jax.Array | None) -> Params:
     """The model's parameters in `compute_dtype`, with the adapter, if one is trained."""
     trainable = _cast(trainable, settings.compute_dtype)
     if settings.train == "all":
         return trainable
     dropout_key = None if key is None else jax.random.fold_in(key, 0)
-    return attach(_cast(frozen, settings.compute_dtype), trainable, adapter_config(settings), dropout_key)
+    base = frozen.base if isinstance(frozen, Reference) else frozen
+    return attach(_cast(base, settings.compute_dtype), trainable, adapter_config(settings), dropout_key)
+
+
+def _reference(settings: Settings, frozen: Params | Reference) -> Params:
+    """The parameters that preferences are compared with."""
+    if isinstance(frozen, Reference):
+        base, adapter = (_cast(tree, settings.compute_dtype) for tree in (frozen.base, frozen.adapter))
+        return attach(base, adapter, frozen.lora)
+    return _cast(frozen, settings.compute_dtype)
 
 
 def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> jax.Array:

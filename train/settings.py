@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from phi3_jax.adapters import LoraConfig
 from phi3_jax.spelling import did_you_mean
 
 from .values import check, parse
+
+Number = TypeVar("Number", int, float)
 
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -25,7 +29,9 @@ class Settings:
 
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
-      init_adapter: a folder or hub id of an adapter that training goes on from; empty: a new one.
+      init_adapter: a folder or hub id of an adapter that training goes on from, with its own rank, alpha and targets,
+        which the settings below need not repeat but must not contradict; with train=all it is merged first. Empty: a
+        new one.
       output: the run's folder: checkpoints, metrics, the loss curve, and at the end the adapter or the model.
       train_file: a file or several, or data sets of the hub as owner/name:split (data/sources.py), in one of the forms
         of data/forms.py.
@@ -38,7 +44,7 @@ class Settings:
       method: "sft" learns texts, "dpo" learns preferences between a chosen and a rejected answer.
       dpo_beta: how closely DPO keeps to its reference; larger is closer.
       dpo_reference: what DPO compares with: "start" is what training begins with, init_adapter included; "base" is the
-        checkpoint alone; or another adapter's folder.
+        checkpoint alone; or the folder or hub id of another adapter. With train=all it is always the start.
       loss_on: what of a chat is learned: answers with their end token, or everything.
       parse_special: special tokens that plain texts spell, such as <|user|>, become these tokens; else they are text.
       on_bad_line: what happens at a line that cannot be used: the run stops, or the line is skipped.
@@ -53,11 +59,14 @@ class Settings:
       train: which weights change: "all", or those of a low-rank adapter ("lora").
       lora_rank: of the adapter's matrices; at most the smaller side of an adapted matrix.
       lora_alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_rank.
-      lora_targets: which matrices are adapted.
+      lora_targets: which matrices are adapted; embed_tokens and lm_head can be, too.
+      lora_tied: with the target embed_tokens, a head that is tied to the embedding gets the same update; else that is
+        the embedding's alone.
       lora_rslora: divide lora_alpha by the square root of lora_rank instead (arXiv:2312.03732).
       lora_dropout: the fraction of the adapter's inputs that is dropped in training.
       dora: learn the norms of the weights' rows separately from their directions (arXiv:2402.09353).
       rank_pattern: ranks that differ from lora_rank, each as target:rank.
+      alpha_pattern: alphas that differ from lora_alpha, each as target:alpha.
       dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32.
       compute_dtype: of the computation; with "bfloat16" here, float32 weights are master weights.
       quantize: the base under an adapter becomes integers (QLoRA): int8, int4, int4-mixed, or with details such as
@@ -119,7 +128,9 @@ class Settings:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    lora_tied: bool = False
     rank_pattern: tuple[str, ...] = ()
+    alpha_pattern: tuple[str, ...] = ()
     lora_rslora: bool = False
     lora_dropout: float = 0.0
     dora: bool = False
@@ -169,6 +180,9 @@ class Settings:
             raise ValueError(f"dora=true: needs the base as floats; leave quantize={self.quantize} out")
         if self.method == "dpo" and self.pack:
             raise ValueError("method=dpo compares single texts: set pack=false")
+        _check_reference(self)
+        if self.train == "lora" and not self.init_adapter:
+            adapter_config(self)
         self._check_data()
 
     def _check_data(self) -> None:
@@ -211,6 +225,48 @@ class Settings:
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return ((value,) if value else ()) if isinstance(value, str) else tuple(value)
+
+
+def adapter_config(settings: Settings) -> LoraConfig:
+    """The adapter that these settings train. Raises ValueError if there is none such."""
+    s = settings
+    ranks, alphas = _pairs("rank_pattern", s.rank_pattern, int), _pairs("alpha_pattern", s.alpha_pattern, float)
+    lora = (s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_rslora, s.lora_dropout, s.dora, s.lora_tied)
+    return LoraConfig(*lora, ranks, alphas)
+
+
+def _check_reference(settings: Settings) -> None:
+    reference = settings.dpo_reference
+    if reference == "start":
+        return
+    if not reference:
+        raise ValueError("dpo_reference: must be start, base, or an adapter's folder or hub id")
+    if settings.method != "dpo":
+        raise ValueError(f"dpo_reference={reference}: only method=dpo compares with a reference")
+    if settings.train == "all" and (reference != "base" or settings.init_adapter):
+        raise ValueError(
+            f"dpo_reference={reference}: with train=all the reference is what training starts from: leave it out"
+        )
+
+
+def _pairs(name: str, pattern: Sequence[str], kind: type[Number]) -> tuple[tuple[str, Number], ...]:
+    """("o_proj:8", ...) -> (("o_proj", 8), ...). Raises ValueError for what is none."""
+    found: dict[str, Number] = {}
+    for text in pattern:
+        target, colon, number = text.partition(":")
+        if re.search(r"\d", target) or "." in target:
+            raise ValueError(
+                f"{name}={text}: layers share one number for each target; give target:number without a layer"
+            )
+        try:
+            value = kind(number)
+        except ValueError:
+            value = None
+        if not colon or value is None or target in found or not 0 < value < float("inf"):
+            what = "a whole number from 1 on" if kind is int else "a number above 0"
+            raise ValueError(f"{name}={text}: give target:number, once for each target and with {what}")
+        found[target] = value
+    return tuple(found.items())
 
 
 def change(settings: Settings, changes: Sequence[str]) -> Settings:

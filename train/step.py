@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from phi3_jax.adapters import init_adapter
+from phi3_jax.adapters import Adapter, LoraConfig, init_adapter
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import Params
 
 from . import sharding
 from .data import Batch, Pair
-from .forward import adapter_config, batch_sums
+from .forward import Reference, batch_sums
 from .optimizer import make_optimizer, schedule
-from .settings import Settings
+from .settings import Settings, adapter_config
 
 Metrics = dict[str, jax.Array]
 
@@ -47,15 +47,24 @@ class TrainState:
     bad_in_row: jax.Array
 
 
-def start(settings: Settings, config: Phi3Config, params: Params) -> tuple[TrainState, Params]:
+def start(
+    settings: Settings,
+    config: Phi3Config,
+    params: Params,
+    adapter: Adapter | None = None,
+    reference: tuple[LoraConfig, Adapter] | None = None,
+) -> tuple[TrainState, Params | Reference]:
     """The state before the first step, and what stays frozen, each on its devices.
 
     Args:
       params: the weights to begin with; an adapter can be on integers, too.
+      adapter: what an adapter begins with, as `adapter_config(settings)` says; None is a new one.
+      reference: the adapter that `dpo_reference` names, if it names one.
 
     Returns:
       (state, frozen): frozen is the base of an adapter; where all weights are trained it is empty, except for
-      preferences, which are compared with the weights at the start. The state has arrays of its own.
+      preferences, which are compared with the weights at the start; and a Reference where these are compared with an
+      adapter that changes something. The state has arrays of its own.
 
     Raises:
       ValueError: train="all", but the weights are quantised.
@@ -65,23 +74,27 @@ def start(settings: Settings, config: Phi3Config, params: Params) -> tuple[Train
         raise ValueError("train=all: the checkpoint's weights are integers: load it as floats, or train=lora")
     base = jax.tree.map(lambda w: w if _is_quantized(w) else w.astype(dtype), params, is_leaf=_is_quantized)
 
-    def state(base: Params) -> TrainState:
-        if settings.train == "all":
-            trainable = jax.tree.map(jnp.copy, base)  # otherwise the caller's arrays would be donated
+    def state(base: Params, adapter: Adapter | None) -> TrainState:
+        if settings.train == "all" or adapter is not None:  # a copy, or the caller's arrays would be donated
+            trainable = jax.tree.map(jnp.copy, base if settings.train == "all" else adapter)
         else:
             trainable = init_adapter(config, adapter_config(settings), jax.random.key(settings.seed), base)
         opt_state = optimizer.init(_float32(trainable))
         return TrainState(jnp.int32(0), trainable, opt_state, jnp.int32(0), jnp.int32(0))
 
-    places = sharding.of_state(mesh, jax.eval_shape(state, base), settings.shard_weights)
-    frozen = base if settings.train == "lora" or settings.method == "dpo" else {}
+    places = sharding.of_state(mesh, jax.eval_shape(state, base, adapter), settings.shard_weights)
+    frozen: Params | Reference = base if settings.train == "lora" or settings.method == "dpo" else {}
+    if settings.method == "dpo" and settings.dpo_reference == "start" and adapter is not None:
+        reference = adapter_config(settings), adapter
+    if reference is not None:
+        frozen = Reference(base, reference[1], reference[0])
     frozen = jax.device_put(frozen, sharding.of_state(mesh, frozen, settings.shard_weights))
-    return jax.jit(state, out_shardings=places)(base), frozen
+    return jax.jit(state, out_shardings=places)(base, adapter), frozen
 
 
 def make_train_step(
     settings: Settings, config: Phi3Config
-) -> Callable[[TrainState, Params, Batch | Pair], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params | Reference, Batch | Pair], tuple[TrainState, Metrics]]:
     """A function (state, frozen, batch [A, B, T]) -> (state, metrics); the given state is donated.
 
     The gradient is that of the loss summed over all A batches, divided once by the sum of their weights. A step whose
@@ -99,7 +112,7 @@ def make_train_step(
     def placed(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(tree, sharding.of_state(mesh, tree, settings.shard_weights))
 
-    def gradient_and_sums(state: TrainState, frozen: Params, batch: Batch | Pair) -> tuple[Params, Metrics]:
+    def gradient_and_sums(state: TrainState, frozen: Params | Reference, batch: Batch | Pair) -> tuple[Params, Metrics]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
 
         def loss(trainable: Params, part: Batch | Pair, number: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -119,7 +132,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         return jax.lax.scan(add, (placed(zeros[0]), zeros[1]), parts)[0]
 
-    def step(state: TrainState, frozen: Params, batch: Batch | Pair) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Params | Reference, batch: Batch | Pair) -> tuple[TrainState, Metrics]:
         gradient, sums = gradient_and_sums(state, frozen, batch)
         per_weight = jnp.where(sums["weight"] > 0, 1 / sums["weight"], 0)
         norm = optax.tree.norm(gradient) * per_weight
@@ -150,14 +163,16 @@ def make_train_step(
     return jax.jit(step, in_shardings=(None, None, rows), donate_argnums=0)
 
 
-def make_eval_step(settings: Settings, config: Phi3Config) -> Callable[[Params, Params, Batch | Pair], Metrics]:
+def make_eval_step(
+    settings: Settings, config: Phi3Config
+) -> Callable[[Params, Params | Reference, Batch | Pair], Metrics]:
     """A function (trainable, frozen, batch [B, T]) -> the plain sums of `forward.batch_sums` (its key is None).
 
     Raises:
       ValueError: `batch_size` cannot be shared out evenly among the devices.
     """
 
-    def evaluate(trainable: Params, frozen: Params, batch: Batch | Pair) -> Metrics:
+    def evaluate(trainable: Params, frozen: Params | Reference, batch: Batch | Pair) -> Metrics:
         return batch_sums(settings, config, trainable, frozen, batch)
 
     rows = sharding.of_rows(sharding.make_mesh(), settings.batch_size)

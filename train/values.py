@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from phi3_jax.adapters import TARGETS
+from phi3_jax.adapters import HEAD, TABLE, TARGETS
 from phi3_jax.quantization import parse_format
 from phi3_jax.spelling import did_you_mean
 
@@ -49,7 +49,7 @@ _RANGES = {
     "mixture": Range(0.001, 1000),
     "sequence_length": Range(2),  # the first token of a row is not learned
 }
-_ELEMENTS = {"lora_targets": TARGETS, "trackers": ("csv", "wandb", "mlflow")}
+_ELEMENTS = {"lora_targets": (*TARGETS, TABLE, HEAD), "trackers": ("csv", "wandb", "mlflow")}
 _NEEDED = ("checkpoint", "output", "lora_targets", "dpo_reference")  # may not be empty
 _POLICIES = ("int8", "int4", "int4-mixed", "stored")
 

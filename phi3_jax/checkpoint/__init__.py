@@ -19,7 +19,10 @@ from phi3_jax.checkpoint.load_save import resolve as resolve
 from phi3_jax.checkpoint.load_save import save as save
 from phi3_jax.checkpoint.load_save import stored_config as stored_config
 from phi3_jax.checkpoint.load_save import stored_dtype as stored_dtype
+from phi3_jax.checkpoint.peft import AttachableAdapter as AttachableAdapter
+from phi3_jax.checkpoint.peft import find_adapter as find_adapter
 from phi3_jax.checkpoint.peft import load_adapter as load_adapter
+from phi3_jax.checkpoint.peft import read_attachable as read_attachable
 from phi3_jax.checkpoint.peft import save_adapter as save_adapter
 from phi3_jax.checkpoint.placement import Layout as Layout
 from phi3_jax.checkpoint.placement import auto_dtype as auto_dtype

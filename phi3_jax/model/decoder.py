@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import PackedTensor, QuantizedTensor, has_packed
+from phi3_jax.kernels import has_packed
 from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
-from phi3_jax.kernels.linear import linear
+from phi3_jax.kernels.linear import linear, rows
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.rope import cos_sin, rotate
 
@@ -197,8 +197,7 @@ class Phi3(nn.Module):
         c = self.config
         self.embed_tokens = matrix(c, c.vocab_size, c.hidden_size)
         self.norm = scale(c)
-        if not c.tie_word_embeddings:
-            self.lm_head = matrix(c, c.vocab_size, c.hidden_size)
+        self.lm_head = matrix(c, c.vocab_size, c.hidden_size)
 
     def __call__(
         self,
@@ -277,17 +276,13 @@ class Phi3(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, T] -> [B, T, D]; an id outside of the vocabulary gives NaN rather than another token's row."""
-        table = self.embed_tokens()
-        if isinstance(table, QuantizedTensor | PackedTensor):
-            x = table.rows(tokens)
-        else:
-            x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
         is_pad = (tokens == self.config.pad_token_id)[..., None] if self.config.pad_token_id is not None else False
-        return jnp.where(is_pad, jax.lax.stop_gradient(x), x)
+        return rows(self.embed_tokens(), tokens, is_pad)
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> logits float32 [..., V]."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        """x [..., D] -> logits float32 [..., V]; a tied head is the embedding, unless an adapter has parted them."""
+        tied = self.config.tie_word_embeddings and "lm_head" not in self.variables.get("params", {})
+        head = self.embed_tokens if tied else self.lm_head
         return linear(x, head(), dtype=jnp.float32)
 
     def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> nn.Module:

@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapters import BASE, dense, multiplied_out, peft_tensors, separate, write_peft
+from adapters import BASE, dense, multiplied_out, peft_tensors, scalings, separate, write_peft
 
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint import load_adapter, named_tensors, save, save_adapter
 from phi3_jax.checkpoint.gguf.writer import save_gguf
+from phi3_jax.quantization import quantize_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -68,7 +69,7 @@ def check_both(folder: Path, expected: dict[str, np.ndarray]) -> LoraConfig:
     """Merged while loading, and as a tree of its own, whose weights are multiplied out here."""
     merged = check_merged(folder, expected)
     lora, adapter = load_adapter(folder, base().config)
-    whole = dense(base().params, adapter, lora, lora.scaling)
+    whole = dense(base().params, adapter, lora, scalings(lora))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5, rtol=1e-5), whole, merged.params)
     return lora
 
@@ -90,7 +91,7 @@ def test_separate_matrices_become_blocks_of_the_fused_ones(names, layers, dora, 
     options = {"layers_to_transform": list(layers), "use_dora": dora}
     folder = write_peft(tmp_path / "x", tensors, target_modules=list(names), r=3, lora_alpha=6, **options)
     lora = check_both(folder, multiplied_out(weights(True), tensors, 2.0))
-    assert (lora.rank, lora.scaling, lora.dora) == (rank, 2, dora)
+    assert (max(map(lora.rank_of, lora.targets)), set(scalings(lora).values()), lora.dora) == (rank, {2}, dora)
 
 
 @pytest.mark.parametrize(("names", "options"), [(("q_proj", "v_proj"), {}), (MLP, {"alpha_pattern": {"up_proj": 2}})])
@@ -99,8 +100,8 @@ def test_separate_matrices_are_written_as_fused_ones(names, options, tmp_path):
     folder = write_peft(tmp_path / "x", tensors, target_modules=list(names), r=3, **options)
     lora, adapter = load_adapter(folder, base().config)
     save_adapter(tmp_path / "ours", adapter, lora, base().config, "")
-    scalings = {name: options.get("alpha_pattern", {}).get(name.split(".")[-1], 8) / 3 for name in modules(names)}
-    expected = multiplied_out(weights(True), tensors, scalings)
+    factors = {name: options.get("alpha_pattern", {}).get(name.split(".")[-1], 8) / 3 for name in modules(names)}
+    expected = multiplied_out(weights(True), tensors, factors)
     check_merged(tmp_path / "ours", expected)
     written = safetensors.numpy.load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in written} <= set(FUSED)
@@ -195,9 +196,11 @@ def test_ranks_and_alphas_of_their_own(ranks, alphas, expected, options, tmp_pat
     tensors = peft_tensors(weights(False), {name: rank for name, (rank, _) in each.items()}, bool(options))
     settings = {"rank_pattern": ranks, "alpha_pattern": alphas, "r": 3, "lora_alpha": 8, **options}
     folder = write_peft(tmp_path / "x", tensors, target_modules=list(FUSED), **settings)
-    scalings = {name: alpha / (rank**0.5 if options else rank) for name, (rank, alpha) in each.items()}
-    lora = check_both(folder, multiplied_out(weights(False), tensors, scalings))
-    assert lora.rank == max(rank for rank, _ in each.values())
+    factors = {name: alpha / (rank**0.5 if options else rank) for name, (rank, alpha) in each.items()}
+    lora = check_both(folder, multiplied_out(weights(False), tensors, factors))
+    assert (lora.rank, lora.alpha) == (3, 8)
+    for target in FUSED:  # no rank of a target is larger than it has to be
+        assert lora.rank_of(target) == max(rank for name, (rank, _) in each.items() if name.endswith(target))
 
 
 # ----------------------------------------------------------------------------- whole modules, embeddings, heads, tokens
@@ -240,12 +243,34 @@ def test_updates_of_the_embedding_and_the_head(names, dora, tmp_path):
     tensors = peft_tensors(weights(False), {full[name]: 2 for name in names}, dora)
     settings = {"target_modules": names, "r": 2, "lora_alpha": 3, "use_dora": dora}
     expected = multiplied_out(weights(False), tensors, 1.5)
-    # PEFT stores the weights below the updates, too.
-    below = {f"base_model.model.{full[n]}.base_layer.weight": weights(False)[f"{full[n]}.weight"] for n in names}
+    folder = write_peft(tmp_path / "x", tensors, **settings)
+    if dora and "embed_tokens" in names:  # whose columns have norms
+        check_merged(folder, expected)
+        with pytest.raises(ValueError, match=r"changes model.embed_tokens, which cannot be attached; load the model"):
+            load_adapter(folder, base().config)
+    else:
+        assert set(check_both(folder, expected).targets) == set(names)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_the_weights_below_updates_have_to_be_the_models(dtype, tmp_path):
+    """PEFT stores them where an embedding or a head is adapted."""
+    tensors = peft_tensors(weights(False), {"lm_head": 2, "model.embed_tokens": 2})
+    names = {
+        f"base_model.model.{name}.base_layer.weight": f"{name}.weight" for name in ("lm_head", "model.embed_tokens")
+    }
+    below = {name: weights(False)[own].astype(dtype) for name, own in names.items()}
+    settings: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head"], "r": 2}
     folder = write_peft(tmp_path / "x", tensors | below, **settings)
-    check_merged(folder, expected)
-    with pytest.raises(ValueError, match=f"changes .*{names[0]}.* cannot be attached"):
+    expected, params = load_adapter(write_peft(tmp_path / "y", tensors, **settings), base().config), base().params
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base().config, params), expected)
+    with pytest.raises(ValueError, match=r"stores the weights of lm_head, model.embed_tokens, too: give load_adapter"):
         load_adapter(folder, base().config)
+    with pytest.raises(ValueError, match=r"lm_head is a QuantizedTensor, and the adapter stores"):
+        load_adapter(folder, base().config, quantize_params(params, "int8"))
+    below["base_model.model.lm_head.base_layer.weight"] = below["base_model.model.lm_head.base_layer.weight"] + dtype(1)
+    with pytest.raises(ValueError, match=r"changes lm_head, which cannot be attached; load the model with it merged"):
+        load_adapter(write_peft(tmp_path / "z", tensors | below, **settings), base().config, params)
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
@@ -391,5 +416,5 @@ def test_two_adapters_in_one_file(tmp_path):
 def test_other_dtypes(dtype, tmp_path):
     tensors = {name: t.astype(dtype) for name, t in peft_tensors(weights(True), modules(("up_proj", "o_proj"))).items()}
     settings = {"target_modules": ["up_proj", "o_proj"], "r": 3, "rank_pattern": None, "alpha_pattern": {"o_proj": 5}}
-    scalings = {name: (5 if "o_proj" in name else 8) / 3 for name in modules(("up_proj", "o_proj"))}
-    check_both(write_peft(tmp_path / "x", tensors, **settings), multiplied_out(weights(True), tensors, scalings))
+    factors = {name: (5 if "o_proj" in name else 8) / 3 for name in modules(("up_proj", "o_proj"))}
+    check_both(write_peft(tmp_path / "x", tensors, **settings), multiplied_out(weights(True), tensors, factors))

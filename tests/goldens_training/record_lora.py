@@ -16,6 +16,7 @@ from transformers import Phi3ForCausalLM
 
 HERE = Path(__file__).parent
 BASE = "tests/goldens/gqa"
+TIED = "tests/goldens/partial_tied"
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 Tensors = dict[str, torch.Tensor]
 
@@ -26,11 +27,23 @@ def main() -> None:
     record_adapter("rslora", {"r": 4, "lora_alpha": 3, "target_modules": TARGETS[::3], "use_rslora": True})
     record_adapter("dora", {"r": 2, "lora_alpha": 5, "target_modules": TARGETS, "use_dora": True})
     record_steps("lora_steps", {"r": 3, "lora_alpha": 6, "target_modules": TARGETS})
+    record_embeddings()
 
 
-def new_model(options: dict[str, Any]) -> peft.PeftModel:
-    base = Phi3ForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
-    return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+def record_embeddings() -> None:
+    """Of the embedding and the head, with ranks and alphas of their own."""
+    torch.manual_seed(6)
+    both = {"r": 3, "lora_alpha": 7, "target_modules": ["embed_tokens", "lm_head", "o_proj"]}
+    patterns = {"rank_pattern": {"lm_head": 2, "o_proj": 4}, "alpha_pattern": {"embed_tokens": 3}}
+    record_adapter("embeddings", {**both, **patterns})
+    one = {"r": 2, "lora_alpha": 3, "target_modules": ["embed_tokens", "down_proj"]}
+    record_adapter("embedding_alone", {**one, "use_rslora": True}, TIED)
+    record_adapter("embedding_tied", {**one, "ensure_weight_tying": True}, TIED)
+
+
+def new_model(options: dict[str, Any], base: str = BASE) -> peft.PeftModel:
+    model = Phi3ForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
 
 
 def save(model: peft.PeftModel, folder: Path) -> None:
@@ -46,7 +59,7 @@ def save_tensors(tensors: Tensors, name: str) -> None:
 
 
 def gradients(model: peft.PeftModel) -> Tensors:
-    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    named = {name: p.grad.contiguous().clone() for name, p in model.named_parameters() if p.requires_grad}
     return {f"gradient/{saved_name(name)}": gradient for name, gradient in named.items()}
 
 
@@ -55,16 +68,18 @@ def saved_name(name: str) -> str:
     return name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
-def record_adapter(name: str, options: dict[str, Any]) -> None:
+def record_adapter(name: str, options: dict[str, Any], base: str = BASE) -> None:
     """An adapter far from zero, logits with it, and gradients of the mean cross-entropy of the next tokens."""
-    model = new_model(options)
+    model = new_model(options, base)
     for path, parameter in model.named_parameters():
-        if "lora_B" in path:
+        if "lora_B" in path or "embedding_A" in path:
             torch.nn.init.normal_(parameter, std=0.3)
         elif "magnitude" in path:
             parameter.data *= torch.empty_like(parameter).uniform_(0.7, 1.4)
     save(model, HERE / name)
     tokens = torch.randint(6, model.config.vocab_size, (2, 11))
+    if "embed_tokens" in options["target_modules"]:
+        tokens[0, 4] = model.config.pad_token_id  # whose row gets no gradient
     logits = model(input_ids=tokens).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()

@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapters import dense, random_adapter
+from adapters import dense, random_adapter, scalings
 from training_batches import close, rows, stack, text_loss, texts
 
 import phi3_jax
+from phi3_jax.adapters import LoraConfig
 from phi3_jax.train.data import Pair
-from phi3_jax.train.forward import adapter_config, batch_sums
-from phi3_jax.train.settings import Settings
+from phi3_jax.train.forward import Reference, batch_sums
+from phi3_jax.train.settings import Settings, adapter_config
 from phi3_jax.train.step import make_train_step, start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BETA = 0.3
+OTHER = LoraConfig(3, 7, ("o_proj", "gate_up_proj", "lm_head"), rslora=True, ranks=(("o_proj", 1),))
 PAIR = Pair(rows([[5], [17]], 21, 97, seed=1), rows([[21], [8]], 21, 97, seed=2))
 
 
@@ -102,3 +104,54 @@ def test_pairs_of_padding_do_not_count(tiny):
         for batch in (PAIR, longer)
     ]
     close(sums[1], sums[0])
+
+
+# ----------------------------------------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("named", ["start", pytest.param("base", marks=pytest.mark.slow), "other"])
+def test_the_reference_is_what_the_setting_names(tiny, named):
+    """The loss and the gradient, with the reference multiplied out, too."""
+    s = settings(dpo_reference=named, loss_chunk=30, lora_targets=("qkv_proj", "down_proj"))
+    lora = adapter_config(s)
+    begun, now = random_adapter(tiny.config, lora, 4), random_adapter(tiny.config, lora, 5)
+    other = (OTHER, random_adapter(tiny.config, OTHER, 6)) if named == "other" else None
+    state, frozen = start(s, tiny.config, tiny.params, begun, other)
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, begun)
+    assert isinstance(frozen, Reference) == (named != "base")
+    reference = {
+        "start": lambda: dense(tiny.params, begun, lora, 1.0),
+        "base": lambda: tiny.params,
+        "other": lambda: dense(tiny.params, other[1], OTHER, scalings(OTHER)),
+    }[named]()
+
+    def fast(adapter):
+        sums = batch_sums(s, tiny.config, adapter, frozen, PAIR, jax.random.key(0))
+        return sums["loss"] / sums["weight"]
+
+    def slow(adapter):
+        return slow_dpo(tiny.config, dense(tiny.params, adapter, lora, 1.0), reference)[0]
+
+    loss, gradient = jax.jit(jax.value_and_grad(fast))(now)
+    expected, slow_gradient = jax.jit(jax.value_and_grad(slow))(now)
+    assert abs(float(expected) - math.log(2)) > 0.01
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    close(gradient, slow_gradient, 5e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_targets": ("embed_tokens", "o_proj")},
+        pytest.param({"dora": True, "compute_dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+)
+def test_training_on_from_an_adapter_starts_at_log_2(tiny, changes):
+    s = settings(warmup_steps=0, **changes)
+    begun = random_adapter(tiny.config, adapter_config(s), 4)
+    state, frozen = start(s, tiny.config, tiny.params, begun)
+    _, metrics = make_train_step(s, tiny.config)(state, frozen, stack(PAIR))
+    assert float(metrics["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(metrics["margin"]) == pytest.approx(0, abs=2e-6)
+    assert float(metrics["grad_norm"]) > 0.01
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((begun, frozen)))  # only the state is donated

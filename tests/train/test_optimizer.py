@@ -12,9 +12,8 @@ import safetensors.numpy
 
 from phi3_jax.adapters import init_adapter
 from phi3_jax.train.adam8bit import BLOCK, decode, encode
-from phi3_jax.train.forward import adapter_config
 from phi3_jax.train.optimizer import decayed, make_optimizer, schedule
-from phi3_jax.train.settings import Settings
+from phi3_jax.train.settings import Settings, adapter_config
 
 GOLDENS = Path(__file__).parents[1] / "goldens_training"
 RATES = safetensors.numpy.load_file(GOLDENS / "schedules" / "expected.safetensors")

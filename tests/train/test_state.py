@@ -12,7 +12,7 @@ from training_batches import PARTS, close, run, settings, slow_loss, stack, trai
 from phi3_jax.adapters import merge
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.quantization import quantize_params
-from phi3_jax.train.forward import adapter_config
+from phi3_jax.train.settings import adapter_config
 from phi3_jax.train.step import make_eval_step, make_train_step, start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

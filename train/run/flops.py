@@ -18,8 +18,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.model import parameter_shapes
 
 from ..data import Batch, Pair
-from ..forward import adapter_config
-from ..settings import Settings
+from ..settings import Settings, adapter_config
 
 
 def step_flops(settings: Settings, config: Phi3Config, batch: Batch | Pair) -> float:

@@ -25,10 +25,10 @@ from phi3_jax.checkpoint import holds_integers, require_tokenizer, save_adapter
 from phi3_jax.kernels import has_packed
 
 from .. import sharding
+from ..adapters import fingerprints, reference_adapter, with_init_adapter
 from ..checks import check_before_loading
 from ..data import Mixture, batches, epoch_size
-from ..forward import adapter_config
-from ..settings import Settings
+from ..settings import Settings, adapter_config
 from ..step import TrainState, make_train_step, start
 from .checkpoints import Checkpoints, Restored
 from .curve import save_curve
@@ -81,19 +81,22 @@ def train(
         settle_exports(settings)
         recorded, done = checkpoints.about(), max(checkpoints.steps, default=0)
         check_settings(recorded, settings, done)
+        adapters = fingerprints(settings)
 
         # ---- the model and the data ----
         checkpoint = _load(settings, observer)
         data, held_out = prepare_data(checkpoint, settings, observer)
-        about = describe(settings, checkpoint, data.fingerprint)
+        about = describe(settings, checkpoint, data.fingerprint, adapters)
         settings = dataclasses.replace(settings, steps=settings.all_steps(epoch_size(data.counts, settings)), epochs=0)
         check_steps(done, settings)  # once more: the data say how many are in `epochs`
+        settings, adapter = with_init_adapter(settings, checkpoint)
+        reference = reference_adapter(settings, checkpoint)
 
         # ---- what was done before ----
         for text in check_contents(recorded, about, settings):
             observer.note(text)
         evaluations = evaluations_before(recorded, held_out, checkpoints, settings, observer)
-        like = _start_like(settings, checkpoint)
+        like = _start_like(settings, checkpoint, adapter, reference)
         is_over = recorded is not None and _is_over(done, evaluations, settings)
         if is_over and not is_exported(settings, done, checkpoints.best):
             done = _restore(checkpoints, like[0], observer).step  # a broken checkpoint's steps are taken again
@@ -110,7 +113,8 @@ def train(
             require_fit(memory, settings)
             checkpoints.require_room(like[0])
 
-            state, frozen = start(settings, checkpoint.config, checkpoint.params)
+            state, frozen = start(settings, checkpoint.config, checkpoint.params, adapter, reference)
+            del adapter, reference
             checkpoint = dataclasses.replace(checkpoint, params={})  # there may not be room for them twice
             if recorded is not None:
                 del state
@@ -227,12 +231,14 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     quantize = settings.quantize or None
     # `start` casts what is not quantised.
     dtype = "auto" if holds_integers(settings.checkpoint) else settings.dtype
+    merged = settings.init_adapter or None if settings.train == "all" else None
     checkpoint = phi3_jax.load(
         settings.checkpoint,
         dtype,
         quantize=quantize,
         layout="rows",
-        merge_adapter=True,  # of one that lies in the model's own folder
+        adapter=merged,
+        merge_adapter=True,  # also of one that lies in the model's own folder
         on_progress=on_progress,
     )
     if has_packed(checkpoint.params):
@@ -244,9 +250,13 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
     return checkpoint
 
 
-def _start_like(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tuple[Any, Any]:
+def _start_like(
+    settings: Settings, checkpoint: phi3_jax.Checkpoint, adapter: Any = None, reference: Any = None
+) -> tuple[Any, Any]:
     """What `start` will return, (state, frozen), as shapes with shardings."""
-    shapes = jax.eval_shape(lambda params: start(settings, checkpoint.config, params), checkpoint.params)
+    shapes = jax.eval_shape(
+        lambda params: start(settings, checkpoint.config, params, adapter, reference), checkpoint.params
+    )
     places = sharding.of_state(sharding.make_mesh(), shapes, settings.shard_weights)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 

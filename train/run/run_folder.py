@@ -52,11 +52,14 @@ def best_folder(settings: Settings) -> Path:
 # ---- what a run is known by ----
 
 
-def describe(settings: Settings, checkpoint: phi3_jax.Checkpoint, data: str) -> dict[str, Any]:
-    """What is saved with a checkpoint to identify its run, as JSON; `data` is the fingerprint of the dataset.
+def describe(
+    settings: Settings, checkpoint: phi3_jax.Checkpoint, data: str, adapters: Mapping[str, str]
+) -> dict[str, Any]:
+    """What is saved with a checkpoint to identify its run, as JSON.
 
-    Raises:
-      The errors of `load_adapter`, of an adapter that the settings name.
+    Args:
+      data: the fingerprint of the dataset.
+      adapters: those of adapters that the run reads, by the setting that names them.
     """
     assert checkpoint.tokenizer is not None
     contents = {
@@ -65,10 +68,6 @@ def describe(settings: Settings, checkpoint: phi3_jax.Checkpoint, data: str) -> 
         "configuration": fingerprint.of_fields(checkpoint.config),
         "tokenizer": fingerprint.of_tokenizer(checkpoint.tokenizer),
     }
-    if settings.init_adapter:
-        contents["init_adapter"] = fingerprint.of_adapter(settings.init_adapter, checkpoint.config)
-    if settings.method == "dpo" and settings.dpo_reference not in ("start", "base"):
-        contents["dpo_reference"] = fingerprint.of_adapter(settings.dpo_reference, checkpoint.config)
     device = jax.devices()[0].device_kind
     versions = {
         "phi3_jax": phi3_jax.__version__,
@@ -76,7 +75,7 @@ def describe(settings: Settings, checkpoint: phi3_jax.Checkpoint, data: str) -> 
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {device}",
     }
-    return {"settings": _fields(settings), "versions": versions} | contents
+    return {"settings": _fields(settings), "versions": versions} | contents | dict(adapters)
 
 
 def check_settings(recorded: Mapping[str, Any] | None, settings: Settings, done: int) -> None:

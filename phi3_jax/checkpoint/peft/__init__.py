@@ -7,9 +7,12 @@ checkpoint that is being loaded, on_integers.py puts them on top of integers, at
 trial, and writer.py writes what was trained here.
 """
 
+from phi3_jax.checkpoint.peft.attached import AttachableAdapter as AttachableAdapter
 from phi3_jax.checkpoint.peft.attached import load_adapter as load_adapter
+from phi3_jax.checkpoint.peft.attached import read_attachable as read_attachable
 from phi3_jax.checkpoint.peft.merging import merged_sources as merged_sources
 from phi3_jax.checkpoint.peft.on_integers import on_integers as on_integers
 from phi3_jax.checkpoint.peft.reader import AdapterFiles as AdapterFiles
+from phi3_jax.checkpoint.peft.reader import find_adapter as find_adapter
 from phi3_jax.checkpoint.peft.reader import read_adapter as read_adapter
 from phi3_jax.checkpoint.peft.writer import save_adapter as save_adapter

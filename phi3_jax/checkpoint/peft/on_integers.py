@@ -80,8 +80,8 @@ def on_integers(
     updates = [update for update in files.updates if update.module.path in attached]
     if not updates:
         return params, config
-    lora, adapter = stacked(dataclasses.replace(files, base=[], whole=[], rows=[], updates=updates), config)
-    return attach(params, _placed(adapter, lora.scaling, device), _as_arguments(lora)), config
+    found = stacked(dataclasses.replace(files, base=[], whole=[], rows=[], updates=updates), config)
+    return attach(params, _placed(found.adapter, found.lora, device), _as_arguments(found.lora)), config
 
 
 def _attached_paths(files: AdapterFiles, config: Phi3Config) -> set[str]:
@@ -124,15 +124,17 @@ def _changed(
     return builder.finish(put)
 
 
-def _placed(adapter: Adapter, scaling: float, device: Device) -> Adapter:
+def _placed(adapter: Adapter, lora: LoraConfig, device: Device) -> Adapter:
     """The adapter where it belongs, its scaling a part of b."""
     placed = {}
     for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items():
-        array = np.asarray(leaf)
-        placed[path] = put_function(device, path)(array * np.float32(scaling) if path.endswith("/b") else array)
+        array, (target, part) = np.asarray(leaf), path.split("/")[-2:]
+        whole = array * np.float32(lora.scaling_of(target)) if part == "b" else array
+        placed[path] = put_function(device, path)(whole)
     return flax.traverse_util.unflatten_dict(placed, sep="/")
 
 
 def _as_arguments(lora: LoraConfig) -> LoraConfig:
     """Of an adapter from `_placed`: no number that a compiled program depends on is left here but the rank."""
-    return dataclasses.replace(lora, alpha=lora.rank, rslora=False, dropout=0.0)
+    alphas = tuple((target, float(rank)) for target, rank in lora.ranks)
+    return dataclasses.replace(lora, alpha=lora.rank, alphas=alphas, rslora=False, dropout=0.0)

@@ -71,6 +71,32 @@ class AdapterFiles:
     updates: list[Update]
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter's two files on this machine.
+
+    Attributes:
+      base: the name of the model that it was made for, as PEFT stores it, or "".
+    """
+
+    settings: Path
+    weights: Path
+    base: str
+
+
+def find_adapter(folder: str | os.PathLike[str]) -> FoundAdapter:
+    """Finds an adapter's files; of a hub id they are fetched. No model is needed.
+
+    Raises:
+      FileNotFoundError: one is missing.
+      ValueError: the first is damaged, or has settings that are not computed here.
+    """
+    place = _place(folder)
+    settings = read_settings(place / CONFIG)
+    _require_weights(place / WEIGHTS)
+    return FoundAdapter(place / CONFIG, place / WEIGHTS, settings.base)
+
+
 def read_adapter(folder: str | os.PathLike[str], config: Phi3Config) -> AdapterFiles:
     """Finds an adapter's tensors for a model of these sizes.
 
@@ -84,9 +110,7 @@ def read_adapter(folder: str | os.PathLike[str], config: Phi3Config) -> AdapterF
       ValueError: a file is damaged, does not fit the model or the other file, or describes something that is not
         implemented here.
     """
-    place = Path(folder)
-    if not place.exists() and is_hub_id(folder):
-        place = download(str(folder), (CONFIG, WEIGHTS))
+    place = _place(folder)
     settings, path = read_settings(place / CONFIG), place / WEIGHTS
     tensors = _read_weights(path)
     unfused = any(map(is_unfused, tensors))
@@ -140,11 +164,19 @@ def tensor_name(module: Module, part: str) -> str:
     return f"{PREFIX}{module.name}.{endings[part]}"
 
 
-def _read_weights(path: Path) -> dict[str, TensorSource]:
-    pickled = path.with_name(PICKLED)
+def _place(folder: str | os.PathLike[str]) -> Path:
+    place = Path(folder)
+    return download(str(folder), (CONFIG, WEIGHTS)) if not place.exists() and is_hub_id(folder) else place
+
+
+def _require_weights(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the file is missing; {PICKLED} is not read: save it as safetensors")
-    if pickled.exists():
+
+
+def _read_weights(path: Path) -> dict[str, TensorSource]:
+    _require_weights(path)
+    if path.with_name(PICKLED).exists():
         warnings.warn(f"{path.parent}: {WEIGHTS} is read, as by PEFT, and {PICKLED} is not", stacklevel=4)
     return safetensors_files.read_file(path)
 

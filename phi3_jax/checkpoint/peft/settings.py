@@ -46,6 +46,7 @@ class Settings:
       saved: modules that are stored in full.
       tokens: {"embed_tokens": ids}: rows that are stored in full.
       tied: a tied head follows the embedding.
+      base: the name of the model that it was made for, or "".
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Settings:
     saved: list[str]
     tokens: Mapping[str, list[int]]
     tied: bool
+    base: str
 
     def of(self, module: str) -> LoraConfig:
         """The rank and the alpha of one module. Raises ValueError where they are no sensible numbers."""
@@ -180,6 +182,7 @@ def read_settings(path: Path) -> Settings:
             _strings(found.get("modules_to_save") or [], "modules_to_save"),
             _tokens(found.get("trainable_token_indices")),
             bool(found.get("ensure_weight_tying")),
+            str(found.get("base_model_name_or_path") or ""),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax.traverse_util
 import numpy as np
 
-from phi3_jax.adapters import Adapter, LoraConfig, adapter_shapes
+from phi3_jax.adapters import HEAD, TABLE, Adapter, LoraConfig, adapter_shapes
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.peft.reader import PREFIX, WEIGHTS
@@ -42,9 +43,7 @@ def save_adapter(
     leaves = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items()}
     if {path: leaf.shape for path, leaf in leaves.items()} != adapter_shapes(config, lora):
         raise ValueError("the adapter's leaves are not those of the model and the LoraConfig that are given with it")
-    tensors = {
-        name: layer for path, leaf in leaves.items() for name, layer in zip(_names(path, len(leaf)), leaf, strict=True)
-    }
+    tensors = {name: tensor for path, leaf in leaves.items() for name, tensor in _tensors(path, leaf, lora.tied)}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -55,6 +54,9 @@ def save_adapter(
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
+        "rank_pattern": dict(lora.ranks),
+        "alpha_pattern": dict(lora.alphas),
+        "ensure_weight_tying": lora.tied,
         "target_modules": list(lora.targets),
         "bias": "none",
     }
@@ -63,7 +65,14 @@ def save_adapter(
         (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _names(path: str, layers: int) -> list[str]:
-    """PEFT's names of the tensors in one leaf, "layers/mlp/down_proj/a"."""
+def _tensors(path: str, leaf: np.ndarray, tied: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """(PEFT's name, tensor) for all that one leaf, "layers/mlp/down_proj/a", becomes."""
     place, _, part = path.rpartition("/")
-    return [PREFIX + name for name in tensor_names(f"{place}/{_PARTS[part]}", layers)]
+    if place.startswith("layers/"):
+        names = tensor_names(f"{place}/{_PARTS[part]}", len(leaf))
+        yield from ((PREFIX + name, layer) for name, layer in zip(names, leaf, strict=True))
+    if place == TABLE:  # PEFT adapts its transpose
+        other = {"a": "lora_embedding_B", "b": "lora_embedding_A"}[part]
+        yield f"{PREFIX}model.{TABLE}.{other}", np.ascontiguousarray(leaf.T)
+    if place == HEAD or (place == TABLE and tied):
+        yield f"{PREFIX}{HEAD}.{_PARTS[part]}", leaf

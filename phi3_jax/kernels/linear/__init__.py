@@ -1,4 +1,4 @@
-"""Matrix products with a model's weights: floats, integers, packed, or with a LoRA adapter."""
+"""Matrix products with a model's weights, and rows of them: floats, integers, packed, or with a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from phi3_jax.kernels.dispatch import on_cpu
 from phi3_jax.kernels.linear import cpu, lora, xla
@@ -45,3 +46,18 @@ def linear(
         return xla.linear(x, weight, layer, dtype)
     by_kernel, by_xla = (functools.partial(module.linear, dtype=dtype) for module in (cpu, xla))
     return on_cpu(by_kernel, by_xla)(x, weight, layer)
+
+
+def rows(table: Weight, ids: jax.Array, fixed: jax.Array | bool = False) -> jax.Array:
+    """The rows `ids` (int [...]) of an embedding [V, D] -> [..., D]; an id out of range gives NaN.
+
+    Args:
+      fixed: bool, broadcastable to the result: where the row gets no gradient.
+    """
+    if isinstance(table, LoraTensor):
+        return lora.rows(table, ids, fixed, rows(table.base, ids, fixed))
+    if isinstance(table, QuantizedTensor | PackedTensor):
+        x = table.rows(ids)
+    else:
+        x = jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+    return jnp.where(fixed, jax.lax.stop_gradient(x), x)

@@ -1,4 +1,4 @@
-"""The product with a weight that has a low-rank update (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353).
+"""The product with a weight that has a low-rank update, and its rows (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353).
 
 Axis letters: L layer, O outputs, I inputs, R rank of the update.
 """
@@ -53,6 +53,11 @@ class LoraTensor:
         """The shape of the weight that this stands for."""
         return self.base.shape
 
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight that this stands for."""
+        return self.base.dtype
+
 
 def linear(
     x: jax.Array, weight: LoraTensor, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
@@ -85,6 +90,16 @@ def _is_by_kernel(base: jax.Array, x: jax.Array, weight: LoraTensor) -> bool:
 
 def _add(base: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, layer: jax.Array, scaling: float) -> jax.Array:
     return base + _widen(scaling * xla.linear(x, a, layer, None), xla.dense(b, layer, None))
+
+
+def rows(weight: LoraTensor, ids: jax.Array, fixed: jax.Array | bool, base: jax.Array) -> jax.Array:
+    """See `kernels.linear.rows`; `base` are those of the weight's base. As in PEFT, nothing is dropped here."""
+    if weight.gain is not None:
+        raise ValueError("DoRA of an embedding gives its columns norms, which is not computed by rows: merge it")
+    b = jnp.take(weight.b, ids, axis=0, mode="clip")  # an id out of range is NaN in the base's rows
+    b = jnp.where(fixed, jax.lax.stop_gradient(b), b)
+    update = weight.scaling * jnp.einsum("...r,ri->...i", b, weight.a, precision=jax.lax.Precision.HIGHEST)
+    return (base + update).astype(base.dtype)
 
 
 @jax.custom_vjp

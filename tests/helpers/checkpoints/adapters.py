@@ -28,13 +28,22 @@ def random_adapter(config: phi3_jax.Phi3Config, lora: LoraConfig, seed: int = 0)
     return flax.traverse_util.unflatten_dict({k: v.astype(jnp.float32) for k, v in leaves.items()}, sep="/")
 
 
-def dense(params: Any, adapter: Adapter, lora: LoraConfig, scaling: float) -> Any:
-    """Parameters with the adapter multiplied out, differentiable, for whole stacks at a time."""
+def scalings(lora: LoraConfig) -> dict[str, float]:
+    """The scaling of each target."""
+    return {target: lora.scaling_of(target) for target in lora.targets}
+
+
+def dense(params: Any, adapter: Adapter, lora: LoraConfig, scaling: float | dict[str, float]) -> Any:
+    """Parameters with the adapter multiplied out, differentiable, for whole stacks at a time.
+
+    One scaling, or one for each target.
+    """
     weights = flax.traverse_util.flatten_dict(params, sep="/")
     parts = flax.traverse_util.flatten_dict(adapter, sep="/")
     for path in [path for path in parts if path.endswith("/a")]:
         place = path.removesuffix("/a")
-        sums = weights[f"{place}/weight"] + scaling * jnp.einsum("lor,lri->loi", parts[f"{place}/b"], parts[path])
+        own = scaling[place.split("/")[-1]] if isinstance(scaling, dict) else scaling
+        sums = weights[f"{place}/weight"] + own * jnp.einsum("...or,...ri->...oi", parts[f"{place}/b"], parts[path])
         if lora.dora:
             norms = jax.lax.stop_gradient(jnp.sqrt((sums**2).sum(-1)))
             sums = sums * (parts[f"{place}/magnitude"] / norms)[..., None]
