@@ -19,7 +19,8 @@ TOPICS = {
         "loss_on", "parse_special", "on_bad_line",
     ),
     "What is trained": (
-        "train", "lora_rank", "lora_alpha", "lora_targets", "lora_tied", "rank_pattern", "alpha_pattern", "lora_rslora", "lora_dropout", "dora",
+        "train", "lora_rank", "lora_alpha", "lora_targets", "lora_tied", "rank_pattern",
+        "alpha_pattern", "lora_rslora", "lora_dropout", "dora",
         "neftune_alpha",
     ),
     "A step": ("batch_size", "accumulation", "seed"),
