@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ import phi3_jax
 from phi3_jax.checkpoint import holds_integers, require_tokenizer, save_adapter
 from phi3_jax.kernels import has_packed
 
-from .. import sharding
 from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
 from ..forward import adapter_config
 from ..settings import Settings
-from ..step import TrainState, make_eval_step, make_train_step, start
+from ..step import TrainState, make_eval_step, start
+from .ahead import compile_step
 from .checkpoints import Checkpoints
 from .curve import save_curve
 from .memory import estimate, require_fit
@@ -71,9 +70,7 @@ def train(
         check_data(recorded, settings, data.fingerprint)
 
         # ---- does it fit? ----
-        like = _start_like(settings, checkpoint)
-        jitted = typing.cast(jax.stages.Wrapped, make_train_step(settings, checkpoint.config))
-        step = jitted.lower(*like, next(batches(data, settings))).compile()
+        step, like = compile_step(settings, checkpoint.config, checkpoint.params)
         memory = estimate(step, *like)
         observer.note(str(memory))
         require_fit(memory, settings)
@@ -204,13 +201,6 @@ def _prepare(path: str, checkpoint: phi3_jax.Checkpoint, settings: Settings, obs
     text += f"{len(data)} rows that are {report.efficiency:.0%} full"
     observer.note(text + tell(report))
     return data
-
-
-def _start_like(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tuple[Any, Any]:
-    """What `start` will return, (state, frozen), as shapes with shardings."""
-    shapes = jax.eval_shape(lambda params: start(settings, checkpoint.config, params), checkpoint.params)
-    places = sharding.of_state(sharding.make_mesh(), shapes, settings.shard_weights)
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 
 
 def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> TrainState:
