@@ -22,7 +22,10 @@ from . import sharding
 from .data import Batch, Pair
 from .forward import adapter_config, batch_sums
 from .optimizer import make_optimizer, schedule
+from .rounding import apply_updates
 from .settings import Settings
+
+_ROUNDING = 2**32 - 1  # folded into a step's key where no batch's number can be
 
 Metrics = dict[str, jax.Array]
 
@@ -85,7 +88,8 @@ def make_train_step(
     """A function (state, frozen, batch [A, B, T]) -> (state, metrics); the given state is donated.
 
     The gradient is that of the loss summed over all A batches, divided once by the sum of their weights. A step whose
-    loss or gradient is not finite changes only the counters. Random numbers depend on (seed, step, index in A) alone.
+    loss or gradient is not finite changes only the counters. Random numbers depend on (seed, step, index in A) alone,
+    those that round bfloat16 weights (rounding.py) on (seed, step, leaf).
 
     Metrics are float32 scalars: "loss", what is minimised, per learned token or pair; "accuracy" of tokens or of
     preferences; "tokens", the sum of weights; "grad_norm" before clipping; "lr"; "finite", 1 or 0; and of preferences
@@ -100,7 +104,7 @@ def make_train_step(
         return jax.lax.with_sharding_constraint(tree, sharding.of_state(mesh, tree, settings.shard_weights))
 
     def gradient_and_sums(state: TrainState, frozen: Params, batch: Batch | Pair) -> tuple[Params, Metrics]:
-        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        key = _key(settings, state)
 
         def loss(trainable: Params, part: Batch | Pair, number: jax.Array) -> tuple[jax.Array, Metrics]:
             sums = batch_sums(settings, config, trainable, frozen, part, jax.random.fold_in(key, number))
@@ -128,7 +132,7 @@ def make_train_step(
         clip = jnp.minimum(1, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1
         gradient = jax.tree.map(lambda leaf: leaf * (per_weight * clip), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, _float32(state.trainable))
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = apply_updates(state.trainable, updates, jax.random.fold_in(_key(settings, state), _ROUNDING))
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
@@ -162,6 +166,11 @@ def make_eval_step(settings: Settings, config: Phi3Config) -> Callable[[Params, 
 
     rows = sharding.of_rows(sharding.make_mesh(), settings.batch_size)
     return jax.jit(evaluate, in_shardings=(None, None, rows))
+
+
+def _key(settings: Settings, state: TrainState) -> jax.Array:
+    """Of the random numbers of a step; those of its batches begin with their number folded in."""
+    return jax.random.fold_in(jax.random.key(settings.seed), state.step)
 
 
 def _is_quantized(leaf: Any) -> bool:
