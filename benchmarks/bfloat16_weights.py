@@ -65,9 +65,8 @@ def main() -> None:
     s = Settings(train="all", batch_size=ROWS, sequence_length=LENGTH, lr=3e-3, steps=FIRST, schedule="constant")
     params, losses = train(s, phi3_jax.random_params(CONFIG), python)
     rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
-    print(
-        f"first, on Python: {np.mean(losses[-20:]):.3f}\n\n| lr | weights | moved | loss of steps 1-20 | 141-160 | 281-300 |"
-    )
+    print(f"first, on Python: {np.mean(losses[-20:]):.3f}\n")
+    print("| lr | weights | moved | loss of steps 1-20 | 141-160 | 281-300 |")
     print("|---|---|---|---|---|---|")
     for lr in (1e-5, 1e-4, 1e-3):
         for name, dtype in DTYPES.items():

@@ -20,7 +20,7 @@ from phi3_jax.model import Params, Phi3
 from .data import Batch, Pair
 from .dpo import interleave, preference_sums
 from .loss import RowSums, row_sums
-from .settings import Settings
+from .settings import Settings, resolved
 
 
 def batch_sums(
@@ -47,7 +47,8 @@ def batch_sums(
     both = interleave(batch)
     ours = _row_sums(settings, config, parameters(settings, trainable, frozen, key), both, key)
     # The frozen weights are the model at the start, because a new adapter changes nothing.
-    theirs = jax.lax.stop_gradient(_row_sums(settings, config, _cast(frozen, settings.compute_dtype), both, None))
+    reference = _cast(frozen, resolved(settings).compute_dtype)
+    theirs = jax.lax.stop_gradient(_row_sums(settings, config, reference, both, None))
     return preference_sums(-ours.loss, -theirs.loss, ours.weight, settings.dpo_beta)
 
 
@@ -59,11 +60,12 @@ def adapter_config(settings: Settings) -> LoraConfig:
 
 def parameters(settings: Settings, trainable: Params, frozen: Params, key: jax.Array | None) -> Params:
     """The model's parameters in `compute_dtype`, with the adapter, if one is trained."""
-    trainable = _cast(trainable, settings.compute_dtype)
+    dtype = resolved(settings).compute_dtype
+    trainable = _cast(trainable, dtype)
     if settings.train == "all":
         return trainable
     dropout_key = None if key is None else jax.random.fold_in(key, 0)
-    return attach(_cast(frozen, settings.compute_dtype), trainable, adapter_config(settings), dropout_key)
+    return attach(_cast(frozen, dtype), trainable, adapter_config(settings), dropout_key)
 
 
 def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> jax.Array:
@@ -75,7 +77,7 @@ def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> 
 
 
 def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Batch, key: jax.Array | None) -> RowSums:
-    s = settings
+    s = resolved(settings)
     # Phi3's methods, with these parameters.
     run: Any = functools.partial(Phi3(config, walk="slice", remat=s.remat).apply, {"params": params})
     x = run(batch.tokens, method="embed").astype(s.compute_dtype)  # a quantised embedding gives float32

@@ -11,11 +11,16 @@ from typing import Any, Literal
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Remat = Literal["none", "dots", "full"]
+Dtype = Literal["float32", "bfloat16"]
+Auto = Literal["auto"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The settings of a training run. Data sizes are in tokens, steps are optimizer steps.
+
+    What is "auto" a run chooses itself, by the kind of its devices and by the memory that its step is compiled to take
+    (run/auto.py); it tells what it chose. Other functions take it as float32, none, 1024, and 8 rows once.
 
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
@@ -39,12 +44,13 @@ class Settings:
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
-      accumulation: how many such batches make a step.
+      accumulation: how many such batches make a step; a run that chooses both has 8 rows in a step.
       seed: of the order of the data, of new weights and of dropout.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
       lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (phi3_jax/adapters.py).
       rank_pattern: ranks that differ from lora_rank, each as target:rank.
-      dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32.
+      dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32. With train="all" and
+        "bfloat16" each step rounds by chance (rounding.py), so that small updates are not lost.
       compute_dtype: of the computation; with "bfloat16" here, float32 weights are master weights.
       quantize: a policy of phi3_jax/quantization/policy.py for the base under an adapter (QLoRA).
       neftune_alpha: strength of the noise on embeddings (arXiv:2310.05914); 0 is none.
@@ -84,8 +90,8 @@ class Settings:
     truncate: Literal["stop", "skip", "left", "turns"] = "stop"
     sequence_length: int = 512
     pack: bool = True
-    batch_size: int = 8
-    accumulation: int = 1
+    batch_size: int | Auto = "auto"
+    accumulation: int | Auto = "auto"
     seed: int = 0
     train: Literal["all", "lora"] = "lora"
     lora_rank: int = 16
@@ -95,8 +101,8 @@ class Settings:
     lora_rslora: bool = False
     lora_dropout: float = 0.0
     dora: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype | Auto = "auto"
+    compute_dtype: Dtype | Auto = "auto"
     quantize: str = ""
     neftune_alpha: float = 0.0
     optimizer: Optimizer = "adamw"
@@ -109,10 +115,10 @@ class Settings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_norm: float = 1.0
-    loss_chunk: int = 1024
+    loss_chunk: int | Auto = "auto"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    remat: Remat = "none"
+    remat: Remat | Auto = "auto"
     shard_weights: bool = False
     epochs: float = 0.0
     steps: int = 100
@@ -142,6 +148,28 @@ class Settings:
             raise ValueError("method=dpo compares single texts: set pack=false")
 
 
+@dataclasses.dataclass(frozen=True)
+class Resolved(Settings):
+    """Settings of which none is "auto"."""
+
+    batch_size: int = 8
+    accumulation: int = 1
+    dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+    loss_chunk: int = 1024
+    remat: Remat = "none"
+
+
+CHOSEN = ("dtype", "compute_dtype", "remat", "loss_chunk", "batch_size", "accumulation")  # what may be "auto"
+
+
+def resolved(settings: Settings, **chosen: Any) -> Resolved:
+    """The settings with these values, or else the defaults of `Resolved`, where they say "auto"."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    there = {name: value for name, value in values.items() if name not in CHOSEN or value != "auto"}
+    return Resolved(**chosen | there)
+
+
 _AT_LEAST_ONE = {
     "sequence_length", "batch_size", "accumulation", "lora_rank", "steps", "log_every", "eval_every", "save_every",
     "keep_last", "max_bad_steps",
@@ -149,6 +177,9 @@ _AT_LEAST_ONE = {
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
+    hint, may_be_auto = _without_auto(hint)
+    if may_be_auto and value == "auto":
+        return
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(typing.get_args(hint))}")
@@ -175,6 +206,9 @@ def change(settings: Settings, changes: Sequence[str]) -> Settings:
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:
+    hint, may_be_auto = _without_auto(hint)
+    if may_be_auto and text == "auto":
+        return text
     if isinstance(hint, types.GenericAlias):
         return tuple(_parse(name, each, typing.get_args(hint)[0]) for each in text.split(",")) if text else ()
     if hint is bool:
@@ -187,3 +221,11 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         except ValueError:
             raise ValueError(f"{name}={text}: must be {'a whole number' if hint is int else 'a number'}") from None
     return text
+
+
+def _without_auto(hint: Any) -> tuple[Any, bool]:
+    """The type of a field that may be "auto", without it, and whether it is one."""
+    if typing.get_origin(hint) is not typing.Union:
+        return hint, False
+    (rest,) = (each for each in typing.get_args(hint) if each != Auto)
+    return rest, True

@@ -23,7 +23,7 @@ from .data import Batch, Pair
 from .forward import adapter_config, batch_sums
 from .optimizer import make_optimizer, schedule
 from .rounding import apply_updates
-from .settings import Settings
+from .settings import Settings, resolved
 
 _ROUNDING = 2**32 - 1  # folded into a step's key where no batch's number can be
 
@@ -63,7 +63,7 @@ def start(settings: Settings, config: Phi3Config, params: Params) -> tuple[Train
     Raises:
       ValueError: train="all", but the weights are quantised.
     """
-    optimizer, dtype, mesh = make_optimizer(settings), settings.dtype, sharding.make_mesh()
+    optimizer, dtype, mesh = make_optimizer(settings), resolved(settings).dtype, sharding.make_mesh()
     if settings.train == "all" and any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
         raise ValueError("train=all: the checkpoint's weights are integers: load it as floats, or train=lora")
     base = jax.tree.map(lambda w: w if _is_quantized(w) else w.astype(dtype), params, is_leaf=_is_quantized)
@@ -98,6 +98,7 @@ def make_train_step(
     Raises:
       ValueError: `batch_size` cannot be shared out evenly among the devices.
     """
+    known = resolved(settings)
     optimizer, rate, mesh = make_optimizer(settings), schedule(settings), sharding.make_mesh()
 
     def placed(tree: Any) -> Any:
@@ -114,9 +115,9 @@ def make_train_step(
             gradient, sums = jax.grad(loss, has_aux=True)(state.trainable, *part)
             return jax.tree.map(jnp.add, so_far, (_float32(gradient), sums)), None
 
-        parts = (batch, jnp.arange(settings.accumulation))
+        parts = (batch, jnp.arange(known.accumulation))
         first = jax.tree.map(lambda leaf: leaf[0], parts)
-        if settings.accumulation == 1:  # without zeros to add to, which take memory and time
+        if known.accumulation == 1:  # without zeros to add to, which take memory and time
             gradient, sums = jax.grad(loss, has_aux=True)(state.trainable, *first)
             return _float32(gradient), sums
         shapes = jax.eval_shape(lambda: jax.grad(loss, has_aux=True)(state.trainable, *first))
@@ -150,7 +151,7 @@ def make_train_step(
         }
         return placed(done), metrics
 
-    rows = sharding.of_rows(mesh, settings.batch_size, axes_before=1)
+    rows = sharding.of_rows(mesh, known.batch_size, axes_before=1)
     return jax.jit(step, in_shardings=(None, None, rows), donate_argnums=0)
 
 
@@ -164,7 +165,7 @@ def make_eval_step(settings: Settings, config: Phi3Config) -> Callable[[Params, 
     def evaluate(trainable: Params, frozen: Params, batch: Batch | Pair) -> Metrics:
         return batch_sums(settings, config, trainable, frozen, batch)
 
-    rows = sharding.of_rows(sharding.make_mesh(), settings.batch_size)
+    rows = sharding.of_rows(sharding.make_mesh(), resolved(settings).batch_size)
     return jax.jit(evaluate, in_shardings=(None, None, rows))
 
 

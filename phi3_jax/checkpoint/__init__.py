@@ -11,6 +11,7 @@ from phi3_jax.checkpoint.load_save import Checkpoint as Checkpoint
 from phi3_jax.checkpoint.load_save import GenerationSettings as GenerationSettings
 from phi3_jax.checkpoint.load_save import holds_integers as holds_integers
 from phi3_jax.checkpoint.load_save import load as load
+from phi3_jax.checkpoint.load_save import read_config as read_config
 from phi3_jax.checkpoint.load_save import require_tokenizer as require_tokenizer
 from phi3_jax.checkpoint.load_save import resolve as resolve
 from phi3_jax.checkpoint.load_save import save as save

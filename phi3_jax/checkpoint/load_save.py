@@ -276,6 +276,17 @@ def holds_integers(path: str | os.PathLike[str]) -> bool:
     return place.is_dir() and _is_ours(read_json(place / "config.json"))
 
 
+def read_config(path: str | os.PathLike[str]) -> Phi3Config | None:
+    """The sizes that a Hugging Face folder's config.json tells, before any weight is read; None for a GGUF file."""
+    place = resolve(path)
+    if place.is_file():
+        return None
+    settings = read_json(place / "config.json")
+    if _is_ours(settings):
+        settings.pop("quantization_config")
+    return Phi3Config.from_hf(settings, str(place / "config.json"))
+
+
 def stored_dtype(path: str | os.PathLike[str]) -> str:
     """The dtype of a checkpoint's floats, to load them without a loss in the least memory.
 

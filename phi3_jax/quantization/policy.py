@@ -102,8 +102,8 @@ def quantized_shapes(policy: str, leaves: Mapping[str, jax.ShapeDtypeStruct]) ->
             return leaf
         *outer, columns = leaf.shape
         groups = -(-columns // form.group)
-        values = jax.ShapeDtypeStruct((*outer, groups * form.group * form.bits // 8), jnp.uint8)
-        scales = jax.ShapeDtypeStruct((*outer, groups), jnp.float16)
+        values: Any = jax.ShapeDtypeStruct((*outer, groups * form.group * form.bits // 8), jnp.uint8)
+        scales: Any = jax.ShapeDtypeStruct((*outer, groups), jnp.float16)
         return QuantizedTensor(values, scales, None if form.symmetric else scales, form.bits, columns)
 
     return {path: of_leaf(leaves[path], form) for path, form in formats(policy, leaves).items()}

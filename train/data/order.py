@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from ..settings import Settings
+from ..settings import Settings, resolved
 from .batch import Batch, Pair
 from .dataset import Dataset
 
@@ -40,17 +40,19 @@ def eval_batches(dataset: Dataset, settings: Settings) -> Iterator[Batch | Pair]
     Shares and errors as in `batches`.
     """
     share = _share(settings)
-    for begin in range(0, len(dataset), settings.batch_size):
-        rows = np.arange(begin, begin + settings.batch_size)
+    size = resolved(settings).batch_size
+    for begin in range(0, len(dataset), size):
+        rows = np.arange(begin, begin + size)
         yield dataset.rows(np.where(rows < len(dataset), rows, -1)[share])
 
 
 def rows_of_step(count: int, settings: Settings, step: int) -> np.ndarray:
     """Which of `count` rows a step is given, over all processes: int64 [A, B]."""
-    each = settings.accumulation * settings.batch_size
+    s = resolved(settings)
+    each = s.accumulation * s.batch_size
     places = np.arange(step * each, (step + 1) * each)
     rows = [_shuffled(count, settings.seed, int(place // count))[place % count] for place in places]
-    return np.array(rows).reshape(settings.accumulation, settings.batch_size)
+    return np.array(rows).reshape(s.accumulation, s.batch_size)
 
 
 @functools.lru_cache(maxsize=2)
@@ -64,8 +66,8 @@ def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _share(settings: Settings) -> slice:
-    processes = jax.process_count()
-    if settings.batch_size % processes:
-        raise ValueError(f"batch_size={settings.batch_size} does not divide among {processes} processes")
-    size = settings.batch_size // processes
+    processes, rows = jax.process_count(), resolved(settings).batch_size
+    if rows % processes:
+        raise ValueError(f"batch_size={rows} does not divide among {processes} processes")
+    size = rows // processes
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)

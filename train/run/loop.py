@@ -24,12 +24,11 @@ from phi3_jax.kernels import has_packed
 
 from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
 from ..forward import adapter_config
-from ..settings import Settings
+from ..settings import Resolved, Settings
 from ..step import TrainState, make_eval_step, start
-from .ahead import compile_step
+from .auto import choose, choose_dtypes, recorded_choices, require_fit, told
 from .checkpoints import Checkpoints
 from .curve import save_curve
-from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
 from .run_folder import best_folder, check_data, check_settings, describe, export_folder, locked_folder
@@ -59,21 +58,25 @@ def train(
         Checkpoints(folder / "checkpoints", settings.keep_last, settings.keep_best) as checkpoints,
     ):
         recorded = checkpoints.about()
+        asked, settings = settings, recorded_choices(settings, recorded)
         check_settings(recorded, settings)
         for name in filter(None, (settings.train_file, settings.eval_file)):
             find_files(name)  # what is not there is missed, or fetched, before the model is loaded
 
         # ---- the model and the data ----
+        settings = choose_dtypes(settings)
         checkpoint = _load(settings, observer)
         data = _prepare(settings.train_file, checkpoint, settings, observer)
         held_out = _prepare(settings.eval_file, checkpoint, settings, observer) if settings.eval_file else None
         check_data(recorded, settings, data.fingerprint)
 
         # ---- does it fit? ----
-        step, like = compile_step(settings, checkpoint.config, checkpoint.params)
-        memory = estimate(step, *like)
-        observer.note(str(memory))
-        require_fit(memory, settings)
+        compiled = choose(settings, checkpoint.config, checkpoint.params, observer)
+        settings, like = compiled.settings, compiled.like
+        if chosen := told(asked, settings):
+            observer.note(f"auto: {chosen}")
+        observer.note(str(compiled.memory))
+        require_fit(compiled, checkpoint.config, checkpoint.params, observer)
         checkpoints.require_room(like[0])
 
         # ---- begin, or go on ----
@@ -89,7 +92,8 @@ def train(
         about, window = describe(settings, data.fingerprint), Window(settings, checkpoint.config)
         with MetricsWriter(folder, -1 if is_new else int(state.step)) as metrics:
             run = _Run(settings, data, evaluate, window, metrics, checkpoints, about, observer, interrupt)
-            state = run.go_on(step, state, frozen, is_new)
+            assert compiled.step is not None  # it fits
+            state = run.go_on(compiled.step, state, frozen, is_new)
 
         # ---- the end ----
         done, exported = int(state.step), None
@@ -212,7 +216,7 @@ def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> TrainSt
 
 
 def _evaluation(
-    settings: Settings, checkpoint: phi3_jax.Checkpoint, frozen: Any, held_out: Dataset, observer: Observer
+    settings: Resolved, checkpoint: phi3_jax.Checkpoint, frozen: Any, held_out: Dataset, observer: Observer
 ) -> Callable[[TrainState], Record]:
     """A function that computes the means over all held-out data, under names that begin with eval_."""
     step = make_eval_step(settings, checkpoint.config)

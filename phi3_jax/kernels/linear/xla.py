@@ -20,8 +20,8 @@ def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> ja
         return jnp.einsum("...i,oi->...o", x, floats, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
     if isinstance(weight, QuantizedTensor):
-        # The backward pass makes the floats again: those of all layers, kept for it, would take more memory than weights
-        # that are floats.
+        # The backward pass makes the floats again: those of all layers, kept for it, would take more memory than a
+        # model of floats.
         product = jax.checkpoint(product)
     return product(x, weight)
 
