@@ -20,7 +20,7 @@ from phi3_jax.model import parameter_shapes
 from . import sharding
 from .data import find_files, read_entries, require_different_files
 from .data.forms import read_form
-from .settings import Settings, adapter_config
+from .settings import Settings, adapter_config, resolved
 
 
 class _With(NamedTuple):
@@ -78,7 +78,7 @@ def check_together(settings: Settings) -> None:
         raise ValueError(f"{spelled(s, name)}: nothing is evaluated; name an eval_file, or give eval_fraction")
     for name in _given(s, ("samples",) if not (evaluated or s.sample_prompts) else ()):
         raise ValueError(f"{spelled(s, name)}: there are no prompts; name an eval_file, or sample_prompts")
-    sharding.of_rows(sharding.make_mesh(), s.batch_size)  # refuses what the devices cannot share
+    sharding.of_rows(sharding.make_mesh(), resolved(s).batch_size)  # refuses what the devices cannot share
 
 
 def check_files(settings: Settings) -> None:

@@ -21,7 +21,7 @@ from phi3_jax.model import Params, Phi3
 from .data import Batch, Pair
 from .dpo import interleave, preference_sums
 from .loss import RowSums, row_sums
-from .settings import Settings, adapter_config
+from .settings import Settings, adapter_config, resolved
 
 
 @jax.tree_util.register_dataclass
@@ -69,20 +69,21 @@ def batch_sums(
 
 def parameters(settings: Settings, trainable: Params, frozen: Params | Reference, key: jax.Array | None) -> Params:
     """The model's parameters in `compute_dtype`, with the adapter, if one is trained."""
-    trainable = _cast(trainable, settings.compute_dtype)
+    dtype = resolved(settings).compute_dtype
+    trainable = _cast(trainable, dtype)
     if settings.train == "all":
         return trainable
     dropout_key = None if key is None else jax.random.fold_in(key, 0)
     base = frozen.base if isinstance(frozen, Reference) else frozen
-    return attach(_cast(base, settings.compute_dtype), trainable, adapter_config(settings), dropout_key)
+    return attach(_cast(base, dtype), trainable, adapter_config(settings), dropout_key)
 
 
 def _reference(settings: Settings, frozen: Params | Reference) -> Params:
     """The parameters that preferences are compared with."""
+    dtype = resolved(settings).compute_dtype
     if isinstance(frozen, Reference):
-        base, adapter = (_cast(tree, settings.compute_dtype) for tree in (frozen.base, frozen.adapter))
-        return attach(base, adapter, frozen.lora)
-    return _cast(frozen, settings.compute_dtype)
+        return attach(_cast(frozen.base, dtype), _cast(frozen.adapter, dtype), frozen.lora)
+    return _cast(frozen, dtype)
 
 
 def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> jax.Array:
@@ -94,7 +95,7 @@ def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> 
 
 
 def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Batch, key: jax.Array | None) -> RowSums:
-    s = settings
+    s = resolved(settings)
     # Phi3's methods, with these parameters.
     run: Any = functools.partial(Phi3(config, walk="slice", remat=s.remat).apply, {"params": params})
     x = run(batch.tokens, method="embed").astype(s.compute_dtype)  # a quantised embedding gives float32

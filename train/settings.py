@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
 
+import jax
+
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.spelling import did_you_mean
 
@@ -20,12 +22,18 @@ Number = TypeVar("Number", int, float)
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Remat = Literal["none", "dots", "full"]
+Dtype = Literal["float32", "bfloat16"]
+Auto = Literal["auto"]
 DEFAULT_STEPS = 100
+_STEP_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The settings of a training run. Data sizes are in tokens, steps are optimizer steps.
+
+    What is "auto" a run chooses itself, by the kind of its devices and by the memory that its step is compiled to take
+    (run/auto.py); it tells what it chose. Other functions take it as float32, none, 1024, and 8 rows once (`resolved`).
 
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.
@@ -54,7 +62,7 @@ class Settings:
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
-      accumulation: how many such batches make a step.
+      accumulation: how many such batches make a step; a run that chooses both has 8 rows in a step.
       seed: of the order of the data, of new weights, of dropout and of noise.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
       lora_rank: of the adapter's matrices; at most the smaller side of an adapted matrix.
@@ -67,7 +75,8 @@ class Settings:
       dora: learn the norms of the weights' rows separately from their directions (arXiv:2402.09353).
       rank_pattern: ranks that differ from lora_rank, each as target:rank.
       alpha_pattern: alphas that differ from lora_alpha, each as target:alpha.
-      dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32.
+      dtype: of the weights, but not of a quantised base, nor of an adapter, which is float32. With train="all" and
+        "bfloat16" each step rounds by chance (rounding.py), so that small updates are not lost.
       compute_dtype: of the computation; with "bfloat16" here, float32 weights are master weights.
       quantize: the base under an adapter becomes integers (QLoRA): int8, int4, int4-mixed, or with details such as
         int4-g64-asymmetric; "stored" keeps those of a GGUF file.
@@ -121,8 +130,8 @@ class Settings:
     truncate: Literal["stop", "skip", "left", "turns"] = "stop"
     sequence_length: int = 512
     pack: bool = True
-    batch_size: int = 8
-    accumulation: int = 1
+    batch_size: int | Auto = "auto"
+    accumulation: int | Auto = "auto"
     seed: int = 0
     train: Literal["all", "lora"] = "lora"
     lora_rank: int = 16
@@ -134,8 +143,8 @@ class Settings:
     lora_rslora: bool = False
     lora_dropout: float = 0.0
     dora: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype | Auto = "auto"
+    compute_dtype: Dtype | Auto = "auto"
     quantize: str = ""
     neftune_alpha: float = 0.0
     optimizer: Optimizer = "adamw"
@@ -148,10 +157,10 @@ class Settings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_norm: float = 1.0
-    loss_chunk: int = 1024
+    loss_chunk: int | Auto = "auto"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    remat: Remat = "none"
+    remat: Remat | Auto = "auto"
     shard_weights: bool = False
     epochs: float = 0.0
     steps: int = 0
@@ -220,7 +229,34 @@ class Settings:
             return self.steps or DEFAULT_STEPS
         if epoch is None:
             raise ValueError(f"epochs={self.epochs}: how many steps these are depends on the data; give steps")
-        return max(1, math.ceil(epoch * Fraction(str(self.epochs)) / (self.batch_size * self.accumulation)))
+        s = resolved(self)
+        return max(1, math.ceil(epoch * Fraction(str(self.epochs)) / (s.batch_size * s.accumulation)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved(Settings):
+    """Settings of which none is "auto"."""
+
+    batch_size: int = _STEP_ROWS
+    accumulation: int = 1
+    dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+    loss_chunk: int = 1024
+    remat: Remat = "none"
+
+
+CHOSEN = ("dtype", "compute_dtype", "remat", "loss_chunk", "batch_size", "accumulation")  # what may be "auto"
+
+
+def resolved(settings: Settings) -> Resolved:
+    """The settings with the defaults of `Resolved` where they say "auto"; each device gets as many rows."""
+    s, devices = settings, jax.device_count()
+    values = {field.name: getattr(s, field.name) for field in dataclasses.fields(s)}
+    there = {name: value for name, value in values.items() if name not in CHOSEN or value != "auto"}
+    rows = -(-_STEP_ROWS // devices) * devices
+    if s.accumulation != "auto":
+        rows = max(devices, rows // s.accumulation // devices * devices)
+    return Resolved(**{"batch_size": rows} | there)
 
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -22,7 +22,10 @@ from . import sharding
 from .data import Batch, Pair
 from .forward import Reference, batch_sums
 from .optimizer import make_optimizer, schedule
-from .settings import Settings, adapter_config
+from .rounding import apply_updates
+from .settings import Settings, adapter_config, resolved
+
+_ROUNDING = 2**32 - 1  # folded into a step's key where no batch's number can be
 
 Metrics = dict[str, jax.Array]
 
@@ -69,7 +72,7 @@ def start(
     Raises:
       ValueError: train="all", but the weights are quantised.
     """
-    optimizer, dtype, mesh = make_optimizer(settings), settings.dtype, sharding.make_mesh()
+    optimizer, dtype, mesh = make_optimizer(settings), resolved(settings).dtype, sharding.make_mesh()
     if settings.train == "all" and any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
         raise ValueError("train=all: the checkpoint's weights are integers: load it as floats, or train=lora")
     base = jax.tree.map(lambda w: w if _is_quantized(w) else w.astype(dtype), params, is_leaf=_is_quantized)
@@ -98,7 +101,8 @@ def make_train_step(
     """A function (state, frozen, batch [A, B, T]) -> (state, metrics); the given state is donated.
 
     The gradient is that of the loss summed over all A batches, divided once by the sum of their weights. A step whose
-    loss or gradient is not finite changes only the counters. Random numbers depend on (seed, step, index in A) alone.
+    loss or gradient is not finite changes only the counters. Random numbers depend on (seed, step, index in A) alone,
+    those that round bfloat16 weights (rounding.py) on (seed, step, leaf).
 
     Metrics are float32 scalars: "loss", what is minimised, per learned token or pair; "accuracy" of tokens or of
     preferences; "tokens", the sum of weights; "grad_norm" before clipping; "lr"; "finite", 1 or 0; and of preferences
@@ -107,13 +111,14 @@ def make_train_step(
     Raises:
       ValueError: `batch_size` cannot be shared out evenly among the devices.
     """
+    known = resolved(settings)
     optimizer, rate, mesh = make_optimizer(settings), schedule(settings), sharding.make_mesh()
 
     def placed(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(tree, sharding.of_state(mesh, tree, settings.shard_weights))
 
     def gradient_and_sums(state: TrainState, frozen: Params | Reference, batch: Batch | Pair) -> tuple[Params, Metrics]:
-        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        key = _key(settings, state)
 
         def loss(trainable: Params, part: Batch | Pair, number: jax.Array) -> tuple[jax.Array, Metrics]:
             sums = batch_sums(settings, config, trainable, frozen, part, jax.random.fold_in(key, number))
@@ -123,9 +128,9 @@ def make_train_step(
             gradient, sums = jax.grad(loss, has_aux=True)(state.trainable, *part)
             return jax.tree.map(jnp.add, so_far, (_float32(gradient), sums)), None
 
-        parts = (batch, jnp.arange(settings.accumulation))
+        parts = (batch, jnp.arange(known.accumulation))
         first = jax.tree.map(lambda leaf: leaf[0], parts)
-        if settings.accumulation == 1:  # without zeros to add to, which take memory and time
+        if known.accumulation == 1:  # without zeros to add to, which take memory and time
             gradient, sums = jax.grad(loss, has_aux=True)(state.trainable, *first)
             return _float32(gradient), sums
         shapes = jax.eval_shape(lambda: jax.grad(loss, has_aux=True)(state.trainable, *first))
@@ -141,7 +146,7 @@ def make_train_step(
         clip = jnp.minimum(1, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1
         gradient = jax.tree.map(lambda leaf: leaf * (per_weight * clip), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, _float32(state.trainable))
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = apply_updates(state.trainable, updates, jax.random.fold_in(_key(settings, state), _ROUNDING))
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
@@ -159,7 +164,7 @@ def make_train_step(
         }
         return placed(done), metrics
 
-    rows = sharding.of_rows(mesh, settings.batch_size, axes_before=1)
+    rows = sharding.of_rows(mesh, known.batch_size, axes_before=1)
     return jax.jit(step, in_shardings=(None, None, rows), donate_argnums=0)
 
 
@@ -175,8 +180,13 @@ def make_eval_step(
     def evaluate(trainable: Params, frozen: Params | Reference, batch: Batch | Pair) -> Metrics:
         return batch_sums(settings, config, trainable, frozen, batch)
 
-    rows = sharding.of_rows(sharding.make_mesh(), settings.batch_size)
+    rows = sharding.of_rows(sharding.make_mesh(), resolved(settings).batch_size)
     return jax.jit(evaluate, in_shardings=(None, None, rows))
+
+
+def _key(settings: Settings, state: TrainState) -> jax.Array:
+    """Of the random numbers of a step; those of its batches begin with their number folded in."""
+    return jax.random.fold_in(jax.random.key(settings.seed), state.step)
 
 
 def _is_quantized(leaf: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
 import typing
@@ -76,7 +77,9 @@ def check(name: str, value: Any, hint: Any) -> None:
 
 
 def _of_union(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """Which of the kinds a value of this type may be of; the first one, if none."""
+    """Which of the kinds a value of this type may be of; the first one, if none. Several sets of words are one."""
+    if all(typing.get_origin(kind) is Literal for kind in kinds):
+        return Literal[*itertools.chain(*map(typing.get_args, kinds))]
 
     def is_one(kind: Any) -> bool:
         return isinstance(value, str if typing.get_origin(kind) is Literal else typing.get_origin(kind) or kind)

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import holds_integers, stored_config
+from phi3_jax.checkpoint import holds_integers, read_config
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
@@ -144,9 +144,7 @@ def load_draft(path: str, checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Checkpoin
     adapter = None
     if ADAPTER.value is not None:
         ours = parameter_shapes(checkpoint.config).items()
-        theirs = {
-            name: size for name, size in parameter_shapes(stored_config(path)).items() if name != "lm_head/weight"
-        }
+        theirs = {name: size for name, size in parameter_shapes(read_config(path)).items() if name != "lm_head/weight"}
         adapter = ADAPTER.value if theirs.items() <= ours else None
     if holds_integers(path):
         return _load(path, "auto", None, adapter)

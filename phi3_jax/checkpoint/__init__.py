@@ -17,7 +17,6 @@ from phi3_jax.checkpoint.load_save import read_config as read_config
 from phi3_jax.checkpoint.load_save import require_tokenizer as require_tokenizer
 from phi3_jax.checkpoint.load_save import resolve as resolve
 from phi3_jax.checkpoint.load_save import save as save
-from phi3_jax.checkpoint.load_save import stored_config as stored_config
 from phi3_jax.checkpoint.load_save import stored_dtype as stored_dtype
 from phi3_jax.checkpoint.peft import AttachableAdapter as AttachableAdapter
 from phi3_jax.checkpoint.peft import find_adapter as find_adapter

@@ -318,19 +318,6 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
     return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
 
 
-def stored_config(path: str | os.PathLike[str]) -> Phi3Config:
-    """A checkpoint's sizes, without its weights."""
-    place = resolve(path)
-    if place.is_file():
-        from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
-
-        return read_gguf(place).config
-    settings = read_json(place / "config.json")
-    if _is_ours(settings):
-        settings.pop("quantization_config")
-    return Phi3Config.from_hf(settings, str(place / "config.json"))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError if there is no file, ValueError if it is damaged."""
     if not path.exists():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from phi3_jax.kernels.linear.quantized import GROUPS, ZERO
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.kernels.linear.quantized import GROUPS, ZERO, QuantizedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +88,22 @@ def formats(policy: str, paths: Iterable[str]) -> dict[str, Format | None]:
     if "lm_head/weight" not in paths:
         kinds["embed_tokens"] = kinds["lm_head"]
     return {path: kinds.get(path.split("/")[-2]) for path in paths}
+
+
+def quantized_shapes(policy: str, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """What `quantize_params` makes of leaves by path, as shapes: nothing is computed.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
+
+    def of_leaf(leaf: jax.ShapeDtypeStruct, form: Format | None) -> Any:
+        if form is None:
+            return leaf
+        *outer, columns = leaf.shape
+        groups = -(-columns // form.group)
+        values: Any = jax.ShapeDtypeStruct((*outer, groups * form.group * form.bits // 8), jnp.uint8)
+        scales: Any = jax.ShapeDtypeStruct((*outer, groups), jnp.float16)
+        return QuantizedTensor(values, scales, None if form.symmetric else scales, form.bits, columns)
+
+    return {path: of_leaf(leaves[path], form) for path, form in formats(policy, leaves).items()}

@@ -35,7 +35,7 @@ from phi3_jax.model import parameter_shapes
 
 PRESET = "phi-3-mini-4k"
 PROMPT, ANSWER = 1024, 128  # tokens: two chunks of prefill, and a cache of 1152 slots
-PLATFORMS = {"v5e": "tpu", "v6e": "tpu", "h100": "gpu"}
+PLATFORMS = {"v5e": "tpu", "v6e": "tpu", "h100": "gpu", "rtx4090": "gpu"}
 Program = tuple[Any, tuple[Any, ...]]  # a jitted function and the shapes of its arguments
 
 

@@ -48,6 +48,7 @@ for changes in json.loads(sys.argv[2]):
 CASES = [
     {"train": "all"},
     {"train": "all", "shard_weights": True},
+    {"train": "all", "shard_weights": True, "dtype": "bfloat16"},  # its rounding draws the same numbers
     {"train": "lora", "shard_weights": True, "lora_dropout": 0.2, "neftune_alpha": 5.0, "optimizer": "adamw8bit"},
 ]
 
@@ -77,7 +78,7 @@ def test_eight_devices_equal_one(results, number):
 
 @pytest.mark.slow
 def test_spread_weights_and_their_optimizer_state_take_an_eighth_on_each_device(results):
-    whole, spread, adapter = results[0]
+    whole, spread, _, adapter = results[0]
     assert whole["bytes_here"] == whole["bytes"]
     assert spread["bytes_here"] < 1.05 * spread["bytes"] / 8
     assert adapter["bytes_here"] < 0.5 * adapter["bytes"]

@@ -11,7 +11,10 @@ from training_batches import PARTS, close, run, settings, slow_loss, stack, trai
 
 from phi3_jax.adapters import merge
 from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels.linear import linear
 from phi3_jax.quantization import quantize_params
+from phi3_jax.train.forward import batch_sums
+from phi3_jax.train.run import ahead
 from phi3_jax.train.settings import adapter_config
 from phi3_jax.train.step import make_eval_step, make_train_step, start
 
@@ -133,3 +136,43 @@ def test_evaluation_sums_what_the_model_says(tiny):
     mean = jax.jit(lambda params: slow_loss(tiny.config, params, PARTS[1]))(tiny.params)
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(mean), rel=1e-5)
     assert float(sums["weight"]) == float(sums["tokens"]) == PARTS[1].weights.sum()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("policy", ["int4", "int8-g64-asymmetric"])
+def test_the_backward_pass_keeps_integers_and_not_their_floats(tiny, remat, policy):
+    """What it keeps are the leaves of jax.vjp's function; here they are shapes."""
+    s = settings(train="lora", quantize=policy, remat=remat)
+    like = ahead.start_like(s, tiny.config, ahead.params_like(tiny.config, "float32", policy))
+
+    def pull_back(state, frozen):
+        def loss(adapter):
+            return batch_sums(s, tiny.config, adapter, frozen, PARTS[0])["loss"]
+
+        return jax.vjp(loss, state.trainable)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pull_back, *like))
+    matrices = {leaf.shape[-2:] for leaf in jax.tree.leaves(tiny.params) if leaf.ndim > 1} - {(3, 24)}  # norms
+    assert any(leaf.dtype == jnp.uint8 and leaf.ndim == 3 for leaf in kept)
+    floats = [leaf.shape for leaf in kept if leaf.dtype == jnp.float32]
+    # Groups of padded inputs, [O, A, group], are floats before they are cut to the matrix.
+    group = 64 if "g64" in policy else 32
+    assert not [shape for shape in floats if shape[-2:] in matrices or group in shape[-2:]]
+
+
+def test_the_gradient_of_a_product_with_integers(tiny):
+    """Alone, and as a layer of a stack."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (3, 24, 32), dtype=np.uint8)
+    scales, mins = (rng.normal(size=(3, 24, 2)).astype(np.float16) for _ in range(2))
+    weight = QuantizedTensor(*map(jnp.asarray, (values, scales, mins)), bits=4, columns=40)
+    x = jax.random.normal(jax.random.key(0), (5, 7, 40))
+
+    def total(x, weight, layer=None):
+        return (linear(x, weight, layer, dtype=jnp.float32) ** 2).sum()
+
+    for number in range(3):
+        floats = weight.layer(jnp.int32(number)).dequantize()
+        expected = 2 * (x @ floats.T) @ floats
+        close(jax.grad(total)(x, weight, jnp.int32(number)), expected)
+        close(jax.grad(total)(x, weight.layer(jnp.int32(number))), expected)

@@ -16,7 +16,7 @@ from fractions import Fraction
 import jax
 import numpy as np
 
-from ..settings import Settings
+from ..settings import Settings, resolved
 from .batch import Batch, Pair
 from .dataset import Dataset
 from .mixture import Mixture
@@ -48,10 +48,10 @@ def eval_batches(dataset: Dataset | Mixture, settings: Settings) -> Iterator[Bat
     The last batch is filled up with rows of padding. Shares and errors as in `batches`.
     """
     share = _share(settings)
-    chosen = rows_of_evaluation(len(dataset), settings)
-    for begin in range(0, len(chosen), settings.batch_size):
-        rows = chosen[begin : begin + settings.batch_size]
-        yield dataset.rows(np.pad(rows, (0, settings.batch_size - len(rows)), constant_values=-1)[share])
+    chosen, size = rows_of_evaluation(len(dataset), settings), resolved(settings).batch_size
+    for begin in range(0, len(chosen), size):
+        rows = chosen[begin : begin + size]
+        yield dataset.rows(np.pad(rows, (0, size - len(rows)), constant_values=-1)[share])
 
 
 def rows_of_evaluation(count: int, settings: Settings) -> np.ndarray:
@@ -68,7 +68,8 @@ def epoch_size(counts: Sequence[int], settings: Settings) -> Fraction:
 
 def rows_of_step(counts: Sequence[int], settings: Settings, step: int) -> np.ndarray:
     """Which rows a step is given, over all processes, of files with `counts` rows: int64 [A, B]."""
-    each = settings.accumulation * settings.batch_size
+    s = resolved(settings)
+    each = s.accumulation * s.batch_size
     counts, times = tuple(counts), _times(counts, settings)
     rows: list[int] = []
     epoch = math.floor(step * each / epoch_size(counts, settings))  # it begins there or before
@@ -77,7 +78,7 @@ def rows_of_step(counts: Sequence[int], settings: Settings, step: int) -> np.nda
         at = step * each + len(rows) - first
         rows += order[at : at + each - len(rows)].tolist()
         epoch += 1
-    return np.array(rows).reshape(settings.accumulation, settings.batch_size)
+    return np.array(rows).reshape(s.accumulation, s.batch_size)
 
 
 def _times(counts: Sequence[int], settings: Settings) -> tuple[Fraction, ...]:
@@ -119,8 +120,8 @@ def _random_order(count: int, seed: int, number: int, stream: int) -> np.ndarray
 
 
 def _share(settings: Settings) -> slice:
-    processes = jax.process_count()
-    if settings.batch_size % processes:
-        raise ValueError(f"batch_size={settings.batch_size} does not divide among {processes} processes")
-    size = settings.batch_size // processes
+    processes, rows = jax.process_count(), resolved(settings).batch_size
+    if rows % processes:
+        raise ValueError(f"batch_size={rows} does not divide among {processes} processes")
+    size = rows // processes
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)

@@ -13,27 +13,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import jax
 
 import phi3_jax
 from phi3_jax.checkpoint import holds_integers, require_tokenizer, save_adapter
 from phi3_jax.kernels import has_packed
 
-from .. import sharding
 from ..adapters import fingerprints, reference_adapter, with_init_adapter
 from ..checks import check_before_loading
 from ..data import Mixture, batches, epoch_size
-from ..settings import Settings, adapter_config
-from ..step import TrainState, make_train_step, start
+from ..settings import Settings, adapter_config, resolved
+from ..step import TrainState, start
+from .ahead import start_like
+from .auto import choose, choose_dtypes, recorded_choices, require_fit, told
 from .checkpoints import Checkpoints, Restored
 from .curve import save_curve
 from .evaluations import Evaluations, evaluations_before, make_evaluation
-from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
 from .run_data import prepare_data
@@ -80,13 +77,15 @@ def train(
     ):
         settle_exports(settings)
         recorded, done = checkpoints.about(), max(checkpoints.steps, default=0)
+        asked, settings = settings, recorded_choices(settings, recorded)
         check_settings(recorded, settings, done)
-        adapters = fingerprints(settings)
+        prints = fingerprints(settings)
 
         # ---- the model and the data ----
+        settings = choose_dtypes(settings)
         checkpoint = _load(settings, observer)
         data, held_out = prepare_data(checkpoint, settings, observer)
-        about = describe(settings, checkpoint, data.fingerprint, adapters)
+        about = describe(checkpoint, data.fingerprint, prints)
         settings = dataclasses.replace(settings, steps=settings.all_steps(epoch_size(data.counts, settings)), epochs=0)
         check_steps(done, settings)  # once more: the data say how many are in `epochs`
         settings, adapter = with_init_adapter(settings, checkpoint)
@@ -96,7 +95,8 @@ def train(
         for text in check_contents(recorded, about, settings):
             observer.note(text)
         evaluations = evaluations_before(recorded, held_out, checkpoints, settings, observer)
-        like = _start_like(settings, checkpoint, adapter, reference)
+        config, params = checkpoint.config, checkpoint.params
+        like = start_like(resolved(settings), config, params, adapter, reference)
         is_over = recorded is not None and _is_over(done, evaluations, settings)
         if is_over and not is_exported(settings, done, checkpoints.best):
             done = _restore(checkpoints, like[0], observer).step  # a broken checkpoint's steps are taken again
@@ -106,15 +106,16 @@ def train(
         # ---- the steps that are left ----
         state = None
         if not is_over:
-            jitted = typing.cast(jax.stages.Wrapped, make_train_step(settings, checkpoint.config))
-            step = jitted.lower(*like, next(batches(data, settings))).compile()
-            memory = estimate(step, *like)
-            observer.note(str(memory))
-            require_fit(memory, settings)
+            compiled = choose(settings, config, params, observer, (adapter, reference))
+            settings = compiled.settings
+            if chosen := told(asked, settings):
+                observer.note(f"auto: {chosen}")
+            observer.note(str(compiled.memory))
+            require_fit(compiled, config, params, observer, (adapter, reference))
             checkpoints.require_room(like[0])
 
-            state, frozen = start(settings, checkpoint.config, checkpoint.params, adapter, reference)
-            del adapter, reference
+            state, frozen = start(settings, config, params, adapter, reference)
+            del adapter, reference, params
             checkpoint = dataclasses.replace(checkpoint, params={})  # there may not be room for them twice
             if recorded is not None:
                 del state
@@ -122,7 +123,7 @@ def train(
                 state, done = restored.state, restored.step
                 evaluations.forget_after(done)
                 observer.note(f"going on after step {done}, from the checkpoint of this run")
-            write_settings({**about, "held_out": evaluations.held_out}, settings)
+            about = write_settings({**about, "held_out": evaluations.held_out}, settings)
             disown_exports_after(done, settings)
             evaluate = None
             if held_out is not None:
@@ -132,7 +133,8 @@ def train(
                 run = _Run(
                     settings, data, evaluate, evaluations, window, metrics, checkpoints, about, observer, interrupt
                 )
-                state = run.go_on(step, state, frozen, recorded is None)
+                assert compiled.step is not None  # it fits
+                state = run.go_on(compiled.step, state, frozen, recorded is None)
             done = int(state.step)
 
         # ---- the end ----
@@ -248,17 +250,6 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
         )
     require_tokenizer(checkpoint)
     return checkpoint
-
-
-def _start_like(
-    settings: Settings, checkpoint: phi3_jax.Checkpoint, adapter: Any = None, reference: Any = None
-) -> tuple[Any, Any]:
-    """What `start` will return, (state, frozen), as shapes with shardings."""
-    shapes = jax.eval_shape(
-        lambda params: start(settings, checkpoint.config, params, adapter, reference), checkpoint.params
-    )
-    places = sharding.of_state(sharding.make_mesh(), shapes, settings.shard_weights)
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
 
 
 def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> Restored:

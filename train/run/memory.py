@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 
-from ..settings import Settings
-
 _GB = 1e9
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -73,35 +71,7 @@ def estimate(compiled: jax.stages.Compiled, state: Any, frozen: Any) -> Estimate
     if stats is not None:  # the new state is written over the old one, which is donated
         whole += stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     working = max(0, whole * devices - state_bytes - frozen_bytes)
-    return Estimate(state_bytes, frozen_bytes, working, 2 * state_bytes if on_cpu else 0, _available())
-
-
-def require_fit(found: Estimate, settings: Settings) -> None:
-    """Raises ValueError if there is not enough memory; its message names the settings to change."""
-    if found.fits:
-        return
-    raise ValueError(f"the run {found}; {_remedies(found, settings)}")
-
-
-def _remedies(found: Estimate, settings: Settings) -> str:
-    """What would help, what saves most first."""
-    s = settings
-    working = [
-        ("remat=full", s.remat != "full"),
-        (f"batch_size={max(1, s.batch_size // 2)} with accumulation={2 * s.accumulation}", s.batch_size > 1),
-        (f"sequence_length={s.sequence_length // 2}", s.sequence_length > 1),
-        ("loss_chunk=1024", s.loss_chunk == 0 or s.loss_chunk > 1024),
-    ]
-    weights = [
-        ("train=lora", s.train == "all"),
-        ("quantize=int4", s.train == "lora" and not s.quantize and not s.dora),
-        ("dtype=bfloat16", s.dtype == "float32" and not s.quantize),
-        ("optimizer=adamw8bit", s.train == "all" and s.optimizer == "adamw"),
-        ("shard_weights=true", not s.shard_weights and jax.device_count() > 1),
-    ]
-    largest_first = working + weights if found.working > found.state + found.frozen else weights + working
-    helping = [change for change, helps in largest_first if helps]
-    return "these take less, the first ones most: " + ", ".join(helping) if helping else "take a smaller checkpoint"
+    return Estimate(state_bytes, frozen_bytes, working, 2 * state_bytes if on_cpu else 0, available())
 
 
 def _bytes_of_device(tree: Any) -> int:
@@ -114,8 +84,8 @@ def _bytes_of_device(tree: Any) -> int:
     return sum(map(of_leaf, jax.tree.leaves(tree)))
 
 
-def _available() -> int | None:
-    """The memory of one device, or on the CPU the machine's, as far as this process may use it."""
+def available() -> int | None:
+    """The memory of one device, or on the CPU the machine's, as far as this process may use it; None: not known."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

@@ -12,7 +12,7 @@ import numpy as np
 import phi3_jax
 
 from ..data import Dataset, Mixture, Part, counted, epoch_size, prepare, require_held_out, tell
-from ..settings import Settings
+from ..settings import Settings, resolved
 from .observer import Observer
 
 _MANY_PASSES = 20
@@ -114,7 +114,7 @@ def _tell_mixture(mixture: Mixture, settings: Settings) -> str:
 
 
 def _tell_length(data: Mixture, settings: Settings) -> str:
-    epoch, each = float(epoch_size(data.counts, settings)), settings.batch_size * settings.accumulation
+    epoch, each = float(epoch_size(data.counts, settings)), _step_rows(settings)
     steps = settings.all_steps(epoch_size(data.counts, settings))
     passes = steps * each / epoch
     text = f"{counted(steps, 'step')} of {counted(each, 'row')} = "
@@ -123,7 +123,7 @@ def _tell_length(data: Mixture, settings: Settings) -> str:
 
 
 def _warn_of_length(data: Mixture, settings: Settings) -> list[str]:
-    epoch, each = epoch_size(data.counts, settings), settings.batch_size * settings.accumulation
+    epoch, each = epoch_size(data.counts, settings), _step_rows(settings)
     warnings = []
     if each > epoch:
         warnings.append(
@@ -136,3 +136,8 @@ def _warn_of_length(data: Mixture, settings: Settings) -> list[str]:
             "(eval_fraction=0.1 holds lines out), or take fewer steps, as epochs=3 does"
         )
     return warnings
+
+
+def _step_rows(settings: Settings) -> int:
+    s = resolved(settings)
+    return s.batch_size * s.accumulation

@@ -52,10 +52,8 @@ def best_folder(settings: Settings) -> Path:
 # ---- what a run is known by ----
 
 
-def describe(
-    settings: Settings, checkpoint: phi3_jax.Checkpoint, data: str, adapters: Mapping[str, str]
-) -> dict[str, Any]:
-    """What is saved with a checkpoint to identify its run, as JSON.
+def describe(checkpoint: phi3_jax.Checkpoint, data: str, adapters: Mapping[str, str]) -> dict[str, Any]:
+    """What is saved with a checkpoint to identify its run besides the settings, as JSON.
 
     Args:
       data: the fingerprint of the dataset.
@@ -75,7 +73,7 @@ def describe(
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {device}",
     }
-    return {"settings": _fields(settings), "versions": versions} | contents | dict(adapters)
+    return {"versions": versions} | contents | dict(adapters)
 
 
 def check_settings(recorded: Mapping[str, Any] | None, settings: Settings, done: int) -> None:
@@ -141,11 +139,12 @@ def check_contents(recorded: Mapping[str, Any] | None, about: Mapping[str, Any],
     return notes
 
 
-def write_settings(about: Mapping[str, Any], settings: Settings) -> None:
-    """Writes settings.json for readers: `about`, with the settings as they came to be. Raises OSError."""
-    about = {**about, "settings": _fields(settings)}
+def write_settings(about: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Writes settings.json for readers: `about`, with the settings as they came to be; returns this. Raises OSError."""
+    about = {"settings": _fields(settings), **about}
     with new_file(Path(settings.output) / "settings.json", overwrite=True) as partial:
         partial.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return about
 
 
 def _fields(settings: Settings) -> dict[str, Any]:

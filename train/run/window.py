@@ -16,7 +16,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.machine import peak_rate
 
 from ..data import Batch, Pair
-from ..settings import Settings
+from ..settings import Settings, resolved
 from .flops import step_flops
 from .metrics import Record
 
@@ -27,7 +27,7 @@ class Window:
     def __init__(self, settings: Settings, config: Phi3Config):
         """Begins at the first step."""
         self._settings, self._config = settings, config
-        self._peak = peak_rate(settings.compute_dtype)
+        self._peak = peak_rate(resolved(settings).compute_dtype)
         self.restart()
 
     def restart(self) -> None:

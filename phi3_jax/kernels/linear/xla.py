@@ -13,9 +13,17 @@ from phi3_jax.kernels.linear.quantized import QuantizedTensor
 
 def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
     """See `kernels.linear`."""
-    floats = dense(weight, layer, x.dtype)
-    # Without HIGHEST, accelerators multiply float32 matrices with the precision of bfloat16 or TF32.
-    return jnp.einsum("...i,oi->...o", x, floats, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+    def product(x: jax.Array, weight: Any) -> jax.Array:
+        floats = dense(weight, layer, x.dtype)
+        # Without HIGHEST, accelerators multiply float32 matrices with the precision of bfloat16 or TF32.
+        return jnp.einsum("...i,oi->...o", x, floats, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+    if isinstance(weight, QuantizedTensor):
+        # The backward pass makes the floats again: those of all layers, kept for it, would take more memory than a
+        # model of floats.
+        product = jax.checkpoint(product)
+    return product(x, weight)
 
 
 def dense(weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
