@@ -106,7 +106,7 @@ def _ladder(settings: Settings) -> Iterator[Resolved]:
         yield dataclasses.replace(last, loss_chunk=_SMALL_CHUNK)
 
 
-def _halved(settings: Resolved) -> dict[str, int]:
+def _halved(settings: Resolved) -> dict[str, Any]:
     """Half as many rows at a time, twice as often."""
     return {"batch_size": settings.batch_size // 2, "accumulation": 2 * settings.accumulation}
 

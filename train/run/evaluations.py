@@ -12,7 +12,7 @@ import phi3_jax
 
 from .. import fingerprint
 from ..data import Mixture, eval_batches, rows_of_evaluation
-from ..settings import Settings
+from ..settings import Settings, resolved
 from ..step import TrainState, make_eval_step
 from .checkpoints import Checkpoints
 from .metrics import Record
@@ -30,7 +30,7 @@ def make_evaluation(
     It raises ValueError if no token of that data is learned.
     """
     step = make_eval_step(settings, checkpoint.config)
-    total = -(-len(rows_of_evaluation(len(held_out), settings)) // settings.batch_size)
+    total = -(-len(rows_of_evaluation(len(held_out), settings)) // resolved(settings).batch_size)
 
     def evaluate(state: TrainState) -> Record:
         sums: dict[str, float] = {}
