@@ -11,6 +11,7 @@ from typing import Any, Literal
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Remat = Literal["none", "dots", "full"]
+TRACKERS = {"csv", "wandb", "mlflow"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Settings:
       steps: optimizer steps of the run.
       log_every, eval_every, save_every: in steps.
       patience: the run ends after so many evaluations without a lower loss; 0 is never.
-      samples: how many prompts are answered at each evaluation: the first of the held-out data, or of
-      sample_prompts: a file with a prompt in each line.
+      samples: how many prompts of the held-out data, the first ones, are answered at each evaluation.
+      sample_prompts: a file of prompts that are answered instead, all of them (run/samples.py).
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.
       keep_last, keep_best: how many checkpoints stay; the best are those of lowest evaluation loss.
       max_bad_steps: the run ends after this many steps in a row whose loss or gradient is not finite.
@@ -140,6 +141,13 @@ class Settings:
             raise ValueError(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
         if self.method == "dpo" and self.pack:
             raise ValueError("method=dpo compares single texts: set pack=false")
+        if self.sample_prompts and not self.samples:
+            raise ValueError("sample_prompts: samples=0 asks for no answers; leave one of them out")
+        if (unknown := {*self.trackers} - TRACKERS) or len({*self.trackers}) < len(self.trackers):
+            raise ValueError(
+                f"trackers={','.join(self.trackers)}: must be some of {', '.join(sorted(TRACKERS))}, each once"
+                + (f", not {', '.join(sorted(unknown))}" if unknown else "")
+            )
 
 
 _AT_LEAST_ONE = {

@@ -69,6 +69,7 @@ def write_run(folder: Path, **changes: Any) -> Settings:
         steps=7,
         eval_every=3,
         save_every=2,
+        samples=0,
     )
     return dataclasses.replace(settings, **changes)
 

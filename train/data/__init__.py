@@ -11,6 +11,8 @@ from .dataset import Dataset as Dataset
 from .examples import Text as Text
 from .examples import read_record as read_record
 from .files import read_entries as read_entries
+from .forms import Chat as Chat
+from .forms import read_form as read_form
 from .order import batches as batches
 from .order import eval_batches as eval_batches
 from .prepare import prepare as prepare

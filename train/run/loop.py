@@ -1,9 +1,9 @@
 """A training run from its settings to files, top to bottom: `train`.
 
-A run's folder (`Settings.output`) holds data/ (tokenised), checkpoints/, metrics.jsonl, tensorboard/, loss.png, and at
-the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is adapter-best/ or
-model-best/. The same settings in the same folder resume a run that was stopped or killed; its weights and metrics are
-bit for bit those of a run that was not.
+A run's folder (`Settings.output`) holds data/ (tokenised), checkpoints/, metrics.jsonl, samples.jsonl, tensorboard/,
+loss.png, and at the end adapter/ or model/; if a checkpoint of an earlier step was better on held-out data, that is
+adapter-best/ or model-best/. The same settings in the same folder resume a run that was stopped or killed; its weights
+and metrics are bit for bit those of a run that was not.
 
 Axis letters: A batches of a step, B rows, T tokens.
 """
@@ -29,11 +29,13 @@ from ..forward import adapter_config
 from ..settings import Settings
 from ..step import TrainState, make_eval_step, make_train_step, start
 from .checkpoints import Checkpoints
-from .curve import save_curve
+from .curve import require_drawing, save_curve
 from .memory import estimate, require_fit
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
 from .run_folder import best_folder, check_data, check_settings, describe, export_folder, locked_folder
+from .samples import Sampler, encode_prompts, read_prompts
+from .trackers import Trackers, open_trackers, require_trackers
 from .window import Window, with_perplexity
 
 
@@ -61,6 +63,9 @@ def train(
     ):
         recorded = checkpoints.about()
         check_settings(recorded, settings)
+        require_drawing()
+        require_trackers(settings)
+        prompts = read_prompts(settings)
         for name in filter(None, (settings.train_file, settings.eval_file)):
             find_files(name)  # what is not there is missed, or fetched, before the model is loaded
 
@@ -70,10 +75,14 @@ def train(
         held_out = _prepare(settings.eval_file, checkpoint, settings, observer) if settings.eval_file else None
         check_data(recorded, settings, data.fingerprint)
 
+        sampler = Sampler(settings, checkpoint, encode_prompts(prompts, checkpoint, settings), held_out, observer)
+
         # ---- does it fit? ----
         like = _start_like(settings, checkpoint)
         jitted = typing.cast(jax.stages.Wrapped, make_train_step(settings, checkpoint.config))
+        observer.progress("compiling the step", 0, 1)
         step = jitted.lower(*like, next(batches(data, settings))).compile()
+        observer.progress("compiling the step", 1, 1)
         memory = estimate(step, *like)
         observer.note(str(memory))
         require_fit(memory, settings)
@@ -89,9 +98,15 @@ def train(
 
         # ---- the steps ----
         evaluate = None if held_out is None else _evaluation(settings, checkpoint, frozen, held_out, observer)
-        about, window = describe(settings, data.fingerprint), Window(settings, checkpoint.config)
-        with MetricsWriter(folder, -1 if is_new else int(state.step)) as metrics:
-            run = _Run(settings, data, evaluate, window, metrics, checkpoints, about, observer, interrupt)
+        about, window = describe(settings, data.fingerprint), Window(settings, checkpoint.config, len(data))
+        with (
+            MetricsWriter(folder, -1 if is_new else int(state.step)) as metrics,
+            open_trackers(settings, folder, is_new, observer) as trackers,
+        ):
+            answer = functools.partial(sampler.answer, frozen)
+            run = _Run(
+                settings, data, evaluate, answer, window, metrics, trackers, checkpoints, about, observer, interrupt
+            )
             state = run.go_on(step, state, frozen, is_new)
 
         # ---- the end ----
@@ -106,7 +121,7 @@ def train(
                 observer.note(
                     f"{best_folder(settings)}: of step {best}, whose held-out loss is the lowest of those kept"
                 )
-        save_curve(read(folder / "metrics.jsonl"), folder / "loss.png", str(folder))
+        _draw(settings)
     return Outcome(done, exported)
 
 
@@ -117,8 +132,10 @@ class _Run:
     settings: Settings
     data: Dataset
     evaluate: Callable[[TrainState], Record] | None
+    answer: Callable[[TrainState], list[tuple[str, str]]]
     window: Window
     metrics: MetricsWriter
+    trackers: Trackers
     checkpoints: Checkpoints
     about: dict[str, Any]
     observer: Observer
@@ -130,6 +147,8 @@ class _Run:
         self.observer.begin(done, s.steps)
         if is_new and self.evaluate is not None:
             self._write([{"step": 0, **self.evaluate(state)}])
+        if is_new:
+            self._show(0, state)
         stream = batches(self.data, s, done)
         batch = next(stream)
         self.window.restart()
@@ -149,6 +168,8 @@ class _Run:
                     records[-1] |= self.evaluate(state)
                 eval_loss = records[-1].get("eval_loss")
                 self._write(records)
+                if evaluates:
+                    self._show(done, state)
                 if saves or (eval_loss is not None and self.checkpoints.is_among_best(eval_loss)):
                     self.checkpoints.save(done, state, self.about, eval_loss)
                 self.window.restart()
@@ -158,6 +179,15 @@ class _Run:
         for record in records:
             self.metrics.write(record)
             self.observer.record(record)
+        self.trackers.write(records)
+
+    def _show(self, step: int, state: TrainState) -> None:
+        """Sample answers and the curve, at each evaluation and before what is evaluated is saved."""
+        samples = self.answer(state)
+        self.metrics.write_samples(step, samples)
+        for prompt, answer in samples:
+            self.observer.sample(step, prompt, answer)
+        _draw(self.settings)
 
     def _count_bad(self, records: list[Record], in_row: int) -> int:
         """How many of the latest steps, in a row, were skipped. Raises ValueError if these are too many."""
@@ -239,6 +269,11 @@ def _evaluation(
         return {f"eval_{name}": value for name, value in with_perplexity(means, settings).items()}
 
     return evaluate
+
+
+def _draw(settings: Settings) -> None:
+    folder = Path(settings.output)
+    save_curve(read(folder / "metrics.jsonl"), folder / "loss.png", str(folder))
 
 
 def _export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, folder: Path) -> None:

@@ -23,6 +23,9 @@ class Observer:
     def record(self, record: Record) -> None:
         """A line of metrics was written."""
 
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        """A sample answer was written: what the model as it is after this step says."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:

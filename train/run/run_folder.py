@@ -14,7 +14,7 @@ from ..settings import Settings
 # The settings that may differ when a run is resumed. Of the training file the contents are compared, not the name.
 _FREE = {
     "output", "train_file", "eval_file", "log_every", "eval_every", "save_every", "keep_last", "keep_best",
-    "max_bad_steps",
+    "max_bad_steps", "samples", "sample_prompts", "trackers",
 }  # fmt: skip
 _REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
 

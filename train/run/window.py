@@ -24,9 +24,10 @@ from .metrics import Record
 class Window:
     """Collects the steps since the last time that metrics were written."""
 
-    def __init__(self, settings: Settings, config: Phi3Config):
-        """Begins at the first step."""
+    def __init__(self, settings: Settings, config: Phi3Config, rows: float):
+        """Begins at the first step; `rows` are those of a pass over the data."""
         self._settings, self._config = settings, config
+        self._passes = settings.batch_size * settings.accumulation / rows  # in each step
         self._peak = peak_rate(settings.compute_dtype)
         self.restart()
 
@@ -52,7 +53,8 @@ class Window:
         records = []
         for (step, _), metrics in zip(self._steps, fetched, strict=True):
             numbers = {name: float(value) for name, value in sorted(metrics.items())}
-            records.append({"step": step, **with_perplexity(numbers, self._settings), **times})
+            passes = {"passes": step * self._passes}
+            records.append({"step": step, **with_perplexity(numbers, self._settings), **passes, **times})
         return records
 
 
