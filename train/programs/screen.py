@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -69,10 +70,8 @@ class Screen(Observer):
         """Shows a bar if it takes more than a second."""
         if what not in self._work:
             bar_format = "{desc}: {elapsed}" if total == 1 else None
-            bar = tqdm(
-                total=total, desc=what, delay=1, disable=None, leave=False, unit_scale=True, bar_format=bar_format
-            )
-            self._work[what] = _Work(time.perf_counter(), self._stack.enter_context(bar))
+            bar = self._new_bar(total=total, desc=what, delay=1, leave=False, unit_scale=True, bar_format=bar_format)
+            self._work[what] = _Work(time.perf_counter(), bar)
         work = self._work[what]
         work.done, work.total = done, total
         work.bar.update(done - work.bar.n)
@@ -88,8 +87,7 @@ class Screen(Observer):
         """The bar of the steps."""
         self.interrupted = self._stack.enter_context(interruptible(signal.SIGTERM))
         self._steps = _Steps(step, steps)
-        bar = tqdm(total=steps, initial=step, desc="", disable=None, bar_format=_BAR)
-        self._bar = self._stack.enter_context(bar)
+        self._bar = self._new_bar(total=steps, initial=step, desc="", bar_format=_BAR)
 
     def record(self, record: dict[str, Any]) -> None:
         """Advances the bar of the steps."""
@@ -104,6 +102,12 @@ class Screen(Observer):
         """A line above the bars, and a short one."""
         self.note(f"step {step}: {_shortened(prompt)} -> {_shortened(answer)}")
         self._restart()
+
+    def _new_bar(self, **options: Any) -> tqdm[Any]:
+        """It follows the width of the terminal; tqdm shows nothing on one that says it has no columns."""
+        if self._is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
+            options |= {"ncols": 80, "nrows": 24}
+        return self._stack.enter_context(tqdm(disable=None, **options))
 
     def _restart(self) -> None:
         """The time until the first step is no measure of the time that is left."""

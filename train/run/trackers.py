@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +81,7 @@ def open_trackers(settings: Settings, folder: Path, is_new: bool, observer: Obse
     Raises:
       ValueError: a tracker cannot begin; tells what its package says.
     """
-    makers = {"csv": _Csv, "wandb": _Wandb, "mlflow": _Mlflow}
+    makers: dict[str, Callable[[Settings, Path, bool], _Tracker]] = {"csv": _Csv, "wandb": _Wandb, "mlflow": _Mlflow}
     opened: dict[str, _Tracker] = {}
     trackers, is_whole = Trackers(opened, observer), False
     try:

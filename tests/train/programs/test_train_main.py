@@ -43,7 +43,7 @@ class Program:
         self.env = {**os.environ, "XDG_CACHE_HOME": own_cache(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def start(self, *args: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "phi3_jax.train.programs.train_main", *args]
+        command = [sys.executable, "-m", "phi3_jax.train.programs.train_main", "--tell_every", "0", *args]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.env, cwd=cwd
         )
