@@ -179,6 +179,6 @@ def told_seconds(seconds: float) -> str:
 
 
 def _shortened(text: str) -> str:
-    """In one line, and not longer than _LONGEST."""
-    line = " ".join(text.split())
+    """In one line, not longer than _LONGEST, and without characters that a terminal takes as commands."""
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3].rstrip()}..."

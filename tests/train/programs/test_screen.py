@@ -45,7 +45,7 @@ def test_lines_in_a_file(capsys, monkeypatch):
         now[0] += 300
         assert line() == "step 4/100, answering sample prompts: 300 s".replace("300 s", "5 min 0 s")
         screen.progress("answering sample prompts", 1, 1)
-        screen.sample(4, "What\nis this?", "x " * 60)
+        screen.sample(4, "What\nis this?", "x\x1b[2Jé" + "x " * 60)
         now[0] += 5
         screen.record(record(5))
         assert line() == "step 5/100, loss 0.8, 5400 tokens/s, 7 min 55 s left, pass 0.6 of 12.5"
@@ -55,7 +55,7 @@ def test_lines_in_a_file(capsys, monkeypatch):
         assert line() == "step 6/100, loss 0.6667, 5400 tokens/s, MFU 31%, 6 min 14 s left, pass 0.8 of 12.5"
         now[0] += 20
         assert line() == "step 6/100 (22 s ago), loss 0.6667, 5400 tokens/s, MFU 31%, 5 min 54 s left, pass 0.8 of 12.5"
-    told = f"{'x ' * 43}x..."
+    told = f"x\ufffd[2Jé{'x ' * 40}x..."
     assert capsys.readouterr().err.splitlines() == [
         "phi3-train: step 4: held-out loss 2.5000",
         f"phi3-train: step 4: What is this? -> {told}",
