@@ -8,7 +8,7 @@ TESTS := tests --ignore=tests/parity --ignore=tests/accelerators $(SKIPPED)
 
 QUESTION := Tell me what the capital of Mexico is.
 
-.PHONY: demo finetune-demo test test-slow lint parity test-accelerators clean
+.PHONY: demo finetune-demo qlora-demo test test-slow lint parity test-accelerators clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -23,6 +23,14 @@ finetune-demo: $(VENV)/.demo
 	rm -rf runs/lora_demo/merged
 	$(BIN)/phi3-export --checkpoint demo --adapter runs/lora_demo/adapter --format safetensors --output runs/lora_demo/merged
 	$(BIN)/phi3-generate --checkpoint runs/lora_demo/merged --chat --prompt "$(QUESTION)" --max_new_tokens 32
+
+# The same with the base as 4-bit integers (QLoRA), to which the adapter stays attached afterwards, as it was trained.
+qlora-demo: $(VENV)/.demo
+	$(BIN)/pip install -q -e '.[train]'
+	$(BIN)/phi3-fetch-data --data factbook
+	$(BIN)/phi3-generate --checkpoint demo --quantize int4 --chat --prompt "$(QUESTION)" --max_new_tokens 32
+	$(BIN)/phi3-train --recipe phi3_jax.train.recipes.lora_demo --set quantize=int4 --set output=runs/qlora_demo
+	$(BIN)/phi3-generate --checkpoint demo --quantize int4 --adapter runs/qlora_demo/adapter --chat --prompt "$(QUESTION)" --max_new_tokens 32
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TESTS)

@@ -105,8 +105,8 @@ class Settings:
       save_every: after how many steps a checkpoint is written, besides after the last one.
       patience: the run ends after so many evaluations without a lower loss than one before, that before the first step
         included; 0 is never.
-      samples: how many prompts are answered at each evaluation: the first of the held-out data, or of sample_prompts.
-      sample_prompts: a file with a prompt in each line.
+      samples: how many prompts of the held-out data, the first ones, are answered at each evaluation.
+      sample_prompts: a file of prompts that are answered instead, all of them (run/samples.py).
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.
       keep_last: how many of the newest checkpoints stay.
       keep_best: how many checkpoints of lowest evaluation loss stay, besides.

@@ -15,9 +15,9 @@ import pytest
 from templates import PHI4_MINI, small_tokenizer
 
 import phi3_jax
-from phi3_jax.train.run import evaluations, loop
-from phi3_jax.train.run.metrics import TIMES
+from phi3_jax.train.run import ahead, evaluations
 from phi3_jax.train.run.observer import Observer
+from phi3_jax.train.run.records.metrics import TIMES
 from phi3_jax.train.settings import Settings
 
 CONFIG = phi3_jax.Phi3Config(
@@ -77,6 +77,7 @@ def write_run(folder: Path, **changes: Any) -> Settings:
         steps=steps,
         eval_every=min(3, steps),
         save_every=min(2, steps),
+        samples=0,
     )
     return dataclasses.replace(settings, **{**lora, **changes})
 
@@ -96,7 +97,7 @@ _EVALUATING: dict[Settings, Any] = {}
 @contextlib.contextmanager
 def shared_programs() -> Iterator[None]:
     """Runs whose settings give the same programs compile them once, without optimizations, in all files."""
-    make_train_step, make_eval_step = loop.make_train_step, evaluations.make_eval_step
+    make_train_step, make_eval_step = ahead.make_train_step, evaluations.make_eval_step
 
     def of_steps(settings: Settings, config: phi3_jax.Phi3Config) -> Any:
         def lower(*args: Any) -> Any:
@@ -113,7 +114,7 @@ def shared_programs() -> Iterator[None]:
 
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", of_steps)
+        patch.setattr(ahead, "make_train_step", of_steps)
         patch.setattr(evaluations, "make_eval_step", of_evaluation)
         yield
     jax.config.update("jax_disable_most_optimizations", False)

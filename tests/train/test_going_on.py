@@ -20,8 +20,8 @@ from phi3_jax.checkpoint import load_adapter, save_adapter
 from phi3_jax.train.adapters import with_init_adapter
 from phi3_jax.train.run import loop
 from phi3_jax.train.run.loop import train
-from phi3_jax.train.run.metrics import read
 from phi3_jax.train.run.observer import Observer
+from phi3_jax.train.run.records.metrics import read
 from phi3_jax.train.settings import Settings, adapter_config, change
 from phi3_jax.train.step import make_train_step, start
 

@@ -15,8 +15,8 @@ from phi3_jax.kernels import QuantizedTensor, why_unavailable
 from phi3_jax.train.data import batches, prepare
 from phi3_jax.train.run import loop, memory
 from phi3_jax.train.run.loop import train
-from phi3_jax.train.run.metrics import read
 from phi3_jax.train.run.observer import Observer
+from phi3_jax.train.run.records.metrics import read
 from phi3_jax.train.step import make_train_step, start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

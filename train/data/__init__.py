@@ -11,6 +11,8 @@ from .batch import Pair as Pair
 from .dataset import Dataset as Dataset
 from .examples import read_record as read_record
 from .files import read_entries as read_entries
+from .forms import Chat as Chat
+from .forms import read_form as read_form
 from .mixture import Mixture as Mixture
 from .mixture import require_different_files as require_different_files
 from .mixture import require_held_out as require_held_out

@@ -12,22 +12,18 @@ ends it, with exit code 130.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
 
 from absl import flags, logging
-from tqdm import tqdm
 
-from phi3_jax.command_line.program import interruptible, run_program
+from phi3_jax.command_line.program import run_program
 
-from ..run.observer import Observer
 from ..settings import Settings, change
 from .recipe import read_recipe
+from .screen import Screen
 from .settings_help import settings_help
 
 _RECIPE = flags.DEFINE_string(
@@ -36,57 +32,10 @@ _RECIPE = flags.DEFINE_string(
     "A Python file with SETTINGS, such as ./my_recipe.py, or a module, such as phi3_jax.train.recipes.lora_demo.",
 )
 _SET = flags.DEFINE_multi_string("set", [], "name=value: one of the settings below; may be given several times.")
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_TELL_EVERY = flags.DEFINE_integer(
+    "tell_every", 10, "Seconds between lines of progress where no terminal shows bars; 0 is never.", lower_bound=0
+)
 _STOPPED = 130
-
-
-class Screen(Observer):
-    """Shows a run on standard error. From the first step on, signals wait for the end of a step."""
-
-    def __init__(self) -> None:
-        self.interrupted: Callable[[], bool] = lambda: False
-        self._stack = contextlib.ExitStack()
-        self._bars: dict[str, tqdm[Any]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Shows a bar if it takes more than a second."""
-        if what not in self._bars:
-            bar = tqdm(total=total, desc=what, delay=1, disable=None, leave=False, unit_scale=True)
-            self._bars[what] = self._stack.enter_context(bar)
-        self._bars[what].update(done - self._bars[what].n)
-        if done == total:
-            self._bars.pop(what).close()
-
-    def note(self, text: str) -> None:
-        """A line above the bars."""
-        tqdm.write(f"phi3-train: {text}", file=sys.stderr)
-
-    def table(self, lines: Sequence[str]) -> None:
-        """The lines of the table."""
-        for line in lines:
-            self.note(line)
-
-    def begin(self, step: int, steps: int) -> None:
-        """The bar of the steps."""
-        self.interrupted = self._stack.enter_context(interruptible(signal.SIGTERM))
-        bar = tqdm(total=steps, initial=step, desc="steps", disable=None, bar_format=_BAR)
-        self._bars["steps"] = self._stack.enter_context(bar)
-
-    def record(self, record: dict[str, Any]) -> None:
-        """Advances the bar of the steps."""
-        if "eval_loss" in record:
-            self.note(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
-        if "loss" in record:
-            speed = f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
-            speed += f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
-            self._bars["steps"].set_postfix_str(speed, refresh=False)
-            self._bars["steps"].update(record["step"] - self._bars["steps"].n)
 
 
 def main(files: Sequence[str] = ()) -> int:
@@ -96,7 +45,7 @@ def main(files: Sequence[str] = ()) -> int:
     from ..run.loop import train  # needs the extra `train`; --help does not
 
     begun = time.perf_counter()
-    with Screen() as screen:
+    with Screen(_TELL_EVERY.value) as screen:
         outcome = train(settings, screen, lambda: screen.interrupted())
     if outcome.exported is None:
         print(f"phi3-train: stopped after step {outcome.step}; the same command goes on from there", file=sys.stderr)
@@ -125,7 +74,7 @@ def run() -> None:
     run_program(
         "phi3-train",
         main,
-        {"What to train": [_RECIPE, _SET]},
+        {"What to train": [_RECIPE, _SET], "What it shows": [_TELL_EVERY]},
         takes_arguments=True,
         more_help=settings_help(),
         instead={field.name: f"--set {field.name}=VALUE" for field in dataclasses.fields(Settings)},

@@ -15,9 +15,9 @@ from ..data import Mixture, eval_batches, rows_of_evaluation
 from ..settings import Settings, resolved
 from ..step import TrainState, make_eval_step
 from .checkpoints import Checkpoints
-from .metrics import Record
 from .observer import Observer
-from .window import with_perplexity
+from .records.metrics import Record
+from .records.window import with_perplexity
 
 _COLUMNS = ("loss", "perplexity", "accuracy", "margin")
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from .metrics import Record
+from .records.metrics import Record
 
 
 class Observer:
@@ -26,6 +26,9 @@ class Observer:
 
     def table(self, lines: Sequence[str]) -> None:
         """The evaluations before, of the best step and at the end, as lines of a table; none without held-out data."""
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        """A sample answer was written: what the model as it is after this step says."""
 
 
 @dataclasses.dataclass(frozen=True)

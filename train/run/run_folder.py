@@ -7,8 +7,7 @@ import dataclasses
 import fcntl
 import json
 import platform
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from phi3_jax.checkpoint.atomic_write import new_file
 
 from .. import fingerprint
 from ..settings import Settings
+from .exports import best_folder, export_folder
 
 # The settings that may differ when a run is resumed. Of the training file the contents are compared, not the name.
 _FREE = {
@@ -26,7 +26,6 @@ _FREE = {
     "patience", "samples", "sample_prompts", "trackers", "keep_last", "keep_best", "max_bad_steps",
 }  # fmt: skip
 _REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
-_STEP = "training.json"  # in an exported folder: the step that it is of
 # What is compared of a run's contents, in words.
 _CONTENTS = {
     "data": "the rows of {train_file}",
@@ -36,20 +35,6 @@ _CONTENTS = {
     "init_adapter": "init_adapter {init_adapter}",
     "dpo_reference": "dpo_reference {dpo_reference}",
 }
-
-
-def export_folder(settings: Settings) -> Path:
-    """Where the adapter or the model is written at the end."""
-    return Path(settings.output) / ("adapter" if settings.train == "lora" else "model")
-
-
-def best_folder(settings: Settings) -> Path:
-    """Where the adapter or model of the lowest held-out loss is written, if it is not that of the last step."""
-    last = export_folder(settings)
-    return last.with_name(f"{last.name}-best")
-
-
-# ---- what a run is known by ----
 
 
 def describe(checkpoint: phi3_jax.Checkpoint, data: str, adapters: Mapping[str, str]) -> dict[str, Any]:
@@ -150,70 +135,6 @@ def write_settings(about: Mapping[str, Any], settings: Settings) -> dict[str, An
 def _fields(settings: Settings) -> dict[str, Any]:
     fields = dataclasses.asdict(settings)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-
-# ---- what is exported: it is replaced as a whole, and a kill leaves the old one or the new one ----
-
-
-def exported_step(folder: Path) -> int | None:
-    """The step that an exported folder is of; None if there is no such folder, or it does not say."""
-    try:
-        return int(json.loads((folder / _STEP).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def is_exported(settings: Settings, done: int, best: int | None) -> bool:
-    """Whether there is nothing to export: `done` is the last step, `best` that of the lowest held-out loss."""
-    if exported_step(export_folder(settings)) != done:
-        return False
-    return best in (None, done) or exported_step(best_folder(settings)) == best
-
-
-def disown_exports_after(step: int, settings: Settings) -> None:
-    """Exports of later steps do not say their step any more, because these are taken again, and may become others."""
-    for folder in (export_folder(settings), best_folder(settings)):
-        if (exported_step(folder) or 0) > step:
-            (folder / _STEP).unlink()
-
-
-def replace_export(folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Puts what `write` writes into a new folder in the place of a folder, when it is whole."""
-    new, old = _beside(folder, "new"), _beside(folder, "old")
-    write(new)
-    (new / _STEP).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _remove(old, folder)
-
-
-def remove_export(folder: Path) -> None:
-    """Removes a folder, which need not be there."""
-    _remove(folder, folder)
-
-
-def settle_exports(settings: Settings) -> None:
-    """Undoes what a kill interrupted: the old folder has its name again, and what is not whole is removed."""
-    for folder in (export_folder(settings), best_folder(settings)):
-        new, old = _beside(folder, "new"), _beside(folder, "old")
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for path in (new, old, _beside(folder, "removed"), *folder.parent.glob(f".{new.name}-*")):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove(path: Path, folder: Path) -> None:
-    """What is half removed has another name, so that nobody takes it for whole."""
-    removed = _beside(folder, "removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    if path.exists():
-        path.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
-
-
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
 
 
 @contextlib.contextmanager

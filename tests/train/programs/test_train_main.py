@@ -21,7 +21,7 @@ from training_runs import tensors, write_data, write_run
 
 from phi3_jax.train.programs import train_main
 from phi3_jax.train.programs.settings_help import settings_help
-from phi3_jax.train.run.metrics import TIMES, read
+from phi3_jax.train.run.records.metrics import TIMES, read
 from phi3_jax.train.settings import Settings
 
 STEPS = 12
@@ -45,7 +45,7 @@ class Program:
         self.env = {**os.environ, "XDG_CACHE_HOME": own_cache(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def start(self, *args: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "phi3_jax.train.programs.train_main", *args]
+        command = [sys.executable, "-m", "phi3_jax.train.programs.train_main", "--tell_every", "0", *args]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.env, cwd=cwd
         )

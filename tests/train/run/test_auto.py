@@ -28,7 +28,7 @@ def compiled(monkeypatch):
     """Steps that take 100 bytes, and for each row 40, 20 or 10; what was compiled is in the list."""
     seen = []
 
-    def pretend(settings, config, params):
+    def pretend(settings, config, params, adapters=(None, None)):
         kept = {"none": 40, "dots": 20, "full": 10}[settings.remat] * settings.batch_size
         kept -= settings.loss_chunk < 1024
         state = 100 if settings.dtype == "float32" else 50
@@ -131,7 +131,7 @@ def test_advice_is_what_was_compiled_and_only_what_takes_less(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: short.available)
     measured = {}
 
-    def measure(settings, config, params):
+    def measure(settings, config, params, adapters=(None, None)):
         changed = [
             f"{name}={value}" for name, value in dataclasses.asdict(settings).items() if value != getattr(s, name)
         ]
@@ -153,7 +153,7 @@ def test_advice_when_no_single_change_is_enough(monkeypatch):
     """Halving tokens or rows takes 30 less of 100, an adapter 20, and bfloat16 10 more."""
     monkeypatch.setattr(memory, "available", lambda: 55 * 10**9)
 
-    def pretend(s, config, params):
+    def pretend(s, config, params, adapters=(None, None)):
         needed = 100 - 30 * (s.sequence_length < 64) - 30 * (s.batch_size < 2) - 20 * (s.train == "lora")
         needed += 10 * (s.dtype == "bfloat16")
         return ahead.Compiled(s, (), object(), memory.Estimate(0, 0, needed * 10**9, 0, memory.available()))

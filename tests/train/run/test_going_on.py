@@ -16,11 +16,11 @@ from training_runs import Heard, shared_programs, tensors, untimed, write_data, 
 import phi3_jax
 from phi3_jax.train.data import batches, prepare
 from phi3_jax.train.run import loop
+from phi3_jax.train.run.exports import exported_step
 from phi3_jax.train.run.loop import train
-from phi3_jax.train.run.metrics import read
-from phi3_jax.train.run.run_folder import exported_step
-from phi3_jax.train.settings import Settings
-from phi3_jax.train.step import start
+from phi3_jax.train.run.records.metrics import read
+from phi3_jax.train.settings import Settings, adapter_config
+from phi3_jax.train.step import make_train_step, start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -171,10 +171,10 @@ def test_the_rate_is_that_of_the_new_number_of_steps(tmp_path):
     data = prepare(settings.train_file, checkpoint.tokenizer, settings, tmp_path / "data")
     state, frozen = start(settings, checkpoint.config, checkpoint.params)
     for number, batch in zip(range(10), batches(data, settings), strict=False):
-        jitted: Any = loop.make_train_step(settings if number < 6 else longer, checkpoint.config)
+        jitted: Any = make_train_step(settings if number < 6 else longer, checkpoint.config)
         state, _ = jitted.lower(state, frozen, batch).compile()(state, frozen, batch)
     phi3_jax.checkpoint.save_adapter(
-        tmp_path / "slowly", state.trainable, loop.adapter_config(settings), checkpoint.config, ""
+        tmp_path / "slowly", state.trainable, adapter_config(settings), checkpoint.config, ""
     )
     ours, theirs = tensors(tmp_path / "run" / "adapter"), tensors(tmp_path / "slowly")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

@@ -17,7 +17,7 @@ from phi3_jax.train.evaluation.evaluate import held_out_loss
 from phi3_jax.train.evaluation.files import read_data
 from phi3_jax.train.run.checkpoints import Checkpoints
 from phi3_jax.train.run.loop import train
-from phi3_jax.train.run.metrics import read
+from phi3_jax.train.run.records.metrics import read
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import start
 

@@ -13,9 +13,9 @@ from training_runs import CONFIG
 import phi3_jax
 from phi3_jax.train.data import Batch, Pair
 from phi3_jax.train.run import memory, tensorboard
-from phi3_jax.train.run.curve import moving_mean, save_curve, series
 from phi3_jax.train.run.flops import step_flops
-from phi3_jax.train.run.metrics import MetricsWriter, read
+from phi3_jax.train.run.records.curve import moving_mean, save_curve, series
+from phi3_jax.train.run.records.metrics import MetricsWriter, read
 from phi3_jax.train.settings import Settings
 from phi3_jax.train.step import make_train_step, start
 
@@ -101,6 +101,49 @@ def test_events_are_those_of_tensorboard(tmp_path, monkeypatch):
         "100000000000000095fbfe1809000000000000f83f10ac023a020801713b788a"
         "2600000000000000734fe30009000000000000f83f10ac022a180a0b0a046c6f7373150000803e0a090a02c3a9155ed032cf546385d2"
     )
+
+
+def test_texts_are_those_of_tensorboard(tmp_path, monkeypatch):
+    """Recorded with tensorboardX 2.6.5: summary.text in an Event, by record_writer.RecordWriter."""
+    monkeypatch.setattr(time, "time", lambda: 1.5)
+    events = tensorboard.EventFile(tmp_path, 0)
+    events.write_texts(300, {"sample 1": "Tell é -> Tokyo."})
+    events.close()
+    (path,) = tmp_path.iterdir()
+    assert (
+        path.read_bytes()
+        .hex()
+        .endswith(
+            "4e00000000000000c4b905ad09000000000000f83f10ac022a400a3e0a1573616d706c6520312f746578745f73756d6d617279421b0807"
+            "120412020801421154656c6c20c3a9202d3e20546f6b796f2e4a080a060a0474657874a03ef57a"
+        )
+    )
+
+
+def test_samples_are_cut_at_a_step(tmp_path):
+    for step in (-1, 3):
+        with MetricsWriter(tmp_path, step) as metrics:
+            assert (step == -1) != (tmp_path / "samples.jsonl").exists()
+            metrics.write_samples(step + 1, [])
+            for later in range(step + 1, step + 6, 2):
+                metrics.write_samples(later, [("a", f"é\n{later}"), ("a", "b")])
+        with (tmp_path / "samples.jsonl").open("a") as file:
+            file.write('{"step": 1')
+    assert [(line["step"], line["prompt"], line["answer"]) for line in read(tmp_path / "samples.jsonl")] == [
+        (step, "a", answer) for step in (0, 2, 4, 6, 8) for answer in (f"é\n{step}", "b")
+    ]
+    with MetricsWriter(tmp_path, -1):
+        assert not read(tmp_path / "samples.jsonl")
+
+
+def test_the_mean_does_not_suffer_from_a_spike():
+    """Nor does it take a minute for a hundred thousand steps."""
+    values = [*np.random.default_rng(1).uniform(1, 3, 300).tolist(), 1e30, *[2.0] * 700]
+    found, expected = moving_mean(values, 50), [np.mean(values[max(0, i - 49) : i + 1]) for i in range(len(values))]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    begun = time.perf_counter()
+    moving_mean([1.0] * 100_000, 5000)
+    assert time.perf_counter() - begun < 10
 
 
 def test_the_curve(tmp_path):

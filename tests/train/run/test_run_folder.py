@@ -16,10 +16,9 @@ import phi3_jax
 from phi3_jax.adapters import LoraConfig, adapter_shapes
 from phi3_jax.checkpoint import save_adapter
 from phi3_jax.train import fingerprint
-from phi3_jax.train.run.run_folder import (
+from phi3_jax.train.adapters import fingerprints
+from phi3_jax.train.run.exports import (
     best_folder,
-    check_contents,
-    describe,
     disown_exports_after,
     export_folder,
     exported_step,
@@ -28,6 +27,7 @@ from phi3_jax.train.run.run_folder import (
     replace_export,
     settle_exports,
 )
+from phi3_jax.train.run.run_folder import check_contents, describe
 from phi3_jax.train.settings import Settings
 
 
@@ -61,8 +61,7 @@ def test_what_differs_is_told_by_name():
     weight = jnp.ones(24)
     params = {"norm": {"weight": weight}}
     checkpoint = phi3_jax.Checkpoint(CONFIG, params, small_tokenizer(PHI4_MINI), phi3_jax.GenerationSettings((257,)))
-    recorded = describe(settings, checkpoint, "rows")
-    assert recorded["settings"]["lora_targets"] == list(settings.lora_targets)
+    recorded = describe(checkpoint, "rows", {})
     assert check_contents(None, recorded, settings) == []
     assert check_contents(recorded, recorded, settings) == []
     changed = {
@@ -71,11 +70,11 @@ def test_what_differs_is_told_by_name():
         "the tokenizer or chat template of base": {"tokenizer": small_tokenizer(PHI4_MINI + " ")},
     }
     for told, change in changed.items():
-        now = describe(settings, dataclasses.replace(checkpoint, **change), "rows")
+        now = describe(dataclasses.replace(checkpoint, **change), "rows", {})
         with pytest.raises(ValueError, match=rf"^run: not what they were when the run there began are {told}: go on"):
             check_contents(recorded, now, settings)
     everything = {name: value for change in changed.values() for name, value in change.items()}
-    now = describe(settings, dataclasses.replace(checkpoint, **everything), "others")
+    now = describe(dataclasses.replace(checkpoint, **everything), "others", {})
     told = "; ".join(["the rows of texts.jsonl", *changed])
     with pytest.raises(ValueError, match=rf" are {told}: go on"):
         check_contents(recorded, now, settings)
@@ -101,9 +100,9 @@ def test_adapters_are_known_by_contents(tmp_path):
     lora = LoraConfig(2, 4.0, ("o_proj",))
     for name in "ab":
         save(name, lora)
-    recorded = describe(settings, checkpoint, "rows")
+    recorded = describe(checkpoint, "rows", fingerprints(settings))
     save("a", lora)
-    assert describe(settings, checkpoint, "rows") == recorded
+    assert describe(checkpoint, "rows", fingerprints(settings)) == recorded
     for name, told, changed in (
         ("a", "init_adapter", (lora, 2**-24)),
         ("a", "init_adapter", (dataclasses.replace(lora, alpha=5.0), 0.0)),
@@ -111,7 +110,7 @@ def test_adapters_are_known_by_contents(tmp_path):
     ):
         save(name, *changed)
         with pytest.raises(ValueError, match=rf"began are {told} {tmp_path}/{name}: go on"):
-            check_contents(recorded, describe(settings, checkpoint, "rows"), settings)
+            check_contents(recorded, describe(checkpoint, "rows", fingerprints(settings)), settings)
         save(name, lora)
 
 

@@ -1,4 +1,4 @@
-"""Writes numbers over steps into TensorBoard's files, immediately and without another thread.
+"""Writes numbers and texts over steps into TensorBoard's files, immediately and without another thread.
 
 A file is a sequence of records: length uint64, its checksum, the data, its checksum (TensorFlow's record_writer.h). The
 data are protocol buffers of the type Event (TensorFlow's event.proto), few fields of which are needed here.
@@ -26,6 +26,7 @@ def _crc_table() -> list[int]:
 
 _TABLE = _crc_table()
 _COUNTER = itertools.count()
+_STRING = 7  # of TensorFlow's DataType
 
 
 class EventFile:
@@ -48,6 +49,18 @@ class EventFile:
         """Adds numbers by name. Raises OSError if there is no room."""
         each = (_bytes(1, _bytes(1, name.encode()) + _float(2, value)) for name, value in values.items())
         self._append(_event(step, _bytes(5, b"".join(each))))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Adds texts by name, which TensorBoard reads as Markdown. Raises OSError if there is no room."""
+        of_texts = _bytes(9, _bytes(1, _bytes(1, b"text")))  # metadata: the plugin that shows them
+        shape = _bytes(2, _bytes(2, _varint(1, 1)))
+        values = (
+            _bytes(1, f"{name}/text_summary".encode())
+            + _bytes(8, _varint(1, _STRING) + shape + _bytes(8, text.encode()))
+            + of_texts
+            for name, text in texts.items()
+        )
+        self._append(_event(step, _bytes(5, b"".join(_bytes(1, value) for value in values))))
 
     def close(self) -> None:
         """Ends the file."""

@@ -1,6 +1,6 @@
-"""The metrics of a run, written while it goes on: a line of JSON for each step, and TensorBoard's events.
+"""The metrics of a run, written while it goes on: lines of JSON for steps and sample answers, and TensorBoard's events.
 
-Both can be cut off after a step and continued, so that a run that was killed and resumed has the metrics of one that
+All can be cut off after a step and continued, so that a run that was killed and resumed has the metrics of one that
 was not.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,10 +23,10 @@ TIMES = frozenset({"seconds", "tokens_per_second", "mfu"})
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and `tensorboard/` in a run's folder. To be closed, or used in a `with`."""
+    """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/` in a run's folder. To be used in a `with`."""
 
     def __init__(self, folder: Path, step: int):
-        """Opens both to continue after a step.
+        """Opens them to continue after a step.
 
         Args:
           step: lines of later steps are removed, because these steps are done again; -1 removes all lines.
@@ -36,9 +36,11 @@ class MetricsWriter:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        kept = [record for record in read(self._path) if record["step"] <= step]
-        with new_file(self._path, overwrite=True) as partial:  # a kill leaves the old one
-            partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        self._samples = folder / "samples.jsonl"
+        for path in filter(Path.exists, (self._path, self._samples)):
+            kept = [record for record in read(path) if record["step"] <= step]
+            with new_file(path, overwrite=True) as partial:  # a kill leaves the old one
+                partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._events = EventFile(folder / "tensorboard", step + 1)
 
@@ -55,6 +57,22 @@ class MetricsWriter:
             self._events.write(finite.pop("step"), finite)
         except OSError as error:
             raise OSError(f"{self._path}: cannot be written ({error.strerror}); make room there") from error
+
+    def write_samples(self, step: int, answers: Sequence[tuple[str, str]]) -> None:
+        """Adds (prompt, answer) of each sample after a step; in the file they are "step", "prompt" and "answer".
+
+        Raises:
+          OSError: there is no room.
+        """
+        if not answers:
+            return
+        try:
+            with self._samples.open("a", encoding="utf-8") as file:
+                file.writelines(_line({"step": step, "prompt": p, "answer": a}) for p, a in answers)
+            texts = [f"{prompt} **->** {answer}" for prompt, answer in answers]
+            self._events.write_texts(step, {f"sample {number}": text for number, text in enumerate(texts, 1)})
+        except OSError as error:
+            raise OSError(f"{self._samples}: cannot be written ({error.strerror}); make room there") from error
 
     def __enter__(self) -> Self:
         return self
@@ -79,5 +97,5 @@ def read(path: Path) -> list[Record]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    finite = {name: value if math.isfinite(value or 0) else None for name, value in record.items()}
-    return json.dumps(finite) + "\n"
+    finite = {n: v if isinstance(v, str) or math.isfinite(v or 0) else None for n, v in record.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"

@@ -15,19 +15,21 @@ import numpy as np
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.machine import peak_rate
 
-from ..data import Batch, Pair
-from ..settings import Settings, resolved
-from .flops import step_flops
+from ...data import Batch, Pair
+from ...settings import Settings, resolved
+from ..flops import step_flops
 from .metrics import Record
 
 
 class Window:
     """Collects the steps since the last time that metrics were written."""
 
-    def __init__(self, settings: Settings, config: Phi3Config):
-        """Begins at the first step."""
+    def __init__(self, settings: Settings, config: Phi3Config, rows: float):
+        """Begins at the first step; `rows` are those of a pass over the data."""
         self._settings, self._config = settings, config
-        self._peak = peak_rate(resolved(settings).compute_dtype)
+        s = resolved(settings)
+        self._passes = s.batch_size * s.accumulation / rows  # in each step
+        self._peak = peak_rate(s.compute_dtype)
         self.restart()
 
     def restart(self) -> None:
@@ -52,7 +54,8 @@ class Window:
         records = []
         for (step, _), metrics in zip(self._steps, fetched, strict=True):
             numbers = {name: float(value) for name, value in sorted(metrics.items())}
-            records.append({"step": step, **with_perplexity(numbers, self._settings), **times})
+            passes = {"passes": step * self._passes}
+            records.append({"step": step, **with_perplexity(numbers, self._settings), **passes, **times})
         return records
 
 

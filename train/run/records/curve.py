@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from phi3_jax.checkpoint.atomic_write import new_file
 
@@ -15,17 +18,22 @@ _SMOOTHED = "#1f5fa8"
 _WINDOW = 0.05  # of the run: what is averaged for the smooth line
 
 
+def require_drawing() -> None:
+    """Raises ImportError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("a picture needs matplotlib: pip install 'phi3_jax[train]'")
+
+
 def save_curve(records: Sequence[Record], path: str | os.PathLike[str], title: str) -> None:
     """Draws the losses of a metrics file as a PNG file: each step's, their moving mean, and the held-out losses.
 
     Raises:
       ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("a picture needs matplotlib: pip install 'phi3_jax[train]'") from None
+    require_drawing()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.5, 4.2), dpi=160, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -60,4 +68,5 @@ def series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and up to `window` - 1 before it."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    sums = np.convolve(values, np.ones(window))[: len(values)] if values else np.zeros(0)
+    return (sums / np.minimum(np.arange(1, len(values) + 1), window)).tolist()
