@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import phi3_jax
-from phi3_jax.adapters import Adapter, LoraConfig
-from phi3_jax.checkpoint import find_adapter, read_attachable
+from phi3_jax.adapters import HEAD, TABLE, Adapter, LoraConfig
+from phi3_jax.checkpoint import AttachableAdapter, find_adapter, read_attachable
+from phi3_jax.config import Phi3Config
 
 from .settings import Settings
 
@@ -68,7 +69,7 @@ def with_init_adapter(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tu
     """
     if not settings.init_adapter or settings.train == "all":  # which begins with the adapter merged
         return settings, None
-    found = read_attachable(settings.init_adapter, checkpoint.config, checkpoint.params)
+    found = _read("init_adapter", settings.init_adapter, checkpoint)
     lora = found.lora
     own: dict[str, Any] = {
         "lora_rank": lora.rank,
@@ -102,8 +103,26 @@ def reference_adapter(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> Na
     name = named_adapters(settings).get("dpo_reference")
     if name is None:
         return None
-    found = read_attachable(name, checkpoint.config, checkpoint.params)
+    found = _read("dpo_reference", name, checkpoint)
     return found.lora, found.adapter
+
+
+def untied_note(settings: Settings, config: Phi3Config) -> str:
+    """What to tell of a run that adapts only one of a tied model's embedding and head, or each by itself; else ""."""
+    targets = [target for target in (TABLE, HEAD) if target in settings.lora_targets]
+    if settings.train == "all" or settings.lora_tied or not targets or not config.tie_word_embeddings:
+        return ""
+    return (
+        f"{' and '.join(targets)} of a tied model: the adapter unties the two, as in PEFT; lora_tied=true with "
+        f"{TABLE} alone changes both by one update"
+    )
+
+
+def _read(setting: str, name: str, checkpoint: phi3_jax.Checkpoint) -> AttachableAdapter:
+    try:
+        return read_attachable(name, checkpoint.config, checkpoint.params)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
 
 
 def _is_same(one: str, other: str) -> bool:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from phi3_jax.adapters import Adapter, LoraConfig, attach
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels import LoraTensor, QuantizedTensor
 from phi3_jax.kernels.attention.masks import sequence_lengths
 from phi3_jax.model import Params, Phi3
 
@@ -105,7 +105,29 @@ def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Bat
     # Preferences and evaluations need the plain log-probabilities.
     plain = key is None or s.method == "dpo"
     z_loss, label_smoothing = (0.0, 0.0) if plain else (s.z_loss, s.label_smoothing)
-    return row_sums(functools.partial(run, method="unembed"), x, batch, s.loss_chunk, z_loss, label_smoothing)
+
+    def unembed(x: jax.Array, *chunk: jax.Array) -> jax.Array:
+        own = _with_dropout_of_chunk(params, *chunk) if chunk else params
+        return Phi3(config).apply({"params": own}, x, method="unembed")
+
+    return row_sums(unembed, x, batch, s.loss_chunk, z_loss, label_smoothing, _drops_at_head(params))
+
+
+def _head(params: Params) -> str:
+    return "lm_head" if "lm_head" in params else "embed_tokens"
+
+
+def _drops_at_head(params: Params) -> bool:
+    """Whether the head has an adapter with dropout."""
+    weight = params[_head(params)]["weight"]
+    return isinstance(weight, LoraTensor) and weight.keys is not None
+
+
+def _with_dropout_of_chunk(params: Params, number: jax.Array) -> Params:
+    """The parameters with a key of the head's dropout that is the chunk's own."""
+    name = _head(params)
+    weight = params[name]["weight"]
+    return params | {name: {"weight": dataclasses.replace(weight, keys=jax.random.fold_in(weight.keys, number))}}
 
 
 def _cast(params: Params, dtype: str) -> Params:

@@ -70,12 +70,13 @@ def next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def row_sums(
-    unembed: Callable[[jax.Array], jax.Array],
+    unembed: Callable[..., jax.Array],
     x: jax.Array,
     batch: Batch,
     chunk: int = 0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    numbered: bool = False,
 ) -> RowSums:
     """The loss of a batch, summed over each row's tokens.
 
@@ -85,10 +86,11 @@ def row_sums(
       batch: the tokens.
       chunk: how many tokens' logits are held at a time (rounded down to whole columns of the batch, at least one); the
         backward pass computes them again. 0: those of all tokens, which are kept for the backward pass.
+      numbered: `unembed` is given the chunk's number, too: what is random in it must not be the same in all of them.
     """
 
-    def part(x: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
-        loss, correct = cross_entropy(unembed(x), targets, z_loss, label_smoothing)
+    def part(x: jax.Array, targets: jax.Array, weights: jax.Array, *number: jax.Array) -> RowSums:
+        loss, correct = cross_entropy(unembed(x, *number), targets, z_loss, label_smoothing)
         # 0 * inf is not 0: tokens that are not learned must not count, even if their loss is infinite.
         return RowSums(jnp.where(weights > 0, weights * loss, 0).sum(1), weights.sum(1), (weights * correct).sum(1))
 
@@ -96,7 +98,7 @@ def row_sums(
     targets, weights = next_tokens(batch)
     W = max(1, chunk // B) if chunk else T
     if W >= T:
-        return part(x, targets, weights)
+        return part(x, targets, weights, *([jnp.int32(0)] if numbered else []))
     C = -(-T // W)
 
     def in_chunks(leaf: jax.Array) -> jax.Array:
@@ -107,4 +109,5 @@ def row_sums(
         return jax.tree.map(jnp.add, sums, jax.checkpoint(part, prevent_cse=False)(*columns)), None
 
     zeros = jnp.zeros(B, jnp.float32)
-    return jax.lax.scan(add, RowSums(zeros, zeros, zeros), tuple(map(in_chunks, (x, targets, weights))))[0]
+    columns = [*map(in_chunks, (x, targets, weights)), *([jnp.arange(C)] if numbered else [])]
+    return jax.lax.scan(add, RowSums(zeros, zeros, zeros), tuple(columns))[0]

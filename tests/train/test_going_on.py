@@ -17,7 +17,7 @@ from training_runs import tensors, write_run
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint import load_adapter, save_adapter
-from phi3_jax.train.adapters import with_init_adapter
+from phi3_jax.train.adapters import reference_adapter, untied_note, with_init_adapter
 from phi3_jax.train.run import loop
 from phi3_jax.train.run.loop import train
 from phi3_jax.train.run.observer import Observer
@@ -92,6 +92,33 @@ def test_settings_are_the_adapters(tiny, lora, tmp_path):
         ValueError, match=r"lora_targets=qkv_proj: init_adapter=.* has .*; leave lora_targets out, or train"
     ):
         with_init_adapter(dataclasses.replace(s, lora_targets=("qkv_proj",)), tiny)
+
+
+def test_what_cannot_be_attached_is_refused_by_the_settings_name(tiny, tmp_path):
+    head = "base_model.model.lm_head"
+    shape = {"lm_head.weight": np.zeros((97, 24))}
+    tensors = peft_tensors(shape, {"lm_head": 2}) | {f"{head}.base_layer.weight": np.zeros((97, 24), np.float32)}
+    folder = str(write_peft(tmp_path / "x", tensors, target_modules=["lm_head"], r=2))
+    with pytest.raises(ValueError, match=r"init_adapter: .* changes lm_head, which cannot be attached; load the model"):
+        with_init_adapter(Settings(init_adapter=folder), tiny)
+    s = Settings(method="dpo", pack=False, dpo_reference=folder)
+    with pytest.raises(ValueError, match=r"dpo_reference: .* changes lm_head, which cannot be attached"):
+        reference_adapter(s, tiny)
+
+
+def test_a_run_that_unties_says_so(tiny):
+    tied = dataclasses.replace(tiny.config, tie_word_embeddings=True)
+    for targets, told in [
+        (("embed_tokens",), "embed_tokens of"),
+        (("lm_head", "embed_tokens"), "embed_tokens and lm_head"),
+    ]:
+        assert untied_note(Settings(lora_targets=targets), tied).startswith(told)
+        assert untied_note(Settings(lora_targets=targets), tiny.config) == ""
+    assert (
+        untied_note(Settings(lora_targets=("embed_tokens",), lora_tied=True), tied)
+        == untied_note(Settings(), tied)
+        == ""
+    )
 
 
 def changed(settings, before):

@@ -1,5 +1,6 @@
 """The loss of training, in chunks and at once, against sums over single tokens and texts."""
 
+import dataclasses
 import functools
 import math
 
@@ -7,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import random_adapter
 from training_batches import close, rows, slow_loss
 
 from phi3_jax.train.data import Batch
 from phi3_jax.train.forward import batch_sums, neftune
 from phi3_jax.train.loss import cross_entropy, row_sums
-from phi3_jax.train.settings import Settings
+from phi3_jax.train.settings import Settings, adapter_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -137,3 +139,31 @@ def test_neftunes_noise_is_uniform_and_as_strong_as_the_length_of_the_text_says(
         assert 0.999 * bound < np.abs(part).max() <= bound
         assert part.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)  # of a uniform distribution
         assert abs(part.mean()) < 0.02 * bound
+
+
+def test_each_chunk_has_its_own_number():
+    """By which what is random in the head differs from chunk to chunk."""
+    x, head, batch = case()
+    numbers = np.repeat(np.arange(5), 7)[:T]  # columns of 7
+    dense = row_sums(lambda x: x @ head.T * (1 + numbers[:, None]), x, batch)
+    for chunk, shown in ((7 * B, dense), (0, row_sums(lambda x: x @ head.T, x, batch))):
+        close(row_sums(lambda x, number: x @ head.T * (1 + number), x, batch, chunk, numbered=True), shown)
+
+
+def test_dropout_at_the_head_differs_from_chunk_to_chunk(tiny):
+    """Where all tokens are alike, so are their features, and a loss differs only by what is dropped."""
+    changes = {"lora_targets": ("lm_head",), "lora_dropout": 0.5, "loss_chunk": 5}
+    s, length = Settings(batch_size=1, **changes), 15
+    adapter = random_adapter(tiny.config, adapter_config(s))
+    positions = np.arange(length, dtype=np.int32)[None]
+    batch = Batch(np.full((1, length), 9, np.int32), np.zeros((1, length), np.float32), positions, 0 * positions)
+
+    @jax.jit
+    def loss(weights, key):
+        learned = dataclasses.replace(batch, weights=weights)
+        return batch_sums(s, tiny.config, adapter, tiny.params, learned, key)["loss"]
+
+    columns = np.eye(length, dtype=np.float32)[:, None]
+    losses = [float(loss(columns[i], jax.random.key(3))) for i in (1, 6, 11)]
+    assert min(abs(losses[i] - losses[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
+    assert float(loss(columns[6], jax.random.key(3))) == losses[1]

@@ -15,8 +15,7 @@ from ..data import Mixture, eval_batches, rows_of_evaluation
 from ..settings import Settings, resolved
 from ..step import TrainState, make_eval_step
 from .checkpoints import Checkpoints
-from .observer import Observer
-from .records.metrics import Record
+from .observer import Observer, Record
 from .records.window import with_perplexity
 
 _COLUMNS = ("loss", "perplexity", "accuracy", "margin")

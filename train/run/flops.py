@@ -46,7 +46,10 @@ def _rates(settings: Settings, config: Phi3Config) -> tuple[float, float]:
     if settings.train == "all":
         linear = 6.0 * matrices
     else:
-        adapter = sum(math.prod(shape) for shape in adapter_shapes(config, adapter_config(settings)).values())
+        lora = adapter_config(settings)
+        # Of an embedding's update, rows of b are looked up, but for a head that is tied to it.
+        parts = {path: math.prod(shape) for path, shape in adapter_shapes(config, lora).items()}
+        adapter = sum(size for path, size in parts.items() if lora.tied or path != "embed_tokens/b")
         linear = 4.0 * matrices + 6.0 * adapter
     attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     if settings.method == "dpo":  # the forward pass of the model at the start

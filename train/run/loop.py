@@ -19,7 +19,7 @@ import phi3_jax
 from phi3_jax.checkpoint import holds_integers, require_tokenizer
 from phi3_jax.kernels import has_packed
 
-from ..adapters import fingerprints, reference_adapter, with_init_adapter
+from ..adapters import fingerprints, reference_adapter, untied_note, with_init_adapter
 from ..checks import check_before_loading
 from ..data import epoch_size
 from ..settings import Settings, resolved
@@ -78,6 +78,8 @@ def train(
         check_steps(done, settings)  # once more: the data say how many are in `epochs`
         settings, adapter = with_init_adapter(settings, checkpoint)
         adapters = adapter, reference_adapter(settings, checkpoint)
+        if note := untied_note(settings, checkpoint.config):
+            observer.note(note)
 
         # ---- what was done before ----
         for text in check_contents(recorded, about, settings):

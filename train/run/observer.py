@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .records.metrics import Record
+Record = dict[str, Any]  # a line of metrics.jsonl
 
 
 class Observer:

@@ -11,7 +11,7 @@ import numpy as np
 
 from phi3_jax.checkpoint.atomic_write import new_file
 
-from .metrics import Record
+from ..observer import Record
 
 _TRAINED, _HELD_OUT, _INK, _FAINT = "#9db8d9", "#c2452d", "#26251f", "#6f6b62"
 _SMOOTHED = "#1f5fa8"

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 from phi3_jax.checkpoint.atomic_write import new_file
 
+from ..observer import Record
 from .tensorboard import EventFile
 
-Record = dict[str, Any]
 # Metrics that differ each time, because they depend on the machine's speed.
 TIMES = frozenset({"seconds", "tokens_per_second", "mfu"})
 

@@ -18,7 +18,7 @@ from phi3_jax.kernels.machine import peak_rate
 from ...data import Batch, Pair
 from ...settings import Settings, resolved
 from ..flops import step_flops
-from .metrics import Record
+from ..observer import Record
 
 
 class Window:
