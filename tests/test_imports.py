@@ -28,7 +28,7 @@ infer.generate infer.conversation infer.beam infer.benchmark
 infer.__init__
 infer.programs
 train.settings
-train.data train.adam8bit train.sharding
+train.data train.adam8bit train.sharding train.rounding
 train.loss train.dpo train.optimizer
 train.forward
 train.step

@@ -167,8 +167,8 @@ def test_advice_when_no_single_change_is_enough(monkeypatch):
         *("sequence_length=32 70.00 GB", "train=lora 80.00 GB"),
     ]
     s = dataclasses.replace(s, sequence_length=1, batch_size=1, train="lora", quantize="int4", method="dpo", pack=False)
+    monkeypatch.setattr(memory, "available", lambda: 1)
     with pytest.raises(ValueError, match="no change of its settings takes less: take a smaller checkpoint"):
-        monkeypatch.setattr(memory, "available", lambda: 1)
         auto.require_fit(pretend(s, CONFIG, {}), CONFIG, {}, Observer())
 
 
