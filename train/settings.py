@@ -44,7 +44,7 @@ class Settings:
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
-      accumulation: how many such batches make a step; a run that chooses both has 8 rows in a step.
+      accumulation: how many such batches make a step; where a run chooses, a step has 8 rows.
       seed: of the order of the data, of new weights and of dropout.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
       lora_rank, lora_alpha, lora_targets, lora_rslora, lora_dropout, dora: the adapter (phi3_jax/adapters.py).
@@ -101,8 +101,8 @@ class Settings:
     lora_rslora: bool = False
     lora_dropout: float = 0.0
     dora: bool = False
-    dtype: Dtype | Auto = "auto"
-    compute_dtype: Dtype | Auto = "auto"
+    dtype: Literal[Dtype, "auto"] = "auto"
+    compute_dtype: Literal[Dtype, "auto"] = "auto"
     quantize: str = ""
     neftune_alpha: float = 0.0
     optimizer: Optimizer = "adamw"
@@ -118,7 +118,7 @@ class Settings:
     loss_chunk: int | Auto = "auto"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    remat: Remat | Auto = "auto"
+    remat: Literal[Remat, "auto"] = "auto"
     shard_weights: bool = False
     epochs: float = 0.0
     steps: int = 100
@@ -160,11 +160,17 @@ class Resolved(Settings):
     remat: Remat = "none"
 
 
+_ROWS = 8  # of a step, where nothing else is said
 CHOSEN = ("dtype", "compute_dtype", "remat", "loss_chunk", "batch_size", "accumulation")  # what may be "auto"
 
 
 def resolved(settings: Settings, **chosen: Any) -> Resolved:
-    """The settings with these values, or else the defaults of `Resolved`, where they say "auto"."""
+    """The settings with these values, or else the defaults of `Resolved`, where they say "auto".
+
+    With an `accumulation` that is given, batch_size is what makes 8 rows of a step, or 1.
+    """
+    if settings.accumulation != "auto":
+        chosen = {"batch_size": max(1, _ROWS // settings.accumulation)} | chosen
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     there = {name: value for name, value in values.items() if name not in CHOSEN or value != "auto"}
     return Resolved(**chosen | there)

@@ -22,7 +22,6 @@ from . import memory
 from .ahead import Compiled, compile_step, params_like
 from .observer import Observer
 
-_ROWS = 8  # of a step
 _SMALL_CHUNK = 256
 _ADVICE_SECONDS = 90.0  # after which no other change is compiled
 
@@ -91,10 +90,9 @@ def told(settings: Settings, chosen: Resolved) -> str:
 def _ladder(settings: Settings) -> Iterator[Resolved]:
     """What "auto" may stand for, the fastest first: less is kept for the backward pass, then fewer rows are held."""
     devices = jax.device_count()
-    rows = -(-_ROWS // devices) * devices
-    if settings.batch_size == "auto" and settings.accumulation != "auto":
-        rows = max(devices, rows // settings.accumulation // devices * devices)
-    first = resolved(settings, batch_size=rows)  # only what is "auto" is changed
+    first = resolved(settings)
+    if settings.batch_size == "auto":  # all devices have rows
+        first = dataclasses.replace(first, batch_size=-(-first.batch_size // devices) * devices)
     for remat in ("none", "dots", "full") if settings.remat == "auto" else (first.remat,):
         last = dataclasses.replace(first, remat=remat)
         yield last
