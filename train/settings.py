@@ -25,7 +25,7 @@ Remat = Literal["none", "dots", "full"]
 Dtype = Literal["float32", "bfloat16"]
 Auto = Literal["auto"]
 DEFAULT_STEPS = 100
-_STEP_ROWS = 8
+_STEP_ROWS = 8  # where nothing else is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +143,8 @@ class Settings:
     lora_rslora: bool = False
     lora_dropout: float = 0.0
     dora: bool = False
-    dtype: Dtype | Auto = "auto"
-    compute_dtype: Dtype | Auto = "auto"
+    dtype: Literal[Dtype, "auto"] = "auto"
+    compute_dtype: Literal[Dtype, "auto"] = "auto"
     quantize: str = ""
     neftune_alpha: float = 0.0
     optimizer: Optimizer = "adamw"
@@ -160,7 +160,7 @@ class Settings:
     loss_chunk: int | Auto = "auto"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    remat: Remat | Auto = "auto"
+    remat: Literal[Remat, "auto"] = "auto"
     shard_weights: bool = False
     epochs: float = 0.0
     steps: int = 0
@@ -243,9 +243,6 @@ class Resolved(Settings):
     compute_dtype: Dtype = "float32"
     loss_chunk: int = 1024
     remat: Remat = "none"
-
-
-CHOSEN = ("dtype", "compute_dtype", "remat", "loss_chunk", "batch_size", "accumulation")  # what may be "auto"
 
 
 def resolved(settings: Settings) -> Resolved:

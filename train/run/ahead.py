@@ -59,8 +59,8 @@ def start_like(
 
 
 def batch_like(settings: Resolved) -> Batch | Pair:
-    """A batch [A, B, T] of all processes, as shapes."""
-    shape = (settings.accumulation, settings.batch_size, settings.sequence_length)
+    """What `batches` gives, [A, B, T] of this process, as shapes."""
+    shape = (settings.accumulation, settings.batch_size // jax.process_count(), settings.sequence_length)
     whole, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
     batch = Batch(whole, weights, whole, whole)
     return Pair(batch, batch) if settings.method == "dpo" else batch

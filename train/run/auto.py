@@ -100,15 +100,16 @@ def _ladder(settings: Settings) -> Iterator[Resolved]:
         yield last
     if settings.batch_size == "auto" and settings.accumulation == "auto":
         while last.batch_size % (2 * devices) == 0:
-            last = dataclasses.replace(last, **_halved(last))
+            rows, times = _halved(last)
+            last = dataclasses.replace(last, batch_size=rows, accumulation=times)
             yield last
     if settings.loss_chunk == "auto":
         yield dataclasses.replace(last, loss_chunk=_SMALL_CHUNK)
 
 
-def _halved(settings: Resolved) -> dict[str, Any]:
-    """Half as many rows at a time, twice as often."""
-    return {"batch_size": settings.batch_size // 2, "accumulation": 2 * settings.accumulation}
+def _halved(settings: Resolved) -> tuple[int, int]:
+    """Half as many rows at a time, twice as often: (batch_size, accumulation)."""
+    return settings.batch_size // 2, 2 * settings.accumulation
 
 
 def _may_fit(candidate: Resolved, tried: Compiled) -> bool:
@@ -169,7 +170,7 @@ def _changes(s: Resolved, params: Params) -> Iterator[tuple[str, Resolved]]:
         (s.train == "lora" and floats and not s.dora, {"quantize": "int4"}),
         (s.train == "all", {"train": "lora"}),
         (s.remat != "full", {"remat": "full"}),
-        (s.batch_size % (2 * jax.device_count()) == 0, _halved(s)),
+        (s.batch_size % (2 * jax.device_count()) == 0, {"batch_size": _halved(s)[0], "accumulation": _halved(s)[1]}),
         (s.dtype == "float32" and floats, {"dtype": "bfloat16"}),
         (s.train == "all" and s.optimizer == "adamw", {"optimizer": "adamw8bit"}),
         (not s.shard_weights and jax.device_count() > 1, {"shard_weights": True}),
