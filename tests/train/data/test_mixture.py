@@ -208,7 +208,9 @@ def test_a_fraction_is_held_out_by_its_contents(tmp_path):
     held_out = {}
     for fraction, seed in ((0.2, 6), (0.4, 5)):
         other = dataclasses.replace(settings, eval_fraction=fraction, seed=seed)
-        held_out[fraction] = set(told(prepare(tmp_path / "one.jsonl", TOKENIZER, other, tmp_path, part="held_out")))
+        held_out[fraction] = set(
+            told(prepare(tmp_path / "one.jsonl", TOKENIZER, other, tmp_path / "kept", part="held_out"))
+        )
     assert held_out[0.2] != sides["one"][1]
     assert held_out[0.4] > sides["one"][1]
 

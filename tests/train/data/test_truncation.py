@@ -116,6 +116,8 @@ def test_left_cuts_both_answers_of_a_preference_alike(record):
         assert [tokens for tokens, _ in found] == [each[:kept] + each[kept + cut :] for each in (ids, other)]
         assert [sum(learned) for _, learned in found] == [sum(chosen[1]), sum(rejected[1])]
         assert lost == 2 * cut
+        swapped = record | {"chosen": record["rejected"], "rejected": record["chosen"]}
+        assert read(swapped, length, method="dpo", truncate="left") == (found[::-1], lost)
     with pytest.raises(TooLongError, match="leaves no room"):
         read(record, len(ids) - border + kept, method="dpo", truncate="left")
 
@@ -195,6 +197,16 @@ def test_turns_of_a_preference_are_those_of_both():
     assert cut == len(rejected[0]) - len(found[1][0]) > 0
     with pytest.raises(TooLongError, match="last turn"):
         read(record, 30, method="dpo", truncate="turns")
+    # Also where both have such turns, which alone would fit; and nothing of a reply of several messages is cut.
+    record = {key: [*context, said("assistant", f"{key}!" * 5), *more] for key in ("chosen", "rejected")}
+    (chosen, rejected), _ = read(record, 1000, method="dpo")
+    with pytest.raises(TooLongError, match="last turn"):
+        read(record, 50, method="dpo", truncate="turns")
+    border = chosen[1].index(True)
+    shortest = len(rejected[0]) - border + 10
+    assert read(record, shortest, method="dpo", truncate="left")[0][0][1].index(True) == 10
+    with pytest.raises(TooLongError, match="leaves no room"):
+        read(record, shortest - 10, method="dpo", truncate="left")
 
 
 # ---------------------------------------------------------------- what is told
