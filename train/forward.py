@@ -108,7 +108,8 @@ def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Bat
 
     def unembed(x: jax.Array, *chunk: jax.Array) -> jax.Array:
         own = _with_dropout_of_chunk(params, *chunk) if chunk else params
-        return Phi3(config).apply({"params": own}, x, method="unembed")
+        logits: Any = Phi3(config).apply({"params": own}, x, method="unembed")
+        return logits
 
     return row_sums(unembed, x, batch, s.loss_chunk, z_loss, label_smoothing, _drops_at_head(params))
 

@@ -245,6 +245,9 @@ class Resolved(Settings):
     remat: Remat = "none"
 
 
+CHOSEN = ("dtype", "compute_dtype", "remat", "loss_chunk", "batch_size", "accumulation")  # what may be "auto"
+
+
 def resolved(settings: Settings) -> Resolved:
     """The settings with the defaults of `Resolved` where they say "auto"; each device gets as many rows."""
     s, devices = settings, jax.device_count()

@@ -15,8 +15,8 @@ from ..settings import Settings
 from ..step import TrainState
 from .checkpoints import Checkpoints
 from .evaluations import Evaluations
-from .observer import Observer
-from .records import MetricsWriter, Record, Trackers, Window, read, save_curve
+from .observer import Observer, Record
+from .records import MetricsWriter, Trackers, Window, read, save_curve
 
 
 @dataclasses.dataclass

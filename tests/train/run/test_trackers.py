@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from phi3_jax.train.run.observer import Observer
-from phi3_jax.train.run.records.metrics import MetricsWriter, Record, read
+from phi3_jax.train.run.observer import Observer, Record
+from phi3_jax.train.run.records.metrics import MetricsWriter, read
 from phi3_jax.train.run.records.trackers import open_trackers, require_trackers
 from phi3_jax.train.settings import Settings, change
 

@@ -7,7 +7,6 @@ programs, and curve.py draws them. Other packages use the names below.
 from .curve import require_drawing as require_drawing
 from .curve import save_curve as save_curve
 from .metrics import MetricsWriter as MetricsWriter
-from .metrics import Record as Record
 from .metrics import read as read
 from .trackers import Trackers as Trackers
 from .trackers import open_trackers as open_trackers

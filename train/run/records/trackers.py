@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from phi3_jax.checkpoint.atomic_write import new_file
 
 from ...settings import Settings
-from ..observer import Observer
-from .metrics import Record, read
+from ..observer import Observer, Record
+from .metrics import read
 
 _PROJECT = "phi3_jax"
 _REQUEST = 100  # steps in one request to MLflow, which takes up to 1000 numbers
