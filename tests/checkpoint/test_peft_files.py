@@ -300,7 +300,7 @@ def test_weights_with_an_adapter_attached_generate_but_are_not_saved(tmp_path):
     added = dataclasses.replace(checkpoint, params=merge(checkpoint.params, adapter, lora))
     ours, theirs, without = (generate(each, [[3, 4, 5]], 6)[0].token_ids for each in (attached, added, checkpoint))
     assert ours == theirs != without
-    with pytest.raises(ValueError, match="an adapter is attached to the weights: `merge` it into them"):
+    with pytest.raises(ValueError, match="an adapter is attached to the weights: `merge` it into floats"):
         phi3_jax.save(attached, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
