@@ -12,8 +12,9 @@ from training_runs import CONFIG
 
 import phi3_jax
 from phi3_jax.train.data import Batch, Pair
-from phi3_jax.train.run import memory, tensorboard
+from phi3_jax.train.run import memory
 from phi3_jax.train.run.flops import step_flops
+from phi3_jax.train.run.records import tensorboard
 from phi3_jax.train.run.records.curve import moving_mean, save_curve, series
 from phi3_jax.train.run.records.metrics import MetricsWriter, read
 from phi3_jax.train.settings import Settings
