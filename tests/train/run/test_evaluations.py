@@ -1,10 +1,16 @@
 """The evaluations of a run: which is the best, when patience ends, what the table says."""
 
 import json
+import math
+import types
+from typing import Any
 
 import pytest
 
+from phi3_jax.train.run import evaluations
 from phi3_jax.train.run.evaluations import Evaluations
+from phi3_jax.train.run.observer import Observer
+from phi3_jax.train.settings import Settings
 
 NAN = float("nan")
 
@@ -68,6 +74,27 @@ def test_losses_on_other_data_do_not_compete():
     assert again.best["step"] == 10
     again.forget_after(5)
     assert again.best["step"] == 0
+
+
+def test_means_are_over_all_batches(monkeypatch):
+    batches: list[dict[str, float]] = []
+    state: Any = types.SimpleNamespace(trainable=None)
+    held_out: Any = range(9)  # of which only the length is asked
+    checkpoint: Any = types.SimpleNamespace(config=None)
+    monkeypatch.setattr(evaluations, "make_eval_step", lambda *_: lambda trainable, frozen, batch: batch)
+    monkeypatch.setattr(evaluations, "eval_batches", lambda *_: batches)
+    for method in ("sft", "dpo"):
+        settings = Settings(method=method, pack=method == "sft")
+        evaluate = evaluations.make_evaluation(settings, checkpoint, {}, held_out, Observer())
+        batches[:] = [
+            {"loss": 1.0, "weight": 3.0, "correct": 1.0, "tokens": 8.0} | ({"margin": 5.0} if method == "dpo" else {}),
+            {"loss": 2.0, "weight": 5.0, "correct": 3.0, "tokens": 9.0} | ({"margin": 7.0} if method == "dpo" else {}),
+        ]
+        other = {"eval_margin": 1.5} if method == "dpo" else {"eval_perplexity": math.exp(0.375)}
+        assert evaluate(state) == {"eval_loss": 0.375, "eval_accuracy": 0.5, **other}
+        batches[:] = [{"loss": 0.0, "weight": 0.0, "correct": 0.0, "tokens": 0.0}]
+        with pytest.raises(ValueError, match=r"^eval_file: no token of the held-out data is learned"):
+            evaluate(state)
 
 
 def test_the_table():
