@@ -27,7 +27,7 @@ class Window:
     def __init__(self, settings: Settings, config: Phi3Config, rows: float):
         """Begins at the first step; `rows` are those of a pass over the data."""
         self._settings, self._config = settings, config
-        self._passes = settings.batch_size * settings.accumulation / rows  # in each step
+        self._rows, self._each = rows, settings.batch_size * settings.accumulation  # of a pass, of a step
         self._peak = peak_rate(settings.compute_dtype)
         self.restart()
 
@@ -53,7 +53,7 @@ class Window:
         records = []
         for (step, _), metrics in zip(self._steps, fetched, strict=True):
             numbers = {name: float(value) for name, value in sorted(metrics.items())}
-            passes = {"passes": step * self._passes}
+            passes = {"passes": step * self._each / self._rows}
             records.append({"step": step, **with_perplexity(numbers, self._settings), **passes, **times})
         return records
 
