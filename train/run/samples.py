@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from phi3_jax import infer
@@ -17,7 +18,7 @@ from phi3_jax.text import Tokenizer, encode_chat
 
 from ..data import Chat, Mixture, Pair, find_files, read_entries, read_form
 from ..forward import Reference, parameters
-from ..settings import Settings, resolved
+from ..settings import Settings
 from ..step import TrainState
 from .observer import Observer
 
@@ -102,9 +103,7 @@ class Sampler:
         """
         if not prompts and held_out is not None:
             prompts = _prompts_of(held_out, settings.samples)
-        # In the dtype of the weights, so that none of them are copied.
-        self._settings = dataclasses.replace(settings, compute_dtype=resolved(settings).dtype)
-        self._checkpoint = dataclasses.replace(checkpoint, params={})
+        self._settings, self._checkpoint = settings, dataclasses.replace(checkpoint, params={})
         self._prompts, self._observer = prompts, observer
         self._asked = [asked(require_tokenizer(checkpoint), ids) for ids in prompts]
 
@@ -118,7 +117,7 @@ class Sampler:
             return []
         self._observer.progress("answering sample prompts", 0, 1)
         try:
-            params = parameters(self._settings, state.trainable, frozen, None)
+            params = self._parameters(frozen, state.trainable)
             answers = infer.generate(dataclasses.replace(self._checkpoint, params=params), self._prompts, _NEW_TOKENS)
         except (ValueError, RuntimeError) as error:  # jax has the second for what the devices cannot do
             self._prompts = []
@@ -129,6 +128,13 @@ class Sampler:
             self._observer.progress("answering sample prompts", 1, 1)
         texts = [f"(none: {answer.error})" if answer.error else answer.text for answer in answers]
         return list(zip(self._asked, texts, strict=True))
+
+    def _parameters(self, frozen: Params, trainable: Params) -> Params:
+        """The model in the dtype of its weights, whatever training computes in: so none of them are copied."""
+        weights = trainable if self._settings.train == "all" else frozen
+        named = jax.tree.leaves_with_path(weights)
+        norm = next(leaf for path, leaf in named if "norm" in jax.tree_util.keystr(path))  # is never quantised
+        return parameters(dataclasses.replace(self._settings, compute_dtype=norm.dtype.name), trainable, frozen, None)
 
 
 def asked(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -1,5 +1,6 @@
 """Sample answers of a run: what the model says, without a change of the run."""
 
+import csv
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -82,6 +83,34 @@ def greedy_text(checkpoint: phi3_jax.Checkpoint, question: str) -> str:
     while len(ids) < 48 and not {*ids} & {*checkpoint.generation.eos_token_ids}:
         ids.append(int(without_cache.logits(checkpoint, prompt + ids)[-1].argmax()))
     return checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_run_shows_what_it_does_at_each_evaluation(tmp_path, monkeypatch):
+    """Also where nothing is held out; the curve is there before the end."""
+    (tmp_path / "ask.txt").write_text("1+2\n3+4\n")
+    settings = write_run(
+        tmp_path, samples=1, sample_prompts=str(tmp_path / "ask.txt"), steps=3, eval_every=2, trackers=("csv",)
+    )
+    settings = dataclasses.replace(settings, eval_file="")
+    drawn: list[int] = []
+
+    def generate(_: Any, prompts: Any, count: int) -> list[infer.Generation]:
+        path = tmp_path / "run" / "loss.png"
+        drawn.append(path.stat().st_mtime_ns if path.exists() else 0)
+        return [infer.Generation(f"the answer to {len(prompt)} tokens", [5], "stop") for prompt in prompts]
+
+    monkeypatch.setattr(infer, "generate", generate)
+    with Heard() as heard:
+        train(settings, heard)
+    assert heard.samples == [(step, q, "the answer to 6 tokens") for step in (0, 2, 3) for q in ("1+2", "3+4")]
+    lines = read(tmp_path / "run" / "samples.jsonl")
+    assert [tuple(line.values()) for line in lines] == heard.samples
+    assert 0 == drawn[0] < drawn[1] < drawn[2] < (tmp_path / "run" / "loss.png").stat().st_mtime_ns
+    records = read(tmp_path / "run" / "metrics.jsonl")
+    assert [record["passes"] for record in records] == [step * 4 / 20 for step in (1, 2, 3)]
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = [{name: float(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    assert rows == records
 
 
 @pytest.fixture(scope="module")

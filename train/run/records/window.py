@@ -28,7 +28,7 @@ class Window:
         """Begins at the first step; `rows` are those of a pass over the data."""
         self._settings, self._config = settings, config
         s = resolved(settings)
-        self._passes = s.batch_size * s.accumulation / rows  # in each step
+        self._rows, self._each = rows, s.batch_size * s.accumulation  # of a pass, of a step
         self._peak = peak_rate(s.compute_dtype)
         self.restart()
 
@@ -54,7 +54,7 @@ class Window:
         records = []
         for (step, _), metrics in zip(self._steps, fetched, strict=True):
             numbers = {name: float(value) for name, value in sorted(metrics.items())}
-            passes = {"passes": step * self._passes}
+            passes = {"passes": step * self._each / self._rows}
             records.append({"step": step, **with_perplexity(numbers, self._settings), **passes, **times})
         return records
 
