@@ -359,7 +359,7 @@ def test_a_float32_adapter_is_computed_in_float32_over_bfloat16():
 
 
 def masks(tiny: phi3_jax.Checkpoint, key: int, x: jax.Array) -> dict[str, np.ndarray]:
-    """What each matrix and layer drops of x [T, D]: an identity as the adapter shows it."""
+    """What each matrix and layer drops of x [B, T, D]: an identity as the adapter shows it."""
     lora = LoraConfig(24, 24, ("qkv_proj", "gate_up_proj"), dropout=0.25)
     adapter = random_adapter(tiny.config, lora)
     params = attach(jax.tree.map(jnp.zeros_like, tiny.params), adapter, lora, jax.random.key(key))
@@ -385,14 +385,15 @@ def masks(tiny: phi3_jax.Checkpoint, key: int, x: jax.Array) -> dict[str, np.nda
 
 
 def test_each_matrix_and_layer_drops_its_own_inputs(tiny):
-    x = jnp.ones((400, 24))
+    x = jnp.ones((20, 20, 24))
     seen = masks(tiny, 0, x)
-    n = x.size
+    n, agreement = x.size, 0.75**2 + 0.25**2
     for name, values in seen.items():
         kept = values != 0
         np.testing.assert_allclose(values[kept], 4 / 3, rtol=1e-6)
         assert abs(kept.mean() - 0.75) < 5 * math.sqrt(0.75 * 0.25 / n), name
-    agreement = 0.75**2 + 0.25**2
+        for one, other in ((kept[1:], kept[:-1]), (kept[:, 1:], kept[:, :-1])):  # rows, and tokens
+            assert abs((one == other).mean() - agreement) < 5 * math.sqrt(0.25 / one.size), name
     everything = [*seen.items(), *((f"another key's {name}", each) for name, each in masks(tiny, 1, x).items())]
     for i, (name, one) in enumerate(everything):
         for other, two in everything[:i]:

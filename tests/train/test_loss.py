@@ -139,6 +139,8 @@ def test_neftunes_noise_is_uniform_and_as_strong_as_the_length_of_the_text_says(
         assert 0.999 * bound < np.abs(part).max() <= bound
         assert part.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)  # of a uniform distribution
         assert abs(part.mean()) < 0.02 * bound
+    one, other = noise[0, :200] * math.sqrt(200), noise[1, :200] * math.sqrt(256)  # rows have numbers of their own
+    assert np.abs(one - other).mean() == pytest.approx(2 / 3 * alpha / math.sqrt(D), rel=0.03)
 
 
 def test_each_chunk_has_its_own_number():

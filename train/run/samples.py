@@ -129,9 +129,9 @@ class Sampler:
         texts = [f"(none: {answer.error})" if answer.error else answer.text for answer in answers]
         return list(zip(self._asked, texts, strict=True))
 
-    def _parameters(self, frozen: Params, trainable: Params) -> Params:
+    def _parameters(self, frozen: Params | Reference, trainable: Params) -> Params:
         """The model in the dtype of its weights, whatever training computes in: so none of them are copied."""
-        weights = trainable if self._settings.train == "all" else frozen
+        weights: Any = trainable if self._settings.train == "all" else frozen
         named = jax.tree.leaves_with_path(weights)
         norm = next(leaf for path, leaf in named if "norm" in jax.tree_util.keystr(path))  # is never quantised
         return parameters(dataclasses.replace(self._settings, compute_dtype=norm.dtype.name), trainable, frozen, None)
