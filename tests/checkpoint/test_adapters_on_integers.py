@@ -124,7 +124,7 @@ def gguf(tmp_path_factory) -> Path:
         (4, LoraConfig(3, 7)),
         (8, LoraConfig(2, 5, ("qkv_proj", "down_proj"), rslora=True)),
         (4, LoraConfig(2, 5, dora=True)),
-        (8, LoraConfig(4, 3, ("o_proj",), dropout=0.5)),
+        pytest.param(8, LoraConfig(4, 3, ("o_proj",), dropout=0.5), marks=pytest.mark.slow),
     ],
 )
 def test_logits_are_those_of_dequantised_weights_plus_the_update(bits, lora, tiny, integers, adapter_of):
