@@ -24,7 +24,7 @@ from phi3_jax.checkpoint import holds_integers, require_tokenizer, save_adapter
 from phi3_jax.kernels import has_packed
 
 from .. import sharding
-from ..adapters import fingerprints, reference_adapter, untied_note, with_init_adapter
+from ..adapters import fingerprints, notes, reference_adapter, with_init_adapter
 from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
 from ..settings import Settings, adapter_config
 from ..step import TrainState, make_eval_step, make_train_step, start
@@ -75,7 +75,7 @@ def train(
         given = settings
         settings, adapter = with_init_adapter(settings, checkpoint)
         reference = reference_adapter(settings, checkpoint)
-        if note := untied_note(settings, checkpoint.config):
+        for note in notes(settings, checkpoint.config):
             observer.note(note)
 
         # ---- does it fit? ----

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..settings import Settings
 
-# The settings that may differ when a run is resumed. Of the training file the contents are compared, not the name.
+# The settings that may differ when a run is resumed. Of the training file and init_adapter the contents are compared,
+# not the names.
 _FREE = {
-    "output", "train_file", "eval_file", "log_every", "eval_every", "save_every", "keep_last", "keep_best",
-    "max_bad_steps",
+    "output", "train_file", "init_adapter", "eval_file", "log_every", "eval_every", "save_every", "keep_last",
+    "keep_best", "max_bad_steps",
 }  # fmt: skip
 _REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
 
@@ -69,12 +70,13 @@ def check_data(recorded: Mapping[str, Any] | None, settings: Settings, data: str
 
 
 def check_adapters(recorded: Mapping[str, Any] | None, settings: Settings, adapters: Mapping[str, str]) -> None:
-    """Raises ValueError if the files of an adapter that the run reads are not those that it began with."""
-    for setting, found in adapters.items():
-        if recorded is not None and recorded.get("adapters", {}).get(setting, found) != found:
+    """Raises ValueError if the adapters that the run reads are not those that it began with."""
+    began = {} if recorded is None else recorded.get("adapters", {})
+    for setting in [*began, *adapters] if recorded is not None else ():
+        if began.get(setting) != adapters.get(setting):
             raise ValueError(
-                f"{setting}={getattr(settings, setting)}: not the adapter any more with which the run in "
-                f"{settings.output} began: {_REMEDY}"
+                f"{setting}={getattr(settings, setting)}: not the adapter with which the run in {settings.output} "
+                f"began: {_REMEDY}"
             )
 
 
