@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from phi3_jax.adapters import HEAD, TABLE, Adapter, LoraConfig
 from phi3_jax.checkpoint import AttachableAdapter, find_adapter, read_attachable
 from phi3_jax.config import Phi3Config
 
-from .settings import Settings
+from .settings import Settings, adapter_config
 
 Named = tuple[LoraConfig, Adapter]
 
@@ -70,17 +71,7 @@ def with_init_adapter(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tu
     if not settings.init_adapter or settings.train == "all":  # which begins with the adapter merged
         return settings, None
     found = _read("init_adapter", settings.init_adapter, checkpoint)
-    lora = found.lora
-    own: dict[str, Any] = {
-        "lora_rank": lora.rank,
-        "lora_alpha": float(lora.alpha),
-        "lora_targets": lora.targets,
-        "lora_rslora": lora.rslora,
-        "dora": lora.dora,
-        "lora_tied": lora.tied,
-        "rank_pattern": tuple(f"{target}:{rank}" for target, rank in lora.ranks),
-        "alpha_pattern": tuple(f"{target}:{alpha}" for target, alpha in lora.alphas),
-    }
+    own = _own(found.lora)
     defaults = Settings()
     for name, theirs in own.items():
         ours = getattr(settings, name)
@@ -107,15 +98,33 @@ def reference_adapter(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> Na
     return found.lora, found.adapter
 
 
-def untied_note(settings: Settings, config: Phi3Config) -> str:
-    """What to tell of a run that adapts only one of a tied model's embedding and head, or each by itself; else ""."""
+def notes(settings: Settings, config: Phi3Config) -> Iterator[str]:
+    """What to tell before a run: the adapter that it goes on from, and that it unties the embedding and the head."""
+    if settings.train == "all":
+        return
+    if settings.init_adapter:
+        told = [f"{name}={_told(value)}" for name, value in _own(adapter_config(settings)).items() if value]
+        yield f"goes on from {settings.init_adapter}: {', '.join(told)}"
     targets = [target for target in (TABLE, HEAD) if target in settings.lora_targets]
-    if settings.train == "all" or settings.lora_tied or not targets or not config.tie_word_embeddings:
-        return ""
-    return (
-        f"{' and '.join(targets)} of a tied model: the adapter unties the two, as in PEFT; lora_tied=true with "
-        f"{TABLE} alone changes both by one update"
-    )
+    if targets and config.tie_word_embeddings and not settings.lora_tied:
+        yield (
+            f"{' and '.join(targets)} of a tied model: the adapter unties the two, as in PEFT; lora_tied=true with "
+            f"{TABLE} alone changes both by one update"
+        )
+
+
+def _own(lora: LoraConfig) -> dict[str, Any]:
+    """The settings that an adapter's configuration stands for."""
+    return {
+        "lora_rank": lora.rank,
+        "lora_alpha": float(lora.alpha),
+        "lora_targets": lora.targets,
+        "lora_rslora": lora.rslora,
+        "dora": lora.dora,
+        "lora_tied": lora.tied,
+        "rank_pattern": tuple(f"{target}:{rank}" for target, rank in lora.ranks),
+        "alpha_pattern": tuple(f"{target}:{alpha}" for target, alpha in lora.alphas),
+    }
 
 
 def _read(setting: str, name: str, checkpoint: phi3_jax.Checkpoint) -> AttachableAdapter:

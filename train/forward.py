@@ -96,8 +96,8 @@ def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> 
 
 def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Batch, key: jax.Array | None) -> RowSums:
     s = resolved(settings)
-    # Phi3's methods, with these parameters.
-    run: Any = functools.partial(Phi3(config, walk="slice", remat=s.remat).apply, {"params": params})
+    apply: Any = Phi3(config, walk="slice", remat=s.remat).apply
+    run = functools.partial(apply, {"params": params})  # Phi3's methods, with these parameters
     x = run(batch.tokens, method="embed").astype(s.compute_dtype)  # a quantised embedding gives float32
     if key is not None and s.neftune_alpha:
         x = neftune(x, batch, s.neftune_alpha, jax.random.fold_in(key, 1))
@@ -108,7 +108,7 @@ def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Bat
 
     def unembed(x: jax.Array, *chunk: jax.Array) -> jax.Array:
         own = _with_dropout_of_chunk(params, *chunk) if chunk else params
-        logits: Any = Phi3(config).apply({"params": own}, x, method="unembed")
+        logits: jax.Array = apply({"params": own}, x, method="unembed")
         return logits
 
     return row_sums(unembed, x, batch, s.loss_chunk, z_loss, label_smoothing, _drops_at_head(params))

@@ -298,8 +298,8 @@ def _pairs(name: str, pattern: Sequence[str], kind: type[Number]) -> tuple[tuple
             value = kind(number)
         except ValueError:
             value = None
-        if not colon or value is None or target in found or not 0 < value < float("inf"):
-            what = "a whole number from 1 on" if kind is int else "a number above 0"
+        if not colon or value is None or target in found or not (kind is int) <= value < float("inf"):
+            what = "a whole number from 1 on" if kind is int else "a number from 0 on"
             raise ValueError(f"{name}={text}: give target:number, once for each target and with {what}")
         found[target] = value
     return tuple(found.items())

@@ -17,7 +17,7 @@ from training_runs import tensors, write_run
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint import load_adapter, save_adapter
-from phi3_jax.train.adapters import reference_adapter, untied_note, with_init_adapter
+from phi3_jax.train.adapters import notes, reference_adapter, with_init_adapter
 from phi3_jax.train.run import loop
 from phi3_jax.train.run.loop import train
 from phi3_jax.train.run.observer import Observer
@@ -106,19 +106,23 @@ def test_what_cannot_be_attached_is_refused_by_the_settings_name(tiny, tmp_path)
         reference_adapter(s, tiny)
 
 
-def test_a_run_that_unties_says_so(tiny):
+def test_a_run_tells_what_it_goes_on_from_and_that_it_unties(tiny, tmp_path):
     tied = dataclasses.replace(tiny.config, tie_word_embeddings=True)
     for targets, told in [
         (("embed_tokens",), "embed_tokens of"),
         (("lm_head", "embed_tokens"), "embed_tokens and lm_head"),
     ]:
-        assert untied_note(Settings(lora_targets=targets), tied).startswith(told)
-        assert untied_note(Settings(lora_targets=targets), tiny.config) == ""
-    assert (
-        untied_note(Settings(lora_targets=("embed_tokens",), lora_tied=True), tied)
-        == untied_note(Settings(), tied)
-        == ""
+        (note,) = notes(Settings(lora_targets=targets), tied)
+        assert note.startswith(told)
+        assert not list(notes(Settings(lora_targets=targets), tiny.config))
+    for nothing in (Settings(lora_targets=("embed_tokens",), lora_tied=True), Settings()):
+        assert not list(notes(nothing, tied))
+    folder = written(tmp_path / "x", tiny.config, MINE)
+    settings, _ = with_init_adapter(Settings(init_adapter=str(folder)), tiny)
+    told = (
+        "lora_rank=3, lora_alpha=7.0, lora_targets=o_proj,gate_up_proj,lm_head, lora_rslora=True, rank_pattern=o_proj:1"
     )
+    assert list(notes(settings, tiny.config)) == [f"goes on from {folder}: {told}"]
 
 
 def changed(settings, before):
@@ -201,13 +205,16 @@ def test_a_run_goes_on_from_an_adapter(tmp_path):
         pytest.raises(ValueError, match=r"lora_rank=7: init_adapter=.*moved has 3"),
     ):
         train(dataclasses.replace(on, init_adapter=str(moved), output=str(tmp_path / "x"), lora_rank=7))
-    shutil.rmtree(first)
+    first.rename(tmp_path / "renamed")
+    assert train(dataclasses.replace(on, init_adapter=str(tmp_path / "renamed"))).step == 2  # the same, by its contents
+    with pytest.raises(ValueError, match=r"init_adapter=: not the adapter with which the run in .* began"):
+        train(dataclasses.replace(on, init_adapter=""))
     with pytest.raises(FileNotFoundError, match=r"init_adapter: .*adapter_config.json: the file is missing"):
         train(on)
     shutil.move(moved, first)
     with (
         pytest.warns(UserWarning, match="was made for someone/else"),
-        pytest.raises(ValueError, match=r"init_adapter=.*: not the adapter any more with which the run in .* began"),
+        pytest.raises(ValueError, match=r"init_adapter=.*: not the adapter with which the run in .* began"),
     ):
         train(on)
 

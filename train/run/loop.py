@@ -19,7 +19,7 @@ import phi3_jax
 from phi3_jax.checkpoint import holds_integers, require_tokenizer
 from phi3_jax.kernels import has_packed
 
-from ..adapters import fingerprints, reference_adapter, untied_note, with_init_adapter
+from ..adapters import fingerprints, notes, reference_adapter, with_init_adapter
 from ..checks import check_before_loading
 from ..data import epoch_size
 from ..settings import Settings, resolved
@@ -32,7 +32,15 @@ from .exports import disown_exports_after, export, export_folder, is_exported, s
 from .observer import Observer, Outcome
 from .records import MetricsWriter, Window, open_trackers, require_drawing, require_trackers
 from .run_data import prepare_data
-from .run_folder import check_contents, check_settings, check_steps, describe, locked_folder, write_settings
+from .run_folder import (
+    check_contents,
+    check_settings,
+    check_steps,
+    describe,
+    locked_folder,
+    recorded_settings,
+    write_settings,
+)
 from .samples import Sampler, encode_prompts, read_prompts
 from .steps import Steps, draw
 
@@ -76,9 +84,9 @@ def train(
         epoch = epoch_size(data.counts, settings)
         settings = dataclasses.replace(settings, steps=settings.all_steps(epoch), epochs=0)
         check_steps(done, settings)  # once more: the data say how many are in `epochs`
-        settings, adapter = with_init_adapter(settings, checkpoint)
+        given, (settings, adapter) = settings, with_init_adapter(settings, checkpoint)
         adapters = adapter, reference_adapter(settings, checkpoint)
-        if note := untied_note(settings, checkpoint.config):
+        for note in notes(settings, checkpoint.config):
             observer.note(note)
 
         # ---- what was done before ----
@@ -114,7 +122,8 @@ def train(
                 state, done = restored.state, restored.step
                 evaluations.forget_after(done)
                 observer.note(f"going on after step {done}, from the checkpoint of this run")
-            about = write_settings({**about, "held_out": evaluations.held_out}, settings)
+            write_settings({**about, "held_out": evaluations.held_out}, settings)
+            about |= recorded_settings(given, settings)
             disown_exports_after(done, settings)
 
             # ---- the steps ----

@@ -17,13 +17,14 @@ import phi3_jax
 from phi3_jax.checkpoint.atomic_write import new_file
 
 from .. import fingerprint
-from ..settings import Settings
+from ..settings import CHOSEN, Settings
 from .exports import best_folder, export_folder
 
-# The settings that may differ when a run is resumed. Of the training file the contents are compared, not the name.
+# The settings that may differ when a run is resumed. Of the training file and init_adapter the contents are compared,
+# not the names.
 _FREE = {
-    "output", "train_file", "eval_file", "eval_rows", "steps", "epochs", "log_every", "eval_every", "save_every",
-    "patience", "samples", "sample_prompts", "trackers", "keep_last", "keep_best", "max_bad_steps",
+    "output", "train_file", "init_adapter", "eval_file", "eval_rows", "steps", "epochs", "log_every", "eval_every",
+    "save_every", "patience", "samples", "sample_prompts", "trackers", "keep_last", "keep_best", "max_bad_steps",
 }  # fmt: skip
 _REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
 # What is compared of a run's contents, in words.
@@ -104,10 +105,11 @@ def check_contents(recorded: Mapping[str, Any] | None, about: Mapping[str, Any],
     """
     if recorded is None:
         return []
-    names = [name for name in _CONTENTS if name in about]
-    unknown = [name for name in names if name not in recorded]  # earlier versions recorded less
+    names = [name for name in _CONTENTS if name in about or name in recorded]
+    # Earlier versions recorded less, but had no adapters to begin with.
+    unknown = [name for name in names if name not in recorded and name not in ("init_adapter", "dpo_reference")]
     in_words = {name: _CONTENTS[name].format(**_fields(settings)) for name in names}
-    if other := [in_words[name] for name in names if name not in unknown and recorded[name] != about[name]]:
+    if other := [in_words[name] for name in names if name not in unknown and recorded.get(name) != about.get(name)]:
         raise ValueError(
             f"{settings.output}: not what they were when the run there began are {'; '.join(other)}: {_REMEDY}"
         )
@@ -124,12 +126,17 @@ def check_contents(recorded: Mapping[str, Any] | None, about: Mapping[str, Any],
     return notes
 
 
-def write_settings(about: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Writes settings.json for readers: `about`, with the settings as they came to be; returns this. Raises OSError."""
+def recorded_settings(given: Settings, resolved: Settings) -> dict[str, Any]:
+    """What is saved with a checkpoint of the settings: those that were given, and the choices where they are "auto"."""
+    chosen = {name: getattr(resolved, name) for name in CHOSEN}
+    return {"settings": _fields(given) | chosen}
+
+
+def write_settings(about: Mapping[str, Any], settings: Settings) -> None:
+    """Writes settings.json for readers: `about`, with the settings as they came to be. Raises OSError."""
     about = {"settings": _fields(settings), **about}
     with new_file(Path(settings.output) / "settings.json", overwrite=True) as partial:
         partial.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return about
 
 
 def _fields(settings: Settings) -> dict[str, Any]:
