@@ -26,9 +26,9 @@ from ..data import Dataset, batches, eval_batches, find_files, prepare, tell
 from ..forward import adapter_config
 from ..settings import Resolved, Settings
 from ..step import TrainState, make_eval_step, start
-from .auto import choose, choose_dtypes, recorded_choices, require_fit, told
 from .checkpoints import Checkpoints
 from .curve import save_curve
+from .memory.auto import choose, choose_dtypes, recorded_choices, require_fit, told
 from .metrics import MetricsWriter, Record, read
 from .observer import Observer, Outcome
 from .run_folder import best_folder, check_data, check_settings, describe, export_folder, locked_folder

@@ -99,7 +99,8 @@ def test_a_run_writes_what_it_tells(whole):
         assert record["tokens_per_second"] > 0
     assert heard.begun == (0, 7)
     assert records[7]["eval_loss"] < records[0]["eval_loss"]
-    data, held_out, fits = heard.notes
+    data, held_out, chosen, fits = heard.notes
+    assert chosen == "auto: dtype float32, compute_dtype float32, remat none, loss_chunk 1024"
     assert data.startswith(f"{settings.train_file}: 40 texts, ")
     assert held_out.startswith(f"{settings.eval_file}: 7 texts, ")
     assert data.endswith("; not used are the fields source")
