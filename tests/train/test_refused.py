@@ -14,8 +14,8 @@ import phi3_jax
 from phi3_jax.kernels import QuantizedTensor, why_unavailable
 from phi3_jax.train.data import batches, prepare
 from phi3_jax.train.run import loop
-from phi3_jax.train.run.memory import estimates
 from phi3_jax.train.run.loop import train
+from phi3_jax.train.run.memory import estimates
 from phi3_jax.train.run.metrics import read
 from phi3_jax.train.run.observer import Observer
 from phi3_jax.train.step import make_train_step, start
