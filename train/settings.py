@@ -33,7 +33,7 @@ class Settings:
     """The settings of a training run. Data sizes are in tokens, steps are optimizer steps.
 
     What is "auto" a run chooses itself, by the kind of its devices and by the memory that its step is compiled to take
-    (run/auto.py); it tells what it chose. Other functions take it as float32, none, 1024, and 8 rows once (`resolved`).
+    (run/memory/auto.py); it tells what it chose. Elsewhere it is float32, none, 1024, and 8 rows once (`resolved`).
 
     Attributes:
       checkpoint: what the run starts from, as for `phi3_jax.load`.

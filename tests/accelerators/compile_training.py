@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 import phi3_jax
 from phi3_jax.train import sharding
-from phi3_jax.train.run import ahead
+from phi3_jax.train.run.memory import ahead
 from phi3_jax.train.settings import Settings, change, resolved
 
 

@@ -15,7 +15,8 @@ import pytest
 from templates import PHI4_MINI, small_tokenizer
 
 import phi3_jax
-from phi3_jax.train.run import ahead, evaluations
+from phi3_jax.train.run import evaluations
+from phi3_jax.train.run.memory import ahead
 from phi3_jax.train.run.observer import Observer
 from phi3_jax.train.run.records.metrics import TIMES
 from phi3_jax.train.settings import Settings

@@ -14,7 +14,7 @@ from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.linear import linear
 from phi3_jax.quantization import quantize_params
 from phi3_jax.train.forward import batch_sums
-from phi3_jax.train.run import ahead
+from phi3_jax.train.run.memory import ahead
 from phi3_jax.train.settings import adapter_config
 from phi3_jax.train.step import make_eval_step, make_train_step, start
 

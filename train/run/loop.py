@@ -24,11 +24,11 @@ from ..checks import check_before_loading
 from ..data import epoch_size
 from ..settings import Settings, resolved
 from ..step import start
-from .ahead import start_like
-from .auto import choose, choose_dtypes, recorded_choices, require_fit, told
 from .checkpoints import Checkpoints, Restored
 from .evaluations import Evaluations, evaluations_before, make_evaluation
 from .exports import disown_exports_after, export, export_folder, is_exported, settle_exports
+from .memory.ahead import start_like
+from .memory.auto import choose, choose_dtypes, recorded_choices, require_fit, told
 from .observer import Observer, Outcome
 from .records import MetricsWriter, Window, open_trackers, require_drawing, require_trackers
 from .run_data import prepare_data

@@ -9,8 +9,8 @@ from training_runs import CONFIG, write_run
 
 import phi3_jax
 from phi3_jax.quantization import quantize_params, quantized_shapes
-from phi3_jax.train.run import ahead, auto, memory
 from phi3_jax.train.run.loop import train
+from phi3_jax.train.run.memory import ahead, auto, estimates
 from phi3_jax.train.run.observer import Observer
 from phi3_jax.train.settings import Resolved, Settings, change, resolved
 
@@ -33,7 +33,7 @@ def compiled(monkeypatch):
         kept -= settings.loss_chunk < 1024
         state = 100 if settings.dtype == "float32" else 50
         seen.append((settings.remat, settings.batch_size, settings.accumulation, settings.loss_chunk))
-        return ahead.Compiled(settings, (), object(), memory.Estimate(state, 0, kept, 0, memory.available()))
+        return ahead.Compiled(settings, (), object(), estimates.Estimate(state, 0, kept, 0, estimates.available()))
 
     monkeypatch.setattr(auto, "compile_step", pretend)
     return seen
@@ -57,7 +57,7 @@ def compiled(monkeypatch):
     ],
 )
 def test_the_first_step_that_fits_is_taken(compiled, monkeypatch, room, changes, chosen, count):
-    monkeypatch.setattr(memory, "available", lambda: room)
+    monkeypatch.setattr(estimates, "available", lambda: room)
     settings = auto.choose_dtypes(change(Settings(), changes))
     found = auto.choose(settings, CONFIG, {}, Observer())
     s = found.settings
@@ -71,7 +71,7 @@ def test_the_first_step_that_fits_is_taken(compiled, monkeypatch, room, changes,
 
 
 def test_rows_are_shared_out_among_devices(compiled, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 1)
+    monkeypatch.setattr(estimates, "available", lambda: 1)
     monkeypatch.setattr(jax, "device_count", lambda: 6)
     auto.choose(auto.choose_dtypes(Settings()), CONFIG, {}, Observer())
     assert {rows for _, rows, _, _ in compiled} == {12, 6}
@@ -96,7 +96,7 @@ def test_accelerators_compute_in_bfloat16(compiled, monkeypatch, tmp_path, chang
         tmp_path / "model",
     )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(memory, "available", lambda: room)
+    monkeypatch.setattr(estimates, "available", lambda: room)
     found = auto.choose_dtypes(change(Settings(checkpoint=str(tmp_path / "model")), changes))
     assert (found.dtype, found.compute_dtype) == (dtype, compute_dtype)
 
@@ -128,7 +128,7 @@ def test_advice_is_what_was_compiled_and_only_what_takes_less(monkeypatch):
     params = ahead.params_like(CONFIG, "float32")
     found = ahead.compile_step(s, CONFIG, params)
     short = dataclasses.replace(found.memory, available=found.memory.needed - 1)
-    monkeypatch.setattr(memory, "available", lambda: short.available)
+    monkeypatch.setattr(estimates, "available", lambda: short.available)
     measured = {}
 
     def measure(settings, config, params, adapters=(None, None)):
@@ -151,12 +151,12 @@ def test_advice_is_what_was_compiled_and_only_what_takes_less(monkeypatch):
 
 def test_advice_when_no_single_change_is_enough(monkeypatch):
     """Halving tokens or rows takes 30 less of 100, an adapter 20, and bfloat16 10 more."""
-    monkeypatch.setattr(memory, "available", lambda: 55 * 10**9)
+    monkeypatch.setattr(estimates, "available", lambda: 55 * 10**9)
 
     def pretend(s, config, params, adapters=(None, None)):
         needed = 100 - 30 * (s.sequence_length < 64) - 30 * (s.batch_size < 2) - 20 * (s.train == "lora")
         needed += 10 * (s.dtype == "bfloat16")
-        return ahead.Compiled(s, (), object(), memory.Estimate(0, 0, needed * 10**9, 0, memory.available()))
+        return ahead.Compiled(s, (), object(), estimates.Estimate(0, 0, needed * 10**9, 0, estimates.available()))
 
     monkeypatch.setattr(auto, "compile_step", pretend)
     s = Resolved(sequence_length=64, batch_size=2, remat="full", loss_chunk=9, train="all", optimizer="lion")
@@ -167,7 +167,7 @@ def test_advice_when_no_single_change_is_enough(monkeypatch):
         *("sequence_length=32 70.00 GB", "train=lora 80.00 GB"),
     ]
     s = dataclasses.replace(s, sequence_length=1, batch_size=1, train="lora", quantize="int4", method="dpo", pack=False)
-    monkeypatch.setattr(memory, "available", lambda: 1)
+    monkeypatch.setattr(estimates, "available", lambda: 1)
     with pytest.raises(ValueError, match="no change of its settings takes less: take a smaller checkpoint"):
         auto.require_fit(pretend(s, CONFIG, {}), CONFIG, {}, Observer())
 
@@ -175,7 +175,7 @@ def test_advice_when_no_single_change_is_enough(monkeypatch):
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_tells_its_choices_and_goes_on_with_them(tmp_path, monkeypatch):
     s = write_run(tmp_path, batch_size="auto", accumulation="auto", steps=2, eval_file="", save_every=1)
-    monkeypatch.setattr(auto.memory, "available", lambda: None)
+    monkeypatch.setattr(estimates, "available", lambda: None)
     notes = Notes()
     train(s, notes, interrupt=lambda: True)
     line = "auto: dtype float32, compute_dtype float32, remat full, loss_chunk 256, batch_size 1 x accumulation 8"

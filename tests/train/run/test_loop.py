@@ -68,7 +68,8 @@ def test_a_run_writes_what_it_tells(whole):
         assert record["tokens_per_second"] > 0
     assert heard.begun == (0, 7)
     assert records[7]["eval_loss"] < records[0]["eval_loss"]
-    data, held_out, fits = heard.notes
+    data, held_out, chosen, fits = heard.notes
+    assert chosen == "auto: dtype float32, compute_dtype float32, remat none, loss_chunk 1024"
     assert data == (
         f"train: {settings.train_file}: 40 lines, 40 texts, 464 tokens (119 learned), 20 rows of 29, 80% full; "
         "7 steps of 4 rows = 1.4 passes over the data; not used are the fields source"

@@ -12,8 +12,8 @@ from training_runs import CONFIG
 
 import phi3_jax
 from phi3_jax.train.data import Batch, Pair
-from phi3_jax.train.run import memory
 from phi3_jax.train.run.flops import step_flops
+from phi3_jax.train.run.memory import estimates
 from phi3_jax.train.run.records import tensorboard
 from phi3_jax.train.run.records.curve import moving_mean, save_curve, series
 from phi3_jax.train.run.records.metrics import MetricsWriter, read
@@ -28,7 +28,7 @@ def test_memory_is_what_the_compiled_step_says():
     leaf = np.zeros((2, 2, 32), np.int32)
     batch = Batch(leaf, leaf.astype(np.float32), leaf, leaf)
     compiled = make_train_step(settings, CONFIG).lower(state, frozen, batch).compile()
-    found = memory.estimate(compiled, state, frozen)
+    found = estimates.estimate(compiled, state, frozen)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert found.state == 3 * weights + 5 * 4  # both moments, and five counters
     assert found.frozen == 0
@@ -39,9 +39,9 @@ def test_memory_is_what_the_compiled_step_says():
         found.state + stats.temp_size_in_bytes + 4 * leaf.nbytes + stats.generated_code_size_in_bytes, abs=4096
     )
     assert found.available == pytest.approx(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), rel=1)  # or less
-    assert memory.Estimate(4, 3, 2, 1, 10).fits
-    assert not memory.Estimate(4, 3, 2, 1, 9).fits
-    assert memory.Estimate(4, 3, 2, 1, None).fits
+    assert estimates.Estimate(4, 3, 2, 1, 10).fits
+    assert not estimates.Estimate(4, 3, 2, 1, 9).fits
+    assert estimates.Estimate(4, 3, 2, 1, None).fits
 
 
 def test_operations_are_counted_token_by_token():

@@ -17,10 +17,10 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import Params
 
-from ..settings import CHOSEN, Resolved, Settings, resolved
-from . import memory
+from ...settings import CHOSEN, Resolved, Settings, resolved
+from ..observer import Observer
+from . import estimates
 from .ahead import Compiled, compile_step, params_like
-from .observer import Observer
 
 _SMALL_CHUNK = 256
 Adapters = tuple[Any, Any]
@@ -52,7 +52,7 @@ def choose_dtypes(settings: Settings) -> Settings:
 
 
 def _float32_fits(settings: Settings) -> bool:
-    if memory.available() is None:
+    if estimates.available() is None:
         return False
     config = read_config(settings.checkpoint)
     *_, smallest = _ladder(dataclasses.replace(settings, dtype="float32"))
@@ -70,7 +70,7 @@ def choose(
       adapters: what `start` is given as (adapter, reference).
     """
     steps = list(_ladder(settings))
-    if memory.available() is None:
+    if estimates.available() is None:
         steps = steps[-1:]
     tried: Compiled | None = None
     for number, candidate in enumerate(steps):
@@ -135,7 +135,7 @@ def require_fit(
         return
     needs = f"the run {compiled.memory}" if compiled.memory else "the compiler finds no room for the run"
     before = compiled.memory.needed if compiled.memory else None
-    found: list[tuple[str, memory.Estimate]] = []
+    found: list[tuple[str, estimates.Estimate]] = []
     changes, begun = dict(_changes(compiled.settings, params)), time.perf_counter()
     for number, (text, changed) in enumerate(changes.items()):
         if time.perf_counter() - begun > _ADVICE_SECONDS:
@@ -156,7 +156,7 @@ def require_fit(
 
 def _measured(
     text: str, changed: Resolved, config: Phi3Config, params: Params, before: int | None, adapters: Adapters
-) -> list[tuple[str, memory.Estimate]]:
+) -> list[tuple[str, estimates.Estimate]]:
     """The change and what it takes, if that is less than before."""
     like = params if _has_integers(params) else params_like(config, changed.dtype, changed.quantize)
     found = compile_step(changed, config, like, adapters if changed.train == "lora" else (None, None)).memory

@@ -14,11 +14,11 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.model import Params, parameter_shapes
 from phi3_jax.quantization import quantized_shapes
 
-from .. import sharding
-from ..data import Batch, Pair
-from ..settings import Resolved
-from ..step import make_train_step, start
-from .memory import Estimate, estimate
+from ... import sharding
+from ...data import Batch, Pair
+from ...settings import Resolved
+from ...step import make_train_step, start
+from .estimates import Estimate, estimate
 
 
 @dataclasses.dataclass(frozen=True)
