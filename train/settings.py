@@ -342,7 +342,7 @@ _ELSEWHERE = {
 
 
 def suggestion(name: str) -> str:
-    """ "; did you mean lr?" for "learning_rate" or "l_r", to be put behind an error's text; "" if nothing is near."""
+    """The end of an error's text, such as "; did you mean lr?" for "learning_rate"; empty if nothing is near."""
     plain = name.strip().lower().replace("-", "_")
     if plain in _ELSEWHERE:
         return f"; did you mean {_ELSEWHERE[plain]}?"

@@ -33,7 +33,7 @@ def reference(tiny):
     return one - other
 
 
-@KINDS
+@pytest.mark.parametrize("noise", [pytest.param(DROPOUT, marks=pytest.mark.slow), NOISE], ids=["dropout", "noise"])
 def test_each_batch_step_and_seed_has_numbers_of_its_own(tiny, noise):
     """Told by the loss of one batch among others that have nothing to learn."""
     empty = dataclasses.replace(PARTS[1], weights=np.zeros_like(PARTS[1].weights))
