@@ -160,7 +160,7 @@ def test_one_update_of_a_tied_model_is_merged_and_one_of_its_halves_is_not():
             phi3_jax.save(dataclasses.replace(model, params=attach(model.params, adapter, lora)), "nowhere")
 
 
-@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "bfloat16"])
 def test_rows_of_an_adapted_embedding(kind):
     """Over a rounded base the update is added to its rows; nothing is dropped; the padding's row gets no gradient."""
     rng = np.random.default_rng(2)

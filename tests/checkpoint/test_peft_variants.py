@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import phi3_jax
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint import load_adapter, named_tensors, save, save_adapter
 from phi3_jax.checkpoint.gguf.writer import save_gguf
-from phi3_jax.quantization import quantize_params
+from phi3_jax.kernels import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -266,8 +267,10 @@ def test_the_weights_below_updates_have_to_be_the_models(dtype, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base().config, params), expected)
     with pytest.raises(ValueError, match=r"stores the weights of lm_head, model.embed_tokens, too: give load_adapter"):
         load_adapter(folder, base().config)
+    values, scales = jnp.zeros((103, 64), jnp.uint8), jnp.zeros((103, 2), jnp.float16)
+    integers = {"weight": QuantizedTensor(values, scales, None, bits=8, columns=36)}
     with pytest.raises(ValueError, match=r"lm_head is a QuantizedTensor, and the adapter stores"):
-        load_adapter(folder, base().config, quantize_params(params, "int8"))
+        load_adapter(folder, base().config, params | {"lm_head": integers})
     below["base_model.model.lm_head.base_layer.weight"] = below["base_model.model.lm_head.base_layer.weight"] + dtype(1)
     with pytest.raises(ValueError, match=r"changes lm_head, which cannot be attached; load the model with it merged"):
         load_adapter(write_peft(tmp_path / "z", tensors | below, **settings), base().config, params)

@@ -109,9 +109,8 @@ def test_pairs_of_padding_do_not_count(tiny):
 # ----------------------------------------------------------------------------------------------- the reference
 
 
-@pytest.mark.parametrize("named", ["start", pytest.param("base", marks=pytest.mark.slow), "other"])
-def test_the_reference_is_what_the_setting_names(tiny, named):
-    """The loss and the gradient, with the reference multiplied out, too."""
+def case(tiny, named):
+    """Training that began with an adapter: settings, the adapter now, what is frozen, the reference multiplied out."""
     s = settings(dpo_reference=named, loss_chunk=30, lora_targets=("qkv_proj", "down_proj"))
     lora = adapter_config(s)
     begun, now = random_adapter(tiny.config, lora, 4), random_adapter(tiny.config, lora, 5)
@@ -124,17 +123,40 @@ def test_the_reference_is_what_the_setting_names(tiny, named):
         "base": lambda: tiny.params,
         "other": lambda: dense(tiny.params, other[1], OTHER, scalings(OTHER)),
     }[named]()
+    return s, now, frozen, reference
+
+
+_text_loss = jax.jit(text_loss, static_argnums=0)
+
+
+@pytest.mark.parametrize("named", ["start", "base", "other"])
+def test_the_reference_is_what_the_setting_names(tiny, named):
+    s, now, frozen, reference = case(tiny, named)
+    sums = jax.jit(lambda adapter, frozen: batch_sums(s, tiny.config, adapter, frozen, PAIR))(now, frozen)
+    ours, losses = dense(tiny.params, now, adapter_config(s), 1.0), []
+    for both in zip(texts(PAIR.chosen), texts(PAIR.rejected), strict=True):
+        chosen, rejected = (
+            BETA * float(_text_loss(tiny.config, reference, *text) - _text_loss(tiny.config, ours, *text))
+            for text in both
+        )
+        losses.append(math.log1p(math.exp(rejected - chosen)))
+    assert abs(sum(losses) / 2 - math.log(2)) > 0.01
+    assert float(sums["loss"]) == pytest.approx(sum(losses), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", ["start", "other"])
+def test_gradients_where_the_reference_has_an_adapter(tiny, named):
+    s, now, frozen, reference = case(tiny, named)
 
     def fast(adapter):
         sums = batch_sums(s, tiny.config, adapter, frozen, PAIR, jax.random.key(0))
         return sums["loss"] / sums["weight"]
 
     def slow(adapter):
-        return slow_dpo(tiny.config, dense(tiny.params, adapter, lora, 1.0), reference)[0]
+        return slow_dpo(tiny.config, dense(tiny.params, adapter, adapter_config(s), 1.0), reference)[0]
 
-    loss, gradient = jax.jit(jax.value_and_grad(fast))(now)
-    expected, slow_gradient = jax.jit(jax.value_and_grad(slow))(now)
-    assert abs(float(expected) - math.log(2)) > 0.01
+    (loss, gradient), (expected, slow_gradient) = (jax.jit(jax.value_and_grad(each))(now) for each in (fast, slow))
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
     close(gradient, slow_gradient, 5e-5)
 
