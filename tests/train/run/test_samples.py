@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import without_cache
 from templates import DROPS_SYSTEM, PHI4, PHI4_MINI, SPECIALS, small_tokenizer
-from training_runs import tensors, write_run
+from training_runs import tensors, write_model, write_run
 
 import phi3_jax
 from phi3_jax import infer
@@ -31,6 +31,11 @@ def _quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> phi3_jax.Checkpoint:
+    return phi3_jax.load(write_model(tmp_path_factory.mktemp("model") / "small"))
 
 
 class Heard(Observer):
@@ -166,13 +171,14 @@ def test_samples_and_trackers_change_nothing(with_samples, tmp_path):
         {"train": "all"},
         {"quantize": "int4", "lora_targets": ("down_proj",)},
         pytest.param({"dtype": "bfloat16", "dora": True}, marks=pytest.mark.slow),
-        {"train": "all", "method": "dpo", "pack": False},
+        pytest.param({"train": "all", "method": "dpo", "pack": False}, marks=pytest.mark.slow),
     ],
 )
-def test_no_weights_are_copied(changes, tmp_path, monkeypatch):
+def test_no_weights_are_copied(changes, checkpoint, monkeypatch):
     """What is generated with are the arrays of the state and of the base themselves."""
-    settings = write_run(tmp_path, compute_dtype="bfloat16", samples=2, **changes)
-    checkpoint = phi3_jax.load(settings.checkpoint, settings.dtype, quantize=settings.quantize or None, layout="rows")
+    settings = Settings(compute_dtype="bfloat16", lora_rank=3, **changes)
+    if settings.quantize:
+        checkpoint = phi3_jax.load(checkpoint.folder, quantize=settings.quantize, layout="rows")
     state, frozen = start(settings, checkpoint.config, checkpoint.params)
     seen: list[Any] = []
 
@@ -199,17 +205,15 @@ def test_no_weights_are_copied(changes, tmp_path, monkeypatch):
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "RESOURCE_EXHAUSTED: 9 GB"),
     ],
 )
-def test_a_run_goes_on_without_what_is_impossible(error, told, tmp_path, monkeypatch):
-    settings = write_run(tmp_path, samples=2)
-    checkpoint = phi3_jax.load(settings.checkpoint)
-    state, frozen = start(settings, checkpoint.config, checkpoint.params)
+def test_a_run_goes_on_without_what_is_impossible(error, told, checkpoint, monkeypatch):
+    state, frozen = start(Settings(), checkpoint.config, checkpoint.params)
 
     def generate(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr(infer, "generate", generate)
     with Heard() as heard:
-        sampler = Sampler(settings, checkpoint, [[1, 2]], None, heard)
+        sampler = Sampler(Settings(), checkpoint, [[1, 2]], None, heard)
         assert sampler.answer(frozen, state) == sampler.answer(frozen, state) == []
     assert heard.notes == [f"no sample answers, and the run goes on without them: {told}"]
 
@@ -221,11 +225,12 @@ CHAT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "
 PLAIN = {"prompt": "2+2=", "completion": "4"}
 
 
-def encoded(tmp_path: Path, name: str, content: str, trained: dict[str, Any], **changes: Any) -> list[list[int]]:
-    settings = write_run(tmp_path, sample_prompts=str(tmp_path / name), samples=1, **changes)
-    Path(settings.sample_prompts).write_text(content)
-    Path(settings.train_file).write_text("not JSON\n" + json.dumps(trained) + "\n")
-    checkpoint = phi3_jax.load(settings.checkpoint)
+def encoded(
+    checkpoint: phi3_jax.Checkpoint, folder: Path, name: str, content: str, trained: dict[str, Any]
+) -> list[list[int]]:
+    (folder / name).write_text(content)
+    (folder / "train.jsonl").write_text("not JSON\n" + json.dumps(trained) + "\n")
+    settings = Settings(train_file=str(folder / "train.jsonl"), sample_prompts=str(folder / name), samples=1)
     return encode_prompts(read_prompts(settings), checkpoint, settings)
 
 
@@ -245,9 +250,9 @@ def encoded(tmp_path: Path, name: str, content: str, trained: dict[str, Any], **
         ),
     ],
 )
-def test_a_file_of_prompts(name, content, trained, expected, tmp_path):
-    tokenizer = small_tokenizer(PHI4_MINI)
-    assert [tokenizer.decode(ids) for ids in encoded(tmp_path, name, content, trained)] == expected
+def test_a_file_of_prompts(name, content, trained, expected, checkpoint, tmp_path):
+    found = encoded(checkpoint, tmp_path, name, content, trained)
+    assert [checkpoint.tokenizer.decode(ids) for ids in found] == expected
 
 
 @pytest.mark.parametrize(
@@ -263,9 +268,9 @@ def test_a_file_of_prompts(name, content, trained, expected, tmp_path):
         ("a.txt", "x" * 70, r"a\.txt: a prompt has \d\d tokens, which leaves no room .* context of 64; shorten it$"),
     ],
 )
-def test_prompts_that_cannot_be_asked(name, content, message, tmp_path):
+def test_prompts_that_cannot_be_asked(name, content, message, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=message):
-        encoded(tmp_path, name, content, TEXT)
+        encoded(checkpoint, tmp_path, name, content, TEXT)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +286,11 @@ def test_prompts_that_cannot_be_asked(name, content, message, tmp_path):
         ),
     ],
 )
-def test_prompts_of_held_out_data(lines, changes, expected, tmp_path):
-    settings = write_run(tmp_path, samples=2, sequence_length=changes.pop("sequence_length", 30), **changes)
-    Path(settings.eval_file).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    checkpoint = phi3_jax.load(settings.checkpoint)
-    held_out = prepare(settings.eval_file, checkpoint.tokenizer, settings, tmp_path / "data")
+def test_prompts_of_held_out_data(lines, changes, expected, checkpoint, tmp_path):
+    settings = Settings(**{"samples": 2, "sequence_length": 30, **changes})
+    path = tmp_path / "eval.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held_out = prepare(path, checkpoint.tokenizer, settings, tmp_path / "data")
     assert Sampler(settings, checkpoint, [], held_out, Observer())._asked == expected
 
 
