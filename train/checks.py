@@ -165,8 +165,8 @@ def _contradictions(s: Settings) -> Iterator[str]:
     if s.sample_prompts and not s.samples:
         yield f"{spelled(s, 'sample_prompts')}: with samples=0 none is answered; set samples, or leave the file out"
     # Evaluations and checkpoints at the end are made in any case: a trial with few steps need not change how often.
-    if not s.epochs and _given(s, ("warmup_steps",)) and s.warmup_steps > s.all_steps():
-        yield f"{spelled(s, 'warmup_steps')}: beyond the end of the run, steps={s.all_steps()}; lower it, or raise steps"
+    if not s.epochs and _given(s, ("warmup_steps",)) and s.warmup_steps > (steps := s.all_steps()):
+        yield f"{spelled(s, 'warmup_steps')}: beyond the end of the run, steps={steps}; lower it, or raise steps"
     if s.optimizer != "sgd" and s.lr > 1:
         yield f"{spelled(s, 'lr')}: {spelled(s, 'optimizer')} moves each weight by about so much; give 1 or less"
     if s.lr * s.weight_decay >= 1:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -82,6 +82,11 @@ class Screen(Observer):
     def note(self, text: str) -> None:
         """A line above the bars."""
         tqdm.write(f"phi3-train: {text}", file=sys.stderr)
+
+    def table(self, lines: Sequence[str]) -> None:
+        """The lines of the table."""
+        for line in lines:
+            self.note(line)
 
     def begin(self, step: int, steps: int) -> None:
         """The bar of the steps."""

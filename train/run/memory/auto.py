@@ -76,11 +76,11 @@ def choose(
     for number, candidate in enumerate(steps):
         if tried is not None and number + 1 < len(steps) and not _may_fit(candidate, tried):
             continue
-        observer.progress("compiling", number, len(steps))
+        observer.progress("compiling the step", 0, 1)
         tried = compile_step(candidate, config, params, adapters)
+        observer.progress("compiling the step", 1, 1)
         if tried.fits:
             break
-    observer.progress("compiling", len(steps), len(steps))
     assert tried is not None  # a ladder has a step
     return tried
 
