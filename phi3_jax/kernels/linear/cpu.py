@@ -28,12 +28,3 @@ def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> ja
         mins = jnp.zeros(0, jnp.float16) if weight.mins is None else weight.mins
         result = call(floats, weight.data, weight.scales, mins, index, bits=np.int64(BITS[weight.kind]))
     return result.astype(dtype or x.dtype)
-
-
-def add_low_rank(
-    base: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, layer: jax.Array, scaling: float
-) -> jax.Array:
-    """base + scaling * (x @ a.T) @ b.T, all float32: base [..., O], x [..., I], stacks a [L, R, I] and b [L, O, R]."""
-    library()  # raises Unavailable
-    call = jax.ffi.ffi_call("phi3_low_rank", jax.ShapeDtypeStruct(base.shape, jnp.float32), vmap_method="sequential")
-    return call(base, x, a, b, layer.astype(jnp.int32), scaling=np.float32(scaling))

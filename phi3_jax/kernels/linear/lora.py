@@ -6,20 +6,13 @@ Axis letters: L layer, O outputs, I inputs, R rank of the update.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.kernels.dispatch import on_cpu
-from phi3_jax.kernels.linear import cpu, xla
-from phi3_jax.kernels.linear.packed import PackedTensor
-from phi3_jax.kernels.native.build import why_unavailable
-
-_FEW = 16  # rows: of more, XLA's products are the faster ones
+from phi3_jax.kernels.linear import xla
 
 
 @jax.tree_util.register_dataclass
@@ -64,10 +57,6 @@ def linear(
 ) -> jax.Array:
     """See `kernels.linear`; `product` multiplies an input with the weight's base."""
     base = product(x)
-    if weight.keys is None and layer is not None and _is_by_kernel(base, x, weight):
-        by_kernel, by_xla = (functools.partial(add, scaling=weight.scaling) for add in (cpu.add_low_rank, _add))
-        total = on_cpu(by_kernel, by_xla)(base, x, weight.a, weight.b, layer)
-        return total if weight.gain is None else _of(weight.gain, layer) * total
     seen = x.astype(weight.a.dtype)
     if weight.keys is not None:
         kept = jax.random.bernoulli(_of(weight.keys, layer), 1 - weight.dropout, x.shape)
@@ -80,16 +69,6 @@ def linear(
     # PEFT's formula. With dropout it is not gain * (base + update): the product with the whole input keeps gain 1.
     scaled = base if weight.keys is None else product(seen.astype(x.dtype))
     return (base + (gain - 1) * scaled + gain * update).astype(base.dtype)
-
-
-def _is_by_kernel(base: jax.Array, x: jax.Array, weight: LoraTensor) -> bool:
-    """Whether the CPU kernel computes this: of a few tokens, each of which reads all of the adapter."""
-    exact = all(each.dtype == jnp.float32 for each in (base, x, weight.a, weight.b))
-    return exact and math.prod(x.shape[:-1]) <= _FEW and isinstance(weight.base, PackedTensor) and not why_unavailable()
-
-
-def _add(base: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, layer: jax.Array, scaling: float) -> jax.Array:
-    return base + _widen(scaling * xla.linear(x, a, layer, None), xla.dense(b, layer, None))
 
 
 def rows(weight: LoraTensor, ids: jax.Array, fixed: jax.Array | bool, base: jax.Array) -> jax.Array:

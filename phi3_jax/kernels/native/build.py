@@ -40,7 +40,7 @@ _INSTRUCTION_SETS = {
     "portable": ("-DPHI3_PORTABLE",),  # no vector code, although the compiler may know some for this processor
 }
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
-_HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_low_rank", "phi3_attention", "phi3_cache_write")
+_HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_attention", "phi3_cache_write")
 
 
 class Unavailable(Exception):  # noqa: N818 - a reason rather than a fault
