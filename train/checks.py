@@ -34,7 +34,7 @@ class _With(NamedTuple):
 _READ_WITH = (
     _With(("lora_rank", "lora_alpha", "lora_targets", "lora_tied"), "train", ("lora",)),
     _With(("rank_pattern", "alpha_pattern", "lora_rslora", "lora_dropout", "dora"), "train", ("lora",)),
-    _With(("dpo_beta", "dpo_reference"), "method", ("dpo",)),
+    _With(("dpo_beta",), "method", ("dpo",)),
     _With(("loss_on", "z_loss", "label_smoothing"), "method", ("sft",)),
     _With(("beta1",), "optimizer", ("adamw", "adamw8bit", "lion", "sgd")),
     _With(("beta2",), "optimizer", ("adamw", "adamw8bit", "lion")),
@@ -42,7 +42,7 @@ _READ_WITH = (
     _With(("final_lr",), "schedule", ("cosine", "linear")),
 )
 _LOOK = 1000  # so many lines are looked at for one that can be used
-_OF_EVALUATION = ("eval_every", "patience", "keep_best")
+_OF_EVALUATION = ("patience", "keep_best")
 _OFF = ("patience", "keep_best", "samples")  # 0 asks for nothing, which is never missed
 
 

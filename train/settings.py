@@ -275,8 +275,6 @@ def _check_reference(settings: Settings) -> None:
     reference = settings.dpo_reference
     if reference == "start":
         return
-    if not reference:
-        raise ValueError("dpo_reference: must be start, base, or an adapter's folder or hub id")
     if settings.method != "dpo":
         raise ValueError(f"dpo_reference={reference}: only method=dpo compares with a reference")
     if settings.train == "all" and (reference != "base" or settings.init_adapter):

@@ -166,7 +166,7 @@ def test_advice_when_no_single_change_is_enough(monkeypatch):
         *("train=lora batch_size=1 accumulation=2 50.00 GB", "fits", "batch_size=1 accumulation=2 70.00 GB"),
         *("sequence_length=32 70.00 GB", "train=lora 80.00 GB"),
     ]
-    s = dataclasses.replace(s, sequence_length=1, batch_size=1, train="lora", quantize="int4", method="dpo", pack=False)
+    s = dataclasses.replace(s, sequence_length=2, batch_size=1, train="lora", quantize="int4", method="dpo", pack=False)
     monkeypatch.setattr(estimates, "available", lambda: 1)
     with pytest.raises(ValueError, match="no change of its settings takes less: take a smaller checkpoint"):
         auto.require_fit(pretend(s, CONFIG, {}), CONFIG, {}, Observer())

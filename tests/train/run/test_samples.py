@@ -304,8 +304,3 @@ def test_what_is_asked_is_shown_without_the_template(template):
     ]
     assert asked(tokenizer, phi3_jax.encode_chat(tokenizer, messages)) == "3+4\n5"
     assert asked(tokenizer, tokenizer.encode("plain text")) == "plain text"
-
-
-def test_settings_that_contradict_each_other():
-    with pytest.raises(ValueError, match=r"^sample_prompts: samples=0 asks for no answers"):
-        Settings(samples=0, sample_prompts="a.txt")

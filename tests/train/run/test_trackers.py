@@ -13,7 +13,7 @@ import pytest
 from phi3_jax.train.run.observer import Observer, Record
 from phi3_jax.train.run.records.metrics import MetricsWriter, read
 from phi3_jax.train.run.records.trackers import open_trackers, require_trackers
-from phi3_jax.train.settings import Settings, change
+from phi3_jax.train.settings import Settings
 
 BEFORE: list[Record] = [
     {"step": 0, "eval_loss": 4.5},
@@ -164,18 +164,6 @@ def test_a_package_that_is_missing_is_named(name, monkeypatch):
     ):
         require_trackers(settings)
     require_trackers(Settings(trackers=("csv",)))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("csv,comet", r"^trackers=csv,comet: must be some of csv, mlflow, wandb, each once, not comet$"),
-        ("csv,csv", r"^trackers=csv,csv: must be some of csv, mlflow, wandb, each once$"),
-    ],
-)
-def test_trackers_that_are_not_known(text, message):
-    with pytest.raises(ValueError, match=message):
-        change(Settings(), [f"trackers={text}"])
 
 
 def installed(name: str) -> Any:

@@ -175,7 +175,7 @@ def _changes(s: Resolved, params: Params) -> Iterator[tuple[str, Resolved]]:
         (s.train == "all" and s.optimizer == "adamw", {"optimizer": "adamw8bit"}),
         (not s.shard_weights and jax.device_count() > 1, {"shard_weights": True}),
         (s.loss_chunk == 0 or s.loss_chunk > _SMALL_CHUNK, {"loss_chunk": _SMALL_CHUNK}),
-        (s.sequence_length > 1, {"sequence_length": s.sequence_length // 2}),
+        (s.sequence_length > 3, {"sequence_length": s.sequence_length // 2}),
     ]
     for helps, values in possible:
         new = {name: value for name, value in values.items() if value != getattr(s, name)}
