@@ -451,7 +451,7 @@ def test_dropout_of_dora_is_that_of_peft():
         ({"alpha": -1}, "alpha must be a number from 0 to below inf, not -1"),
         ({"alpha": float("nan")}, "alpha"),
         ({"dropout": 1.0}, "dropout must be a number from 0 to below 1, not 1.0"),
-        ({"targets": ()}, rf"must be some of {', '.join(TARGETS)}, not \[\]"),
+        ({"targets": ()}, rf"must be some of {', '.join(TARGETS)}, embed_tokens, lm_head, not \[\]"),
         ({"ranks": (("o_proj", 0),)}, "the rank of an adapter must be a whole number from 1 on, not 0"),
         (
             {"ranks": (("lm_head", 3),)},
