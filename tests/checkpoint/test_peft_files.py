@@ -290,6 +290,7 @@ def test_an_adapter_is_added_to_a_gguf_file(tmp_path):
     assert_equal(loaded.params, phi3_jax.load(BASE, adapter=RECORDED / "lora").params)
 
 
+@pytest.mark.slow
 # ------------------------------------------------------------------------------------------------------- the programs
 
 

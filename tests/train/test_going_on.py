@@ -168,6 +168,7 @@ def test_what_learns_otherwise_than_in_peft_is_told(tiny, ranks, options, pads, 
     assert all(np.abs(ours[part] - old[part]).max() > 1e-6 for part in "ab")
 
 
+@pytest.mark.slow
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 

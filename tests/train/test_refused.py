@@ -85,6 +85,7 @@ def test_two_processes_in_the_folder(tmp_path):
         train(settings, Second())
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite(tmp_path):
     changes = {"optimizer": "sgd", "lr": 1e30, "warmup_steps": 0}
     settings = write_run(tmp_path, **changes, max_bad_steps=3, save_every=1, log_every=4)

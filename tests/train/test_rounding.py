@@ -58,6 +58,7 @@ def test_what_bfloat16_has_stays_and_what_is_finite_stays_finite():
     assert np.isnan(_draws(nan, 50)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_small_updates_of_bfloat16_weights_are_not_lost(tiny, monkeypatch):
     """At this rate a weight moves by a small part of the distance of bfloat16 numbers in a step."""

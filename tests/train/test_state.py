@@ -87,6 +87,7 @@ def test_noise_differs_from_step_to_step_and_is_not_in_evaluation(tiny, noise):
     assert float(evaluate(PARTS[1])["loss"]) == float(evaluate(PARTS[1])["loss"])
 
 
+@pytest.mark.slow
 # ---------------------------------------------------------------------------------------------- precision, export
 
 

@@ -96,7 +96,6 @@ def test_long_texts_are_cut_into_rows():
         ),
         (json.dumps({"messages": CHAT}).encode(), {"sequence_length": 8, "loss_on": "all"}, "raise sequence_length"),
         (b'{"prompt": "abcdefgh", "completion": "i"}', {"sequence_length": 10}, "11 tokens, more than a row"),
-        (b'{"text": ""}', {"sequence_length": 2}, "nothing in it is learned"),
     ],
 )
 def test_bad_lines_say_what_is_wrong(line, changes, reason, tmp_path):

@@ -122,6 +122,7 @@ def test_shapes_are_those_of_rounded_weights(policy):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_advice_is_what_was_compiled_and_only_what_takes_less(monkeypatch):
     s = Resolved(sequence_length=64, remat="full", batch_size=1, loss_chunk=64, train="lora")

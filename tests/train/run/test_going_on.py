@@ -230,6 +230,7 @@ def test_an_early_end(copied, losses, tmp_path):
         train(dataclasses.replace(settings, eval_file=""))
 
 
+@pytest.mark.slow
 def test_other_held_out_data(copied, losses, tmp_path):
     losses |= {3: 0.5, 6: 0.6, 7: 2.0, 8: 3.0}
     settings = dataclasses.replace(copied, output=str(tmp_path / "first"))
