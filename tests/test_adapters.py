@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 from typing import Any
 
@@ -142,6 +143,25 @@ def test_adapters_of_embeddings_are_written_as_by_peft(kind, tmp_path):
     again_lora, again = load_adapter(tmp_path / "ours", model.config)
     assert again_lora == lora
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+@pytest.mark.parametrize(
+    "own", [{"ranks": (("embed_tokens", 5),)}, {"alphas": (("o_proj", 1.0), ("embed_tokens", 2.5))}]
+)
+def test_a_tied_adapter_of_a_rank_or_alpha_of_its_own_is_read_again(own, tiny, tmp_path):
+    """PEFT gives the head numbers by its own name, not by the embedding's."""
+    config, lora = (
+        dataclasses.replace(tiny.config, tie_word_embeddings=True),
+        LoraConfig(2, 7, ("o_proj", "embed_tokens"), tied=True, **own),
+    )
+    adapter = random_adapter(config, lora)
+    save_adapter(tmp_path / "x", adapter, lora, config, "some")
+    again_lora, again = load_adapter(tmp_path / "x", config)
+    assert again_lora == lora
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    settings = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    for pattern in (settings["rank_pattern"], settings["alpha_pattern"]):
+        assert pattern.get("lm_head") == pattern.get("embed_tokens")
 
 
 def test_one_update_of_a_tied_model_is_merged_and_one_of_its_halves_is_not():

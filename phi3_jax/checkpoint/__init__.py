@@ -20,9 +20,11 @@ from phi3_jax.checkpoint.load_save import save as save
 from phi3_jax.checkpoint.load_save import stored_dtype as stored_dtype
 from phi3_jax.checkpoint.peft import AttachableAdapter as AttachableAdapter
 from phi3_jax.checkpoint.peft import find_adapter as find_adapter
+from phi3_jax.checkpoint.peft import kind_of_weights as kind_of_weights
 from phi3_jax.checkpoint.peft import load_adapter as load_adapter
 from phi3_jax.checkpoint.peft import read_attachable as read_attachable
 from phi3_jax.checkpoint.peft import save_adapter as save_adapter
+from phi3_jax.checkpoint.peft import write_trained_on as write_trained_on
 from phi3_jax.checkpoint.placement import Layout as Layout
 from phi3_jax.checkpoint.placement import auto_dtype as auto_dtype
 from phi3_jax.checkpoint.placement import fastest_layout as fastest_layout

@@ -23,7 +23,7 @@ from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
-from phi3_jax.checkpoint.peft import on_integers, read_adapter
+from phi3_jax.checkpoint.peft import TRAINED_ON, on_integers, read_adapter
 from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
 from phi3_jax.config import Architecture, Phi3Config
@@ -51,6 +51,7 @@ HUB_FILES = (
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
+    TRAINED_ON,
     *_TOKENIZER_FILES,
 )
 
@@ -133,8 +134,9 @@ def load(
 
     Warns:
       UserWarning: a head that is to be tied to the embedding is stored, too, and differs from it, or an adapter changes
-        one of the two alone; a file is not read because another one is; files contradict one another; a key of
-        config.json is left out that changes no logit of the reference's.
+        one of the two alone; an adapter was trained on other weights (peft/trained_on.py); a file is not read because
+        another one is; files contradict one another; a key of config.json is left out that changes no logit of the
+        reference's.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -145,7 +147,7 @@ def load(
     """
     place, is_auto = resolve(path, revision), isinstance(dtype, str) and dtype == "auto"
     layout = known_layout(layout, device)
-    if merge_adapter and quantize == "stored":
+    if adapter is not None and merge_adapter and quantize == "stored":
         raise ValueError(
             "quantize='stored' keeps a file's integers, into which no adapter is merged: name another policy"
         )

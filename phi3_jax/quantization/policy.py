@@ -90,6 +90,17 @@ def formats(policy: str, paths: Iterable[str]) -> dict[str, Format | None]:
     return {path: kinds.get(path.split("/")[-2]) for path in paths}
 
 
+def policy_of(forms: Mapping[str, Format | None]) -> str:
+    """The name of the policy that gives these formats; "stored" where none does, "" where all are floats."""
+    if not any(forms.values()):
+        return ""
+    usual = [Format(bits, group, symmetric) for bits in ZERO for group in GROUPS for symmetric in (True, False)]
+    for policy in (*(f"int{bits}" for bits in ZERO), "int4-mixed", *map(str, usual)):
+        if formats(policy, forms) == forms:
+            return policy
+    return "stored"
+
+
 def quantized_shapes(policy: str, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """What `quantize_params` makes of leaves by path, as shapes: nothing is computed.
 

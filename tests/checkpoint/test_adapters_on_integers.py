@@ -364,6 +364,8 @@ def test_what_is_attached_is_not_saved_but_as_floats(integers, adapter_of, tmp_p
 def test_adapters_are_not_merged_into_integers(gguf, integers, tmp_path):
     with pytest.raises(ValueError, match="quantize='stored' keeps a file's integers, into which no adapter is merged"):
         phi3_jax.load(gguf, quantize="stored", adapter=RECORDED / "lora", merge_adapter=True)
+    there = phi3_jax.load(gguf, quantize="stored", layout="rows", merge_adapter=True)  # as training loads it
+    assert kinds(there.params)["qkv_proj"] == "integers"
     with pytest.raises(ValueError, match="an adapter is not merged into integers: load the checkpoint they were made"):
         phi3_jax.load(integers[8], adapter=RECORDED / "lora", merge_adapter=True)
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/nowhere")):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import phi3_jax
-from phi3_jax.checkpoint import save_adapter
+from phi3_jax.checkpoint import save_adapter, write_trained_on
 
 from ..settings import Settings, adapter_config
 from ..step import TrainState
@@ -43,13 +43,15 @@ def export(
     state: TrainState | None,
     done: int,
     observer: Observer,
+    weights: str,
 ) -> None:
     """Writes the last step's adapter or model, and the best one's, where they are not there already.
 
     Args:
       state: of the last step; None if no step was taken now.
+      weights: the `kind_of_weights` below an adapter.
     """
-    write = functools.partial(_write_export, settings, checkpoint)
+    write = functools.partial(_write_export, settings, checkpoint, weights)
     last, best, step = export_folder(settings), best_folder(settings), checkpoints.best
     if state is not None or exported_step(last) != done:
         state = checkpoints.read(done, like) if state is None else state
@@ -69,10 +71,13 @@ def export(
     observer.note(f"{best}: of step {step}, whose held-out loss is the lowest of those kept")
 
 
-def _write_export(settings: Settings, checkpoint: phi3_jax.Checkpoint, state: TrainState, folder: Path) -> None:
+def _write_export(
+    settings: Settings, checkpoint: phi3_jax.Checkpoint, weights: str, state: TrainState, folder: Path
+) -> None:
     """Writes the adapter in PEFT's format, or the model in Hugging Face's."""
     if settings.train == "lora":
         save_adapter(folder, state.trainable, adapter_config(settings), checkpoint.config, settings.checkpoint)
+        write_trained_on(folder, weights)
     else:
         phi3_jax.save(dataclasses.replace(checkpoint, params=state.trainable), folder)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import phi3_jax
-from phi3_jax.checkpoint import holds_integers, require_tokenizer
+from phi3_jax.checkpoint import holds_integers, kind_of_weights, require_tokenizer
 from phi3_jax.kernels import has_packed
 
 from ..adapters import fingerprints, notes, reference_adapter, with_init_adapter
@@ -79,6 +79,7 @@ def train(
         # ---- the model and the data ----
         settings = choose_dtypes(settings)
         checkpoint = _load(settings, observer)
+        weights = kind_of_weights(checkpoint.params)
         data, held_out = prepare_data(checkpoint, settings, observer)
         about = describe(checkpoint, data.fingerprint, prints)
         epoch = epoch_size(data.counts, settings)
@@ -149,11 +150,10 @@ def train(
             exported = export_folder(settings)
             for text in _how_it_ended(done, evaluations, settings, was_over=is_over):
                 observer.note(text)
-            export(settings, checkpoint, checkpoints, like[0], state, done, observer)
-            if settings.quantize:
-                observer.note(
-                    f"{exported}: belongs to {settings.quantize} weights: use it with --quantize {settings.quantize}"
-                )
+            export(settings, checkpoint, checkpoints, like[0], state, done, observer, weights)
+            if weights:
+                flag = f"--quantize {settings.quantize}" if settings.quantize else f"--checkpoint {settings.checkpoint}"
+                observer.note(f"{exported}: belongs to {settings.quantize or weights} weights: use it with {flag}")
             observer.table(evaluations.table())
         draw(settings)
     return Outcome(done, exported)

@@ -16,6 +16,7 @@ import numpy as np
 from phi3_jax.adapters import HEAD, TABLE, TARGETS, Adapter, LoraConfig, adapter_shapes
 from phi3_jax.checkpoint.peft.modules import Module, is_unfused
 from phi3_jax.checkpoint.peft.reader import AdapterFiles, Update, read_adapter
+from phi3_jax.checkpoint.peft.trained_on import kind_of_weights, warn_of_others
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import Params
@@ -53,12 +54,12 @@ def load_adapter(
     names with one rank and one alpha for each target nothing changes.
 
     Args:
-      folder: or a hub id, of which only the adapter's two files are fetched.
-      params: the model's parameters as floats. They are only needed where an embedding or a head is adapted and PEFT
+      folder: or a hub id, of which only the adapter's own files are fetched.
+      params: the model's parameters. They are only needed, as floats, where an embedding or a head is adapted and PEFT
         has stored its weight below the update, too, which has to be the model's own.
 
     Warns:
-      UserWarning: see `read_adapter`.
+      UserWarning: see `read_adapter`; or the adapter was trained on other weights than `params`.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -73,7 +74,10 @@ def read_attachable(
     folder: str | os.PathLike[str], config: Phi3Config, params: Params | None = None
 ) -> AttachableAdapter:
     """`load_adapter`, with what training has to know of the file."""
-    return stacked(read_adapter(folder, config), config, params)
+    files = read_adapter(folder, config)
+    if params is not None:
+        warn_of_others(files.settings.path, kind_of_weights(params))
+    return stacked(files, config, params)
 
 
 def stacked(files: AdapterFiles, config: Phi3Config, params: Params | None = None) -> AttachableAdapter:

@@ -13,6 +13,7 @@ import numpy as np
 from phi3_jax.adapters import merged
 from phi3_jax.checkpoint.peft.modules import HEAD, TABLE, Module
 from phi3_jax.checkpoint.peft.reader import AdapterFiles, Update
+from phi3_jax.checkpoint.peft.trained_on import warn_of_others
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 
@@ -28,12 +29,13 @@ def merged_sources(
     An adapter of the embedding alone, or of the head, unties the two, as in PEFT.
 
     Warns:
-      UserWarning: it unties them.
+      UserWarning: it unties them, or was trained on integers.
 
     Raises:
       ValueError: a tensor that it changes is missing.
     """
     found = dict(sources)
+    warn_of_others(files.settings.path, "")
     for module, change in base_changes(files):
         tied = config.tie_word_embeddings and module.name == HEAD
         _change(found, f"{TABLE}.weight" if tied else module.weight, change, files)

@@ -26,6 +26,7 @@ from phi3_jax.checkpoint.peft.attached import stacked
 from phi3_jax.checkpoint.peft.merging import Change, base_changes, changes, unties
 from phi3_jax.checkpoint.peft.modules import Module
 from phi3_jax.checkpoint.peft.reader import AdapterFiles
+from phi3_jax.checkpoint.peft.trained_on import kind_of_weights, warn_of_others
 from phi3_jax.checkpoint.placement import Device, Layout, Put, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
@@ -53,13 +54,14 @@ def on_integers(
       device: where the new arrays are put; it is asked for "layers/mlp/down_proj/a" [L, R, I] and ".../b" [L, O, R].
 
     Warns:
-      UserWarning: the adapter unties the embedding and the head.
+      UserWarning: the adapter unties the embedding and the head, or was trained on other weights.
 
     Raises:
       ValueError: the parameters are not those of the adapter's model, or a value does not fit into float16.
     """
     floats, leaves = DTYPES[dtype_name(dtype)], flax.traverse_util.flatten_dict(params, sep="/")
     attached = _attached_paths(files, config)
+    warn_of_others(files.settings.path, kind_of_weights(params))
 
     def change(those: list[tuple[Module, Change]]) -> None:
         by_path: dict[str, dict[int, list[Change]]] = {}

@@ -14,6 +14,7 @@ from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.hub import download, is_hub_id
 from phi3_jax.checkpoint.peft.modules import Module, is_fused, is_unfused, modules
 from phi3_jax.checkpoint.peft.settings import CONFIG, REMEDY, Settings, read_settings
+from phi3_jax.checkpoint.peft.trained_on import TRAINED_ON
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 
@@ -100,7 +101,7 @@ def find_adapter(folder: str | os.PathLike[str]) -> FoundAdapter:
 def read_adapter(folder: str | os.PathLike[str], config: Phi3Config) -> AdapterFiles:
     """Finds an adapter's tensors for a model of these sizes.
 
-    The folder may be a hub id, of which only the adapter's two files are fetched.
+    The folder may be a hub id, of which only the adapter's own files are fetched.
 
     Warns:
       UserWarning: there is a second file of weights, adapter_model.bin, which PEFT does not read either.
@@ -166,7 +167,7 @@ def tensor_name(module: Module, part: str) -> str:
 
 def _place(folder: str | os.PathLike[str]) -> Path:
     place = Path(folder)
-    return download(str(folder), (CONFIG, WEIGHTS)) if not place.exists() and is_hub_id(folder) else place
+    return download(str(folder), (CONFIG, WEIGHTS, TRAINED_ON)) if not place.exists() and is_hub_id(folder) else place
 
 
 def _require_weights(path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import flax.traverse_util
@@ -54,8 +54,8 @@ def save_adapter(
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "rank_pattern": dict(lora.ranks),
-        "alpha_pattern": dict(lora.alphas),
+        "rank_pattern": _pattern(lora.ranks, lora.tied),
+        "alpha_pattern": _pattern(lora.alphas, lora.tied),
         "ensure_weight_tying": lora.tied,
         "target_modules": list(lora.targets),
         "bias": "none",
@@ -63,6 +63,12 @@ def save_adapter(
     with new_folder(Path(folder), sum(leaf.nbytes for leaf in leaves.values())) as partial:
         safetensors_files.write_file(partial / WEIGHTS, tensors)
         (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _pattern(pairs: Sequence[tuple[str, float]], tied: bool) -> dict[str, float]:
+    """The numbers of single targets; a tied adapter's head, which PEFT gives its own, has the embedding's."""
+    found = dict(pairs)
+    return found | ({HEAD: found[TABLE]} if tied and TABLE in found else {})
 
 
 def _tensors(path: str, leaf: np.ndarray, tied: bool) -> Iterator[tuple[str, np.ndarray]]:
