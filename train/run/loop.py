@@ -156,8 +156,8 @@ def _prepare(settings: Settings, checkpoints: Checkpoints, observer: Observer) -
     check_steps(done, asked, settings.steps)  # once more: the data say how many are in `epochs`
     evaluations = evaluations_before(recorded, held_out, checkpoints, settings, observer)
     like, _ = start_like(resolved(settings), checkpoint.config, checkpoint.params, *adapters)
-    of_data, of_run = (data, held_out, epoch), (about, recorded, evaluations, like, done)
-    run = _Run(asked, given, settings, checkpoint, adapters, *of_data, *of_run)
+    before = about, recorded, evaluations, like, done
+    run = _Run(asked, given, settings, checkpoint, adapters, data, held_out, epoch, *before)
     if run.is_over and not is_exported(settings, done, checkpoints.best, run.lowest):
         run.done = _restore(checkpoints, like, observer).step  # a broken checkpoint's steps are taken again
         evaluations.forget_after(run.done)
