@@ -17,6 +17,8 @@ from phi3_jax.config import Phi3Config
 from .settings import Settings, adapter_config
 
 Named = tuple[LoraConfig, Adapter]
+# The settings that `init_adapter` says itself.
+OWN = ("lora_rank", "lora_alpha", "lora_targets", "lora_rslora", "dora", "lora_tied", "rank_pattern", "alpha_pattern")
 
 
 def named_adapters(settings: Settings) -> dict[str, str]:
@@ -115,16 +117,10 @@ def notes(settings: Settings, config: Phi3Config) -> Iterator[str]:
 
 def _own(lora: LoraConfig) -> dict[str, Any]:
     """The settings that an adapter's configuration stands for."""
-    return {
-        "lora_rank": lora.rank,
-        "lora_alpha": float(lora.alpha),
-        "lora_targets": lora.targets,
-        "lora_rslora": lora.rslora,
-        "dora": lora.dora,
-        "lora_tied": lora.tied,
-        "rank_pattern": tuple(f"{target}:{rank}" for target, rank in lora.ranks),
-        "alpha_pattern": tuple(f"{target}:{alpha}" for target, alpha in lora.alphas),
-    }
+    ranks = tuple(f"{target}:{rank}" for target, rank in lora.ranks)
+    alphas = tuple(f"{target}:{alpha}" for target, alpha in lora.alphas)
+    values = (lora.rank, float(lora.alpha), lora.targets, lora.rslora, lora.dora, lora.tied, ranks, alphas)
+    return dict(zip(OWN, values, strict=True))
 
 
 def _read(setting: str, name: str, checkpoint: phi3_jax.Checkpoint) -> AttachableAdapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -72,6 +73,15 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial(target: Path) -> None:
+    """Removes what kills have left of a new file or folder; nobody may be writing it."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}-{'?' * 8}"):  # tempfile's names
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def _refuse_existing(target: Path) -> None:

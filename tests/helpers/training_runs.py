@@ -124,7 +124,7 @@ def shared_programs() -> Iterator[None]:
 def _what_is_compiled(settings: Settings) -> Settings:
     """Without what does not matter; a constant rate does not depend on the number of steps."""
     names = ("checkpoint", "output", "train_file", "eval_file", "eval_every", "save_every", "log_every", "patience")
-    names += ("keep_last", "keep_best", *(["steps"] if settings.schedule == "constant" else []))
+    names += ("eval_rows", "keep_last", "keep_best", *(["steps"] if settings.schedule == "constant" else []))
     return dataclasses.replace(settings, **{name: getattr(Settings(), name) for name in names})
 
 

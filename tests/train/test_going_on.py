@@ -205,7 +205,10 @@ def test_a_run_goes_on_from_an_adapter(tmp_path):
         pytest.raises(ValueError, match=r"lora_rank=7: init_adapter=.*moved has 3"),
     ):
         train(dataclasses.replace(on, init_adapter=str(moved), output=str(tmp_path / "x"), lora_rank=7))
-    with pytest.raises(ValueError, match=r"not what they were when the run there began are init_adapter"):
+    # What the adapter says itself may be told as well, or not, also of a run that began otherwise.
+    for changes in ({"lora_rank": 3, "rank_pattern": ("o_proj:1",)}, {}):
+        assert train(dataclasses.replace(on, **changes)).step == 2
+    with pytest.raises(ValueError, match=r"not what they were when the run there began are init_adapter:"):
         train(dataclasses.replace(on, init_adapter=""))
     shutil.rmtree(first)
     with pytest.raises(FileNotFoundError, match=r"init_adapter: .*adapter_config.json: the file is missing"):

@@ -82,8 +82,8 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step of lowest evaluation loss of those that are kept; None if none was evaluated."""
-        known = [step for step in self.steps if step in self._losses]
+        """The step of lowest evaluation loss of those that are kept; None if none was evaluated, or is kept for it."""
+        known = [step for step in self.steps if step in self._losses] if self._keep_best else []
         return min(known, key=lambda step: (self._losses[step], step), default=None)
 
     def about(self) -> dict[str, Any] | None:

@@ -89,18 +89,21 @@ class Evaluations:
         return min(known, key=lambda record: (record["eval_loss"], record["step"]), default=None)
 
     def is_exhausted(self, patience: int) -> bool:
-        """Whether the latest `patience` evaluations, or more, had no lower loss than one before; 0 is never."""
-        best, since = self.best, 0
-        for record in self._comparable():
-            since = 0 if record is best else since + 1
-        return 0 < patience <= since
+        """Whether the latest `patience` evaluations, or more, had no lower loss than one before; 0 is never.
+
+        The first has none before it, also if its loss is no number.
+        """
+        records, best = self._comparable(), self.best
+        since = records[records.index(best) + 1 :] if best is not None else records[1:]
+        return 0 < patience <= len(since)
 
     def table(self) -> list[str]:
         """The evaluations before the first step, of the lowest loss after it, and the last, as lines of a table."""
         rows = self._rows()
         if not rows:
             return []
-        columns = [name for name in _COLUMNS if any(record.get(f"eval_{name}") is not None for _, record in rows)]
+        known = {name for name in _COLUMNS for _, record in rows if record.get(f"eval_{name}") is not None}
+        columns = [name for name in _COLUMNS if name in known or name == "loss"]
         lines = [f"{'held out':<8} {'step':>8}" + "".join(f" {name:>11}" for name in columns)]
         for title, record in rows:
             values = [record.get(f"eval_{name}") for name in columns]

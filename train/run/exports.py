@@ -15,13 +15,14 @@ from typing import Any
 
 import phi3_jax
 from phi3_jax.checkpoint import save_adapter, write_trained_on
+from phi3_jax.checkpoint.atomic_write import remove_partial
 
 from ..settings import Settings, adapter_config
 from ..step import TrainState
 from .checkpoints import Checkpoints
 from .observer import Observer
 
-_STEP = "training.json"  # in an exported folder: the step that it is of
+_STEP = "training.json"  # in an exported folder: the step that it is of, and what else is there
 
 
 def export_folder(settings: Settings) -> Path:
@@ -35,39 +36,55 @@ def best_folder(settings: Settings) -> Path:
     return last.with_name(f"{last.name}-best")
 
 
-def export(
+def export_last(
     settings: Settings,
     checkpoint: phi3_jax.Checkpoint,
     checkpoints: Checkpoints,
     like: Any,
     state: TrainState | None,
     done: int,
-    observer: Observer,
     weights: str,
 ) -> None:
-    """Writes the last step's adapter or model, and the best one's, where they are not there already.
+    """Writes the last step's adapter or model, where it is not there already.
 
     Args:
       state: of the last step; None if no step was taken now.
       weights: the `kind_of_weights` below an adapter.
     """
-    write = functools.partial(_write_export, settings, checkpoint, weights)
-    last, best, step = export_folder(settings), best_folder(settings), checkpoints.best
+    last = export_folder(settings)
     if state is not None or exported_step(last) != done:
         state = checkpoints.read(done, like) if state is None else state
-        replace_export(last, done, functools.partial(write, state))
-    if step is None or step == exported_step(best):
+        replace_export(last, done, functools.partial(_write_export, settings, checkpoint, weights, state))
+
+
+def export_best(
+    settings: Settings,
+    checkpoint: phi3_jax.Checkpoint,
+    checkpoints: Checkpoints,
+    like: Any,
+    done: int,
+    lowest: int | None,
+    observer: Observer,
+    weights: str,
+) -> None:
+    """Writes the best step's adapter or model, where that is not the last step's and not there already.
+
+    Args:
+      weights: see `export_last`.
+      lowest: the step of the lowest loss of all, whose checkpoint need not be kept any more.
+    """
+    best, step = best_folder(settings), checkpoints.best
+    if step is None or exported_step(best) in {step, lowest} - {None}:
         return
     if step == done:
         remove_export(best)  # of an earlier step, which is not the best any more
         return
-    del state  # there may not be room for two
     try:
         state = checkpoints.read(step, like)
     except ValueError as error:
         observer.note(f"{best}: not written, because {error}")
         return
-    replace_export(best, step, functools.partial(write, state))
+    replace_export(best, step, functools.partial(_write_export, settings, checkpoint, weights, state))
     observer.note(f"{best}: of step {step}, whose held-out loss is the lowest of those kept")
 
 
@@ -83,18 +100,25 @@ def _write_export(
 
 
 def exported_step(folder: Path) -> int | None:
-    """The step that an exported folder is of; None if there is no such folder, or it does not say."""
+    """The step that an exported folder is of; None if there is no such folder, or it does not say or lacks a file."""
     try:
-        return int(json.loads((folder / _STEP).read_bytes())["step"])
+        found = json.loads((folder / _STEP).read_bytes())
+        return int(found["step"]) if all((folder / name).exists() for name in found.get("files", [])) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def is_exported(settings: Settings, done: int, best: int | None) -> bool:
-    """Whether there is nothing to export: `done` is the last step, `best` that of the lowest held-out loss."""
+def is_exported(settings: Settings, done: int, best: int | None, lowest: int | None = None) -> bool:
+    """Whether there is nothing to export.
+
+    Args:
+      done: the last step.
+      best: that of the lowest held-out loss of the checkpoints that are kept.
+      lowest: that of the lowest of all.
+    """
     if exported_step(export_folder(settings)) != done:
         return False
-    return best in (None, done) or exported_step(best_folder(settings)) == best
+    return best in (None, done) or exported_step(best_folder(settings)) in {best, lowest} - {None}
 
 
 def disown_exports_after(step: int, settings: Settings) -> None:
@@ -108,7 +132,8 @@ def replace_export(folder: Path, step: int, write: Callable[[Path], None]) -> No
     """Puts what `write` writes into a new folder in the place of a folder, when it is whole."""
     new, old = _beside(folder, "new"), _beside(folder, "old")
     write(new)
-    (new / _STEP).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    about = {"step": step, "files": sorted(path.name for path in new.iterdir())}
+    (new / _STEP).write_text(json.dumps(about) + "\n", encoding="utf-8")
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
@@ -126,8 +151,9 @@ def settle_exports(settings: Settings) -> None:
         new, old = _beside(folder, "new"), _beside(folder, "old")
         if old.exists() and not folder.exists():
             old.rename(folder)
-        for path in (new, old, _beside(folder, "removed"), *folder.parent.glob(f".{new.name}-*")):
+        for path in (new, old, _beside(folder, "removed")):
             shutil.rmtree(path, ignore_errors=True)
+        remove_partial(new)
 
 
 def _remove(path: Path, folder: Path) -> None:

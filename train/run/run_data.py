@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -124,15 +125,19 @@ def _tell_length(data: Mixture, settings: Settings) -> str:
 
 def _warn_of_length(data: Mixture, settings: Settings) -> list[str]:
     epoch, each = epoch_size(data.counts, settings), _step_rows(settings)
+    name, there, rows = "the data", epoch, Fraction(each)  # how many rows it has, and a step has of it
+    if settings.mixture:  # an epoch is no pass over a file: what counts is the file that comes most often
+        times, name, count = max(zip(settings.mixture, data.names, data.counts, strict=True))
+        there, rows = Fraction(count), each * count * Fraction(str(times)) / epoch
     warnings = []
-    if each > epoch:
+    if rows > there:
         warnings.append(
-            f"WARNING: a step takes {each} rows, and a pass over the data has {float(epoch):.6g}, so that it has some "
-            "of them twice: lower batch_size, accumulation or sequence_length, or give more data"
+            f"WARNING: a step takes {float(rows):.6g} rows, and a pass over {name} has {float(there):.6g}, so that it "
+            "has some of them twice: lower batch_size, accumulation or sequence_length, or give more data"
         )
-    if settings.all_steps(epoch) * each > _MANY_PASSES * epoch:
+    if settings.all_steps(epoch) * rows > _MANY_PASSES * there:
         warnings.append(
-            "WARNING: in so many passes over the data a model learns the lines by heart: watch the held-out loss "
+            f"WARNING: in so many passes over {name} a model learns the lines by heart: watch the held-out loss "
             "(eval_fraction=0.1 holds lines out), or take fewer steps, as epochs=3 does"
         )
     return warnings

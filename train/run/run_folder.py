@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 import phi3_jax
-from phi3_jax.checkpoint.atomic_write import new_file
+from phi3_jax.checkpoint.atomic_write import new_file, remove_partial
 
 from .. import fingerprint
+from ..adapters import OWN
 from ..settings import CHOSEN, Settings
 from .exports import best_folder, export_folder
 
@@ -27,6 +28,10 @@ _FREE = {
     "save_every", "patience", "samples", "sample_prompts", "trackers", "keep_last", "keep_best", "max_bad_steps",
 }  # fmt: skip
 _REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
+# What a kill may leave half of, under another name.
+_FILES = (
+    "settings.json", "metrics.jsonl", "samples.jsonl", "metrics.csv", "loss.png", "wandb_id", "mlflow_run_id",
+)  # fmt: skip
 # What is compared of a run's contents, in words.
 _CONTENTS = {
     "data": "the rows of {train_file}",
@@ -78,19 +83,23 @@ def check_settings(recorded: Mapping[str, Any] | None, settings: Settings, done:
                 )
         return
     there, here = _fields(Settings()) | recorded["settings"], _fields(settings)
-    if other := [name for name in here if name not in _FREE and there[name] != here[name]]:
+    free = _FREE
+    if there["init_adapter"] and settings.init_adapter:  # its contents are compared, and it says what these are
+        free = free.union(OWN)
+    if other := [name for name in here if name not in free and there[name] != here[name]]:
         told = "; ".join(f"{name}={there[name]} there, {here[name]} here" for name in other)
         raise ValueError(f"{settings.output} has checkpoints of a run with other settings ({told}): {_REMEDY}")
     if not settings.epochs:
-        check_steps(done, settings)
+        check_steps(done, settings, settings.all_steps())
 
 
-def check_steps(done: int, settings: Settings) -> None:
-    """Raises ValueError if more steps are done than there are to be."""
-    if 0 < settings.steps < done:
+def check_steps(done: int, settings: Settings, steps: int) -> None:
+    """Raises ValueError if more steps are done than there are to be: `steps`, which may be those of `epochs`."""
+    if steps < done:
+        asked = f"epochs={settings.epochs}: that is {steps} steps, and" if settings.epochs else f"steps={steps}:"
         raise ValueError(
-            f"steps={settings.steps}: the run in {settings.output} has done {done}; give at least as many, or name "
-            "another output for a new run"
+            f"{asked} the run in {settings.output} has done {done}; give at least as many, or name another output for "
+            "a new run"
         )
 
 
@@ -108,7 +117,8 @@ def check_contents(recorded: Mapping[str, Any] | None, about: Mapping[str, Any],
     names = [name for name in _CONTENTS if name in about or name in recorded]
     # Earlier versions recorded less, but had no adapters to begin with.
     unknown = [name for name in names if name not in recorded and name not in ("init_adapter", "dpo_reference")]
-    in_words = {name: _CONTENTS[name].format(**_fields(settings)) for name in names}
+    values = _fields(settings) | {"train_file": ", ".join(settings.train_files)}
+    in_words = {name: _CONTENTS[name].format(**values).strip() for name in names}
     if other := [in_words[name] for name in names if name not in unknown and recorded.get(name) != about.get(name)]:
         raise ValueError(
             f"{settings.output}: not what they were when the run there began are {'; '.join(other)}: {_REMEDY}"
@@ -148,6 +158,8 @@ def _fields(settings: Settings) -> dict[str, Any]:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Locks the folder, which is created if necessary, against other training processes; a kill leaves no lock.
 
+    What kills have left of files is removed.
+
     Raises:
       OSError: another process does, or the folder cannot be written.
     """
@@ -157,4 +169,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{folder}: another process is training there; name another output") from None
+        for name in _FILES:
+            remove_partial(folder / name)
         yield

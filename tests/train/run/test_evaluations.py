@@ -32,7 +32,9 @@ def made(losses: list[float], held_out: str = "a", first: int = 0) -> Evaluation
         ([3.0, 1.0, 2.0, 0.5], 0),
         ([3.0, NAN, 2.0, NAN, float("inf")], 2),
         ([NAN, 3.0, NAN], 1),
-        ([NAN, NAN], 2),
+        ([NAN, NAN], 1),  # the first has none before it
+        ([NAN, NAN, NAN, 5.0, 6.0], 1),
+        ([NAN], 0),
     ],
 )
 def test_patience_counts_evaluations_without_a_lower_loss(losses, waited):
@@ -112,3 +114,6 @@ def test_the_table():
         "before          0      0.6931           0           0",
         "last            7           -           0           -",
     ]
+    found = Evaluations("a")
+    found.add({"step": 3, "eval_loss": NAN})
+    assert found.table() == ["held out     step        loss", "last            3           -"]

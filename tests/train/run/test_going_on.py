@@ -103,6 +103,9 @@ def test_a_finished_run_is_not_trained_again_and_what_is_missing_is_written(copi
     shutil.rmtree(folder / "adapter")
     train(copied)
     require_equal(copied, six)
+    next((folder / "adapter").glob("*.safetensors")).unlink()
+    train(copied)
+    require_equal(copied, six)
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(ValueError, match=r"adapter: from an earlier run, which cannot go on, because"):
         train(copied)
@@ -228,6 +231,55 @@ def test_an_early_end(copied, losses, tmp_path):
     assert not (tmp_path / "early" / "adapter-best").exists()  # the last one is the best
     with pytest.raises(ValueError, match=r"^patience=\d: nothing is evaluated; name an eval_file"):
         train(dataclasses.replace(settings, eval_file=""))
+
+
+@pytest.mark.parametrize(("patience", "last", "parts"), [(1, 3, (2, None, None)), (2, 6, (None,))])
+def test_losses_that_are_no_numbers_end_a_run_early_too(six, losses, tmp_path, patience, last, parts):
+    """Also a run in parts: the evaluation before the first step has none before it."""
+    losses |= dict.fromkeys(range(10), math.nan)
+    changes: dict[str, Any] = {"patience": patience, "eval_every": 3, "save_every": 9, "steps": 9}
+    settings = dataclasses.replace(six, output=str(tmp_path / "run"), **changes)
+    for part in parts:
+        heard = Heard(stop_after=part)
+        assert train(settings, heard, heard.interrupt).step == (part or last)
+    assert heard.notes[-1] == (
+        f"ended early, after step {last} of 9: patience={patience}, and no held-out loss is a number; a larger "
+        "patience, or 0, goes on"
+    )
+
+
+def test_a_best_one_that_is_not_kept(copied, six, losses, tmp_path):
+    """It is not written, and does not replace a better one of before whose checkpoint is not there any more."""
+    losses |= {9: 1.0, 10: 2.0, 12: 3.0}
+    best = Path(copied.output) / "adapter-best"
+    for changes in ({"steps": 10}, {"steps": 12, "keep_best": 0}, {"steps": 12, "keep_best": 1}):
+        train(dataclasses.replace(copied, **changes))
+        assert exported_step(best) == 9
+    shutil.copytree(six.output, tmp_path / "none")
+    none = dataclasses.replace(six, output=str(tmp_path / "none"), keep_best=0, save_every=1, steps=10)
+    train(none)
+    assert not (tmp_path / "none" / "adapter-best").exists()
+
+
+def test_epochs_in_both_directions(copied, ten):
+    """20 rows, 4 in a step: 6 steps are 1.2 epochs."""
+    with pytest.raises(ValueError, match=r"^epochs=1\.0: that is 5 steps, and the run in .*run has done 6; give at"):
+        train(dataclasses.replace(copied, steps=0, epochs=1.0))
+    train(longer := dataclasses.replace(copied, steps=0, epochs=2.0))
+    require_equal(longer, ten)
+    # Fewer rows make fewer steps, but what is to be told is that they are others.
+    short = Path(copied.output) / "short.jsonl"
+    short.write_text("".join(Path(copied.train_file).read_text().splitlines(keepends=True)[:9]))
+    with pytest.raises(ValueError, match=r"not what they were when the run there began are the rows of .*short.jsonl:"):
+        train(dataclasses.replace(longer, train_file=str(short)))
+
+
+def test_what_kills_leave_of_files_is_removed(copied):
+    folder = Path(copied.output)
+    for name in (".settings.json-ab_defg1", ".loss.png-abcdefgh", "..adapter.new-abcdefgh", ".notes.txt-abcdefgh"):
+        (folder / name).write_text("half")
+    train(copied)
+    assert [path.name for path in folder.glob(".*")] == [".notes.txt-abcdefgh"]
 
 
 @pytest.mark.slow

@@ -98,6 +98,17 @@ def test_a_mixture_and_what_is_held_out(tmp_path):
         assert note.endswith("; not used are the fields id")
     assert told[-1].startswith(f"held out: together {sum(part.report.lines for part in held_out.parts)} lines, ")
     assert told[-1].endswith("% full; 2 of the rows are evaluated")
+    # What counts is how often the lines of a file come, not how many epochs that takes.
+    for mixture, rows, steps, warned in (
+        ((0.1, 0.1), 4, 50, []),  # 80 epochs, in each of which is a tenth of the 25 rows
+        ((30, 1), 4, 115, [f"WARNING: in so many passes over {names[0]} a model learns the lines"]),  # one epoch
+        ((0.1, 3), 16, 1, [f"WARNING: a step takes 15.2381 rows, and a pass over {names[1]} has 10, so that it has"]),
+    ):
+        short = Settings(train_file=names, mixture=mixture, sequence_length=12, batch_size=rows, steps=steps)
+        told, *_ = notes(short, tmp_path)
+        found = [line for line in told if line.startswith("WARNING")]
+        assert len(found) == len(warned)
+        assert all(line.startswith(begin) for line, begin in zip(found, warned, strict=True)), mixture
     # Lines that are in both.
     common = write(tmp_path / "c.jsonl", 33)
     settings = Settings(train_file=names, eval_file=(common, write(tmp_path / "d.jsonl", 5, "z")), sequence_length=12)
