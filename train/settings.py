@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
-from phi3_jax.adapters import LoraConfig
+from phi3_jax.adapters import HEAD, TABLE, LoraConfig
 from phi3_jax.spelling import did_you_mean
 
 from .values import check, parse
@@ -105,7 +105,8 @@ class Settings:
       save_every: after how many steps a checkpoint is written, besides after the last one.
       patience: the run ends after so many evaluations without a lower loss than one before, that before the first step
         included; 0 is never.
-      samples: how many prompts of the held-out data, the first ones, are answered at each evaluation.
+      samples: how many prompts, the first ones of the held-out data, or where there are none of the training data, are
+        answered at each evaluation, and as often where nothing is evaluated.
       sample_prompts: a file of prompts that are answered instead, all of them (run/samples.py).
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.
       keep_last: how many of the newest checkpoints stay.
@@ -267,6 +268,15 @@ def adapter_config(settings: Settings) -> LoraConfig:
     """The adapter that these settings train. Raises ValueError if there is none such."""
     s = settings
     ranks, alphas = _pairs("rank_pattern", s.rank_pattern, int), _pairs("alpha_pattern", s.alpha_pattern, float)
+    for name, pairs in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        for target, number in pairs:
+            if target not in s.lora_targets:
+                near = did_you_mean(target, s.lora_targets)
+                raise ValueError(
+                    f"{name}={target}:{number}: {target} is none of lora_targets={','.join(s.lora_targets)}{near}"
+                )
+    if s.lora_tied and (TABLE not in s.lora_targets or HEAD in s.lora_targets):
+        raise ValueError(f"lora_tied=true: needs {TABLE} in lora_targets, whose update the head gets, and not {HEAD}")
     lora = (s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_rslora, s.lora_dropout, s.dora, s.lora_tied)
     return LoraConfig(*lora, ranks, alphas)
 
@@ -324,7 +334,7 @@ def change(settings: Settings, changes: Sequence[str]) -> Settings:
 
 
 # What other trainers (transformers, PEFT, TRL, axolotl) call these settings.
-_ELSEWHERE = {
+ELSEWHERE = {
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "base_model": "checkpoint",
     "beta": "dpo_beta", "dataset": "train_file", "early_stopping_patience": "patience", "eval_steps": "eval_every",
     "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "remat", "learning_rate": "lr",
@@ -342,6 +352,6 @@ _ELSEWHERE = {
 def suggestion(name: str) -> str:
     """The end of an error's text, such as "; did you mean lr?" for "learning_rate"; empty if nothing is near."""
     plain = name.strip().lower().replace("-", "_")
-    if plain in _ELSEWHERE:
-        return f"; did you mean {_ELSEWHERE[plain]}?"
+    if plain in ELSEWHERE:
+        return f"; did you mean {ELSEWHERE[plain]}?"
     return did_you_mean(name, [field.name for field in dataclasses.fields(Settings)])

@@ -59,6 +59,8 @@ def run_program(
     """
     help_text = _help(sys.modules[main.__module__].__doc__ or "", topics, more_help)
     known = {holder.name for holders in topics.values() for holder in holders}
+    if sys.stderr is None:  # it was closed, as by 2>&-; no other file may take its number
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark

@@ -103,7 +103,8 @@ def train(
         state = None
         if not is_over:
             # ---- does it fit? ----
-            sampler = Sampler(settings, checkpoint, encode_prompts(prompts, checkpoint, settings), held_out, observer)
+            asked_of = data if held_out is None else held_out
+            sampler = Sampler(settings, checkpoint, encode_prompts(prompts, checkpoint, settings), asked_of, observer)
             compiled = choose(settings, checkpoint.config, checkpoint.params, observer, adapters)
             settings = compiled.settings
             if chosen := told(asked, settings):

@@ -130,7 +130,12 @@ def _warn_of_length(data: Mixture, settings: Settings) -> list[str]:
             f"WARNING: a step takes {each} rows, and a pass over the data has {float(epoch):.6g}, so that it has some "
             "of them twice: lower batch_size, accumulation or sequence_length, or give more data"
         )
-    if settings.all_steps(epoch) * each > _MANY_PASSES * epoch:
+    if settings.warmup_steps >= (steps := settings.all_steps(epoch)):
+        warnings.append(
+            f"WARNING: the learning rate never comes up to lr={settings.lr:g}, because it rises for warmup_steps="
+            f"{settings.warmup_steps} steps, and the run has {counted(steps, 'step')}: lower one, or raise the other"
+        )
+    if steps * each > _MANY_PASSES * epoch:
         warnings.append(
             "WARNING: in so many passes over the data a model learns the lines by heart: watch the held-out loss "
             "(eval_fraction=0.1 holds lines out), or take fewer steps, as epochs=3 does"
