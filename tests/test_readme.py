@@ -37,8 +37,8 @@ def test_the_guides_write_settings_as_they_are():
     for document in ("README.md", "train/README.md"):
         _, _, text = (ROOT / document).read_text().partition("Fine-tun")
         found = re.findall(r"(?:--set |`)([a-z]\w+)=([^\s`]+)", text.partition("## From Python")[0])
-        assert len(found) > 3
-        for name, value in found:
+        assert len(found) > 2
+        for name, value in (each for each in found if each != ("name", "value")):
             values.check(name, values.parse(name, value, hints[name]), hints[name])
 
 

@@ -81,7 +81,7 @@ def run_program(
         except flags.UnrecognizedFlagError as error:
             given = error.flagname
             near = did_you_mean(given, known | {_COMPILATION_CACHE_DIR.name, _VERSION.name, "help"}, "--")
-            near = f"; write {instead[given]}" if instead and given in instead else near
+            near = f"; write {instead[plain]}" if instead and (plain := given.replace("-", "_")) in instead else near
             sys.exit(f"{name}: there is no --{given}{near}; see {name} --help")
         except flags.Error as error:
             sys.exit(f"{name}: {error}; see {name} --help")

@@ -99,6 +99,7 @@ def test_values_that_are_allowed():
         ("learning_rate=1", r"there is no setting learning_rate; did you mean lr\?; phi3-train --help"),
         ("per-device-train-batch-size=1", r"did you mean batch_size\?"),
         ("lora_rnk=3", r"did you mean lora_rank\?"),
+        (" lr =fast", "^lr=fast: must be a number"),
         ("Sequence_Length=3", r"did you mean sequence_length\?"),
         ("zzz=1", r"there is no setting zzz; phi3"),
         ("steps", r"--set steps: give a value, too: --set steps=VALUE"),

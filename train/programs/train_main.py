@@ -6,8 +6,9 @@ phi3-train --recipe ./my_recipe.py --set lr=1e-4
 
 What stands beside the flags is what to train on, the same as --set train_file=FILE. A recipe is
 a Python file with SETTINGS; --set changes fields of it, or of the defaults. All are listed
-below. The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM ends it after
-the step, which is saved, with exit code 130.
+below; what is auto a run chooses by its devices and the memory that its step takes, and tells.
+The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM ends it after the
+step, which is saved, with exit code 130.
 """
 
 from __future__ import annotations

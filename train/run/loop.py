@@ -22,13 +22,13 @@ from phi3_jax.kernels import has_packed
 from ..adapters import fingerprints, notes, reference_adapter, with_init_adapter
 from ..checks import check_before_loading
 from ..data import epoch_size
-from ..settings import Settings, resolved
+from ..settings import Settings, resolved, with_few_rows
 from ..step import start
 from .checkpoints import Checkpoints, Restored
 from .evaluations import Evaluations, evaluations_before, make_evaluation
 from .exports import disown_exports_after, export, export_folder, is_exported, settle_exports
 from .memory.ahead import start_like
-from .memory.auto import choose, choose_dtypes, recorded_choices, require_fit, told
+from .memory.auto import choose, choose_dtypes, is_auto, recorded_choices, require_fit, told
 from .observer import Observer, Outcome
 from .records import MetricsWriter, Window, open_trackers, require_drawing, require_trackers
 from .run_data import prepare_data
@@ -82,6 +82,7 @@ def train(
         data, held_out = prepare_data(checkpoint, settings, observer)
         about = describe(checkpoint, data.fingerprint, prints)
         epoch = epoch_size(data.counts, settings)
+        may_halve, settings = is_auto(settings), with_few_rows(settings, epoch)
         settings = dataclasses.replace(settings, steps=settings.all_steps(epoch), epochs=0)
         check_steps(done, settings)  # once more: the data say how many are in `epochs`
         given, (settings, adapter) = settings, with_init_adapter(settings, checkpoint)
@@ -105,7 +106,7 @@ def train(
             # ---- does it fit? ----
             asked_of = data if held_out is None else held_out
             sampler = Sampler(settings, checkpoint, encode_prompts(prompts, checkpoint, settings), asked_of, observer)
-            compiled = choose(settings, checkpoint.config, checkpoint.params, observer, adapters)
+            compiled = choose(settings, checkpoint.config, checkpoint.params, observer, adapters, may_halve)
             settings = compiled.settings
             if chosen := told(asked, settings):
                 observer.note(f"auto: {chosen}")

@@ -12,7 +12,7 @@ import numpy as np
 import phi3_jax
 
 from ..data import Dataset, Mixture, Part, counted, epoch_size, prepare, require_held_out, tell
-from ..settings import Settings, resolved
+from ..settings import Settings, resolved, with_few_rows
 from .observer import Observer
 
 _MANY_PASSES = 20
@@ -24,6 +24,7 @@ def prepare_data(
     """What is trained on, and what is held out, if anything; tells what is in them."""
     is_split, held_out = settings.eval_fraction > 0, None
     data = _prepare_files(settings.train_files, "train" if is_split else "all", checkpoint, settings, observer)
+    settings = with_few_rows(settings, epoch_size(data.counts, settings))
     for text in tell_training(data, settings):
         observer.note(text)
     if is_split:

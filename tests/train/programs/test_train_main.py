@@ -291,6 +291,7 @@ def test_help_and_mistakes_need_no_extra():
             "--max_grad_norm 1",
             "phi3-train: there is no --max_grad_norm; write --set clip_norm=VALUE; see phi3-train --help",
         ),
+        ("--learning-rate=3", "phi3-train: there is no --learning-rate; write --set lr=VALUE; see phi3-train --help"),
         ("x lr=3", "phi3-train: lr=3: write --set lr=3"),
         (
             "x learning_rate=3",

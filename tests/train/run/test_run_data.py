@@ -42,13 +42,15 @@ def test_one_line_has_what_a_newcomer_needs(tmp_path):
     assert held_out is None
     assert len(data) == 6
     assert note == (
-        f"train: {name}: 30 lines, 30 texts, 180 tokens (150 learned), 6 rows of 31, 97% full; 100 steps of 8 rows = "
-        "133 passes over the data; not used are the fields id"
+        f"train: {name}: 30 lines, 30 texts, 180 tokens (150 learned), 6 rows of 31, 97% full; 100 steps of 4 rows = "
+        "66.7 passes over the data; not used are the fields id"
     )
-    assert [warning.split(":")[1] for warning in warnings] == [
-        " a step takes 8 rows, and a pass over the data has 6, so that it has some of them twice",
-        " in so many passes over the data a model learns the lines by heart",
-    ]
+    by_heart = " in so many passes over the data a model learns the lines by heart"
+    assert [warning.split(":")[1] for warning in warnings] == [by_heart]
+    (note, *warnings), *_ = notes(Settings(train_file=name, sequence_length=31, batch_size=8), tmp_path)
+    assert "100 steps of 8 rows = 133 passes" in note
+    twice = " a step takes 8 rows, and a pass over the data has 6, so that it has some of them twice"
+    assert [warning.split(":")[1] for warning in warnings] == [twice, by_heart]
     settings = Settings(train_file=name, sequence_length=6, batch_size=2, epochs=1.5, accumulation=3, warmup_steps=7)
     (note,), *_ = notes(settings, tmp_path)
     assert note.endswith(
