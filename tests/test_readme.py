@@ -1,9 +1,12 @@
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 import phi3_jax
+from phi3_jax.train import values
+from phi3_jax.train.settings import Settings
 
 ROOT = Path(phi3_jax.__file__).parent.parent
 FOLDERS = ("phi3_jax", "infer", "train")
@@ -23,9 +26,20 @@ def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
 
 
 def test_the_files_that_the_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for name in re.findall(r"\]\(([\w/.]+)\)", (ROOT / document).read_text()):
-            assert (ROOT / name).exists(), (document, name)
+    for document in ("README.md", "CONTRIBUTING.md", "train/README.md"):
+        path = ROOT / document
+        for name in re.findall(r"\]\(([\w/.]+)\)", path.read_text()):
+            assert (path.parent / name).exists(), (document, name)
+
+
+def test_the_guides_write_settings_as_they_are():
+    hints = typing.get_type_hints(Settings)
+    for document in ("README.md", "train/README.md"):
+        _, _, text = (ROOT / document).read_text().partition("Fine-tun")
+        found = re.findall(r"(?:--set |`)([a-z]\w+)=([^\s`]+)", text.partition("## From Python")[0])
+        assert len(found) > 2
+        for name, value in (each for each in found if each != ("name", "value")):
+            values.check(name, values.parse(name, value, hints[name]), hints[name])
 
 
 def test_the_modules_that_comments_name_exist():

@@ -43,7 +43,7 @@ _READ_WITH = (
 )
 _LOOK = 1000  # so many lines are looked at for one that can be used
 _OF_EVALUATION = ("patience", "keep_best")
-_OFF = ("patience", "keep_best", "samples")  # 0 asks for nothing, which is never missed
+_OFF = _OF_EVALUATION  # 0 asks for nothing, which is never missed
 
 
 def check_before_loading(settings: Settings) -> None:
@@ -76,8 +76,6 @@ def check_together(settings: Settings) -> None:
     evaluated = bool(s.eval_files or s.eval_fraction)
     for name in _given(s, _OF_EVALUATION if not evaluated else ()):
         raise ValueError(f"{spelled(s, name)}: nothing is evaluated; name an eval_file, or give eval_fraction")
-    for name in _given(s, ("samples",) if not (evaluated or s.sample_prompts) else ()):
-        raise ValueError(f"{spelled(s, name)}: there are no prompts; name an eval_file, or sample_prompts")
     sharding.of_rows(sharding.make_mesh(), resolved(s).batch_size)  # refuses what the devices cannot share
 
 
@@ -135,7 +133,7 @@ def check_checkpoint(settings: Settings) -> None:
 
 
 def check_sizes(settings: Settings, config: Phi3Config) -> None:
-    """Raises ValueError if rows are longer than the model's context, or the rank is beyond an adapted matrix."""
+    """Raises ValueError if rows are longer than the context, or an adapter's rank or ties are not of this model."""
     s, longest = settings, config.max_position_embeddings
     if s.sequence_length > longest:
         # With LongRoPE, too: each text has the factors of its own length, short or long, as when the model generates.
@@ -144,6 +142,11 @@ def check_sizes(settings: Settings, config: Phi3Config) -> None:
             f"(max_position_embeddings); set sequence_length={longest} or less"
         )
     if s.train == "lora" and not s.init_adapter:
+        if s.lora_tied and not config.tie_word_embeddings:
+            raise ValueError(
+                f"lora_tied=true: the head of {s.checkpoint} is not tied to its embedding; leave it out, and name "
+                "lm_head in lora_targets to adapt the head, too"
+            )
         lora = adapter_config(s)
         for path, shape in parameter_shapes(config).items():
             name, most = path.removesuffix("/weight").split("/")[-1], min(shape[-2:])

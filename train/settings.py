@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
-from phi3_jax.adapters import LoraConfig
+from phi3_jax.adapters import HEAD, TABLE, LoraConfig
 from phi3_jax.spelling import did_you_mean
 
 from .values import check, parse
@@ -62,7 +62,8 @@ class Settings:
       sequence_length: tokens of a row.
       pack: put several texts into a row; else each has a row of its own, with padding.
       batch_size: rows that go through the model at a time, over all devices.
-      accumulation: how many such batches make a step; a run that chooses both has 8 rows in a step.
+      accumulation: how many such batches make a step; a run that chooses both has 8 rows in a step, or fewer where the
+        data are fewer.
       seed: of the order of the data, of new weights, of dropout and of noise.
       train: which weights change: "all", or those of a low-rank adapter ("lora").
       lora_rank: of the adapter's matrices; at most the smaller side of an adapted matrix.
@@ -101,11 +102,13 @@ class Settings:
       steps: optimizer steps of the run; if this and `epochs` are 0, 100. With more of them a finished run goes on, by
         the schedule of the new number.
       log_every: after how many steps metrics are written.
-      eval_every: after how many steps the held-out data is evaluated, besides before the first and after the last one.
+      eval_every: after how many steps the held-out data is evaluated, and sample prompts are answered, besides before
+        the first and after the last one.
       save_every: after how many steps a checkpoint is written, besides after the last one.
       patience: the run ends after so many evaluations without a lower loss than one before, that before the first step
         included; 0 is never.
-      samples: how many prompts of the held-out data, the first ones, are answered at each evaluation.
+      samples: how many prompts are answered then: the first ones of the held-out data, or where nothing is held out, of
+        the training data.
       sample_prompts: a file of prompts that are answered instead, all of them (run/samples.py).
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.
       keep_last: how many of the newest checkpoints stay.
@@ -205,8 +208,8 @@ class Settings:
             raise ValueError("eval_rows: nothing is held out; give eval_file or eval_fraction")
         if self.mixture and self.train_files and len(self.mixture) != len(self.train_files):
             raise ValueError(
-                f"mixture={','.join(map(str, self.mixture))}: has {len(self.mixture)} numbers for "
-                f"{len(self.train_files)} names in train_file; give one for each"
+                f"mixture={','.join(map(str, self.mixture))}: numbers are {len(self.mixture)}, and names in train_file "
+                f"{len(self.train_files)}; give one for each"
             )
 
     @property
@@ -259,6 +262,23 @@ def resolved(settings: Settings) -> Resolved:
     return Resolved(**{"batch_size": rows} | there)
 
 
+def with_few_rows(settings: Settings, epoch: Fraction) -> Settings:
+    """The settings, with fewer rows in a step than are usual if a pass over the data has not so many.
+
+    Only where a run chooses them. They are a power of two for each device, so that they can be halved.
+
+    Args:
+      epoch: the rows of a pass.
+    """
+    s, devices = settings, jax.device_count()
+    if (s.batch_size, s.accumulation) != ("auto", "auto") or epoch >= resolved(s).batch_size:
+        return s
+    rows = devices
+    while 2 * rows <= epoch:
+        rows *= 2
+    return dataclasses.replace(s, batch_size=rows, accumulation=1)
+
+
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return ((value,) if value else ()) if isinstance(value, str) else tuple(value)
 
@@ -267,6 +287,15 @@ def adapter_config(settings: Settings) -> LoraConfig:
     """The adapter that these settings train. Raises ValueError if there is none such."""
     s = settings
     ranks, alphas = _pairs("rank_pattern", s.rank_pattern, int), _pairs("alpha_pattern", s.alpha_pattern, float)
+    for name, pairs in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        for target, number in pairs:
+            if target not in s.lora_targets:
+                near = did_you_mean(target, s.lora_targets)
+                raise ValueError(
+                    f"{name}={target}:{number}: {target} is none of lora_targets={','.join(s.lora_targets)}{near}"
+                )
+    if s.lora_tied and (TABLE not in s.lora_targets or HEAD in s.lora_targets):
+        raise ValueError(f"lora_tied=true: needs {TABLE} in lora_targets, whose update the head gets, and not {HEAD}")
     lora = (s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_rslora, s.lora_dropout, s.dora, s.lora_tied)
     return LoraConfig(*lora, ranks, alphas)
 
@@ -313,6 +342,7 @@ def change(settings: Settings, changes: Sequence[str]) -> Settings:
     values: dict[str, Any] = {}
     for text in changes:
         name, equals, value = text.partition("=")
+        name = name.strip()
         if name not in hints:
             raise ValueError(f"--set {text}: there is no setting {name}{suggestion(name)}; phi3-train --help lists all")
         if not equals:
@@ -324,7 +354,7 @@ def change(settings: Settings, changes: Sequence[str]) -> Settings:
 
 
 # What other trainers (transformers, PEFT, TRL, axolotl) call these settings.
-_ELSEWHERE = {
+ELSEWHERE = {
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "epsilon", "base_model": "checkpoint",
     "beta": "dpo_beta", "dataset": "train_file", "early_stopping_patience": "patience", "eval_steps": "eval_every",
     "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "remat", "learning_rate": "lr",
@@ -342,6 +372,6 @@ _ELSEWHERE = {
 def suggestion(name: str) -> str:
     """The end of an error's text, such as "; did you mean lr?" for "learning_rate"; empty if nothing is near."""
     plain = name.strip().lower().replace("-", "_")
-    if plain in _ELSEWHERE:
-        return f"; did you mean {_ELSEWHERE[plain]}?"
+    if plain in ELSEWHERE:
+        return f"; did you mean {ELSEWHERE[plain]}?"
     return did_you_mean(name, [field.name for field in dataclasses.fields(Settings)])

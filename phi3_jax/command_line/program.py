@@ -59,6 +59,8 @@ def run_program(
     """
     help_text = _help(sys.modules[main.__module__].__doc__ or "", topics, more_help)
     known = {holder.name for holders in topics.values() for holder in holders}
+    if sys.stderr is None:  # it was closed, as by 2>&-; no other file may take its number
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
@@ -79,7 +81,7 @@ def run_program(
         except flags.UnrecognizedFlagError as error:
             given = error.flagname
             near = did_you_mean(given, known | {_COMPILATION_CACHE_DIR.name, _VERSION.name, "help"}, "--")
-            near = f"; write {instead[given]}" if instead and given in instead else near
+            near = f"; write {instead[plain]}" if instead and (plain := given.replace("-", "_")) in instead else near
             sys.exit(f"{name}: there is no --{given}{near}; see {name} --help")
         except flags.Error as error:
             sys.exit(f"{name}: {error}; see {name} --help")

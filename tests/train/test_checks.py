@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -98,6 +99,7 @@ def test_values_that_are_allowed():
         ("learning_rate=1", r"there is no setting learning_rate; did you mean lr\?; phi3-train --help"),
         ("per-device-train-batch-size=1", r"did you mean batch_size\?"),
         ("lora_rnk=3", r"did you mean lora_rank\?"),
+        (" lr =fast", "^lr=fast: must be a number"),
         ("Sequence_Length=3", r"did you mean sequence_length\?"),
         ("zzz=1", r"there is no setting zzz; phi3"),
         ("steps", r"--set steps: give a value, too: --set steps=VALUE"),
@@ -160,7 +162,6 @@ EVALUATED = {"eval_file": "b"}
             ({name: value}, f"^{name}={value}: nothing is evaluated; name an eval_file, or give eval_fraction")
             for name, value in {"patience": 2, "keep_best": 3}.items()
         ),
-        ({"samples": 5}, "^samples=5: there are no prompts"),
         ({"sample_prompts": "x", "samples": 0}, "^sample_prompts=x: with samples=0 none is answered"),
         ({"warmup_steps": 31, "steps": 30}, "^warmup_steps=31: beyond the end of the run, steps=30"),
         ({"lr": 2.0}, "^lr=2.0: optimizer=adamw moves each weight by about so much"),
@@ -185,6 +186,7 @@ def test_settings_together(changes, message):
         {"eval_fraction": 0.1, "keep_best": 3, "patience": 2},
         {"epochs": 2.0, "warmup_steps": 200},
         {"sample_prompts": "x", "samples": 5},
+        {"samples": 5},  # of the training data
     ],
 )
 def test_settings_that_agree(changes):
@@ -218,6 +220,18 @@ def test_rows_are_not_longer_than_the_context(tiny):
     short = dataclasses.replace(tiny.config, long_rope=None, max_position_embeddings=16)
     with pytest.raises(ValueError, match="sequence_length=17: demo has a context of 16 tokens"):
         check_sizes(Settings(sequence_length=17), short)
+
+
+def test_a_head_is_tied_only_where_it_is_one(tiny):
+    tied = Settings(sequence_length=8, lora_tied=True, lora_targets=("o_proj", "embed_tokens"))
+    for is_tied in (True, False):
+        config = dataclasses.replace(tiny.config, tie_word_embeddings=is_tied)
+        with (
+            pytest.raises(ValueError, match="lora_tied=true: the head of demo is not tied")
+            if not is_tied
+            else nullcontext()
+        ):
+            check_sizes(tied, config)
 
 
 def test_a_rank_is_not_beyond_the_matrices(tiny):

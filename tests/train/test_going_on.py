@@ -46,10 +46,13 @@ MINE = LoraConfig(3, 7, ("o_proj", "gate_up_proj", "lm_head"), rslora=True, rank
             {"rank_pattern": ("layers.3.mlp.down_proj:4",)},
             "layers share one number for each target; give target:number",
         ),
-        ({"alpha_pattern": ("lm_head:4",)}, "an adapter's alpha of lm_head: each must be for one of its targets"),
+        ({"alpha_pattern": ("lm_head:4",)}, "^alpha_pattern=lm_head:4.0: lm_head is none of lora_targets=qkv_proj,"),
         ({"lora_targets": ("q_proj",)}, "there is no 'q_proj', only qkv_proj, .*, embed_tokens, lm_head"),
         ({"lora_targets": ("embed_tokens",), "dora": True}, "DoRA of the embedding is not trained here: leave"),
-        ({"lora_tied": True}, "a tied adapter is that of the embedding, for both: name embed_tokens, and not lm_head"),
+        (
+            {"lora_tied": True},
+            "^lora_tied=true: needs embed_tokens in lora_targets, whose update the head gets, and not lm_head",
+        ),
     ],
 )
 def test_settings_that_are_refused(changes, message):

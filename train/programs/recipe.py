@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import re
 import runpy
 import sys
@@ -11,6 +12,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.spelling import did_you_mean
+
+from .. import recipes
 from ..settings import Settings, suggestion
 
 _SHORTEST = "from phi3_jax.train.settings import Settings; SETTINGS = Settings(train_file=...)"
@@ -53,7 +57,9 @@ def _settings(name: str, found: dict[str, Any]) -> Settings:
 def _told(error: Exception, name: str, is_file: bool) -> str:
     """One line that says where an error is, and what."""
     if isinstance(error, ModuleNotFoundError) and not is_file and (error.name or "") in _above(name):
-        return f"there is no module {error.name}; name one that is here or installed, or a file that ends in .py"
+        ours = [each.name for each in pkgutil.iter_modules(recipes.__path__)]
+        near = did_you_mean(name.rpartition(".")[2], ours, f"{recipes.__name__}.")
+        return f"there is no module {error.name}; name one that is here or installed, or a file that ends in .py{near}"
     if isinstance(error, SyntaxError):
         return f"{Path(error.filename or name).name}, line {error.lineno}: {error.msg}"
     text = " ".join(str(error).split())

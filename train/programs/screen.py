@@ -120,7 +120,11 @@ class Screen(Observer):
             self._steps.restart()
 
     def _tell(self) -> None:
+        is_told = False
         while self._period and not self._is_over.wait(self._period):
+            if not is_told and self.interrupted():
+                is_told = True
+                self.note("stops after this step, and saves it; Ctrl-C once more stops at once, and saves nothing")
             if self._is_terminal:
                 for work in [*self._work.values()]:
                     if time.perf_counter() - work.begun > 1:

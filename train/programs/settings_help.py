@@ -71,6 +71,8 @@ def spelled_type(hint: Any) -> str:
     """A type as --help spells it: N, X, TEXT, true|false, or the words that may be given."""
     if typing.get_origin(hint) is Literal:
         return "|".join(typing.get_args(hint))
+    if hint == str | tuple[str, ...]:
+        return "TEXT,..."
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return "|".join(map(spelled_type, typing.get_args(hint)))
     if isinstance(hint, types.GenericAlias):

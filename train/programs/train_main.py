@@ -6,8 +6,9 @@ phi3-train --recipe ./my_recipe.py --set lr=1e-4
 
 What stands beside the flags is what to train on, the same as --set train_file=FILE. A recipe is
 a Python file with SETTINGS; --set changes fields of it, or of the defaults. All are listed
-below. The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM saves and
-ends it, with exit code 130.
+below; what is auto a run chooses by its devices and the memory that its step takes, and tells.
+The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM ends it after the
+step, which is saved, with exit code 130.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags, logging
 
 from phi3_jax.command_line.program import run_program
 
-from ..settings import Settings, change
+from ..settings import ELSEWHERE, Settings, change, suggestion
 from .recipe import read_recipe
 from .screen import Screen
 from .settings_help import settings_help
@@ -59,8 +61,11 @@ def _settings(files: Sequence[str]) -> Settings:
     """The recipe's settings, or the defaults, changed by what the command line says."""
     names = [field.name for field in dataclasses.fields(Settings)]
     for each in files:
-        if each.partition("=")[0] in names:
+        name, equals, _ = each.partition("=")
+        if name in names:
             raise ValueError(f"{each}: write --set {each}")
+        if equals and not Path(each).exists():
+            raise ValueError(f"{each}: no such file; settings are written --set NAME=VALUE{suggestion(name)}")
         if each.endswith(".py"):
             raise ValueError(f"{each}: write --recipe {each}")
     if not (files or _SET.value or _RECIPE.value):
@@ -77,7 +82,10 @@ def run() -> None:
         {"What to train": [_RECIPE, _SET], "What it shows": [_TELL_EVERY]},
         takes_arguments=True,
         more_help=settings_help(),
-        instead={field.name: f"--set {field.name}=VALUE" for field in dataclasses.fields(Settings)},
+        instead={
+            given: f"--set {name}=VALUE"
+            for given, name in [*ELSEWHERE.items(), *((field.name,) * 2 for field in dataclasses.fields(Settings))]
+        },
     )
 
 

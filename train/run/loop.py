@@ -23,13 +23,13 @@ from phi3_jax.kernels import has_packed
 from ..adapters import fingerprints, notes, reference_adapter, with_init_adapter
 from ..checks import check_before_loading
 from ..data import Mixture, epoch_size
-from ..settings import Settings, resolved
+from ..settings import Settings, resolved, with_few_rows
 from ..step import TrainState, start
 from .checkpoints import Checkpoints, Restored
 from .evaluations import Evaluations, evaluations_before, make_evaluation
 from .exports import disown_exports_after, export_best, export_folder, export_last, is_exported, settle_exports
 from .memory.ahead import start_like
-from .memory.auto import choose, choose_dtypes, recorded_choices, require_fit, told
+from .memory.auto import choose, choose_dtypes, is_auto, recorded_choices, require_fit, told
 from .observer import Observer, Outcome
 from .records import MetricsWriter, Window, open_trackers, require_drawing, require_trackers
 from .run_data import prepare_data
@@ -104,6 +104,7 @@ class _Run:
     Attributes:
       asked: the settings as they were asked for, some of them "auto".
       given: with a number of steps, and what the run in the folder chose.
+      may_halve: whether a run with too little memory may take fewer rows at a time.
       settings: with what its adapter is; later, with all that the run chose.
       weights: the `kind_of_weights` below an adapter; "" are floats.
       adapters: what `start` is given as (adapter, reference).
@@ -117,6 +118,7 @@ class _Run:
 
     asked: Settings
     given: Settings
+    may_halve: bool
     settings: Settings
     checkpoint: phi3_jax.Checkpoint
     weights: str
@@ -153,6 +155,7 @@ def _prepare(settings: Settings, checkpoints: Checkpoints, observer: Observer) -
     data, held_out = prepare_data(checkpoint, settings, observer)
     about = describe(checkpoint, data.fingerprint, prints)
     epoch = epoch_size(data.counts, settings)
+    may_halve, settings = is_auto(settings), with_few_rows(settings, epoch)
     given = dataclasses.replace(settings, steps=settings.all_steps(epoch), epochs=0)
     settings, adapter = with_init_adapter(given, checkpoint)
     adapters = adapter, reference_adapter(settings, checkpoint)
@@ -163,7 +166,7 @@ def _prepare(settings: Settings, checkpoints: Checkpoints, observer: Observer) -
     like, _ = start_like(resolved(settings), checkpoint.config, checkpoint.params, *adapters)
     before = about, recorded, evaluations, like, done
     weights = kind_of_weights(checkpoint.params)
-    run = _Run(asked, given, settings, checkpoint, weights, adapters, data, held_out, epoch, *before)
+    run = _Run(asked, given, may_halve, settings, checkpoint, weights, adapters, data, held_out, epoch, *before)
     if run.is_over and not is_exported(settings, done, checkpoints.best, run.lowest):
         run.done = _restore(checkpoints, like, observer).step  # a broken checkpoint's steps are taken again
         evaluations.forget_after(run.done)
@@ -176,8 +179,9 @@ def _take_steps(
     """Begins the run, or goes on with it, up to its end or an interruption."""
     # ---- does it fit? ----
     model, held_out = run.checkpoint, run.held_out
-    sampler = Sampler(run.settings, model, encode_prompts(prompts, model, run.settings), held_out, observer)
-    compiled = choose(run.settings, model.config, model.params, observer, run.adapters)
+    asked_of = run.data if held_out is None else held_out
+    sampler = Sampler(run.settings, model, encode_prompts(prompts, model, run.settings), asked_of, observer)
+    compiled = choose(run.settings, model.config, model.params, observer, run.adapters, run.may_halve)
     run.settings = settings = compiled.settings
     if chosen := told(run.asked, settings):
         observer.note(f"auto: {chosen}")

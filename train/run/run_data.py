@@ -13,7 +13,7 @@ import numpy as np
 import phi3_jax
 
 from ..data import Dataset, Mixture, Part, counted, epoch_size, prepare, require_held_out, tell
-from ..settings import Settings, resolved
+from ..settings import Settings, resolved, with_few_rows
 from .observer import Observer
 
 _MANY_PASSES = 20
@@ -25,6 +25,7 @@ def prepare_data(
     """What is trained on, and what is held out, if anything; tells what is in them."""
     is_split, held_out = settings.eval_fraction > 0, None
     data = _prepare_files(settings.train_files, "train" if is_split else "all", checkpoint, settings, observer)
+    settings = with_few_rows(settings, epoch_size(data.counts, settings))
     for text in tell_training(data, settings):
         observer.note(text)
     if is_split:
@@ -135,7 +136,12 @@ def _warn_of_length(data: Mixture, settings: Settings) -> list[str]:
             f"WARNING: a step takes {float(rows):.6g} rows, and a pass over {name} has {float(there):.6g}, so that it "
             "has some of them twice: lower batch_size, accumulation or sequence_length, or give more data"
         )
-    if settings.all_steps(epoch) * rows > _MANY_PASSES * there:
+    if settings.warmup_steps >= (steps := settings.all_steps(epoch)):
+        warnings.append(
+            f"WARNING: the learning rate never comes up to lr={settings.lr:g}, because it rises for warmup_steps="
+            f"{settings.warmup_steps} steps, and the run has {counted(steps, 'step')}: lower one, or raise the other"
+        )
+    if steps * rows > _MANY_PASSES * there:
         warnings.append(
             f"WARNING: in so many passes over {name} a model learns the lines by heart: watch the held-out loss "
             "(eval_fraction=0.1 holds lines out), or take fewer steps, as epochs=3 does"

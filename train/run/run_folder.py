@@ -163,7 +163,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
       OSError: another process does, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OSError(f"output={folder}: there is a file of this name, or of a folder above; name a folder") from None
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,16 +16,15 @@ from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 from phi3_jax.model import Params
 from phi3_jax.text import Tokenizer, encode_chat
 
-from ..data import Chat, Mixture, Pair, find_files, read_entries, read_form
+from ..data import Chat, Mixture, Pair, find_files, is_data, read_entries, read_form
 from ..forward import Reference, parameters
 from ..settings import Settings
 from ..step import TrainState
 from .observer import Observer
 
 _NEW_TOKENS = 48  # of an answer at most
-_ROWS = 1000  # of the held-out data, in which prompts are looked for
+_ROWS = 1000  # of the data, in which prompts are looked for
 _MOST = 64  # prompts of a file, which are answered as one batch
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PROBE = "\ufdd0"  # a message whose place in the template is looked for
 
 # A text, or the messages of a chat with tools and options for the template.
@@ -35,32 +34,45 @@ Prompt = str | Chat
 def read_prompts(settings: Settings) -> list[Prompt]:
     """The prompts of `sample_prompts`; none if there is no such file. No model is needed.
 
-    The file has JSON lines in the forms of data/forms.py, of whose answers the last one is left out, or with a `prompt`
-    alone; or, if neither its name nor its first line is JSON's, a text in each line. Such a line is what a user says,
-    if the training data begin with a chat, and else a text to be continued.
+    The file is one of data (data/files.py) in the forms of data/forms.py, of whose answers the last one is left out, or
+    with a `prompt` alone. If its name is not that of such a file, and its first line no JSON object, each line is a
+    text: what a user says, if the training data begin with a chat, and else a beginning to be continued.
 
     Raises:
       ValueError: there is no prompt, or a line is not as said; names the file and the line.
+      ImportError: a package is missing that reads it.
     """
     if not settings.sample_prompts:
         return []
     path = Path(settings.sample_prompts)
+    lines = [] if is_data(path.name) else _lines(path)
+    prompts: list[Prompt]
+    if is_data(path.name) or (lines and _is_object(lines[0])):
+        prompts = _prompts_of_entries(path, settings)
+    elif _begins_with_chat(settings):
+        prompts = [_said(line) for line in lines]
+    else:
+        prompts = [*lines]
+    if not 1 <= len(prompts) <= _MOST:
+        raise ValueError(f"{path}: it has {len(prompts)} prompts; give 1 to {_MOST}, one in each line")
+    return prompts
+
+
+def _lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not 1 <= len(numbered) <= _MOST:
-        raise ValueError(f"{path}: it has {len(numbered)} prompts; give 1 to {_MOST}, one in each line")
-    if path.suffix.lower() not in _JSON_LINES and not isinstance(_json(numbered[0][1]), dict):
-        are_said = _begins_with_chat(settings)
-        return [_said(line) if are_said else line for _, line in numbered]
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _prompts_of_entries(path: Path, settings: Settings) -> list[Prompt]:
     prompts = []
-    for number, line in numbered:
+    for entry in read_entries(path):
         try:
-            prompts.append(_prompt(_json(line), settings))
+            prompts.append(_prompt(entry.fields(), settings))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{path}, {entry.unit} {entry.number}: {error}") from None
     return prompts
 
 
@@ -84,14 +96,14 @@ def encode_prompts(prompts: list[Prompt], checkpoint: Checkpoint, settings: Sett
 
 
 class Sampler:
-    """Answers the run's prompts greedily: those of `sample_prompts`, or the first of the held-out data."""
+    """Answers the run's prompts greedily: those of `sample_prompts`, or the first of the data."""
 
     def __init__(
         self,
         settings: Settings,
         checkpoint: Checkpoint,
         prompts: list[list[int]],
-        held_out: Mixture | None,
+        data: Mixture,
         observer: Observer,
     ):
         """Finds the prompts.
@@ -99,10 +111,10 @@ class Sampler:
         Args:
           checkpoint: the model; its parameters are not kept.
           prompts: of `encode_prompts`.
-          held_out: asked if there are none.
+          data: what is held out, or else what is trained on; asked if there are none.
         """
-        if not prompts and held_out is not None:
-            prompts = _prompts_of(held_out, settings.samples)
+        if not prompts:
+            prompts = _prompts_of(data, settings.samples)
         self._settings, self._checkpoint = settings, dataclasses.replace(checkpoint, params={})
         self._prompts, self._observer = prompts, observer
         self._asked = [asked(require_tokenizer(checkpoint), ids) for ids in prompts]
@@ -152,14 +164,14 @@ def asked(tokenizer: Tokenizer, ids: list[int]) -> str:
     return text.removesuffix(after).rpartition(opening)[2]
 
 
-def _prompts_of(held_out: Mixture, count: int) -> list[list[int]]:
+def _prompts_of(data: Mixture, count: int) -> list[list[int]]:
     """The first different prompts of texts, in token ids: what stands before the first token that is learned.
 
     A text that is learned from its start, which is its second token, has none. Of a preference the chosen one counts.
     """
     found: dict[tuple[int, ...], None] = {}
-    for row in range(min(len(held_out), _ROWS)):
-        batch = held_out.rows([row])
+    for row in range(min(len(data), _ROWS)):
+        batch = data.rows([row])
         batch = batch.chosen if isinstance(batch, Pair) else batch
         tokens, learned, places = (leaf[0] for leaf in (batch.tokens, batch.weights, batch.positions))
         begins = np.flatnonzero(places == 0).tolist()
@@ -182,9 +194,7 @@ def _begins_with_chat(settings: Settings) -> bool:
     return False
 
 
-def _prompt(record: Any, settings: Settings) -> Prompt:
-    if not isinstance(record, dict):
-        raise ValueError("it is not a JSON object, as the file's name or its first line says it is")
+def _prompt(record: dict[str, Any], settings: Settings) -> Prompt:
     if record.keys() == {"prompt"}:
         if isinstance(record["prompt"], str):
             return record["prompt"]
@@ -209,8 +219,8 @@ def _said(text: str) -> Chat:
     return form
 
 
-def _json(line: str) -> Any:
+def _is_object(line: str) -> bool:
     try:
-        return json.loads(line)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
-        return None
+        return False

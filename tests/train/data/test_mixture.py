@@ -161,7 +161,7 @@ def test_names_of_files(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         (["train_file=a,"], "train_file and eval_file: one of the names is empty"),
-        (["train_file=a,b", "mixture=2"], r"mixture=2\.0: has 1 numbers for 2 names in train_file; give one for each"),
+        (["train_file=a,b", "mixture=2"], r"mixture=2\.0: numbers are 1, and names in train_file 2; give one for each"),
         (["train_file=a", "mixture=0"], r"mixture=0\.0: must be at least 0\.001 and at most 1000"),
         (["train_file=a", "mixture=nan"], "mixture=nan: must be at least"),
         (["train_file=a", "mixture=-1"], "mixture=-1"),

@@ -83,7 +83,8 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
         ("recipes/mine", r"--recipe recipes/mine: no such file"),
         (".", r"--recipe \.: "),
         ("no.where", r"--recipe no\.where: there is no module no; name one that is here or installed, or a file that"),
-        ("phi3_jax.train.recipes.lora_dmo", r"there is no module phi3_jax\.train\.recipes\.lora_dmo; name one"),
+        ("phi3_jax.train.recipes.lora_dmo", r"recipes\.lora_dmo; name one .*did you mean phi3_.*recipes\.lora_demo\?$"),
+        ("lora_demo", r"there is no module lora_demo; name one .*; did you mean phi3_jax\.train\.recipes\.lora_demo\?"),
         ("broken_recipe", r"broken_recipe\.py, line 1: No module named 'no_such_thing'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -106,6 +107,8 @@ def test_help_lists_each_setting_once_with_type_default_and_sentence():
         "  lr=X (0.0001)",
         "  pack=true|false (true)",
         "  mixture=X,...",
+        "  train_file=TEXT,...",
+        "  batch_size=N|auto (auto)",
     ):
         assert line in lines
     assert lines[lines.index("  sequence_length=N (512)") + 1] == "      Tokens of a row."

@@ -287,6 +287,16 @@ def test_help_and_mistakes_need_no_extra():
     said = (
         ("--help", "phi3-train: fine-tunes a model"),
         ("--lr=3", "phi3-train: there is no --lr; write --set lr=VALUE; see phi3-train --help"),
+        (
+            "--max_grad_norm 1",
+            "phi3-train: there is no --max_grad_norm; write --set clip_norm=VALUE; see phi3-train --help",
+        ),
+        ("--learning-rate=3", "phi3-train: there is no --learning-rate; write --set lr=VALUE; see phi3-train --help"),
+        ("x lr=3", "phi3-train: lr=3: write --set lr=3"),
+        (
+            "x learning_rate=3",
+            "phi3-train: learning_rate=3: no such file; settings are written --set NAME=VALUE; did you ",
+        ),
         ("x --recip=y", "phi3-train: there is no --recip; did you mean --recipe?; see phi3-train --help"),
         ("x --zzz", "phi3-train: there is no --zzz; see phi3-train --help"),
         ("x", "phi3-train: training needs more packages ("),

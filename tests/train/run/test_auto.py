@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from fractions import Fraction
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from phi3_jax.quantization import quantize_params, quantized_shapes
 from phi3_jax.train.run.loop import train
 from phi3_jax.train.run.memory import ahead, auto, estimates
 from phi3_jax.train.run.observer import Observer
-from phi3_jax.train.settings import Resolved, Settings, change, resolved
+from phi3_jax.train.settings import Resolved, Settings, change, resolved, with_few_rows
 
 
 class Notes(Observer):
@@ -99,6 +100,21 @@ def test_accelerators_compute_in_bfloat16(compiled, monkeypatch, tmp_path, chang
     monkeypatch.setattr(estimates, "available", lambda: room)
     found = auto.choose_dtypes(change(Settings(checkpoint=str(tmp_path / "model")), changes))
     assert (found.dtype, found.compute_dtype) == (dtype, compute_dtype)
+
+
+def test_few_data_make_small_steps(compiled, monkeypatch):
+    """Whose rows are halved, too, where memory is short."""
+    for epoch, rows in ((1, 1), (3, 2), (Fraction(7, 2), 2), (7, 4)):
+        found = with_few_rows(Settings(), Fraction(epoch))
+        assert (found.batch_size, found.accumulation) == (rows, 1)
+    for settings in (Settings(batch_size=8), Settings(accumulation=1)):
+        assert with_few_rows(settings, Fraction(3)) is settings
+    assert with_few_rows(Settings(), Fraction(8)) == Settings()
+    monkeypatch.setattr(estimates, "available", lambda: 1)
+    auto.choose(auto.choose_dtypes(with_few_rows(Settings(), Fraction(5))), CONFIG, {}, Observer(), may_halve=True)
+    assert (compiled[0][1:3], compiled[-1][1:3]) == ((4, 1), (1, 4))
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    assert [with_few_rows(Settings(), Fraction(epoch)).batch_size for epoch in (1, 5, 6, 8, 9)] == [3, 3, 6, 6, "auto"]
 
 
 def test_values_of_auto_are_read_and_refused():

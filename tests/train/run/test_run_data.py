@@ -42,17 +42,24 @@ def test_one_line_has_what_a_newcomer_needs(tmp_path):
     assert held_out is None
     assert len(data) == 6
     assert note == (
-        f"train: {name}: 30 lines, 30 texts, 180 tokens (150 learned), 6 rows of 31, 97% full; 100 steps of 8 rows = "
-        "133 passes over the data; not used are the fields id"
+        f"train: {name}: 30 lines, 30 texts, 180 tokens (150 learned), 6 rows of 31, 97% full; 100 steps of 4 rows = "
+        "66.7 passes over the data; not used are the fields id"
     )
-    assert [warning.split(":")[1] for warning in warnings] == [
-        " a step takes 8 rows, and a pass over the data has 6, so that it has some of them twice",
-        " in so many passes over the data a model learns the lines by heart",
-    ]
-    settings = Settings(train_file=name, sequence_length=6, batch_size=2, epochs=1.5, accumulation=3)
+    by_heart = " in so many passes over the data a model learns the lines by heart"
+    assert [warning.split(":")[1] for warning in warnings] == [by_heart]
+    (note, *warnings), *_ = notes(Settings(train_file=name, sequence_length=31, batch_size=8), tmp_path)
+    assert "100 steps of 8 rows = 133 passes" in note
+    twice = " a step takes 8 rows, and a pass over the data has 6, so that it has some of them twice"
+    assert [warning.split(":")[1] for warning in warnings] == [twice, by_heart]
+    settings = Settings(train_file=name, sequence_length=6, batch_size=2, epochs=1.5, accumulation=3, warmup_steps=7)
     (note,), *_ = notes(settings, tmp_path)
     assert note.endswith(
         " 30 rows of 6, 100% full; 8 steps of 6 rows = 1.6 passes over the data; not used are the fields id"
+    )
+    (_, warning), *_ = notes(dataclasses.replace(settings, warmup_steps=8), tmp_path)
+    assert warning == (
+        "WARNING: the learning rate never comes up to lr=0.0001, because it rises for warmup_steps=8 steps, and the "
+        "run has 8 steps: lower one, or raise the other"
     )
     settings = Settings(train_file=name, sequence_length=6, batch_size=1, steps=600)
     (note,), *_ = notes(settings, tmp_path)
@@ -66,7 +73,7 @@ def test_what_was_cut_and_skipped_is_told(tmp_path):
     lines += [{"prompt": "a", "completion": "b"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = Settings(train_file=str(tmp_path / "b.jsonl"), sequence_length=6, steps=1, truncate="left", batch_size=1)
-    (note,), *_ = notes(settings, tmp_path)
+    (note, _), *_ = notes(settings, tmp_path)
     assert note.endswith(
         "b.jsonl: 2 lines, 2 texts, 10 tokens (4 learned), 2 rows of 6, 83% full; 1 step of 1 row = 0.5 passes over "
         "the data; 1 line cut, which lost 3 tokens; 1 line longer than a row skipped, as line 2: its answer leaves no "

@@ -241,6 +241,13 @@ def encoded(
         ("a.txt", "3+4\n5+6", PLAIN, ["<s>3+4", "<s>5+6"]),
         ("a.txt", "{x} is\n", TEXT, ["<s>{x} is"]),
         ("a.txt", json.dumps({"prompt": "3+4"}), CHAT, ["<s>3+4"]),
+        (
+            "a.json",
+            json.dumps([CHAT, {"prompt": "3+4"}], indent=1),
+            TEXT,
+            ["<|user|>2+2<|end|><|assistant|>", "<s>3+4"],
+        ),
+        ("a.csv", "prompt\n3+4\n", CHAT, ["<s>3+4"]),
         ("a.jsonl", json.dumps({"prompt": CHAT["messages"][:1]}), TEXT, ["<|user|>2+2<|end|><|assistant|>"]),
         (
             "a.txt",
@@ -260,8 +267,10 @@ def test_a_file_of_prompts(name, content, trained, expected, checkpoint, tmp_pat
     [
         ("a.txt", "\n \n", r"a\.txt: it has 0 prompts; give 1 to 64, one in each line$"),
         ("a.txt", "x\n" * 65, r"a\.txt: it has 65 prompts; give 1 to 64"),
-        ("a.jsonl", '{"prompt": "x"\n', r"a\.jsonl, line 1: it is not a JSON object, as the file's name or its first"),
-        ("a.txt", '{"prompt": "x"}\n\ny\n', r"a\.txt, line 3: it is not a JSON object"),
+        ("a.jsonl", '{"prompt": "x"\n', r"a\.jsonl, line 1: it is not JSON "),
+        ("a.txt", '{"prompt": "x"}\n\ny\n', r"a\.txt, line 3: it is not JSON .*write one whole object on each"),
+        ("a.jsonl", "[1]", r"a\.jsonl, line 1: it is JSON but not an object"),
+        ("a.jsonl", "", r"a\.jsonl: it has 0 prompts"),
         ("a.jsonl", json.dumps(TEXT), r"a\.jsonl, line 1: it has no prompt, only a text$"),
         ("a.jsonl", json.dumps({"messages": CHAT["messages"][1:]}), r"line 1: it has no message that could be answer"),
         ("a.jsonl", json.dumps({"question": "x"}), r"line 1: it has the fields \['question'\]; method=sft needs "),

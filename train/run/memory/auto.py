@@ -60,7 +60,12 @@ def _float32_fits(settings: Settings) -> bool:
 
 
 def choose(
-    settings: Settings, config: Phi3Config, params: Params, observer: Observer, adapters: Adapters = (None, None)
+    settings: Settings,
+    config: Phi3Config,
+    params: Params,
+    observer: Observer,
+    adapters: Adapters = (None, None),
+    may_halve: bool | None = None,
 ) -> Compiled:
     """The first of the settings that "auto" may stand for whose step fits, compiled; else the last of them.
 
@@ -68,8 +73,9 @@ def choose(
       settings: with dtypes.
       params: of which only the shapes matter.
       adapters: what `start` is given as (adapter, reference).
+      may_halve: whether fewer rows may go through the model at a time; by default where the settings are "auto".
     """
-    steps = list(_ladder(settings))
+    steps = list(_ladder(settings, may_halve))
     if estimates.available() is None:
         steps = steps[-1:]
     tried: Compiled | None = None
@@ -92,19 +98,24 @@ def told(settings: Settings, chosen: Resolved) -> str:
     return values.replace(", accumulation ", " x accumulation ") if "batch_size" in names else values
 
 
-def _ladder(settings: Settings) -> Iterator[Resolved]:
+def _ladder(settings: Settings, may_halve: bool | None = None) -> Iterator[Resolved]:
     """What "auto" may stand for, the fastest first: less is kept for the backward pass, then fewer rows are held."""
     devices, first = jax.device_count(), resolved(settings)
     for remat in ("none", "dots", "full") if settings.remat == "auto" else (first.remat,):
         last = dataclasses.replace(first, remat=remat)
         yield last
-    if settings.batch_size == "auto" and settings.accumulation == "auto":
+    if is_auto(settings) if may_halve is None else may_halve:
         while last.batch_size % (2 * devices) == 0:
             rows, times = _halved(last)
             last = dataclasses.replace(last, batch_size=rows, accumulation=times)
             yield last
     if settings.loss_chunk == "auto":
         yield dataclasses.replace(last, loss_chunk=_SMALL_CHUNK)
+
+
+def is_auto(settings: Settings) -> bool:
+    """Whether a run chooses how many rows go through the model at a time."""
+    return settings.batch_size == "auto" and settings.accumulation == "auto"
 
 
 def _halved(settings: Resolved) -> tuple[int, int]:
