@@ -57,8 +57,8 @@ def _settings(name: str, found: dict[str, Any]) -> Settings:
 def _told(error: Exception, name: str, is_file: bool) -> str:
     """One line that says where an error is, and what."""
     if isinstance(error, ModuleNotFoundError) and not is_file and (error.name or "") in _above(name):
-        ours = [each.name for each in pkgutil.iter_modules(recipes.__path__)]
-        near = did_you_mean(name.rpartition(".")[2], ours, f"{recipes.__name__}.")
+        published = [each.name for each in pkgutil.iter_modules(recipes.__path__)]
+        near = did_you_mean(name.rpartition(".")[2], published, f"{recipes.__name__}.")
         return f"there is no module {error.name}; name one that is here or installed, or a file that ends in .py{near}"
     if isinstance(error, SyntaxError):
         return f"{Path(error.filename or name).name}, line {error.lineno}: {error.msg}"

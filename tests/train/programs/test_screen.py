@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from phi3_jax.train.programs import train_main
 from phi3_jax.train.programs.screen import Screen, told_seconds
 
 
@@ -81,6 +82,7 @@ def test_a_bar_on_a_terminal(columns):
     """One whose size is not known has 80 columns."""
     script = """
 import time
+from phi3_jax.train.programs import train_main
 from phi3_jax.train.programs.screen import Screen
 with Screen() as screen:
     screen.progress("compiling the step", 0, 1)
@@ -113,3 +115,28 @@ def test_times():
     assert [told_seconds(s) for s in (0.4, 59.6, 200, 3599.4, 7500)] == [
         "0 s", "1 min 0 s", "3 min 20 s", "59 min 59 s", "2 h 5 min",
     ]  # fmt: skip
+
+
+def test_an_interrupt_is_told_once(capsys):
+    with Screen(0.01) as screen:
+        screen.begin(3, 9)
+        screen.interrupted = lambda: True
+        begun = time.perf_counter()
+        text = ""
+        while time.perf_counter() - begun < 20 and text.count("step 3/9") < 3:
+            time.sleep(0.01)
+            text += capsys.readouterr().err
+    told = "phi3-train: stops after this step, and saves it; Ctrl-C once more stops at once, and saves nothing\n"
+    assert text.count(told) == text.count("Ctrl-C") == 1
+
+
+def test_closed_standard_error_is_no_obstacle(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "argv", ["phi3-train", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        train_main.run()
+    assert ended.value.code == 0
+    with Screen() as screen:
+        screen.note("nobody reads this")
+    sys.stderr.close()
+    assert "nobody" not in capsys.readouterr().out
