@@ -112,7 +112,7 @@ class Settings:
       sample_prompts: a file of prompts that are answered instead, all of them (run/samples.py).
       trackers: where metrics go besides metrics.jsonl and TensorBoard: some of csv, wandb, mlflow.
       keep_last: how many of the newest checkpoints stay.
-      keep_best: how many checkpoints of lowest evaluation loss stay, besides.
+      keep_best: how many checkpoints of lowest evaluation loss stay, besides; 0 is none, and no best one at the end.
       max_bad_steps: the run ends after this many steps in a row whose loss or gradient is not finite.
     """
 

@@ -21,7 +21,7 @@ from phi3_jax.checkpoint import holds_integers, kind_of_weights, require_tokeniz
 from phi3_jax.kernels import has_packed
 
 from ..adapters import fingerprints, notes, reference_adapter, with_init_adapter
-from ..checks import check_before_loading
+from ..checks import check_before_loading, check_together
 from ..data import Mixture, epoch_size
 from ..settings import Settings, resolved, with_few_rows
 from ..step import TrainState, start
@@ -157,11 +157,12 @@ def _prepare(settings: Settings, checkpoints: Checkpoints, observer: Observer) -
     epoch = epoch_size(data.counts, settings)
     may_halve, settings = is_auto(settings), with_few_rows(settings, epoch)
     given = dataclasses.replace(settings, steps=settings.all_steps(epoch), epochs=0)
+    check_together(given)  # once more: the data say how many steps are in `epochs`
     settings, adapter = with_init_adapter(given, checkpoint)
     adapters = adapter, reference_adapter(settings, checkpoint)
     for text in (*notes(settings, checkpoint.config), *check_contents(recorded, about, settings)):
         observer.note(text)
-    check_steps(done, asked, settings.steps)  # once more: the data say how many are in `epochs`
+    check_steps(done, asked, settings.steps)
     evaluations = evaluations_before(recorded, held_out, checkpoints, settings, observer)
     like, _ = start_like(resolved(settings), checkpoint.config, checkpoint.params, *adapters)
     before = about, recorded, evaluations, like, done

@@ -267,6 +267,8 @@ def test_epochs_in_both_directions(copied, ten):
         train(dataclasses.replace(copied, steps=0, epochs=1.0))
     train(longer := dataclasses.replace(copied, steps=0, epochs=2.0))
     require_equal(longer, ten)
+    with pytest.raises(ValueError, match=r"^warmup_steps=4: beyond the end of the run, steps=3; lower it, or raise"):
+        train(dataclasses.replace(longer, epochs=0.5, warmup_steps=4, output=f"{copied.output}-short"))
     # Fewer rows make fewer steps, but what is to be told is that they are others.
     short = Path(copied.output) / "short.jsonl"
     short.write_text("".join(Path(copied.train_file).read_text().splitlines(keepends=True)[:9]))
