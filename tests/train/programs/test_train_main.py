@@ -74,7 +74,7 @@ def whole(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Setting
     assert out.endswith("; the curve is run/loss.png\n")
     lines = err.splitlines()
     assert all(line.startswith("phi3-train: ") for line in lines), err
-    assert [line.split()[2] for line in lines[3:-4]] == ["0:", "3:", "6:", "9:", "12:"]
+    assert [line.split()[2] for line in lines[4:-4]] == ["0:", "3:", "6:", "9:", "12:"]
     assert [line.split()[1] for line in lines[-4:]] == ["held", "before", "best", "last"]
     return dataclasses.replace(settings, output=str(folder / "run"))
 
