@@ -111,7 +111,9 @@ def test_a_mixture_and_what_is_held_out(tmp_path):
         ((30, 1), 4, 115, [f"WARNING: in so many passes over {names[0]} a model learns the lines"]),  # one epoch
         ((0.1, 3), 16, 1, [f"WARNING: a step takes 15.2381 rows, and a pass over {names[1]} has 10, so that it has"]),
     ):
-        short = Settings(train_file=names, mixture=mixture, sequence_length=12, batch_size=rows, steps=steps)
+        short = Settings(
+            train_file=names, mixture=mixture, sequence_length=12, batch_size=rows, steps=steps, warmup_steps=0
+        )
         told, *_ = notes(short, tmp_path)
         found = [line for line in told if line.startswith("WARNING")]
         assert len(found) == len(warned)
