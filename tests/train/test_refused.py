@@ -57,6 +57,7 @@ def test_a_base_of_integers_keeps_its_own_dtype_and_must_not_be_packed(tmp_path)
             train(dataclasses.replace(settings, checkpoint=str(tmp_path / "packed")))
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder(tmp_path):
     settings = write_run(tmp_path, steps=1)
     train(settings)

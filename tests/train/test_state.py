@@ -109,6 +109,7 @@ def test_bfloat16_multiplies_with_float32_master_weights_or_without(tiny):
     assert "bf16[2,21,24]" in program.lower(state, frozen, batches[0]).as_text("hlo")
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_on_integers_and_can_be_merged_into_their_floats(tiny):
     s, base = settings(train="lora", quantize="int8"), quantize_params(tiny.params, "int8")
     state, frozen, metrics = run(s, tiny.config, base, [stack(PARTS[1])] * 8)

@@ -224,6 +224,7 @@ def test_our_case_repeats_the_same_steps(quick_compilation):
         OurCase(windowed, [[1] * 700], 600, np.float32)
 
 
+@pytest.mark.slow
 def test_our_process_answers(tmp_path):
     folder = tmp_path / "model"
     phi3_jax.save(random_checkpoint(CONFIG, "float32"), folder)

@@ -52,6 +52,7 @@ def test_unrolled_steps_are_those_of_the_loop(short):
         np.testing.assert_allclose(state.logprobs.chosen[row, len(prompt) : end], values, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_unrolled_steps_can_be_mapped(short):
     """Three sets of seeds at once."""
     seeds = jnp.arange(9, dtype=jnp.uint32).reshape(3, 3)

@@ -66,6 +66,7 @@ def test_log_probabilities_only_when_asked_for(tiny):
     assert some.prompt_logprobs is None
 
 
+@pytest.mark.slow
 def test_log_probabilities_end_with_a_stop_string(demo):
     (whole,) = generate(demo, "The capital of France is", 8, options=Options(logprobs=1))
     (cut,) = generate(demo, "The capital of France is", 8, stop=["Paris"], options=Options(logprobs=1))
@@ -74,6 +75,7 @@ def test_log_probabilities_end_with_a_stop_string(demo):
     assert [max(entry.top, key=entry.top.get) for entry in cut.logprobs] == cut.token_ids  # greedy
 
 
+@pytest.mark.slow
 def test_room_lets_runs_share_programs(tiny):
     from phi3_jax.infer.engine import decoding
 

@@ -120,6 +120,7 @@ def test_guesses_that_cross_the_border(tiny, greedy, policy):
         assert generate(tiny, prompt, 12, options=options)[0].token_ids == expected
 
 
+@pytest.mark.slow
 def test_a_perfect_draft_model_is_always_right(tiny):
     """Then a turn makes guesses + 1 tokens; drawing, too, because both models draw with the same noise."""
     short = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, long_rope=None))
@@ -130,6 +131,7 @@ def test_a_perfect_draft_model_is_always_right(tiny):
     assert run.guesses == (60, 60)
 
 
+@pytest.mark.slow
 def test_an_end_token_among_the_guesses_ends_the_answer(tiny, greedy):
     for i in (3, 11, 19):
         first = greedy[2].index(greedy[2][i])

@@ -210,6 +210,7 @@ def test_the_path_of_generation_is_what_generation_runs(model, integers, monkeyp
         assert 1e-3 < np.abs(each.logprobs - exact.logprobs).mean() < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_unavailable() is not None, reason=f"no kernels: {why_unavailable()}")
 def test_every_figure_is_of_the_path_that_is_asked_for(model, integers):
     """Floats have the same figures by each path, integers others."""

@@ -189,6 +189,7 @@ def test_advice_when_no_single_change_is_enough(monkeypatch):
         auto.require_fit(pretend(s, CONFIG, {}), CONFIG, {}, Observer())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_tells_its_choices_and_goes_on_with_them(tmp_path, monkeypatch):
     s = write_run(tmp_path, batch_size="auto", accumulation="auto", steps=2, eval_file="", save_every=1)

@@ -90,6 +90,7 @@ def greedy_text(checkpoint: phi3_jax.Checkpoint, question: str) -> str:
     return checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_it_does_at_each_evaluation(tmp_path, monkeypatch):
     """Also where nothing is held out; the curve is there before the end."""
     (tmp_path / "ask.txt").write_text("1+2\n3+4\n")
