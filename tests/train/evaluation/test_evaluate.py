@@ -385,5 +385,6 @@ def test_an_adapter_over_integers_has_the_held_out_loss_of_its_run(changes, tmp_
     ours = held_out_loss(served, data, path="exact").loss
     assert ours == pytest.approx(records[-1]["eval_loss"], abs=1e-4)
     assert ours < records[0]["eval_loss"] - 0.5
-    rounded = load(quantize=settings.quantize, layout="rows", merge_adapter=True)
+    with pytest.warns(UserWarning, match=f"was trained on {settings.quantize} weights"):
+        rounded = load(quantize=settings.quantize, layout="rows", merge_adapter=True)
     assert abs(held_out_loss(rounded, data, path="exact").loss - ours) > 1e-3
