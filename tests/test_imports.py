@@ -29,7 +29,8 @@ infer.__init__
 infer.programs
 train.values
 train.settings
-train.adapters train.data train.adam8bit train.sharding train.fingerprint train.rounding
+train.fingerprint
+train.adapters train.data train.adam8bit train.sharding train.rounding
 train.loss train.dpo train.optimizer
 train.forward
 train.step

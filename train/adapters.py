@@ -15,6 +15,7 @@ from phi3_jax.checkpoint import AttachableAdapter, find_adapter, read_attachable
 from phi3_jax.config import Phi3Config
 
 from .settings import Settings, adapter_config
+from .values import spell
 
 Named = tuple[LoraConfig, Adapter]
 # The settings that `init_adapter` says itself.
@@ -79,7 +80,7 @@ def with_init_adapter(settings: Settings, checkpoint: phi3_jax.Checkpoint) -> tu
         ours = getattr(settings, name)
         if ours != getattr(defaults, name) and _unordered(ours) != _unordered(theirs):
             raise ValueError(
-                f"{name}={_told(ours)}: init_adapter={settings.init_adapter} has {_told(theirs)}; leave {name} out, "
+                f"{name}={spell(ours)}: init_adapter={settings.init_adapter} has {spell(theirs)}; leave {name} out, "
                 "or train a new adapter"
             )
     if found.pads:
@@ -105,7 +106,7 @@ def notes(settings: Settings, config: Phi3Config) -> Iterator[str]:
     if settings.train == "all":
         return
     if settings.init_adapter:
-        told = [f"{name}={_told(value)}" for name, value in _own(adapter_config(settings)).items() if value]
+        told = [f"{name}={spell(value)}" for name, value in _own(adapter_config(settings)).items() if value]
         yield f"goes on from {settings.init_adapter}: {', '.join(told)}"
     targets = [target for target in (TABLE, HEAD) if target in settings.lora_targets]
     if targets and config.tie_word_embeddings and not settings.lora_tied:
@@ -138,7 +139,3 @@ def _unordered(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     return {(name, float(number or 0)) for name, _, number in (str(each).partition(":") for each in value)}
-
-
-def _told(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -21,6 +21,7 @@ from . import sharding
 from .data import find_files, read_entries, require_different_files
 from .data.forms import read_form
 from .settings import Settings, adapter_config, resolved
+from .values import spell
 
 
 class _With(NamedTuple):
@@ -42,8 +43,7 @@ _READ_WITH = (
     _With(("final_lr",), "schedule", ("cosine", "linear")),
 )
 _LOOK = 1000  # so many lines are looked at for one that can be used
-_OF_EVALUATION = ("patience", "keep_best")
-_OFF = _OF_EVALUATION  # 0 asks for nothing, which is never missed
+_OF_EVALUATION = ("patience", "keep_best")  # of which 0 asks for nothing, which is never missed
 
 
 def check_before_loading(settings: Settings) -> None:
@@ -151,17 +151,16 @@ def check_sizes(settings: Settings, config: Phi3Config) -> None:
         for path, shape in parameter_shapes(config).items():
             name, most = path.removesuffix("/weight").split("/")[-1], min(shape[-2:])
             if name in s.lora_targets and (rank := lora.rank_of(name)) > most:
+                given = f"rank_pattern={name}:{rank}" if name in dict(lora.ranks) else f"lora_rank={rank}"
                 raise ValueError(
-                    f"lora_rank={rank}: {name} of {s.checkpoint} is a matrix of {shape[-2]} x {shape[-1]}, its "
+                    f"{given}: {name} of {s.checkpoint} is a matrix of {shape[-2]} x {shape[-1]}, its "
                     f"rank is {most} at most; set lora_rank={most} or less, or rank_pattern={name}:{most}"
                 )
 
 
 def spelled(settings: Settings, name: str) -> str:
     """A setting as --set takes it: "lora_targets=qkv_proj,o_proj"."""
-    value = getattr(settings, name)
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return f"{name}={text.lower() if isinstance(value, bool) else text}"
+    return f"{name}={spell(getattr(settings, name))}"
 
 
 def _contradictions(s: Settings) -> Iterator[str]:
@@ -181,6 +180,6 @@ def _given(settings: Settings, names: tuple[str, ...]) -> list[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
 
     def is_given(value: Any, name: str) -> bool:
-        return value != defaults[name] and not (name in _OFF and value == 0)
+        return value != defaults[name] and not (name in _OF_EVALUATION and value == 0)
 
     return [name for name in names if is_given(getattr(settings, name), name)]

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from phi3_jax.adapters import LoraConfig
 from phi3_jax.config import Phi3Config
 from phi3_jax.text import Tokenizer
 
@@ -46,7 +45,7 @@ def of_tokenizer(tokenizer: Tokenizer) -> str:
     return of_text(json.dumps(parts))
 
 
-def of_fields(config: Phi3Config | LoraConfig) -> str:
+def of_config(config: Phi3Config) -> str:
     """The fingerprint of a configuration; a field of a later version counts only where it is not its default."""
     fields = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
     return of_text(repr([(field.name, value) for field, value in fields if value != field.default]))

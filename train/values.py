@@ -168,6 +168,13 @@ def parse(name: str, text: str, hint: Any) -> Any:
     return text
 
 
+def spell(value: Any) -> str:
+    """A value as `parse` takes it: "true", "qkv_proj,o_proj"."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(spell, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _split(text: str) -> tuple[str, ...]:
     """Names with commas between; one that has commas itself is known by the file of that name."""
     pieces, names = text.split(",") if text else [], []

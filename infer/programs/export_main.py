@@ -7,7 +7,7 @@ phi3-export --checkpoint phi-4 --quantize int4 --adapter runs/qlora/adapter --fo
 phi3-export --checkpoint phi-4 --format safetensors --as llama --output phi-4-llama
 
 With --quantize, or a checkpoint of integers, what these stand for is written as floats, with the adapter that was
-trained on them. Quantising the result again gives other integers, and loses much of the adapter.
+trained on them. Quantising the result again gives other integers, to which the adapter does not belong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import as_floats, holds_integers, stored_dtype
+from phi3_jax.checkpoint import as_floats, holds_integers, kind_of_weights, stored_dtype
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
@@ -88,10 +88,11 @@ def _load(kind: str) -> phi3_jax.Checkpoint:
             adapter=ADAPTER.value,
             on_progress=on_progress,
         )
+    policy = QUANTIZE.value or kind_of_weights(checkpoint.params)
     if integers:
         checkpoint = dataclasses.replace(checkpoint, params=as_floats(checkpoint.params, dtype))
     if integers or ADAPTER.value:
-        weights = f"the {QUANTIZE.value or 'stored'} weights as floats," if integers else "the float weights"
+        weights = f"the {policy} weights as floats," if integers else "the float weights"
         told = f"{weights} with the adapter merged" if ADAPTER.value else weights.rstrip(",")
         print(f"{_OUTPUT.value}: {told}", file=sys.stderr)
     return checkpoint

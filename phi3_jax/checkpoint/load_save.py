@@ -125,7 +125,7 @@ def load(
         they are converted as `dtype` says. Integers, by `quantize` or in the file, stay, and it is attached to them
         (peft/on_integers.py), as where it was trained on them.
       merge_adapter: add it to the floats in any case, and round the sum by `quantize`. The integers are then others
-        than those that an adapter of QLoRA was trained on, and it loses much of what it learned.
+        than those that an adapter of QLoRA was trained on, and it fits them worse.
       revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.
       device: where the parameters are put, one after another, from the host's memory: a jax.Device, a
         jax.sharding.Sharding, or a function that gives one of these for a parameter's path, such as

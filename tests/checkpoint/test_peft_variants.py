@@ -1,7 +1,6 @@
 """Adapters as others publish them, against weights that are multiplied out in float64, module by module."""
 
 import dataclasses
-import functools
 import re
 import shutil
 from pathlib import Path
@@ -13,11 +12,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapters import BASE, dense, multiplied_out, peft_tensors, scalings, separate, write_peft
+from adapters import (
+    BASE,
+    base,
+    check_both,
+    check_merged,
+    modules,
+    multiplied_out,
+    peft_tensors,
+    scalings,
+    weights,
+    write_peft,
+)
 
 import phi3_jax
-from phi3_jax.adapters import LoraConfig
-from phi3_jax.checkpoint import load_adapter, named_tensors, save, save_adapter
+from phi3_jax.checkpoint import load_adapter, save, save_adapter
 from phi3_jax.checkpoint.gguf.writer import save_gguf
 from phi3_jax.kernels import QuantizedTensor
 
@@ -28,17 +37,6 @@ FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 EMBEDDING = "base_model.model.model.embed_tokens"
 
 
-@functools.cache
-def base() -> phi3_jax.Checkpoint:
-    return phi3_jax.load(BASE)
-
-
-@functools.cache
-def weights(unfused: bool) -> dict[str, np.ndarray]:
-    fused = dict(named_tensors(base().params))
-    return separate(fused, base().config) if unfused else fused
-
-
 @pytest.fixture(scope="module")
 def tied_folder(tmp_path_factory) -> Path:
     """The base with its head tied to its embedding."""
@@ -47,32 +45,6 @@ def tied_folder(tmp_path_factory) -> Path:
     config = dataclasses.replace(base().config, tie_word_embeddings=True)
     save(dataclasses.replace(base(), params=params, config=config), folder)
     return folder
-
-
-def modules(names: Any, layers: Any = (0, 1), rank: int = 3) -> dict[str, int]:
-    place = {name: "mlp" if name in (*MLP, "gate_up_proj") else "self_attn" for name in names}
-    return {f"model.layers.{i}.{place[name]}.{name}": rank for i in layers for name in names}
-
-
-def check_merged(folder: Path, expected: dict[str, np.ndarray], model: Path = BASE) -> phi3_jax.Checkpoint:
-    """`load` with the adapter gives the expected weights, and no others."""
-    loaded = phi3_jax.load(model, adapter=folder)
-    unfused = any(".q_proj." in name for name in expected)
-    found = dict(named_tensors(loaded.params))
-    found = separate(found, loaded.config) if unfused else found
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        np.testing.assert_allclose(found[name], weight, atol=2e-5, rtol=1e-5, err_msg=name)
-    return loaded
-
-
-def check_both(folder: Path, expected: dict[str, np.ndarray]) -> LoraConfig:
-    """Merged while loading, and as a tree of its own, whose weights are multiplied out here."""
-    merged = check_merged(folder, expected)
-    lora, adapter = load_adapter(folder, base().config)
-    whole = dense(base().params, adapter, lora, scalings(lora))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5, rtol=1e-5), whole, merged.params)
-    return lora
 
 
 # ------------------------------------------------------------------------------------------------------ separate names

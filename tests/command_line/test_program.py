@@ -80,7 +80,7 @@ def test_integers_are_exported_as_the_floats_that_they_stand_for(tiny_folder, tm
     integers = phi3_jax.load(tiny_folder, "bfloat16", quantize="int8", layout="rows")
     phi3_jax.save(integers, tmp_path / "q")
     done = export("--checkpoint", str(tmp_path / "q"), "--format", "safetensors", "--output", str(tmp_path / "out"))
-    assert (done.returncode, done.stderr) == (0, f"{tmp_path}/out: the stored weights as floats\n")
+    assert (done.returncode, done.stderr) == (0, f"{tmp_path}/out: the int8 weights as floats\n")
     written = phi3_jax.load(tmp_path / "out", "float32").params
     expected = as_floats(integers.params, written["norm"]["weight"].dtype)
     for (path, one), other in zip(jax.tree.leaves_with_path(written), jax.tree.leaves(expected), strict=True):

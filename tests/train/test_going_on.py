@@ -123,7 +123,7 @@ def test_a_run_tells_what_it_goes_on_from_and_that_it_unties(tiny, tmp_path):
     folder = written(tmp_path / "x", tiny.config, MINE)
     settings, _ = with_init_adapter(Settings(init_adapter=str(folder)), tiny)
     told = (
-        "lora_rank=3, lora_alpha=7.0, lora_targets=o_proj,gate_up_proj,lm_head, lora_rslora=True, rank_pattern=o_proj:1"
+        "lora_rank=3, lora_alpha=7.0, lora_targets=o_proj,gate_up_proj,lm_head, lora_rslora=true, rank_pattern=o_proj:1"
     )
     assert list(notes(settings, tiny.config)) == [f"goes on from {folder}: {told}"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer
 
+from .. import fingerprint
 from ..settings import Settings
 from .dataset import DTYPES, Dataset, open_dataset, write_header
 from .examples import Example, encode_forms
@@ -89,10 +89,7 @@ def _key(sources: Sequence[Path], tokenizer: Tokenizer, settings: Settings, part
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources],
         "settings": [getattr(settings, name) for name in _READ_BY_DATA],
         "part": [part, settings.eval_fraction, settings.seed] if part != "all" else [],
-        "vocabulary": tokenizer.pieces,
-        "added_tokens": [dataclasses.astuple(token) for token in tokenizer.added_tokens],
-        "tokenizer": [tokenizer.eos_id, tokenizer.add_bos, tokenizer.bos_id, tokenizer.opening],
-        "templates": [tokenizer.chat_template, tokenizer.tool_chat_template],
+        "tokenizer": fingerprint.of_tokenizer(tokenizer),
     }
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 

@@ -11,6 +11,7 @@ import typing
 from typing import Any, Literal
 
 from ..settings import Settings
+from ..values import spell
 
 TOPICS = {
     "The model": ("checkpoint", "init_adapter", "dtype", "compute_dtype", "quantize"),
@@ -46,7 +47,7 @@ def settings_help() -> str:
     for topic, names in TOPICS.items():
         lines += ["", f"Settings: {topic[0].lower()}{topic[1:]}"]
         for name in names:
-            shown = _shown(defaults[name])
+            shown = spell(defaults[name])
             lines.append(f"  {name}={spelled_type(hints[name])}" + (f" ({shown})" if shown else ""))
             text = said[name][0].upper() + said[name][1:].replace("`", "")
             lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -78,9 +79,3 @@ def spelled_type(hint: Any) -> str:
     if isinstance(hint, types.GenericAlias):
         return f"{spelled_type(typing.get_args(hint)[0])},..."
     return {bool: "true|false", int: "N", float: "X"}.get(hint, "TEXT")
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return str(default).lower()
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

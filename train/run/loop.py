@@ -150,7 +150,7 @@ def _prepare(settings: Settings, checkpoints: Checkpoints, observer: Observer) -
     asked, settings = settings, recorded_choices(settings, recorded)
     check_settings(recorded, settings, done)
     prints = fingerprints(settings)
-    settings = choose_dtypes(settings)
+    settings = choose_dtypes(settings, observer)
     checkpoint = _load(settings, observer)
     data, held_out = prepare_data(checkpoint, settings, observer)
     about = describe(checkpoint, data.fingerprint, prints)

@@ -19,6 +19,7 @@ from phi3_jax.checkpoint.atomic_write import new_file, remove_partial
 from .. import fingerprint
 from ..adapters import OWN
 from ..settings import CHOSEN, Settings
+from ..values import spell
 from .exports import best_folder, export_folder
 
 # The settings that may differ when a run is resumed. Of the training file and init_adapter the contents are compared,
@@ -54,7 +55,7 @@ def describe(checkpoint: phi3_jax.Checkpoint, data: str, adapters: Mapping[str, 
     contents = {
         "data": data,
         "base": fingerprint.of_weights(checkpoint.params),
-        "configuration": fingerprint.of_fields(checkpoint.config),
+        "configuration": fingerprint.of_config(checkpoint.config),
         "tokenizer": fingerprint.of_tokenizer(checkpoint.tokenizer),
     }
     device = jax.devices()[0].device_kind
@@ -87,7 +88,7 @@ def check_settings(recorded: Mapping[str, Any] | None, settings: Settings, done:
     if there["init_adapter"] and settings.init_adapter:  # its contents are compared, and it says what these are
         free = free.union(OWN)
     if other := [name for name in here if name not in free and there[name] != here[name]]:
-        told = "; ".join(f"{name}={there[name]} there, {here[name]} here" for name in other)
+        told = "; ".join(f"{name}={spell(there[name])} there, {spell(here[name])} here" for name in other)
         raise ValueError(f"{settings.output} has checkpoints of a run with other settings ({told}): {_REMEDY}")
     if not settings.epochs:
         check_steps(done, settings, settings.all_steps())

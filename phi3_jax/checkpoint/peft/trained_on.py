@@ -43,8 +43,8 @@ def warn_of_others(settings: Path, weights: str) -> None:
     if theirs not in ("", weights):
         here = f"goes onto {weights} weights" if weights else "is merged into floats, or put on them"
         warnings.warn(
-            f"{settings.parent}: was trained on {theirs} weights ({TRAINED_ON}), but here it {here}, where much of "
-            f"what it learned is lost; give it with --quantize {theirs} (quantize={theirs!r}), or with a folder of "
+            f"{settings.parent}: was trained on {theirs} weights ({TRAINED_ON}), but here it {here}, which "
+            f"it fits worse; give it with --quantize {theirs} (quantize={theirs!r}), or with a folder of "
             "such weights that phi3-quantize wrote without it",
             stacklevel=4,
         )

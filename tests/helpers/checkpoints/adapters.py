@@ -1,5 +1,6 @@
 """Adapters for tests, and the slow obvious way to compute with them."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 import safetensors.numpy
 
 import phi3_jax
-from phi3_jax.adapters import Adapter, LoraConfig, adapter_shapes
+from phi3_jax.adapters import Adapter, LoraConfig, LoraTensor, adapter_shapes, attach
+from phi3_jax.checkpoint import load_adapter, named_tensors
 
 RECORDED = Path(__file__).parents[2] / "goldens_training"
 BASE = Path(__file__).parents[2] / "goldens" / "gqa"
+TIED = BASE.parent / "partial_tied"
 
 
 def random_adapter(config: phi3_jax.Phi3Config, lora: LoraConfig, seed: int = 0) -> Adapter:
@@ -49,6 +52,56 @@ def dense(params: Any, adapter: Adapter, lora: LoraConfig, scaling: float | dict
             sums = sums * (parts[f"{place}/magnitude"] / norms)[..., None]
         weights[f"{place}/weight"] = sums
     return flax.traverse_util.unflatten_dict(weights, sep="/")
+
+
+# ------------------------------------------------------------------------------------------- the model with one
+
+
+@functools.cache
+def base() -> phi3_jax.Checkpoint:
+    return phi3_jax.load(BASE)
+
+
+@functools.cache
+def recorded(kind: str) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(RECORDED / kind / "expected.safetensors")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "walk", "remat"))
+def run(config: Any, params: Any, tokens: Any, walk: Any = None, remat: Any = "none", **kwargs: Any) -> Any:
+    return phi3_jax.Phi3(config, walk, remat).apply({"params": params}, tokens, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "lora", "multiplied_out", "walk"))
+def loss_and_gradient(
+    config: Any,
+    params: Any,
+    adapter: Any,
+    lora: LoraConfig,
+    tokens: Any,
+    key: Any = None,
+    walk: Any = "slice",
+    multiplied_out: bool = False,
+) -> Any:
+    """Of the mean cross-entropy of the next tokens, by the adapter; through slices with remat, as in training."""
+
+    def mean_loss(adapter: Any) -> jax.Array:
+        adapted = dense(params, adapter, lora, lora.scaling) if multiplied_out else attach(params, adapter, lora, key)
+        logits = run(config, adapted, tokens, walk, remat="full" if walk == "slice" else "none")[:, :-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
+
+    return jax.value_and_grad(mean_loss)(adapter)
+
+
+def tokens_for(config: phi3_jax.Phi3Config, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(3).integers(6, config.vocab_size, shape, dtype=np.int32))
+
+
+def one_layer(base: Any, seed: int = 0, dtype: Any = jnp.float32, **fields: Any) -> LoraTensor:
+    """An update of rank 3 of a weight [29, 37]."""
+    rng = np.random.default_rng(seed)
+    a, b = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, 37), (29, 3)))
+    return LoraTensor(base, a, b, **({"gain": None, "keys": None, "scaling": 0.7, "dropout": 0.0} | fields))
 
 
 # ------------------------------------------------------------------------------------- PEFT's files, tensor by tensor
@@ -110,3 +163,37 @@ def separate(weights: dict[str, np.ndarray], config: phi3_jax.Phi3Config) -> dic
         else:
             found[name] = weight
     return found
+
+
+@functools.cache
+def weights(unfused: bool) -> dict[str, np.ndarray]:
+    fused = dict(named_tensors(base().params))
+    return separate(fused, base().config) if unfused else fused
+
+
+def modules(names: Any, layers: Any = (0, 1), rank: int = 3) -> dict[str, int]:
+    """Names of modules, each with its rank: "model.layers.0.mlp.down_proj"."""
+    attention = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+    place = {name: "self_attn" if name in attention else "mlp" for name in names}
+    return {f"model.layers.{i}.{place[name]}.{name}": rank for i in layers for name in names}
+
+
+def check_merged(folder: Path, expected: dict[str, np.ndarray], model: Path = BASE) -> phi3_jax.Checkpoint:
+    """`load` with the adapter gives the expected weights, and no others."""
+    loaded = phi3_jax.load(model, adapter=folder)
+    unfused = any(".q_proj." in name for name in expected)
+    found = dict(named_tensors(loaded.params))
+    found = separate(found, loaded.config) if unfused else found
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name], weight, atol=2e-5, rtol=1e-5, err_msg=name)
+    return loaded
+
+
+def check_both(folder: Path, expected: dict[str, np.ndarray]) -> LoraConfig:
+    """Merged while loading, and as a tree of its own, whose weights are multiplied out here."""
+    merged = check_merged(folder, expected)
+    lora, adapter = load_adapter(folder, base().config)
+    whole = dense(base().params, adapter, lora, scalings(lora))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5, rtol=1e-5), whole, merged.params)
+    return lora

@@ -59,7 +59,7 @@ def compiled(monkeypatch):
 )
 def test_the_first_step_that_fits_is_taken(compiled, monkeypatch, room, changes, chosen, count):
     monkeypatch.setattr(estimates, "available", lambda: room)
-    settings = auto.choose_dtypes(change(Settings(), changes))
+    settings = auto.choose_dtypes(change(Settings(), changes), Observer())
     found = auto.choose(settings, CONFIG, {}, Observer())
     s = found.settings
     assert (s.remat, s.batch_size, s.accumulation, s.loss_chunk) == chosen
@@ -74,9 +74,10 @@ def test_the_first_step_that_fits_is_taken(compiled, monkeypatch, room, changes,
 def test_rows_are_shared_out_among_devices(compiled, monkeypatch):
     monkeypatch.setattr(estimates, "available", lambda: 1)
     monkeypatch.setattr(jax, "device_count", lambda: 6)
-    auto.choose(auto.choose_dtypes(Settings()), CONFIG, {}, Observer())
+    auto.choose(auto.choose_dtypes(Settings(), Observer()), CONFIG, {}, Observer())
     assert {rows for _, rows, _, _ in compiled} == {12, 6}
-    assert auto.choose(auto.choose_dtypes(Settings(accumulation=5)), CONFIG, {}, Observer()).settings.batch_size == 6
+    few = auto.choose(auto.choose_dtypes(Settings(accumulation=5), Observer()), CONFIG, {}, Observer())
+    assert few.settings.batch_size == 6
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_accelerators_compute_in_bfloat16(compiled, monkeypatch, tmp_path, chang
     )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(estimates, "available", lambda: room)
-    found = auto.choose_dtypes(change(Settings(checkpoint=str(tmp_path / "model")), changes))
+    found = auto.choose_dtypes(change(Settings(checkpoint=str(tmp_path / "model")), changes), Observer())
     assert (found.dtype, found.compute_dtype) == (dtype, compute_dtype)
 
 
@@ -111,7 +112,9 @@ def test_few_data_make_small_steps(compiled, monkeypatch):
         assert with_few_rows(settings, Fraction(3)) is settings
     assert with_few_rows(Settings(), Fraction(8)) == Settings()
     monkeypatch.setattr(estimates, "available", lambda: 1)
-    auto.choose(auto.choose_dtypes(with_few_rows(Settings(), Fraction(5))), CONFIG, {}, Observer(), may_halve=True)
+    auto.choose(
+        auto.choose_dtypes(with_few_rows(Settings(), Fraction(5)), Observer()), CONFIG, {}, Observer(), may_halve=True
+    )
     assert (compiled[0][1:3], compiled[-1][1:3]) == ((4, 1), (1, 4))
     monkeypatch.setattr(jax, "device_count", lambda: 3)
     assert [with_few_rows(Settings(), Fraction(epoch)).batch_size for epoch in (1, 5, 6, 8, 9)] == [3, 3, 6, 6, "auto"]

@@ -131,7 +131,7 @@ def test_settings_of_data_are_compared_where_a_run_goes_on(tmp_path):
     check_settings(recorded, settings, 0)
     check_settings(recorded, dataclasses.replace(settings, train_file=("c", "d")), 0)  # their contents are compared
     for changes, told in (
-        ({"mixture": (1, 3)}, r"mixture=\[1, 2\] there, \[1, 3\] here"),
+        ({"mixture": (1, 3)}, "mixture=1,2 there, 1,3 here"),
         ({"eval_fraction": 0.2}, "eval_fraction=0.1 there, 0.2 here"),
         ({"truncate": "left"}, "truncate=stop there, left here"),
     ):

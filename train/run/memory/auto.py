@@ -12,9 +12,8 @@ from typing import Any
 
 import jax
 
-from phi3_jax.checkpoint import read_config
+from phi3_jax.checkpoint import kind_of_weights, read_config
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import Params
 
 from ...settings import CHOSEN, Resolved, Settings, resolved
@@ -35,7 +34,7 @@ def recorded_choices(settings: Settings, recorded: Mapping[str, Any] | None) -> 
     return dataclasses.replace(settings, **known)
 
 
-def choose_dtypes(settings: Settings) -> Settings:
+def choose_dtypes(settings: Settings, observer: Observer) -> Settings:
     """The two dtypes, before the weights are loaded in one of them.
 
     On a CPU float32. GPUs and TPUs compute in bfloat16, and the weights below an adapter are bfloat16; where all are
@@ -46,17 +45,20 @@ def choose_dtypes(settings: Settings) -> Settings:
     if settings.compute_dtype == "auto":
         settings = dataclasses.replace(settings, compute_dtype="float32" if on_cpu else "bfloat16")
     if settings.dtype == "auto":
-        exact = on_cpu or (settings.train == "all" and _float32_fits(settings))
+        exact = on_cpu or (settings.train == "all" and _float32_fits(settings, observer))
         settings = dataclasses.replace(settings, dtype="float32" if exact else "bfloat16")
     return settings
 
 
-def _float32_fits(settings: Settings) -> bool:
+def _float32_fits(settings: Settings, observer: Observer) -> bool:
     if estimates.available() is None:
         return False
     config = read_config(settings.checkpoint)
     *_, smallest = _ladder(dataclasses.replace(settings, dtype="float32"))
-    return compile_step(smallest, config, params_like(config, "float32")).fits
+    observer.progress("compiling a step in float32", 0, 1)
+    found = compile_step(smallest, config, params_like(config, "float32"))
+    observer.progress("compiling a step in float32", 1, 1)
+    return found.fits
 
 
 def choose(
@@ -169,14 +171,14 @@ def _measured(
     text: str, changed: Resolved, config: Phi3Config, params: Params, before: int | None, adapters: Adapters
 ) -> list[tuple[str, estimates.Estimate]]:
     """The change and what it takes, if that is less than before."""
-    like = params if _has_integers(params) else params_like(config, changed.dtype, changed.quantize)
+    like = params if kind_of_weights(params) else params_like(config, changed.dtype, changed.quantize)
     found = compile_step(changed, config, like, adapters if changed.train == "lora" else (None, None)).memory
     return [(text, found)] if found is not None and (before is None or found.needed < before) else []
 
 
 def _changes(s: Resolved, params: Params) -> Iterator[tuple[str, Resolved]]:
     """Changes that may help, as --set takes them; what mostly helps most comes first."""
-    floats = not _has_integers(params)
+    floats = not kind_of_weights(params)
     possible: list[tuple[bool, dict[str, Any]]] = [
         (s.train == "lora" and floats and not s.dora, {"quantize": "int4"}),
         (s.train == "all", {"train": "lora"}),
@@ -205,10 +207,3 @@ def _together(s: Resolved, changed: list[Resolved]) -> Resolved:
             if getattr(each, field.name) != getattr(s, field.name)
         }
     return dataclasses.replace(s, **values)
-
-
-def _has_integers(params: Params) -> bool:
-    def is_one(leaf: Any) -> bool:
-        return isinstance(leaf, QuantizedTensor)
-
-    return any(map(is_one, jax.tree.leaves(params, is_leaf=is_one)))
