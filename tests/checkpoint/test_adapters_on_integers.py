@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from adapters import BASE, RECORDED, dense, multiplied_out, peft_tensors, random_adapter, separate, write_peft
+from adapters import BASE, RECORDED, dense, multiplied_out, peft_tensors, random_adapter, scalings, separate, write_peft
 
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
@@ -122,14 +122,19 @@ def gguf(tmp_path_factory) -> Path:
     ("bits", "lora"),
     [
         (4, LoraConfig(3, 7)),
-        (8, LoraConfig(2, 5, ("qkv_proj", "down_proj"), rslora=True)),
+        (
+            8,
+            LoraConfig(
+                2, 5, ("qkv_proj", "down_proj"), rslora=True, ranks=(("down_proj", 3),), alphas=(("qkv_proj", 2),)
+            ),
+        ),
         (4, LoraConfig(2, 5, dora=True)),
         pytest.param(8, LoraConfig(4, 3, ("o_proj",), dropout=0.5), marks=pytest.mark.slow),
     ],
 )
 def test_logits_are_those_of_dequantised_weights_plus_the_update(bits, lora, tiny, integers, adapter_of):
     base, folder = phi3_jax.load(integers[bits], layout="rows"), adapter_of(lora)
-    expected = dense(meaning(base.params), load_adapter(folder, tiny.config)[1], lora, lora.scaling)
+    expected = dense(meaning(base.params), load_adapter(folder, tiny.config)[1], lora, scalings(lora))
     loaded = phi3_jax.load(integers[bits], layout="rows", adapter=folder)
     check(loaded.params, loaded.config, expected, ("slice", "index") if lora.dora else ("index",))
 
