@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phi3_jax.text.chat import dropped
-from phi3_jax.text.literals import Literals, unused_noncharacter
 from phi3_jax.text.messages import Chat, Message, Tool, read_chat
 from phi3_jax.text.spans import Span, encode_spans
-from phi3_jax.text.template import for_chat
+from phi3_jax.text.templates.literals import Literals, unused_noncharacter
+from phi3_jax.text.templates.template import for_chat
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Llama 3.1 ends a call of its built-in tools with a token of its own.

@@ -1,6 +1,7 @@
 """Messages -> prompt, with the checkpoint's chat template.
 
-    messages, tools -> messages.py: checked -> literals.py: special tokens taken apart -> template.py: text -> ids
+    messages, tools -> messages.py: checked -> templates/literals.py: special tokens taken apart
+                    -> templates/template.py: text -> ids
 
 What a message says is text: a `<|end|>` in it stays plain text and never ends the turn. The same holds for roles, the
 descriptions of tools, and the arguments of calls.
@@ -11,9 +12,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phi3_jax.text.literals import Literals, unused_noncharacter, write
 from phi3_jax.text.messages import Chat, Message, Tool, function_of, read_chat
-from phi3_jax.text.template import for_chat, vocabulary
+from phi3_jax.text.templates.literals import Literals, unused_noncharacter, write
+from phi3_jax.text.templates.sandbox import vocabulary
+from phi3_jax.text.templates.template import for_chat
 from phi3_jax.text.tokenizer import Tokenizer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from phi3_jax.text.template import vocabulary
+from phi3_jax.text.templates.sandbox import vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]

@@ -125,7 +125,7 @@ class Tokenizer:
             add_eos: end with `closing`. None does so if `add_bos` is None, too: few files close a text, and the prompt
                 of an answer must not be closed.
             literal_mark: a character that is dropped after the cut at special tokens. Text that holds it inside of
-                a special token's string keeps that string as plain text (see literals.py).
+                a special token's string keeps that string as plain text (see templates/literals.py).
 
         Raises:
             ValueError: the text holds a lone surrogate, or bos is asked for and the vocabulary has none.

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from templates import DROPS_SYSTEM, PHI4, PHI4_MINI, SPECIALS, small_tokenizer
 
-from phi3_jax.text import Tokenizer, encode_chat, load_tokenizer, render_chat, template
+from phi3_jax.text import Tokenizer, encode_chat, load_tokenizer, render_chat
+from phi3_jax.text.templates import sandbox
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello"}
@@ -187,10 +188,10 @@ def test_errors_in_templates(template: str | None, message: str) -> None:
 
 def test_templates_are_compiled_once() -> None:
     tokenizer = small_tokenizer(PHI4_MINI)
-    template._compile.cache_clear()
+    sandbox._compile.cache_clear()
     for _ in range(3):
         encode_chat(tokenizer, [USER])
-    assert template._compile.cache_info().misses == 1
+    assert sandbox._compile.cache_info().misses == 1
 
 
 # ---------------------------------------------------------------- the template and vocabulary of Phi-3-mini

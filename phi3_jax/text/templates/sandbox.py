@@ -1,4 +1,4 @@
-"""A chat template: a jinja2 program from a file that somebody else wrote.
+"""Runs a chat template: a jinja2 program from a file that somebody else wrote.
 
 It runs in jinja2's sandbox, with bounded sizes, and sees plain data only: text, numbers, lists and dicts.
 """
@@ -19,13 +19,8 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
-from phi3_jax.text.tokenizer import Tokenizer
-
 MAX_TEMPLATE_CHARACTERS = 100_000
 MAX_GENERATED_CHARACTERS = 1_000_000  # written by the template itself, on top of the messages
-
-# Code points that Unicode reserves for a program's own use; real text does not contain them.
-NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 _DEFUSE = "phi3_jax defuse"  # no name that a template could write
 _SEARCHING = frozenset(  # methods of text whose first argument is looked for in it
@@ -33,65 +28,37 @@ _SEARCHING = frozenset(  # methods of text whose first argument is looked for in
 ).union(["replace", "count", "removeprefix", "removesuffix"])
 
 
-def render(
-    tokenizer: Tokenizer, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None
-) -> str:
-    """What the checkpoint's template writes.
+class Failed(Exception):  # noqa: N818 - the template's fault, not ours
+    """A template that cannot be run, or refuses; the text says why."""
+
+
+def run(source: str, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None) -> str:
+    """What a template writes.
 
     Args:
-        variables: the names that the template may use, on top of bos_token and eos_token.
+        source: the template.
+        variables: the names that it may use.
         characters: how long the texts in them are.
         defuse: what was done to these texts. What the template searches in them is then treated alike.
 
     Raises:
-        ValueError: no template, or one that fails or refuses the messages.
+        Failed: it has a syntax error, fails, refuses the messages, or writes too much.
     """
-    source = require_template(tokenizer)
-    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    variables = (
-        {**tokenizer.named_tokens}
-        | {name: token for name, token in names.items() if token}
-        | variables
-        | {_DEFUSE: defuse}
-    )
     room = MAX_GENERATED_CHARACTERS + characters
     chunks = []
     try:
-        for chunk in _compile(source).generate(variables):
+        for chunk in _compile(source).generate(variables | {_DEFUSE: defuse}):
             chunks.append(chunk)
             room -= len(chunk)
             if room < 0:
                 raise jinja2.TemplateError(f"more than {MAX_GENERATED_CHARACTERS} characters written")
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"{tokenizer.source}: syntax error in the chat template, line {error.lineno}: {error}"
-        ) from error
+        raise Failed(f"syntax error in the chat template, line {error.lineno}: {error}") from error
     except jinja2.TemplateError as error:
-        raise ValueError(f"{tokenizer.source}: the chat template refuses these messages: {error}") from error
+        raise Failed(f"the chat template refuses these messages: {error}") from error
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{tokenizer.source}: the chat template fails on these messages: {error!r}") from error
+        raise Failed(f"the chat template fails on these messages: {error!r}") from error
     return "".join(chunks)
-
-
-def for_chat(tokenizer: Tokenizer, has_tools: bool) -> Tokenizer:
-    """The tokenizer with the template for this chat: some checkpoints have another one, tool_use, for tools.
-
-    Raises:
-        ValueError: there is no template.
-    """
-    chosen = tokenizer.for_tools if has_tools else tokenizer
-    require_template(chosen)
-    return chosen
-
-
-def require_template(tokenizer: Tokenizer) -> str:
-    """The template's source. Raises ValueError if there is none."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{tokenizer.source}: the checkpoint has no chat template; "
-            "put one into chat_template.jinja beside the tokenizer, or encode plain text."
-        )
-    return tokenizer.chat_template
 
 
 @dataclasses.dataclass(frozen=True)

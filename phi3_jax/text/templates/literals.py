@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from phi3_jax.text.added_tokens import END_NAMES
 from phi3_jax.text.messages import Chat, variables
-from phi3_jax.text.template import NONCHARACTERS, render, vocabulary
+from phi3_jax.text.templates.sandbox import vocabulary
+from phi3_jax.text.templates.template import NONCHARACTERS, render
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Roles from which a template may make a control token, as Phi-4-mini's does: '<|' + role + '|>'. Other roles may only

@@ -1,0 +1,53 @@
+"""A tokenizer's chat template, and what it makes of plain data."""
+
+from collections.abc import Callable
+from typing import Any
+
+from phi3_jax.text.templates.sandbox import Failed, run
+from phi3_jax.text.tokenizer import Tokenizer
+
+# Code points that Unicode reserves for a program's own use; real text does not contain them.
+NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+
+
+def render(
+    tokenizer: Tokenizer, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None
+) -> str:
+    """What the checkpoint's template writes.
+
+    Args:
+        variables: the names that the template may use, on top of bos_token and eos_token.
+        characters: how long the texts in them are.
+        defuse: what was done to these texts. What the template searches in them is then treated alike.
+
+    Raises:
+        ValueError: no template, or one that fails or refuses the messages.
+    """
+    source = require_template(tokenizer)
+    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    variables = {**tokenizer.named_tokens} | {name: token for name, token in names.items() if token} | variables
+    try:
+        return run(source, variables, characters, defuse)
+    except Failed as error:
+        raise ValueError(f"{tokenizer.source}: {error}") from error
+
+
+def for_chat(tokenizer: Tokenizer, has_tools: bool) -> Tokenizer:
+    """The tokenizer with the template for this chat: some checkpoints have another one, tool_use, for tools.
+
+    Raises:
+        ValueError: there is no template.
+    """
+    chosen = tokenizer.for_tools if has_tools else tokenizer
+    require_template(chosen)
+    return chosen
+
+
+def require_template(tokenizer: Tokenizer) -> str:
+    """The template's source. Raises ValueError if there is none."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.source}: the checkpoint has no chat template; "
+            "put one into chat_template.jinja beside the tokenizer, or encode plain text."
+        )
+    return tokenizer.chat_template
