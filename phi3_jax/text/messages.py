@@ -21,7 +21,7 @@ _KEYS = _FIELDS.union(
     ["type", "function", "id", "description", "parameters", "arguments", "properties", "required", "items", "enum"],
     ["default", "return", "anyOf", "format", "nullable", "additionalProperties", "title", "text"],
 )
-_RESERVED = frozenset(["messages", "tools", "add_generation_prompt", "bos_token", "eos_token"])
+_RESERVED = frozenset(["messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "now"])
 _CALL, _END_CALL = "<|tool_call|>", "<|/tool_call|>"  # of Phi-4-mini
 
 
@@ -151,7 +151,7 @@ def variables(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> 
                 written = f"{_CALL}{json.dumps(calls, ensure_ascii=False)}{_END_CALL}"
                 message["content"] = (message.get("content") or "") + written
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
-    return {"documents": None, "strftime_now": chat.now.strftime} | chat.options | given
+    return {"documents": None} | chat.options | given | {"now": chat.now.isoformat()}
 
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ It runs in jinja2's sandbox, with bounded sizes, and sees plain data only: text,
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -32,18 +32,33 @@ class Failed(Exception):  # noqa: N818 - the template's fault, not ours
     """A template that cannot be run, or refuses; the text says why."""
 
 
-def run(source: str, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None) -> str:
-    """What a template writes.
+def run(
+    source: str,
+    variables: dict[str, Any],
+    characters: int,
+    palettes: Sequence[Any] = (),
+    defuse: Callable[[str], str] | None = None,
+) -> list[str]:
+    """What a template writes: plain, and then once in each palette's colours.
 
     Args:
         source: the template.
-        variables: the names that it may use.
+        variables: the names that it may use: JSON's types only. "now", a time in ISO's form, is what its function
+            strftime_now tells.
         characters: how long the texts in them are.
+        palettes: of colours.
         defuse: what was done to these texts. What the template searches in them is then treated alike.
 
     Raises:
         Failed: it has a syntax error, fails, refuses the messages, or writes too much.
     """
+    variables = dict(variables)
+    now = datetime.fromisoformat(variables.pop("now")) if "now" in variables else datetime.now()
+    variables = {"strftime_now": now.strftime} | variables
+    return [_write(source, variables, characters, defuse) for _ in (None, *palettes)]
+
+
+def _write(source: str, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None) -> str:
     room = MAX_GENERATED_CHARACTERS + characters
     chunks = []
     try:
@@ -147,7 +162,7 @@ def _environment() -> _Sandbox:
     """The environment that Hugging Face chat templates expect."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
     environment.filters.update(tojson=_to_json, _defused=_defused)
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    environment.globals.update(raise_exception=_raise_exception)
     del environment.globals["lipsum"]  # generates filler text of any length
     return environment
 
@@ -176,7 +191,3 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -27,7 +27,7 @@ def render(
     names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     variables = {**tokenizer.named_tokens} | {name: token for name, token in names.items() if token} | variables
     try:
-        return run(source, variables, characters, defuse)
+        return run(source, variables, characters, (), defuse)[0]
     except Failed as error:
         raise ValueError(f"{tokenizer.source}: {error}") from error
 
