@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from phi3_jax.text.templates.sandbox import vocabulary
+from phi3_jax.text.templates.template import vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -132,7 +132,7 @@ def variables(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> 
     Phi-4-mini's knows no `tools`; it reads them as JSON text from the system message. And it writes no `tool_calls`:
     then they become a part of the content, in the form that the model itself writes, if the tokenizer has the markers.
     """
-    speaks = vocabulary(tokenizer.chat_template or "")
+    speaks = vocabulary(tokenizer)
     messages, tools = [_aliased(message) for message in chat.messages], chat.tools
     in_messages = "tools" in speaks.fields and "tools" not in speaks.variables
     if tools and in_messages:

@@ -4,12 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from phi3_jax.text.added_tokens import END_NAMES
 from phi3_jax.text.messages import Chat, variables
-from phi3_jax.text.templates.sandbox import vocabulary
-from phi3_jax.text.templates.template import NONCHARACTERS, render
+from phi3_jax.text.templates.template import NONCHARACTERS, render, vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Roles from which a template may make a control token, as Phi-4-mini's does: '<|' + role + '|>'. Other roles may only
@@ -82,7 +81,7 @@ class Literals:
             changed = self._except_roles(change)
             given = variables(self._tokenizer, changed, add_generation_prompt)
             try:
-                apart = render(self._tokenizer, given, _characters(changed), change)
+                apart = render(self._tokenizer, given, _characters(changed), self._as_data(change))
             except ValueError:  # the template looks at words, and these it does not know
                 continue
             more = self._special_tokens(text) - self._special_tokens(apart)
@@ -111,7 +110,7 @@ class Literals:
 
     def check_roles(self, add_generation_prompt: bool) -> None:
         """Raises ValueError if the template makes a special token out of a role that it does not name."""
-        named = _ROLES | vocabulary(self._tokenizer.chat_template or "").compared
+        named = _ROLES | vocabulary(self._tokenizer).compared
         for index, message in enumerate(self._chat.messages):
             # A template may compare contents with "end", too.
             if (role := message["role"]) in named and f"<|{role}|>" not in END_NAMES:
@@ -128,7 +127,21 @@ class Literals:
     def render(self, chat: Chat, add_generation_prompt: bool) -> str:
         """What the template makes of a chat with marks."""
         given = variables(self._tokenizer, chat, add_generation_prompt)
-        return render(self._tokenizer, given, _characters(chat), self._defuse)
+        return render(self._tokenizer, given, _characters(chat), self._as_data(self._defuse))
+
+    def _as_data(self, change: Callable[[str], str]) -> dict[str, Any] | None:
+        """A change of texts as the sandbox takes it."""
+        if change == self._veil:
+            return {"letters": {chr(old): chr(new) for old, new in self._veils.items()}}
+        if change == self._spread:
+            return {"pattern": r"(\S)", "replacement": rf"\1{self.mark}"}
+        return (
+            self._present
+            and {
+                "pattern": f"(?s:(?=({_any_of(self._present)}))(.))",
+                "replacement": rf"\2{self.mark}",
+            }
+        ) or None
 
     def _special_tokens(self, text: str) -> Counter[str]:
         # Many searches for one string are faster than one for many.

@@ -1,9 +1,8 @@
 """A tokenizer's chat template, and what it makes of plain data."""
 
-from collections.abc import Callable
 from typing import Any
 
-from phi3_jax.text.templates.sandbox import Failed, run
+from phi3_jax.text.templates import process
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Code points that Unicode reserves for a program's own use; real text does not contain them.
@@ -11,7 +10,7 @@ NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 
 def render(
-    tokenizer: Tokenizer, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None
+    tokenizer: Tokenizer, variables: dict[str, Any], characters: int, defuse: dict[str, Any] | None = None
 ) -> str:
     """What the checkpoint's template writes.
 
@@ -27,9 +26,18 @@ def render(
     names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     variables = {**tokenizer.named_tokens} | {name: token for name, token in names.items() if token} | variables
     try:
-        return run(source, variables, characters, (), defuse)[0]
-    except Failed as error:
-        raise ValueError(f"{tokenizer.source}: {error}") from error
+        return process.run(source, variables, characters, (), defuse)[0]
+    except ValueError as error:
+        raise ValueError(f"{tokenizer.source}: {error}") from None
+
+
+def vocabulary(tokenizer: Tokenizer) -> process.Vocabulary:
+    """What the checkpoint's template speaks of. Raises ValueError if there is none, or it cannot be parsed."""
+    source = require_template(tokenizer)
+    try:
+        return process.vocabulary(source)
+    except ValueError as error:
+        raise ValueError(f"{tokenizer.source}: {error}") from None
 
 
 def for_chat(tokenizer: Tokenizer, has_tools: bool) -> Tokenizer:
