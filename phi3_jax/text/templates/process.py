@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,16 +51,14 @@ class Vocabulary:
     writes_json: bool
 
 
-def run(source: str, variables: dict[str, Any], characters: int, palettes: Any = (), defuse: Any = None) -> list[str]:
+def run(source: str, variables: dict[str, Any], characters: int, palettes: Sequence[Any] = ()) -> list[str]:
     """What a template writes: `sandbox.run` with these arguments, all of them JSON's types.
 
     Raises:
         ValueError: the template fails, refuses the messages, or takes too much time or memory.
         OSError: there is no process to run it in.
     """
-    texts: list[str] = _ask(
-        "run", source=source, variables=variables, characters=characters, palettes=palettes, defuse=defuse
-    )
+    texts: list[str] = _ask("run", source=source, variables=variables, characters=characters, palettes=palettes)
     return texts
 
 
