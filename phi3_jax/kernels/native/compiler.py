@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,11 +78,16 @@ def source_key() -> str:
 
 def compiler_key(compiler: Sequence[str]) -> str:
     """Which compiler makes it: its command and what it says of itself."""
+    command = [*compiler, "--version"]
     try:
-        version = _run([*compiler, "--version"], timeout=60).stdout
+        version = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, env=_english(), check=False
+        ).stdout
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"{shlex.join(compiler)} --version does not answer; set CXX to another compiler") from None
-    return _digest([*(word.encode() for word in compiler), version.encode()])
+        raise Unavailable(f"{shlex.join(command)} does not answer; set CXX to another compiler") from None
+    except OSError as error:
+        raise _not_run(command, error) from None
+    return _digest([*(word.encode() for word in compiler), version])
 
 
 def sources() -> list[Path]:
@@ -96,44 +103,74 @@ def compile_library(compiler: Sequence[str], files: Iterable[Path], flags: Seque
     always = (*FLAGS, *flags, f"-I{SOURCES}", "-isystem", jax.ffi.include_dir())
     objects = {str(target.with_name(f"{number}.o")): str(path) for number, path in enumerate(files)}
     commands = [[*compiler, *always, "-c", path, "-o", made] for made, path in objects.items()]
+    running: set[subprocess.Popen[str]] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda command: _compile(command, target.parent), commands))
-    _compile([*compiler, "-shared", "-pthread", *objects, "-o", str(target)], target.parent)
+        try:
+            list(pool.map(lambda command: _compile(command, target.parent, running), commands))
+        except BaseException:  # Ctrl-C, or one of them has failed: nobody waits for the others any more
+            for process in [*running]:
+                _end(process)
+            raise
+    _compile([*compiler, "-shared", "-pthread", *objects, "-o", str(target)], target.parent, running)
 
 
-def _compile(command: Sequence[str], scratch: Path) -> None:
+def _compile(command: Sequence[str], scratch: Path, running: set[subprocess.Popen[str]]) -> None:
+    """Runs a compiler, which is in `running` while it does; its own scratch files are in `scratch`."""
     try:
-        done = _run(command, timeout=_SECONDS, TMPDIR=str(scratch))
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"{command[0]} took more than {_SECONDS} s; the next start tries again") from None
-    if not done.returncode:
-        return
-    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-    said = f": {_printable(lines[0])}" if lines else ""
-    if done.returncode < 0 or done.returncode > 128:  # a shell says 128 + the signal's number
-        number = -done.returncode if done.returncode < 0 else done.returncode - 128
-        raise Unavailable(f"{command[0]} was ended by signal {number}{said}; the next start tries again")
-    if passing := next((line for line in done.stderr.splitlines() if _PASSING.search(line)), None):
-        raise Unavailable(f"{command[0]} failed: {_printable(passing)}; the next start tries again")
-    raise Refused(f"{command[0]} failed with exit code {done.returncode}{said}; {KNOWN}")
-
-
-def _run(command: Sequence[str], timeout: int, **variables: str) -> subprocess.CompletedProcess[str]:
-    # In English: what a compiler says is looked at.
-    environment = {**os.environ, "LC_ALL": "C", **variables}
-    try:
-        return subprocess.run(
+        # A process group of its own: a Ctrl-C is meant for us, and no failure of the compiler.
+        process = subprocess.Popen(
             command,
-            check=False,
-            capture_output=True,
+            process_group=0,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=timeout,
-            env=environment,
+            env={**_english(), "TMPDIR": str(scratch)},
         )
-    except OSError as error:  # for instance no program after all, or no memory for another process
-        raise Unavailable(f"{command[0]} could not be run: {error.strerror}; set CXX to another compiler") from None
+    except OSError as error:
+        raise _not_run(command, error) from None
+    with process:
+        running.add(process)
+        try:
+            said = process.communicate(timeout=_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"{command[0]} took more than {_SECONDS} s; the next start tries again") from None
+        finally:
+            _end(process)
+            running.discard(process)
+    _judge(command[0], process.returncode, said)
+
+
+def _judge(compiler: str, code: int, said: str) -> None:
+    """Raises Refused if the compiler failed by what it was given, Unavailable if it may succeed the next time."""
+    if not code:
+        return
+    told = said.splitlines()
+    line = next((line for line in told if "error" in line.lower()), told[0] if told else "")
+    line = f": {_printable(line)}" if line else ""
+    if code < 0 or 128 < code < 193:  # a shell says 128 + the number of a signal
+        number = -code if code < 0 else code - 128
+        raise Unavailable(f"{compiler} was ended by signal {number}{line}; the next start tries again")
+    if (passing := next((line for line in told if _PASSING.search(line)), None)) is not None:
+        raise Unavailable(f"{compiler} failed: {_printable(passing)}; the next start tries again")
+    raise Refused(f"{compiler} failed with exit code {code}{line}; {KNOWN}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a compiler that still runs, with the programs that it has started."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _english() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C"}  # what a compiler says is looked at
+
+
+def _not_run(command: Sequence[str], error: OSError) -> Unavailable:
+    # It is no program after all, or there is no memory for another process.
+    return Unavailable(f"{command[0]} could not be run: {error.strerror}; set CXX to another compiler")
 
 
 def _printable(line: str) -> str:
