@@ -88,7 +88,7 @@ READERS = {
     "no name": _raises(ValueError("damaged")),
     "hang": _does(lambda: time.sleep(100)),
     "loop": _does(_loop),
-    "memory": _does(lambda: np.ones(1_000_000_000, np.uint8).sum()),
+    "memory": _does(lambda: np.ones(500_000_000, np.uint8).sum()),
     "abort": _does(os.abort),
     "exit": _does(lambda: os._exit(0)),
     "killed": _does(lambda: os.kill(os.getpid(), signal.SIGSEGV)),

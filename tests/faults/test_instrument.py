@@ -26,7 +26,7 @@ def test_every_planted_fault_is_found_and_no_other():
     assert planted.READERS.keys() == EXPECTED.keys()
     slow = dict.fromkeys(("hang", "loop", "memory"), 2) | dict.fromkeys(("abort", "exit", "killed"), 3)
     counts = dict.fromkeys(EXPECTED, 12) | slow | dict.fromkeys(("good", "told", "no checksum"), 40)
-    found = fuzz(planted.READERS, "planted", counts, 2, workers=2, tell=False, limit=0.5)
+    found = fuzz(planted.READERS, "planted", counts, 2, workers=2, tell=False, limit=1)
     assert found.counts["good"].keys() <= {"same", "refused", "other"}
     for name, verdict in EXPECTED.items():
         verdicts = found.counts[name]
