@@ -14,14 +14,13 @@ import importlib
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / "helpers" / each) for each in ("", "checkpoints"))]
 
 from fuzzing import table, worker  # noqa: E402
-from fuzzing.pool import Result, run  # noqa: E402
+from fuzzing.pool import LIMIT, Result, run  # noqa: E402
 from fuzzing.reader import Reader  # noqa: E402
 
 COMMAND = "python tests/faults/fuzz.py"
@@ -41,7 +40,7 @@ def fuzz(
     workers: int,
     keep: Path | None = None,
     tell: bool = True,
-    limit: float | None = None,
+    limit: float = LIMIT,
 ) -> table.Table:
     """Reads `counts[name]` mutated inputs of each reader in other processes.
 
@@ -49,9 +48,9 @@ def fuzz(
       module: where the workers find READERS.
       seed: of the first input of each reader.
       keep: a folder for the inputs that made faults; with one input, for that.
-      limit: seconds after which no more inputs are begun.
+      limit: seconds that reading one may take.
     """
-    found, begin = table.Table(), time.monotonic()
+    found = table.Table()
     jobs = [(name, seed + i) for i in range(max(counts.values())) for name in readers if i < counts[name]]
 
     def show(result: Result) -> None:
@@ -63,17 +62,11 @@ def fuzz(
         wanted = keep is not None and (result.verdict in table.FAULTS or len(jobs) == 1)
         return keep / f"{result.reader}-{result.seed}" if keep is not None and wanted else None
 
-    def in_time() -> object:
-        for job in jobs:
-            if limit is not None and time.monotonic() - begin > limit:
-                return
-            yield job
-
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="phi3-fuzz-") as work:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", work, "--readers", module]
-        run(command, in_time(), workers, Path(work), show, kept)
+        run(command, jobs, workers, Path(work), show, kept, limit)
     return found
 
 

@@ -44,11 +44,15 @@ class Changed(NamedTuple):
     resized: bool
 
 
+_KEEPING = ("flip", "flip", "set", "zero", "swap")  # the file's length
+_KINDS = (*_KEEPING, "insert", "delete", "duplicate", "truncate", "snippet")
+
+
 def change(content: bytes, rng: random.Random, within: tuple[int, int] | None = None) -> Changed:
-    """Changes something, at a place from `within` if given."""
+    """Changes something, at a place from `within` if given; then mostly without another length."""
     low, high = within or (0, len(content))
     high = max(low + 1, min(high, len(content)))
-    kind = rng.choice(("flip", "flip", "set", "zero", "insert", "delete", "duplicate", "truncate", "swap", "snippet"))
+    kind = rng.choice(_KEEPING if within and rng.random() < 0.5 else _KINDS)
     at = rng.randrange(low, high)
     length = min(rng.choice((1, 1, 2, 4, 8, 16, 64, 512)), max(1, high - at))
     before, piece, after = content[:at], content[at : at + length], content[at + length :]

@@ -96,12 +96,12 @@ def _lines(content: bytes, rng: random.Random) -> _Change:
 
 
 def _safetensors(content: bytes, rng: random.Random) -> _Change:
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
         changed, kind, detail = safetensors_headers.change(content, rng)
         place = "settings" if "__metadata__" in detail else "header"
         return changed, place, kind, detail
     start = safetensors_headers.data_start(content)
-    within = rng.choice(((0, start), (start, len(content))))
+    within = (0, start) if rng.random() < 0.4 else (start, len(content))
     found = any_bytes.change(content, rng, within)
     place = "header" if found.resized or found.at < start else "data"
     if found.at < start and not found.resized and _same_but_metadata(content, found.content):
@@ -122,9 +122,10 @@ def _same_but_metadata(old: bytes, new: bytes) -> bool:
 
 
 def _gguf(content: bytes, rng: random.Random) -> _Change:
-    if rng.random() < 0.65:
+    if rng.random() < 0.6:
         changed, field, how = gguf_headers.change(content, rng)
-        return changed, field.place, f"{field.kind}, {how}", f"{field.of} at byte {field.begin}"
+        place = "data" if gguf_headers.is_alike(field, content, changed) else field.place
+        return changed, place, f"{field.kind}, {how}", f"{field.of} at byte {field.begin}"
     start = gguf_headers.data_start(content)
     found = any_bytes.change(content, rng, rng.choice(((0, start), (start, len(content)))))
     detail = f"byte {found.at}, data from {start} to {len(content)}"
@@ -133,7 +134,8 @@ def _gguf(content: bytes, rng: random.Random) -> _Change:
     touched = [each for each in gguf_headers.fields(content) if each.begin <= found.at < each.end]
     # A change of one byte in a value is another value; more bytes may reach anything.
     one = not found.resized and sum(a != b for a, b in zip(content, found.content, strict=True)) == 1
-    place = "settings" if one and (not touched or touched[0].place == "settings") else "header"
+    free = one and all(f.place == "settings" or gguf_headers.is_alike(f, content, found.content) for f in touched)
+    place = "settings" if free else "header"
     return found.content, place, found.kind, f"{detail} ({', '.join(f'{f.kind} of {f.of}' for f in touched)})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 LIMIT = 5.0  # seconds that reading may take
 _MAKING = 300.0  # seconds, for valid inputs and what is compiled for them
-_ENOUGH = 2e9  # bytes beyond what the worker had, with which it is ended
+_ENOUGH = 1.5e9  # bytes beyond what the worker had, with which it is ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ def run(
     work: Path,
     tell: Callable[[Result], None],
     keep: Callable[[Result], Path | None] = lambda result: None,
+    limit: float = LIMIT,
 ) -> None:
     """Runs the jobs, (reader, seed), in worker processes.
 
@@ -69,6 +71,7 @@ def run(
       command: starts a worker.
       tell: is called with each result, by one thread at a time.
       keep: where the input of a result is kept, if it is.
+      limit: seconds that reading may take.
     """
     todo: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     for job in jobs:
@@ -76,7 +79,7 @@ def run(
     lock, failures = threading.Lock(), list[BaseException]()
 
     def serve() -> None:
-        worker = _Worker(command, work)
+        worker = _Worker(command, work, limit)
         try:
             while not failures:
                 try:
@@ -108,8 +111,8 @@ def run(
 
 
 class _Worker:
-    def __init__(self, command: Sequence[str], work: Path):
-        self._command, self._work = command, work
+    def __init__(self, command: Sequence[str], work: Path, limit: float):
+        self._command, self._work, self._limit = command, work, limit
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
 
@@ -133,7 +136,7 @@ class _Worker:
         if isinstance(found, str):
             raise RuntimeError(f"{reader}, seed {seed}: the valid input could not be made or read ({found})")
         mutation = found["mutation"]
-        answer = self._line(LIMIT, _ENOUGH)
+        answer = self._line(self._limit, _ENOUGH)
         if isinstance(answer, str):
             verdict, why = answer.split(": ", 1)
             return Result(reader, seed, verdict, why, **mutation)
@@ -152,8 +155,7 @@ class _Worker:
             if select.select([output], [], [], 0.05)[0]:
                 got = os.read(output.fileno(), 1 << 20)
                 if not got:
-                    status = self._process.wait()
-                    self._process = None
+                    status = self._ended()
                     return f"crash: {signal.Signals(-status).name if status < 0 else f'exit code {status}'}"
                 self._unread += got
             elif (seconds := time.monotonic() - begin - (self._waited() - waited)) > limit:
@@ -183,5 +185,14 @@ class _Worker:
     def end(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
-            self._process = None
+            self._ended()
+
+    def _ended(self) -> int:
+        """The exit code."""
+        assert self._process is not None
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+        status, self._process = self._process.wait(), None
+        return status

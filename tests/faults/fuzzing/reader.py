@@ -25,7 +25,8 @@ class Reader:
       cost: how many times longer an input takes than one of a cheap reader; it is tried less often.
       strict: "file" or "file:key" of JSON that describes how numbers are laid out, like a header.
       checksums: whether we wrote the file ourselves with checksums: a changed byte of data must be told.
-      names: whether an error names the file; where the input is no file, it does not.
+      names: words of which an error may have one instead of the file's name, where the input reaches the reader without
+        it; "" is in every error.
       lines: how many lines an error may have.
     """
 
@@ -36,7 +37,7 @@ class Reader:
     cost: float = 1
     strict: tuple[str, ...] = ()
     checksums: bool = False
-    names: bool = True
+    names: tuple[str, ...] = ()
     lines: int = 1
 
 

@@ -9,16 +9,21 @@ from .verdicts import FAULTS, FINE
 
 
 class Table:
-    """Collects results."""
+    """Collects results.
+
+    Attributes:
+      counts: of each verdict, for each reader.
+      faults: the results that are faults.
+    """
 
     def __init__(self) -> None:
-        self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self._slowest: dict[str, float] = defaultdict(float)
         self._largest: dict[str, float] = defaultdict(float)
         self.faults: list[Result] = []
 
     def add(self, result: Result) -> None:
-        self._counts[result.reader][result.verdict] += 1
+        self.counts[result.reader][result.verdict] += 1
         self._slowest[result.reader] = max(self._slowest[result.reader], result.seconds)
         self._largest[result.reader] = max(self._largest[result.reader], result.memory)
         if result.verdict in FAULTS:
@@ -35,13 +40,13 @@ class Table:
     def lines(self) -> list[str]:
         """The table."""
         rows = [["reader", "inputs", *FINE, *FAULTS, "slowest s", "peak MB"]]
-        rows += [self._row(name, [name]) for name in sorted(self._counts)]
-        rows.append(self._row("all", list(self._counts)))
+        rows += [self._row(name, [name]) for name in sorted(self.counts)]
+        rows.append(self._row("all", list(self.counts)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
     def _row(self, title: str, readers: list[str]) -> list[str]:
-        counts = sum((self._counts[name] for name in readers), Counter[str]())
+        counts = sum((self.counts[name] for name in readers), Counter[str]())
         slowest = max((self._slowest[name] for name in readers), default=0)
         largest = max((self._largest[name] for name in readers), default=0)
         verdicts = [str(counts[verdict]) for verdict in (*FINE, *FAULTS)]

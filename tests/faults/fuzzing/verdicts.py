@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from .reader import Mutation, Read, Reader
@@ -70,7 +71,7 @@ def _of_error(outcome: Outcome, mutation: Mutation, reader: Reader, place: str) 
         return "vague", f"{len(lines)} lines: {outcome.message[:300]!r}"
     if len(outcome.message) > 2000 * reader.lines:
         return "vague", f"{len(outcome.message)} characters: {outcome.message[:200]!r}"
-    if reader.names and place not in outcome.message:
+    if not any(name in outcome.message for name in (place, Path(mutation.file).name, *reader.names)):
         return "vague", f"names no file: {outcome.error}: {outcome.message[:300]!r}"
     return "told" if reader.checksums and mutation.place == "data" else "refused", ""
 

@@ -141,8 +141,8 @@ READERS = {
     "requests": Reader(_make_requests, _read_requests, lines=12),
     "answers": Reader(_make_answers, _read_answers, files={"*.partial": 1}),
     "conversation": Reader(_make_conversation, _read_conversation, cost=2),
-    "tools": Reader(_make_tools, _read_tools, names=False),
-    "schema": Reader(_make_schema, _read_schema, names=False, cost=2),
-    "regex": Reader(_make_regex, _read_regex, len(_REGEXES), names=False, cost=2),
-    "settings": Reader(_make_settings, _read_settings, names=False, cost=2),
+    "tools": Reader(_make_tools, _read_tools, names=("",)),
+    "schema": Reader(_make_schema, _read_schema, names=("",), cost=2),
+    "regex": Reader(_make_regex, _read_regex, len(_REGEXES), names=("",), cost=2),
+    "settings": Reader(_make_settings, _read_settings, names=("",), cost=2),
 }

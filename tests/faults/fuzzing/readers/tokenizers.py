@@ -48,5 +48,5 @@ def _make_template(folder: Path, variant: int) -> None:
 READERS = {
     "tokenizer.json": Reader(_make_json, _load, 8, {"tokenizer.json": 4, "config.json": 0.5, "*": 2}),
     "sentencepiece": Reader(_make_sentencepiece, _load, 2, {"tokenizer.model": 3, "*": 1}),
-    "template": Reader(_make_template, _load, len(_TEMPLATES), {"*.jinja": 1}, cost=1.5),
+    "template": Reader(_make_template, _load, len(_TEMPLATES), {"*.jinja": 1}, cost=1.5, names=("template",)),
 }
