@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -150,18 +151,35 @@ def _compile(compiler: str, sources: list[Path], flags: tuple[str, ...], target:
         always = (*_FLAGS, *flags, f"-I{_SOURCES}", "-isystem", jax.ffi.include_dir())
         objects = {str(Path(scratch, f"{number}.o")): str(path) for number, path in enumerate(sources)}
         commands = [[compiler, *always, "-c", path, "-o", made] for made, path in objects.items()]
+        running: set[subprocess.Popen[str]] = set()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            try:
+                list(pool.map(functools.partial(_run, running=running), commands))
+            except BaseException:  # Ctrl-C, for one; nobody waits for the others any more
+                for process in [*running]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGTERM)
+                raise
         library = Path(scratch, target.name)
         _run([compiler, "-shared", "-pthread", *objects, "-o", str(library)])
         library.rename(target)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-        raise Unavailable(f"{command[0]} failed with exit code {done.returncode}: {lines[0].strip()}")
+def _run(command: list[str], running: set[subprocess.Popen[str]] | None = None) -> None:
+    """Runs a compiler, which is in `running` while it does. Raises Unavailable if it fails."""
+    running = set() if running is None else running
+    # A process group of its own: what Ctrl-C does to us, it does to them only through us, and is no failure of theirs.
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        running.add(process)
+        try:
+            _, said = process.communicate()
+        finally:
+            running.discard(process)
+    if process.returncode:
+        lines = [line for line in said.splitlines() if "error" in line] or said.splitlines() or [""]
+        raise Unavailable(f"{command[0]} failed with exit code {process.returncode}: {lines[0].strip()}")
 
 
 def _check_version(loaded: ctypes.CDLL) -> None:
