@@ -1,0 +1,190 @@
+"""Signals at random moments of a program's life, and standard streams that are closed, full, slow or gone.
+
+PHI3_FAULTS_SIGNALS=150 sends as many signals, and shows what came of them.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cache_folders import own_cache
+from training_runs import write_run
+
+TRIALS = int(os.environ.get("PHI3_FAULTS_SIGNALS", "10"))
+SIGNALS = [signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # Ctrl-C is the most frequent one
+LONGEST = 30  # seconds from a signal to the end, on a machine that does much else
+PROMPT = ["--prompt", "12+7", "--max_new_tokens", "40"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A folder with a model and data, and an environment with a cache of its own."""
+
+    folder: Path
+    env: dict[str, str]
+
+    def command(self, program: str, output: Path) -> list[str]:
+        """A program that does all that it can do; what it writes goes to `output`."""
+        model, eval_file = ["--checkpoint", str(self.folder / "model")], str(self.folder / "eval.jsonl")
+        settings = write_run(self.folder, output=str(output / "run"), steps=6)
+        changed = {
+            field.name: getattr(settings, field.name)
+            for field in dataclasses.fields(settings)
+            if getattr(settings, field.name) != field.default
+        }
+        rest = {
+            "generate": [*model, *PROMPT],
+            "generate_file": [*model, "--input", str(self.folder / "in.jsonl"), "--output", str(output / "out.jsonl")],
+            "chat": [*model, "--max_new_tokens", "20"],
+            "quantize": [*model, "--quantize", "int8", "--output", str(output / "out")],
+            "export": [*model, "--output", str(output / "out.gguf"), "--type", "q8_0"],
+            "evaluate": [*model, "--data", eval_file, "--json", str(output / "out.json")],
+            "benchmark": [*model, "--prompt_lengths", "8", "--contexts", "8", "--new_tokens", "4", "--rounds", "2"],
+            "train": ["--tell_every", "0", *(f"--set={name}={value}" for name, value in changed.items())],
+            "random_checkpoint": ["--preset", "phi-3-mini-4k", "--layers", "1", "--output", str(output / "out")],
+        }[program]
+        name = program.removesuffix("_file")
+        start = f"import sys, phi3_start; sys.argv[0] = 'phi3-{name}'; phi3_start.{name}()"
+        return [sys.executable, "-c", start, *rest]
+
+    def start(self, program: str, output: Path, *more: str, **streams: object) -> subprocess.Popen[bytes]:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+        return subprocess.Popen([*self.command(program, output), *more], env=self.env, **streams)
+
+    def shell(self, script: str, program: str, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        """Runs a shell's script, in which "$@" is the program."""
+        command = ["bash", "-c", script, "bash", *self.command(program, output), *more]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("signals")
+    write_run(folder)
+    lines = [json.dumps({"prompt": f"{n}+{n}", "max_new_tokens": 20}) for n in range(24)]
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "cache").mkdir()
+    # A shell's background jobs, as which the tests may run, and all that they start ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield Place(folder, {**os.environ, "XDG_CACHE_HOME": own_cache(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"})
+    signal.signal(signal.SIGINT, before)
+
+
+def what_is_wrong(code: int, errors: str, number: signal.Signals, seconds: float, output: Path) -> list[str]:
+    """What a program must not do that has got a signal."""
+    if "Traceback" in errors and "phi3_start.py" not in errors and errors.endswith("KeyboardInterrupt\n"):
+        errors, code = "", -number  # Python itself was starting, and nothing of ours was there
+    wrong = [f"exit code {code}"] if code not in (0, -number, 128 + number) else []
+    wrong += [f"it took {seconds:.1f} s"] if seconds > LONGEST else []
+    strange = [
+        line
+        for line in errors.splitlines()
+        if not line.startswith(("phi3-", "prefill ", "stopped after ", str(output)))
+    ]
+    wrong += [f"it says {strange}"] if strange else []
+    left = [str(path) for path in output.rglob(".*-????????")]
+    return wrong + ([f"it leaves {left}"] if left else [])
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_ends_a_program_in_good_order(place, tmp_path):
+    programs = ["generate", "generate_file", "quantize", "export", "evaluate", "train"]
+    programs += ["random_checkpoint", "benchmark", "chat"] if TRIALS > 20 else []
+    rng, lives = random.Random(TRIALS), {}
+    outcomes, failures = Counter(), []
+    for trial in range(TRIALS):
+        program, number = programs[trial % len(programs)], SIGNALS[trial // len(programs) % len(SIGNALS)]
+        if program not in lives and TRIALS > 20:
+            (tmp_path / program).mkdir()
+            begun = time.monotonic()
+            with place.start(program, tmp_path / program) as process:
+                _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors
+            lives[program] = time.monotonic() - begun
+        output = tmp_path / f"{program}{trial}"
+        output.mkdir()
+        with place.start(program, output) as process:
+            time.sleep(rng.uniform(0, lives.get(program, 4)))
+            sent = time.monotonic()
+            process.send_signal(number)
+            try:
+                _, errors = process.communicate(timeout=LONGEST)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                _, errors = process.communicate()
+        wrong = what_is_wrong(process.returncode, errors.decode(), number, time.monotonic() - sent, output)
+        outcomes[number.name, process.returncode, len(errors.splitlines()) if program != "train" else -1] += 1
+        failures += [f"{program} {number.name}: {'; '.join(wrong)}"] if wrong else []
+    for (name, code, lines), count in sorted(outcomes.items()):
+        told = "any number of" if lines < 0 else lines
+        print(f"{name}: {count} times exit code {code}, with {told} lines on standard error")
+    assert not failures, "\n".join(failures)
+
+
+# ---- what can get lost ----
+
+WAIT = "tell(); time.sleep(5)"
+LOST = {
+    "in __del__": f"class Slow:\n def __del__(self): {WAIT}\nSlow()",
+    "in a callback of gc": f"def f(phase, info): {WAIT}\ngc.callbacks.append(f); gc.collect(); gc.callbacks.clear()",
+    "in a callback of XLA": f"logging.disable()\ndef f(x): {WAIT}; return x\nprint(jax.pure_callback(f, x, x))",
+    "by an except": f"try: {WAIT}\nexcept BaseException: pass",
+    "by another exception": f"try: {WAIT}\nexcept BaseException: raise RuntimeError('other') from None",
+    "by a generator": f"def g():\n try: yield; {WAIT}\n except BaseException: pass\nlist(g())",
+}
+
+
+def start_script(body: str, **streams: object) -> subprocess.Popen[str]:
+    """A program of its own, whose `main` this is; it prints "now" when the signal is to come."""
+    script = (
+        "import gc, hashlib, logging, os, sys, time\n"
+        "import jax, numpy as np\n"
+        "from phi3_jax.command_line.program import run_program\n"
+        "from phi3_jax.command_line.interrupts import interruptible\n"
+        "x = np.float32(1)\n"
+        "def tell(): print('now', flush=True)\n"
+        f"def main():\n exec({body!r}, globals())\n time.sleep(30)\n return 0\n"
+        "run_program('phi3-x', main, {})\n"
+    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.Popen([sys.executable, "-c", script], text=True, **streams)
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_never_lost(place):
+    for how, body in LOST.items():
+        with start_script(body) as process:
+            assert process.stdout.readline() == "now\n", how
+            process.send_signal(signal.SIGINT)
+            begun = time.monotonic()
+            _, errors = process.communicate(timeout=LONGEST)
+        assert (process.returncode, errors) == (-signal.SIGINT, ""), how
+        assert time.monotonic() - begun < LONGEST / 2, how
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_a_program_inside_of_compiled_code(place):
+    """Python's handlers wait for the end of the call."""
+    with start_script("tell(); hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**8)") as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == -signal.SIGINT
+    flagged = "with interruptible() as asked:\n tell()\n while not asked(): pass\n tell()\n time.sleep(30)"
+    with start_script(flagged) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == -signal.SIGINT
