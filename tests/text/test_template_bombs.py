@@ -49,7 +49,7 @@ LOOPS = [  # no end in time
     "{{ (7 ** 400000) | string | length + (7 ** 9999999) % 10 }}",
     "{% for x in range(99999) %}{% set y = range(99999) | sum %}{% endfor %}",
     "{% for x in range(99999) %}{% set y = range(99999) | sort(reverse=true) | list %}{% endfor %}",
-    "{% for x in range(99999) %}{% if 'b' in 'a' * 900000 %}{% endif %}{% endfor %}",
+    "{% for x in range(99999) %}{% if 'b' in 'a' * 900000 ~ x %}{% endif %}{% endfor %}",
     "{% set a = ('a' * 200000) %}{% for x in range(99999) %}{{ a.count('b') }}{% endfor %}",
     "{% for x in range(99999) %}{% for m in range(9999) | groupby('real') %}{% endfor %}{% endfor %}",
     "{% for x in range(99999) %}{% set y = ('x ' * 9999 ~ x) | title | wordcount %}{% endfor %}",
