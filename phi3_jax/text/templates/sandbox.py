@@ -126,7 +126,7 @@ def _environment(palette: tuple[str, int] | None = None) -> _Sandbox:
     environment.filters.update(tojson=_to_json, random=_random)
     environment.globals.update(raise_exception=_raise_exception)
     del environment.globals["lipsum"]  # generates filler text of any length
-    if palette is not None:
+    if isinstance(environment, _Coloured) and palette is not None:
         environment.follow(_colours(*palette))
     return environment
 
