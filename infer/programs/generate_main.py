@@ -91,11 +91,12 @@ def main() -> int:
     text, tools = _prompt_text(), common.tools() if _CHAT.value else None
     common.grammar(tools)  # raises before the model is loaded
     checkpoint = common.load_checkpoint()
-    tokenizer = require_tokenizer(checkpoint)
+    tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
     if _CHAT.value:
-        ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(text)]), tools=tools)
+        ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(text)]), tools=tools, most=most)
         return answer_prompt(checkpoint, ids, tools)
-    return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False))
+    ids = tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False, most=most)
+    return answer_prompt(checkpoint, ids)
 
 
 def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int], tools: list[Any] | None = None) -> int:
@@ -258,14 +259,17 @@ def _check_request(request: Request, name: str) -> None:
 
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
     """The token ids of a request's prompt. Raises ValueError with the line's number, before anything runs."""
-    tokenizer = require_tokenizer(checkpoint)
+    tokenizer, most, text = (
+        require_tokenizer(checkpoint),
+        checkpoint.config.max_position_embeddings,
+        request.prompt or "",
+    )
     try:
-        if request.messages is not None:
-            ids = phi3_jax.encode_chat(tokenizer, _with_system(request.messages), tools=_tools(request))
-        elif _CHAT.value:
-            ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(request.prompt or "")]), tools=_tools(request))
+        if request.messages is not None or _CHAT.value:
+            messages = [_user(text)] if request.messages is None else request.messages
+            ids = phi3_jax.encode_chat(tokenizer, _with_system(messages), tools=_tools(request), most=most)
         else:
-            ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value, add_eos=False)
+            ids = tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False, most=most)
         SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
