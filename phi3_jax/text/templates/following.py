@@ -4,10 +4,9 @@ The template's texts and constants are coloured when it is compiled. What is com
 taken plain; filters and methods that change letters are run on plain text, and the colours are carried over.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import update_wrapper, wraps
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
 
 import jinja2
 import jinja2.filters
@@ -18,6 +17,7 @@ import jinja2.utils
 import jinja2.visitor
 from markupsafe import Markup
 
+from phi3_jax.text.templates.coloured_filters import coloured_filters, on_plain
 from phi3_jax.text.templates.provenance import TEMPLATE, Colours
 
 OPERATORS = frozenset(["%", "+"])  # that are to be intercepted
@@ -25,18 +25,6 @@ _COMPARING_TESTS = (
     *("eq", "==", "equalto", "ne", "!=", "lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan", "ge", ">="),
     *("in", "lower", "upper", "filter", "test"),
 )
-_OPAQUE_FILTERS = (
-    "int",
-    "float",
-    "filesizeformat",
-    "urlencode",
-    "urlize",
-    "wordcount",
-    "xmlattr",
-    "pprint",
-    "striptags",
-)
-_NAMING_FILTERS = ("select", "reject", "selectattr", "rejectattr", "attr", "sum")  # their arguments are names
 
 
 class Following(jinja2.sandbox.SandboxedEnvironment):
@@ -47,9 +35,10 @@ class Following(jinja2.sandbox.SandboxedEnvironment):
         self._colours = colours
         self._painter = _Painter(colours)
         self.finalize = _finalizer(colours)
-        self.filters.update(_filters(colours, dict(self.filters)))
+        self.filters.update(coloured_filters(colours, dict(self.filters)))
         for name in _COMPARING_TESTS:
-            self.tests[name] = _on_plain(colours, self.tests[name])
+            compare: Any = self.tests[name]
+            self.tests[name] = on_plain(colours, compare)
         self.globals["dict"] = _keeping(
             lambda *args, **kwargs: {colours.key(k): v for k, v in dict(*args, **kwargs).items()}
         )
@@ -155,8 +144,7 @@ class _Painter(jinja2.visitor.NodeTransformer):
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
         """`a ~ b`"""
-        node.nodes = [self._filtered(each, "_spell") for each in node.nodes]
-        return node
+        return self._filtered(jinja2.nodes.List(node.nodes, lineno=node.lineno), "_concat")
 
     def visit_Pair(self, node: jinja2.nodes.Pair) -> jinja2.nodes.Node:  # noqa: N802
         """`{key: value}`"""
@@ -174,169 +162,3 @@ class _Painter(jinja2.visitor.NodeTransformer):
         if isinstance(node, jinja2.nodes.Const) and name == "_plain":
             return node
         return jinja2.nodes.Filter(self.visit(node), name, [], [], None, None, lineno=node.lineno)
-
-
-def _filters(colours: Colours, filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """The filters that are not the same on coloured text."""
-    plain, spell = colours.plain, colours.spell
-
-    def method(name: str) -> Callable[..., Any]:
-        return lambda value, *args: colours.method(spell(value), name, args, {})
-
-    def naming(name: str) -> Callable[..., Any]:
-        function = filters[name]
-
-        @wraps(function)
-        def named(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            return function(context, value, *plain(args), **plain(kwargs))
-
-        return named
-
-    @jinja2.pass_context
-    def map_(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if "attribute" in kwargs:
-            kwargs["attribute"] = plain(kwargs["attribute"])
-        return filters["map"](context, value, *plain(args[:1]), *args[1:], **kwargs)
-
-    @jinja2.pass_environment
-    def join(environment: jinja2.Environment, value: Iterable[Any], d: Any = "", attribute: Any = None) -> str:
-        if attribute is not None:
-            value = map(jinja2.filters.make_attrgetter(environment, plain(attribute)), value)
-        return str(spell(d)).join(str(spell(each)) for each in value)
-
-    def replace(value: Any, old: Any, new: Any, count: int | None = None) -> Any:
-        given = (str(spell(old)), str(spell(new)), -1 if count is None else count)
-        return colours.method(str(spell(value)), "replace", given, {})
-
-    def format_(value: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and kwargs:
-            raise jinja2.filters.FilterArgumentError("can't handle positional and keyword arguments at the same time")
-        return colours.percent(spell(value), kwargs or args)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> Any:
-        options["indent"] = indent
-        expected = filters["tojson"](plain(value), ensure_ascii=ensure_ascii, **plain(options))
-        is_plain = not colours.is_coloured([value, options])
-        return expected if is_plain else colours.checked(colours.json(value, ensure_ascii, options), expected)
-
-    def title(value: Any) -> Any:
-        expected = filters["title"](plain(value))
-        return colours.checked(colours.with_case(spell(value), "title", expected), expected)
-
-    @jinja2.pass_environment
-    def wordwrap(environment: jinja2.Environment, value: str, *args: Any, **kwargs: Any) -> Any:
-        expected = filters["wordwrap"](environment, plain(value), *plain(args), **plain(kwargs))
-        return colours.checked(colours.respaced(value, expected), expected)
-
-    return {
-        **{name: method(name) for name in ("lower", "upper", "capitalize")},
-        **{name: _also_on_plain(colours, filters[name]) for name in ("indent", "truncate")},
-        **{name: _on_plain(colours, filters[name]) for name in _OPAQUE_FILTERS},
-        **{name: naming(name) for name in _NAMING_FILTERS},
-        **_ordering(colours),
-        "e": colours.escape,
-        "escape": colours.escape,
-        "forceescape": lambda value: colours.escape(str(spell(value))),
-        "trim": lambda value, chars=None: colours.method(spell(value), "strip", (chars,), {}),
-        "center": lambda value, width=80: colours.method(spell(value), "center", (width,), {}),
-        "title": title,
-        "wordwrap": wordwrap,
-        "map": map_,
-        "join": join,
-        "replace": replace,
-        "format": format_,
-        "tojson": to_json,
-        "string": spell,
-        "safe": lambda value: Markup(spell(value)),
-        "_plain": plain,
-        "_spell": spell,
-        "_key": colours.key,
-    }
-
-
-def _on_plain(colours: Colours, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on plain arguments. What text it makes of coloured ones is LOST."""
-
-    @wraps(function)
-    def on_plain(*args: Any, **kwargs: Any) -> Any:
-        result = function(*colours.plain(args), **colours.plain(kwargs))
-        is_lost = isinstance(result, str) and colours.is_coloured([args, kwargs])
-        return colours.checked(None, result) if is_lost else result
-
-    return on_plain
-
-
-def _also_on_plain(colours: Colours, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on coloured text, and on plain text to see whether it did the same."""
-
-    @wraps(function)
-    def both(*args: Any, **kwargs: Any) -> Any:
-        return colours.checked(function(*args, **kwargs), function(*colours.plain(args), **colours.plain(kwargs)))
-
-    return both
-
-
-class _Group(NamedTuple):
-    """As jinja2's own, of the filter `groupby`."""
-
-    grouper: Any
-    list: list[Any]
-
-
-def _ordering(colours: Colours) -> dict[str, Callable[..., Any]]:
-    """The filters that compare what is in a list, with jinja2's arguments."""
-    getter = jinja2.filters.make_attrgetter
-
-    def comparable(case_sensitive: bool) -> Callable[[Any], Any]:
-        fold = (lambda value: value) if case_sensitive else jinja2.filters.ignore_case
-        return lambda value: fold(colours.plain(value))
-
-    @jinja2.pass_environment
-    def sort(
-        environment: Any, value: Any, reverse: bool = False, case_sensitive: bool = False, attribute: Any = None
-    ) -> list[Any]:
-        names, compared = colours.plain(attribute), comparable(case_sensitive)
-        return sorted(value, key=jinja2.filters.make_multi_attrgetter(environment, names, compared), reverse=reverse)
-
-    @jinja2.pass_environment
-    def unique(environment: Any, value: Any, case_sensitive: bool = False, attribute: Any = None) -> Iterator[Any]:
-        key, seen = getter(environment, colours.plain(attribute), comparable(case_sensitive)), set()
-        for each in value:
-            if (found := key(each)) not in seen:
-                seen.add(found)
-                yield each
-
-    def choosing(choose: Callable[..., Any]) -> Callable[..., Any]:
-        @jinja2.pass_environment
-        def chosen(environment: Any, value: Any, case_sensitive: bool = False, attribute: Any = None) -> Any:
-            if not (values := list(value)):
-                return environment.undefined("No aggregated item, sequence was empty.")
-            return choose(values, key=getter(environment, colours.plain(attribute), comparable(case_sensitive)))
-
-        return chosen
-
-    @jinja2.pass_environment
-    def groupby_(
-        environment: Any, value: Any, attribute: Any, default: Any = None, case_sensitive: bool = False
-    ) -> list[_Group]:
-        attribute = colours.plain(attribute)
-        key = getter(environment, attribute, comparable(case_sensitive), default=default)
-        shown = getter(environment, attribute, default=default)
-        groups = [list(values) for _, values in groupby(sorted(value, key=key), key)]
-        return [_Group(shown(values[0]), values) for values in groups]
-
-    def dictsort(value: Any, case_sensitive: bool = False, by: str = "key", reverse: bool = False) -> list[Any]:
-        by = colours.plain(by)
-        if by not in ("key", "value"):
-            raise jinja2.filters.FilterArgumentError('You can only sort by either "key" or "value"')
-        key = comparable(case_sensitive)
-        return sorted(value.items(), key=lambda item: key(item[by == "value"]), reverse=reverse)
-
-    return {
-        "sort": sort,
-        "unique": unique,
-        "min": choosing(min),
-        "max": choosing(max),
-        "groupby": groupby_,
-        "dictsort": dictsort,
-    }

@@ -161,7 +161,7 @@ class Colours:
         expected = getattr(plain, name)(*plain_args, **plain_kwargs)
         if not self.is_coloured([text, args, kwargs]) or not isinstance(expected, str | list | tuple):
             return expected
-        if name in _CASES:
+        if name in _CASES and isinstance(expected, str):
             return self.checked(self.with_case(text, name, expected), expected)
         if name in ("strip", "lstrip", "removeprefix"):
             kept = getattr(plain, "removeprefix" if name == "removeprefix" else "lstrip")(*plain_args)
@@ -173,9 +173,8 @@ class Colours:
             given = plain_kwargs.get("sep", plain_args[0] if plain_args else None) if name.endswith("split") else None
             return self.checked(_pieces(str(text), plain, expected, len(given or "")), expected)
         if name == "replace" and plain_args[0]:
-            old, new, *count = plain_args[0], str(args[1]), *plain_args[2:]
-            parts = _pieces(str(text), plain, str(plain).split(old, *count), len(old))
-            return self.checked(new.join(parts), expected)
+            parts = _pieces(str(text), plain, str(plain).split(plain_args[0], *plain_args[2:]), len(plain_args[0]))
+            return self.checked(str(args[1]).join(parts), expected)
         if name == "join":
             return self.checked(str(text).join(args[0]), expected)
         if name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
@@ -220,6 +219,8 @@ class Colours:
             if found["kind"] == "%":
                 return str(text[found.end() - 1])
             value = next(values) if found["key"] is None else args[found["key"]]
+            if found["kind"] == "c" and isinstance(value, int):
+                return self.paint(chr(value), LOST)  # numbers have no colour
             if found["kind"] != "s":
                 return str(f"%{found['rest']}" % (self.plain(value),))
             said = str(self.spell(value))
