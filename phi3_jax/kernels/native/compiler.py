@@ -32,7 +32,7 @@ INSTRUCTION_SETS = {
     "neon": (),
     "portable": ("-DPHI3_PORTABLE",),  # no vector code, although the compiler may know some for this processor
 }
-KNOWN = "GCC 10 to 14 and clang 14 to 19 are known to compile the kernels"
+KNOWN = "GCC 10 to 14 and clang 14 to 18 are known to compile the kernels"
 _SECONDS = 900  # a file takes ten, on a slow and busy machine some more
 # What compilers and linkers say when they were killed, or lacked something that may be there next time.
 _PASSING = re.compile(
