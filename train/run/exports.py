@@ -15,6 +15,7 @@ from typing import Any
 
 import phi3_jax
 from phi3_jax.checkpoint import save_adapter, write_trained_on
+from phi3_jax.checkpoint.atomic_write import exchange, new_file
 
 from ..settings import Settings, adapter_config
 from ..step import TrainState
@@ -103,7 +104,7 @@ def exported_step(folder: Path) -> int | None:
     try:
         found = json.loads((folder / _STEP).read_bytes())
         return int(found["step"]) if all((folder / name).exists() for name in found.get("files", [])) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # damaged: written again
         return None
 
 
@@ -132,10 +133,14 @@ def replace_export(folder: Path, step: int, write: Callable[[Path], None]) -> No
     new, old = _beside(folder, "new"), _beside(folder, "old")
     write(new)
     about = {"step": step, "files": sorted(path.name for path in new.iterdir())}
-    (new / _STEP).write_text(json.dumps(about) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    with new_file(new / _STEP) as partial:
+        partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    if folder.exists() and exchange(new, folder):  # who reads it finds one or the other
+        old = new
+    else:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
     _remove(old, folder)
 
 
