@@ -139,7 +139,7 @@ class _Worker:
         answer = self._line(self._limit, _ENOUGH)
         if isinstance(answer, str):
             verdict, why = answer.split(": ", 1)
-            return Result(reader, seed, verdict, why, **mutation)
+            return Result(reader, seed, verdict, why, **mutation, seconds=self._seconds, memory=self._more)
         told = answer["outcome"]
         return Result(
             reader, seed, answer["verdict"], answer["why"], **mutation, seconds=told["seconds"], memory=told["memory"],
@@ -151,6 +151,7 @@ class _Worker:
         assert self._process is not None
         assert self._process.stdout is not None
         output, begin, waited, had = self._process.stdout, time.monotonic(), self._waited(), self._memory()
+        self._seconds = self._more = 0.0
         while b"\n" not in self._unread:
             if select.select([output], [], [], 0.05)[0]:
                 got = os.read(output.fileno(), 1 << 20)
@@ -158,12 +159,15 @@ class _Worker:
                     status = self._ended()
                     return f"crash: {signal.Signals(-status).name if status < 0 else f'exit code {status}'}"
                 self._unread += got
-            elif (seconds := time.monotonic() - begin - (self._waited() - waited)) > limit:
+                continue
+            self._seconds = time.monotonic() - begin - (self._waited() - waited)
+            self._more = max(self._more, self._memory() - had)
+            if self._seconds > limit:
                 self.end()
-                return f"hang: not read after {seconds:.1f} s"
-            elif (more := self._memory() - had) > memory:
+                return f"hang: not read after {self._seconds:.1f} s"
+            if self._more > memory:
                 self.end()
-                return f"memory: {more / 1e6:.0f} MB and more"
+                return f"memory: {self._more / 1e6:.0f} MB and more"
         line, self._unread = self._unread.split(b"\n", 1)
         return dict(json.loads(line))
 
