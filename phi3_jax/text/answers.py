@@ -9,7 +9,7 @@ from typing import Any
 from phi3_jax.text.chat import dropped
 from phi3_jax.text.messages import Chat, Message, Tool, read_chat
 from phi3_jax.text.spans import Span, encode_spans
-from phi3_jax.text.templates.literals import Literals, unused_noncharacter
+from phi3_jax.text.templates.literals import judge, unused_noncharacter, write
 from phi3_jax.text.templates.template import for_chat
 from phi3_jax.text.tokenizer import Tokenizer
 
@@ -44,38 +44,39 @@ def encode_answers(
     if last is None:
         raise ValueError('no message has the role "assistant", so that there is no answer to learn.')
     chat = dataclasses.replace(chat, messages=chat.messages[: last + 1])
-    literals = Literals(tokenizer, chat)
-    text, spans = _find_answers(tokenizer, chat, literals)
+    written = judge(tokenizer, chat, add_generation_prompt=False)
+    mark = unused_noncharacter(tokenizer, chat, written.text)
+    text = written.marked(mark)
+    spans = _find_answers(tokenizer, chat, written.text)
     if lost := dropped(tokenizer, chat, add_generation_prompt=False):
         raise ValueError(lost[0])
-    return encode_spans(tokenizer, text, spans, parse_special=True, add_bos=False, literal_mark=literals.mark)
+    spans = [(written.place(begin), written.place(end)) for begin, end in spans]
+    return encode_spans(tokenizer, text, spans, parse_special=True, add_bos=False, literal_mark=mark)
 
 
-def _find_answers(tokenizer: Tokenizer, chat: Chat, literals: Literals) -> tuple[str, list[Span]]:
-    """The rendered conversation, which ends with an answer, and the characters of its answers with their end tokens."""
-    ready = literals.prepare(add_generation_prompt=False)
-    text = literals.render(ready, add_generation_prompt=False)
-    border = unused_noncharacter(tokenizer, ready)
+def _find_answers(tokenizer: Tokenizer, chat: Chat, text: str) -> list[Span]:
+    """The characters of the answers with their end tokens in the rendered conversation, which ends with an answer."""
+    border = unused_noncharacter(tokenizer, chat, text)
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     rewritten = [i for i in answers if _is_rewritten(chat.messages[i])]
     said = [i for i in answers if i not in rewritten]
     found: dict[int, Span] = {}
     if said:
-        pieces = _bordered(tokenizer, ready, literals, said, border, text)
+        pieces = _bordered(tokenizer, chat, said, border, text)
         ending = _ending(tokenizer, pieces[2::2])
         starts = list(itertools.accumulate(map(len, pieces), initial=0))
         spans = [(starts[i], starts[i + 1] + len(ending)) for i in range(1, len(pieces), 2)]
         found = dict(zip(said, spans, strict=True))
     elif rewritten:  # what would follow if the last answer were plain
-        pieces = _render_bordered(ready, literals, rewritten[-1:], border, str, plain=True)
+        pieces = _render_bordered(tokenizer, chat, rewritten[-1:], border, str, plain=True)
         ending = _ending(tokenizer, pieces[2:])
     for index in rewritten:
-        start = _start(tokenizer, ready, literals, index, border, text)
+        start = _start(tokenizer, chat, index, border, text)
         ends = [text.find(end, start) + len(end) for end in [ending.strip(), *_MORE_ENDS] if end in text[start:]]
         if not ends:
             raise ValueError(_not_as_said(tokenizer))
         found[index] = (start, min(ends))
-    return text, [found[index] for index in answers]
+    return [found[index] for index in answers]
 
 
 def _is_rewritten(message: dict[str, Any]) -> bool:
@@ -83,28 +84,31 @@ def _is_rewritten(message: dict[str, Any]) -> bool:
     return bool(message.get("tool_calls") or message.get("reasoning_content") or "</think>" in message["content"])
 
 
-def _bordered(
-    tokenizer: Tokenizer, ready: Chat, literals: Literals, indices: list[int], border: str, text: str
-) -> list[str]:
+def _bordered(tokenizer: Tokenizer, chat: Chat, indices: list[int], border: str, text: str) -> list[str]:
     """The text in pieces: every second one is the content of one of these messages."""
     for prepare in (str, str.strip, str.rstrip, str.lstrip):  # the template may strip what is said
-        pieces = _render_bordered(ready, literals, indices, border, prepare)
+        pieces = _render_bordered(tokenizer, chat, indices, border, prepare)
         if "".join(pieces) == text and len(pieces) == 1 + 2 * len(indices):
             return pieces
     raise ValueError(_not_as_said(tokenizer))
 
 
 def _render_bordered(
-    ready: Chat, literals: Literals, indices: list[int], border: str, prepare: Callable[[str], str], plain: bool = False
+    tokenizer: Tokenizer,
+    chat: Chat,
+    indices: list[int],
+    border: str,
+    prepare: Callable[[str], str],
+    plain: bool = False,
 ) -> list[str]:
     """The conversation, cut before and after the contents of these messages, which are all that is left if `plain`."""
-    messages = list(ready.messages)
+    messages = list(chat.messages)
     for index in indices:
         kept = {"role": messages[index]["role"]} if plain else messages[index]
         content = "" if plain else messages[index].get("content") or ""  # a template may cut thoughts off
         messages[index] = kept | {"content": border + prepare(content) + border}
-    chat = dataclasses.replace(ready, messages=messages)
-    return literals.render(chat, add_generation_prompt=False).split(border)
+    chat = dataclasses.replace(chat, messages=messages)
+    return write(tokenizer, chat, add_generation_prompt=False).split(border)
 
 
 def _ending(tokenizer: Tokenizer, pieces: list[str]) -> str:
@@ -121,12 +125,12 @@ def _ending(tokenizer: Tokenizer, pieces: list[str]) -> str:
     return ending[0]
 
 
-def _start(tokenizer: Tokenizer, ready: Chat, literals: Literals, index: int, border: str, text: str) -> int:
+def _start(tokenizer: Tokenizer, chat: Chat, index: int, border: str, text: str) -> int:
     """Where an answer begins: behind what the model is asked with, or else behind a plain answer's header."""
-    before = dataclasses.replace(ready, messages=ready.messages[:index])
-    asked, unasked = (literals.render(before, add) if index else border for add in (True, False))
+    before = dataclasses.replace(chat, messages=chat.messages[:index])
+    asked, unasked = (write(tokenizer, before, add) if index else border for add in (True, False))
     try:
-        header = _render_bordered(ready, literals, [index], border, str, plain=True)[0]
+        header = _render_bordered(tokenizer, chat, [index], border, str, plain=True)[0]
     except ValueError:  # the template refuses a plain answer in this place
         header = asked
     # Without a header to ask with, or with another one for earlier turns.

@@ -1,10 +1,10 @@
 """Messages -> prompt, with the checkpoint's chat template.
 
-    messages, tools -> messages.py: checked -> templates/literals.py: special tokens taken apart
-                    -> templates/template.py: text -> ids
+    messages, tools -> messages.py: checked -> templates/template.py: text, also in colours of whose word it is
+                    -> templates/literals.py: special tokens that are not the template's are marked -> ids
 
-What a message says is text: a `<|end|>` in it stays plain text and never ends the turn. The same holds for roles, the
-descriptions of tools, and the arguments of calls.
+What a message says is text: a `<|end|>` in it stays plain text and never ends the turn, whatever the template does with
+it. The same holds for the descriptions of tools, the arguments of calls and template options. Roles are names.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_jax.text.messages import Chat, Message, Tool, function_of, read_chat
-from phi3_jax.text.templates.literals import Literals, unused_noncharacter, write
+from phi3_jax.text.templates.literals import judge, unused_noncharacter, write
 from phi3_jax.text.templates.sandbox import vocabulary
 from phi3_jax.text.templates.template import for_chat
 from phi3_jax.text.tokenizer import Tokenizer
@@ -49,8 +49,7 @@ def render_chat(
     """
     chat = read_chat(messages, tools, template_options)
     tokenizer = for_chat(tokenizer, tools is not None)
-    text = write(tokenizer, chat, add_generation_prompt)
-    Literals(tokenizer, chat).check_roles(add_generation_prompt)
+    text = judge(tokenizer, chat, add_generation_prompt).text
     _warn_of_dropped(tokenizer, chat, add_generation_prompt)
     return text
 
@@ -70,10 +69,10 @@ def encode_chat(
     """
     chat = read_chat(messages, tools, template_options)
     tokenizer = for_chat(tokenizer, tools is not None)
-    literals = Literals(tokenizer, chat)
-    text = literals.write(add_generation_prompt)
+    written = judge(tokenizer, chat, add_generation_prompt)
     _warn_of_dropped(tokenizer, chat, add_generation_prompt)
-    return tokenizer.encode(text, parse_special=True, add_bos=False, literal_mark=literals.mark)
+    mark = unused_noncharacter(tokenizer, chat, written.text)
+    return tokenizer.encode(written.marked(mark), parse_special=True, add_bos=False, literal_mark=mark)
 
 
 def _warn_of_dropped(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> None:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,11 +18,7 @@ _SHAPE = (
     'pass a list of {"role": str, "content": str}, with "tool_calls", "tool_call_id" or "name" where tools are used'
 )
 _FIELDS = frozenset(["role", "content", "tool_calls", "tool_call_id", "name", "tools", "reasoning_content"])
-_KEYS = _FIELDS.union(
-    ["type", "function", "id", "description", "parameters", "arguments", "properties", "required", "items", "enum"],
-    ["default", "return", "anyOf", "format", "nullable", "additionalProperties", "title", "text"],
-)
-_RESERVED = frozenset(["messages", "tools", "add_generation_prompt", "bos_token", "eos_token"])
+_RESERVED = frozenset(["messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "now"])
 _CALL, _END_CALL = "<|tool_call|>", "<|/tool_call|>"  # of Phi-4-mini
 
 
@@ -33,11 +30,6 @@ class Chat:
     tools: list[Any] | None
     options: dict[str, Any]
     now: datetime = dataclasses.field(default_factory=datetime.now)  # the same whenever the chat is rendered
-
-    def map(self, function: Callable[[str], str]) -> "Chat":
-        """A copy with every text changed, keys of dicts included, except those that templates look up."""
-        messages, tools, options = (map_texts(part, function) for part in (self.messages, self.tools, self.options))
-        return Chat(messages, tools, options, self.now)
 
     def texts(self) -> Iterator[str]:
         """Every text in it."""
@@ -102,17 +94,6 @@ def plain(value: Any, name: str) -> Any:
         raise ValueError(f"{name} is nested too deeply, or holds itself") from None
 
 
-def map_texts(value: Any, function: Callable[[str], str]) -> Any:
-    """A copy of plain data with every text changed; and every key, except those that templates look up."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, list):
-        return [map_texts(each, function) for each in value]
-    if isinstance(value, dict):
-        return {key if key in _KEYS else function(key): map_texts(each, function) for key, each in value.items()}
-    return value
-
-
 def texts_of(value: Any) -> Iterator[str]:
     """Every text in plain data, keys included."""
     if isinstance(value, str):
@@ -126,14 +107,20 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(each)
 
 
-def variables(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> dict[str, Any]:
+def variables(
+    tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """What the template sees: the chat, with tools where this template reads them.
 
     Phi-4-mini's knows no `tools`; it reads them as JSON text from the system message. And it writes no `tool_calls`:
     then they become a part of the content, in the form that the model itself writes, if the tokenizer has the markers.
+
+    Returns:
+        the names that the template may use, and "contents": where in these are such markers, as [message, begin, end].
     """
     speaks = vocabulary(tokenizer.chat_template or "")
     messages, tools = [_aliased(message) for message in chat.messages], chat.tools
+    markers: list[Any] = []
     in_messages = "tools" in speaks.fields and "tools" not in speaks.variables
     if tools and in_messages:
         if messages[0]["role"] != "system":
@@ -145,13 +132,15 @@ def variables(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> 
             if isinstance(message.get("tools"), list):
                 message["tools"] = json.dumps([function_of(tool) for tool in message["tools"]], ensure_ascii=False)
     if in_messages and "tool_calls" not in speaks.fields and {_CALL, _END_CALL} <= set(tokenizer.pieces):
-        for message in messages:
+        for index, message in enumerate(messages):
             if calls := message.pop("tool_calls", None):
                 calls = [{"name": function_of(call)["name"], "arguments": arguments_of(call)} for call in calls]
-                written = f"{_CALL}{json.dumps(calls, ensure_ascii=False)}{_END_CALL}"
-                message["content"] = (message.get("content") or "") + written
+                said = f"{message.get('content') or ''}{_CALL}{json.dumps(calls, ensure_ascii=False)}{_END_CALL}"
+                begin = len(message.get("content") or "")
+                markers += [[index, begin, begin + len(_CALL)], [index, len(said) - len(_END_CALL), len(said)]]
+                message["content"] = said
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
-    return {"documents": None, "strftime_now": chat.now.strftime} | chat.options | given
+    return {"documents": None} | chat.options | given | {"now": chat.now.isoformat()}, {"contents": markers}
 
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:
@@ -173,6 +162,11 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
         optional = key not in wanted or key == "tools" or (key == "content" and calls)
         if key != "tool_calls" and not isinstance(value, wanted.get(key, (str,))) and not (optional and value is None):
             raise ValueError(f"{name}[{key!r}] is a {type(value).__name__}; {_SHAPE}.")
+    if not _is_name(message["role"]):
+        raise ValueError(
+            f"{name}['role'] is {_short(message['role'])}, which is no name (letters, digits, '_', '-', '.'); use "
+            "one that the template knows, such as 'user'."
+        )
     if "content" not in message and not calls:
         raise ValueError(f"{name} is {_short(message)}; {_SHAPE}.")
     if isinstance(message.get("tools"), list | tuple):
@@ -180,6 +174,12 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
     if calls is not None:
         _check_calls(calls, f"{name}['tool_calls']")
     return {str(key): plain(value, f"{name}[{key!r}]") for key, value in message.items()}
+
+
+def _is_name(role: str) -> bool:
+    """Letters and digits of any script, and single spaces inside."""
+    letters = all(c in "_-. " or unicodedata.category(c)[0] in "LMN" for c in role)
+    return bool(role) and letters and role == " ".join(role.split())
 
 
 def _check_calls(calls: Any, name: str) -> None:

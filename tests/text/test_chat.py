@@ -114,10 +114,19 @@ def test_messages_never_become_special_tokens(content: str) -> None:
     assert not tokenizer.special_ids & set(tokenizer.encode(content, add_bos=False))
 
 
-def test_a_role_is_text_too() -> None:
+@pytest.mark.parametrize("role", ["<|end|>", "", " user", "a  b", "a\nb", "end|><|assistant", "x<|en", "a'b", "\u2603"])
+def test_a_role_is_a_name(role: str) -> None:
+    for function in (render_chat, encode_chat):
+        with pytest.raises(ValueError, match=r"messages\[0\]\['role'\] is .* no name"):
+            function(small_tokenizer("{{ messages[0].content }}"), [{"role": role, "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "role", ["user", "tool_response", "gpt-4.1", "Mr. X", "\u0915\u093f\u0924\u093e\u092c", "\u5b66\u751f"]
+)
+def test_names_of_any_script_are_roles(role: str) -> None:
     tokenizer = small_tokenizer("{{ messages[0].role }}: {{ messages[0].content }}")
-    ids = encode_chat(tokenizer, [{"role": "<|end|>", "content": "x"}])
-    assert ids == tokenizer.encode("<|end|>: x", add_bos=False)
+    assert encode_chat(tokenizer, [{"role": role, "content": "x"}]) == tokenizer.encode(f"{role}: x", add_bos=False)
 
 
 def test_overlapping_special_tokens_are_defused() -> None:
@@ -191,7 +200,7 @@ def test_templates_are_compiled_once() -> None:
     sandbox._compile.cache_clear()
     for _ in range(3):
         encode_chat(tokenizer, [USER])
-    assert sandbox._compile.cache_info().misses == 1
+    assert sandbox._compile.cache_info().misses == 3  # plain, and in two palettes
 
 
 # ---------------------------------------------------------------- the template and vocabulary of Phi-3-mini

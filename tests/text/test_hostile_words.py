@@ -32,31 +32,27 @@ def said(content, role="user"):
         ("{% if messages[0].content == '<|end|>' %}yes{% else %}{{ messages[0].content }}{% endif %}", "<|end|>"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*the checkpoint's chat template drops")
 def test_no_control_token_and_no_mark_comes_of_words(plain, template, content):
-    """Either the ids say what the text says, in letters, or the chat is refused."""
+    """The ids say what the text says, in letters."""
     tokenizer = dataclasses.replace(plain, chat_template=template)
-    refusals = []
-    try:
-        ids = encode_chat(tokenizer, said(content))
-    except ValueError as error:
-        refusals.append(str(error))
-    if refusals:
-        assert "control token" in refusals[0] or "which are special tokens and stay text" in refusals[0]
-        return
+    ids = encode_chat(tokenizer, said(content))
     assert not set(ids) & tokenizer.special_ids
     assert "".join(c for c in tokenizer.decode(ids) if not c.isdigit()) == "".join(
         c for c in render_chat(tokenizer, said(content)) if not c.isdigit()
     )
 
 
-def test_training_refuses_what_depends_on_special_strings(plain):
-    """As `encode_chat` does: what is learned would not be what the template writes of this message."""
+def test_training_learns_what_the_template_makes_of_special_strings(plain):
+    """As `encode_chat` reads it: the strings in messages are as long as they are, and text."""
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    tokenizer = dataclasses.replace(plain, chat_template=template)
-    assert encode_answers(tokenizer, [*said("<|end|>"), *said("Yes", "assistant")])
     tokenizer = dataclasses.replace(plain, chat_template="{{ messages[0].content | length }}" + template)
-    with pytest.raises(ValueError, match="which are special tokens and stay text"):
-        encode_answers(tokenizer, [*said("<|end|>"), *said("Yes", "assistant")])
+    chat = [*said("<|end|>"), *said("Yes<|im_end|>", "assistant")]
+    ids, [(begin, end)] = encode_answers(tokenizer, chat)
+    assert ids == encode_chat(tokenizer, chat, add_generation_prompt=False)
+    assert tokenizer.decode(ids).startswith("7<|im_start|>user\n<|end|><|im_end|>\n")
+    assert tokenizer.decode(ids[begin:end]) == "Yes<|im_end|><|im_end|>"
+    assert end - begin == len("Yes<|im_end|>") + 1  # letters, and one token
 
 
 def test_symbols_of_a_sentencepiece_model_are_not_typed(tmp_path):

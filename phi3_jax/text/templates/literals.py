@@ -1,15 +1,21 @@
-"""What people write stays text: no word of a message, of its role or of a tool becomes a special token."""
+"""What people write stays text: no word of a message, of its role or of a tool becomes a special token.
 
+A chat is rendered as it is, and twice in colours that show whose word each character is (see `provenance`). A special
+token's string in the text counts only where all of its characters are the template's own, or a role that it knows; the
+others get a mark, with which `Tokenizer.encode` leaves them text.
+"""
+
+import itertools
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from phi3_jax.text.added_tokens import END_NAMES
-from phi3_jax.text.messages import Chat, variables
+from phi3_jax.text.messages import Chat, texts_of, variables
+from phi3_jax.text.templates.provenance import LOST, ROLE, TEMPLATE, Colours
 from phi3_jax.text.templates.sandbox import vocabulary
-from phi3_jax.text.templates.template import NONCHARACTERS, render
+from phi3_jax.text.templates.template import NONCHARACTERS, own_names, render, require_template
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Roles from which a template may make a control token, as Phi-4-mini's does: '<|' + role + '|>'. Other roles may only
@@ -17,169 +23,133 @@ from phi3_jax.text.tokenizer import Tokenizer
 _ROLES = frozenset(
     ["system", "user", "assistant", "tool", "developer", "function", "ipython", "tool_response", "observation"]
 )
+_PRIVATE = re.compile("[\U000f0000-\U0010ffff]")  # planes 15 and 16: what colours are made of
+_PLANES = ((0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
 
 def write(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> str:
     """The chat as the template writes it. Raises ValueError as `render_chat`."""
-    return render(tokenizer, variables(tokenizer, chat, add_generation_prompt), _characters(chat))
+    given, _ = variables(tokenizer, chat, add_generation_prompt)
+    return render(tokenizer, given, _characters(chat))[0]
 
 
-class Literals:
-    """Special tokens' strings in a chat, taken apart by a mark that `Tokenizer.encode` drops again.
-
-    Raises:
-        ValueError: the texts hold every noncharacter.
+@dataclass(frozen=True)
+class Written:
+    """A chat as the template writes it, judged.
 
     Attributes:
-        mark: a character that is neither in the chat nor in the template.
+        text: what it writes.
+        cuts: places inside of special tokens' strings that stay text.
+        single: special tokens of one character that would have to stay text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat):
-        self._tokenizer, self._chat = tokenizer, chat
-        self.mark = unused_noncharacter(tokenizer, chat)
-        self._specials = [token.content for token in tokenizer.added_tokens if token.special and token.content]
-        letters = sorted({ord(c) for content in self._specials for c in content if not c.isspace()})
-        self._veils = {old: 0x100000 + i for i, old in enumerate(letters)}
-        self._present = [content for content in self._specials if any(content in text for text in chat.texts())]
+    text: str
+    cuts: tuple[int, ...]
+    single: tuple[str, ...]
 
-    def write(self, add_generation_prompt: bool) -> str:
-        """The chat as the template writes it, with marks. Raises ValueError as `prepare`."""
-        return self.render(self.prepare(add_generation_prompt), add_generation_prompt)
-
-    def prepare(self, add_generation_prompt: bool) -> Chat:
-        """The chat with marks, so that the special tokens in what the template makes of it are all its own.
-
-        Raises:
-            ValueError: a text holds a special token of one character, which cannot be taken apart; or the template
-                makes a special token out of a role that it does not name, or out of other words; or what it writes
-                depends on special tokens' strings in a message.
-        """
-        if short := [content for content in self._present if len(content) == 1]:
+    def marked(self, mark: str) -> str:
+        """The text with a mark in every string that stays text. Raises ValueError if one has only one character."""
+        if self.single:
             raise ValueError(
-                f"A message holds {short}, special tokens of one character; remove them from the messages."
+                f"A message holds {list(self.single)}, special tokens of one character; remove them from the messages."
             )
-        self.check_roles(add_generation_prompt)
-        chat = self._chat.map(self._defuse)
-        guarded = self._except_roles(lambda text: self._guard(self._defuse(text)))
-        text = self.render(chat, add_generation_prompt)
-        if guarded != chat:
-            # A word such as "end", or ">" at a beginning, completes a special token where the template writes the rest.
-            separate = self.render(guarded, add_generation_prompt)
-            if self._unmarked(separate) == self._unmarked(text):
-                chat, text = guarded, separate
-        self._check_words(text, add_generation_prompt)
-        if self._present and self._unmarked(text) != write(self._tokenizer, self._chat, add_generation_prompt):
-            raise ValueError(
-                f"{self._tokenizer.source}: what the chat template writes depends on {self._present[:3]} in a message, "
-                "which are special tokens and stay text; remove them from the messages."
-            )
-        return chat
+        places = [0, *self.cuts, len(self.text)]
+        return mark.join(self.text[begin:end] for begin, end in itertools.pairwise(places))
 
-    def _check_words(self, text: str, add_generation_prompt: bool) -> None:
-        """Raises ValueError if the template makes a special token out of the letters of words, cut or changed."""
-        said = self._unmarked(text)
-        for change, undo in ((self._spread, self._unmarked), (self._veil, self._unveil)):
-            changed = self._except_roles(change)
-            given = variables(self._tokenizer, changed, add_generation_prompt)
-            try:
-                apart = render(self._tokenizer, given, _characters(changed), change)
-            except ValueError:  # the template looks at words, and these it does not know
-                continue
-            more = self._special_tokens(text) - self._special_tokens(apart)
-            if more and undo(apart) == said:
-                raise ValueError(
-                    f"{self._tokenizer.source}: the chat template makes the control token {min(more)!r} out of the "
-                    "words of a message; change these words."
-                )
-
-    def _unmarked(self, text: str) -> str:
-        return text.replace(self.mark, "")
-
-    def _veil(self, text: str) -> str:
-        """Other characters for those of special tokens, as many: a template may cut text by its length."""
-        return text.translate(self._veils)
-
-    def _unveil(self, text: str) -> str:
-        return self._unmarked(text).translate({new: old for old, new in self._veils.items()})
-
-    def _except_roles(self, function: Callable[[str], str]) -> Chat:
-        """The chat with every text changed; roles, which templates compare, are only defused."""
-        chat = self._chat.map(function)
-        for before, after in zip(self._chat.messages, chat.messages, strict=True):
-            after["role"] = self._defuse(before["role"])
-        return chat
-
-    def check_roles(self, add_generation_prompt: bool) -> None:
-        """Raises ValueError if the template makes a special token out of a role that it does not name."""
-        named = _ROLES | vocabulary(self._tokenizer.chat_template or "").compared
-        for index, message in enumerate(self._chat.messages):
-            # A template may compare contents with "end", too.
-            if (role := message["role"]) in named and f"<|{role}|>" not in END_NAMES:
-                continue
-            chat = self._chat.map(self._defuse)
-            made = self._special_tokens(self.render(chat, add_generation_prompt))
-            chat.messages[index]["role"] = f"{self.mark}{chat.messages[index]['role']}{self.mark}"
-            if more := made - self._special_tokens(self.render(chat, add_generation_prompt)):
-                raise ValueError(
-                    f"{self._tokenizer.source}: the chat template makes the control token {min(more)!r} out of "
-                    f"messages[{index}], of role {role!r}; use a role that the template knows, such as 'user'."
-                )
-
-    def render(self, chat: Chat, add_generation_prompt: bool) -> str:
-        """What the template makes of a chat with marks."""
-        given = variables(self._tokenizer, chat, add_generation_prompt)
-        return render(self._tokenizer, given, _characters(chat), self._defuse)
-
-    def _special_tokens(self, text: str) -> Counter[str]:
-        # Many searches for one string are faster than one for many.
-        return Counter({special: count for special in self._specials if (count := text.count(special))})
-
-    def _spread(self, text: str) -> str:
-        """Puts the mark behind every letter; white space stays as templates look for it."""
-        return re.sub(r"\S+", lambda word: self.mark.join(word[0]) + self.mark, text)
-
-    def _defuse(self, text: str) -> str:
-        """Puts the mark behind the first character of every special token's string, overlapping ones included."""
-        if not self._present:
-            return text
-        # A look-ahead consumes nothing, so a string that starts inside of another one is found too.
-        return re.sub(f"(?=({_any_of(self._present)}))(.)", rf"\2{self.mark}", text, flags=re.S)
-
-    def _guard(self, text: str) -> str:
-        """Puts the mark around words that could be a part of a special token, with white space left outside."""
-        words = text.strip()
-        if not words:
-            return text
-        fragments = _fragments(tuple(self._specials))
-        lengths = range(1, min(fragments.longest, len(words)) + 1)
-        is_ending = any(words[:n] in fragments.ends for n in lengths)
-        is_beginning = any(words[-n:] in fragments.beginnings for n in lengths)
-        before = self.mark if is_ending or words in fragments.all else ""
-        return text.replace(words, f"{before}{words}{self.mark if is_beginning else ''}", 1)
+    def place(self, at: int) -> int:
+        """Where a place of the text is in `marked`."""
+        return at + sum(cut < at for cut in self.cuts)
 
 
-class _Fragments(NamedTuple):
-    """Proper beginnings and ends of special tokens, the length of the longest, and all tokens in one text."""
+def judge(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> Written:
+    """Renders a chat, and finds the special tokens' strings that are not the template's.
 
-    beginnings: frozenset[str]
-    ends: frozenset[str]
-    longest: int
-    all: str
-
-
-@lru_cache(maxsize=8)
-def _fragments(specials: tuple[str, ...]) -> _Fragments:
-    return _Fragments(
-        frozenset(s[:n] for s in specials for n in range(1, len(s))),
-        frozenset(s[n:] for s in specials for n in range(1, len(s))),
-        max(map(len, specials), default=1) - 1,
-        "\0".join(specials),
+    Raises:
+        ValueError: as `write`; or the template makes a special token out of a role that it does not know; or whose its
+            words are cannot be followed through what it does with them.
+    """
+    specials = tuple(token.content for token in tokenizer.added_tokens if token.special and token.content)
+    given, own = variables(tokenizer, chat, add_generation_prompt)
+    if not specials:
+        return Written(render(tokenizer, given, _characters(chat))[0], (), ())
+    letters = _letters(specials)
+    own |= {"names": own_names(tokenizer, given)}
+    used = "".join([*texts_of(given), require_template(tokenizer), *tokenizer.named_tokens.values()])
+    for _ in range(3):
+        firsts = _unused(used, 3 * len(letters))
+        palettes = [{"letters": letters, "first": first, "own": own} for first in firsts]
+        text, *coloured = render(tokenizer, given, _characters(chat), palettes)
+        colours = [_colours(letters, first) for first in firsts]
+        if all(each.plain(seen) == text for each, seen in zip(colours, coloured, strict=True)):
+            return _Judge(tokenizer, chat, specials, text, colours, coloured).judge()
+        used += text  # which may hold such characters that stood in escapes
+    raise ValueError(
+        f"{tokenizer.source}: the chat template changes its own words in a way that cannot be followed, so that they "
+        "cannot be told from those of messages; simplify the template."
     )
 
 
-def _any_of(texts: list[str]) -> str:
-    """A pattern for these texts, the longest first; `(?!)` matches nowhere."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+class _Judge:
+    """One rendered chat.
+
+    Args:
+        specials: the special tokens.
+        text: what the template writes.
+        colours, coloured: two palettes, and the text in each of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: Chat,
+        specials: Sequence[str],
+        text: str,
+        colours: Sequence[Colours],
+        coloured: Sequence[str],
+    ):
+        self._tokenizer, self._chat, self._specials = tokenizer, chat, specials
+        self._text, self._colours, self._coloured = text, colours, coloured
+        self._known = _ROLES | {role.casefold() for role in vocabulary(require_template(tokenizer)).compared}
+
+    def judge(self) -> Written:
+        """Where special tokens stay text. Raises ValueError as the function."""
+        cuts, single = set(), set()
+        for special in self._specials:
+            own = [colours.paint(special, TEMPLATE) for colours in self._colours]
+            for begin in _places(special, self._text):
+                end = begin + len(special)
+                if all(seen.startswith(painted, begin) for seen, painted in zip(self._coloured, own, strict=True)):
+                    continue
+                kinds = [self._colour(at) for at in range(begin, end)]
+                if None not in kinds:
+                    self._check_genuine(special, begin, kinds)
+                elif len(special) == 1:
+                    single.add(special)
+                else:  # beside a character of people's, and so inside of no special token that counts
+                    theirs = begin + kinds.index(None)
+                    cuts.add(theirs + 1 if theirs + 1 < end else theirs)
+        return Written(self._text, tuple(sorted(cuts)), tuple(sorted(single)))
+
+    def _colour(self, at: int) -> int | None:
+        one, other = (colours.colour(seen[at]) for colours, seen in zip(self._colours, self._coloured, strict=True))
+        return one if one == other else None
+
+    def _check_genuine(self, special: str, begin: int, kinds: list[int | None]) -> None:
+        """Raises ValueError if the token is made of a role that the template does not know, or of lost words."""
+        if LOST in kinds:
+            raise ValueError(
+                f"{self._tokenizer.source}: the chat template changes words until nobody can tell whether {special!r} "
+                "is its own or a message's; simplify the template."
+            )
+        role = "".join(c for c, kind in zip(special, kinds, strict=True) if kind == ROLE)
+        if role.casefold() in self._known and special not in END_NAMES:
+            return
+        roles = [message["role"] for message in self._chat.messages]
+        index = next((i for i, each in enumerate(roles) if role.casefold() in each.casefold()), 0)
+        raise ValueError(
+            f"{self._tokenizer.source}: the chat template makes the control token {special!r} out of "
+            f"messages[{index}], of role {roles[index]!r}; use a role that the template knows, such as 'user'."
+        )
 
 
 def unused_noncharacter(tokenizer: Tokenizer, chat: Chat, used: str = "") -> str:
@@ -193,3 +163,34 @@ def unused_noncharacter(tokenizer: Tokenizer, chat: Chat, used: str = "") -> str
 
 def _characters(chat: Chat) -> int:
     return sum(map(len, chat.texts()))
+
+
+def _places(special: str, text: str) -> Iterator[int]:
+    """Where it is, also where it overlaps itself. Many searches for one string are faster than one for many."""
+    at = text.find(special)
+    while at >= 0:
+        yield at
+        at = text.find(special, at + 1)
+
+
+@lru_cache(maxsize=8)
+def _letters(specials: tuple[str, ...]) -> str:
+    """The characters that have colours: those of special tokens, also in other cases, and what opens a directive."""
+    letters = {each for special in specials for c in special for each in (c, c.upper(), c.lower()) if len(each) == 1}
+    return "".join(sorted(letters | set("%{}")))
+
+
+@lru_cache(maxsize=8)
+def _colours(letters: str, first: int) -> Colours:
+    return Colours(letters, first)
+
+
+def _unused(used: str, count: int) -> tuple[int, int]:
+    """Where two palettes begin, of so many code points that are not used."""
+    taken = {ord(c) for c in _PRIVATE.findall(used)}
+    firsts = (first for begin, end in _PLANES for first in range(begin, end - count, count))
+    free = (first for first in firsts if not taken.intersection(range(first, first + count)))
+    one, other = next(free, None), next(free, None)
+    if one is None or other is None:
+        raise ValueError("The messages use every character for private use of planes 15 and 16; remove some of them.")
+    return one, other

@@ -5,8 +5,9 @@ It runs in jinja2's sandbox, with bounded sizes, and sees plain data only: text,
 
 import dataclasses
 import json
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -19,35 +20,49 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
+from phi3_jax.text.templates.following import OPERATORS, Following
+from phi3_jax.text.templates.provenance import Colours
+
 MAX_TEMPLATE_CHARACTERS = 100_000
 MAX_GENERATED_CHARACTERS = 1_000_000  # written by the template itself, on top of the messages
 
-_DEFUSE = "phi3_jax defuse"  # no name that a template could write
-_SEARCHING = frozenset(  # methods of text whose first argument is looked for in it
-    ["split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "rindex"]
-).union(["replace", "count", "removeprefix", "removesuffix"])
+_CHANCE = "phi3_jax chance"  # no name that a template could write
 
 
 class Failed(Exception):  # noqa: N818 - the template's fault, not ours
     """A template that cannot be run, or refuses; the text says why."""
 
 
-def run(source: str, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None) -> str:
-    """What a template writes.
+def run(source: str, variables: dict[str, Any], characters: int, palettes: Sequence[Any] = ()) -> list[str]:
+    """What a template writes: plain, and then once in the colours of each palette (see `provenance`).
 
     Args:
         source: the template.
-        variables: the names that it may use.
+        variables: the names that it may use: JSON's types only. "now", a time in ISO's form, is what its function
+            strftime_now tells.
         characters: how long the texts in them are.
-        defuse: what was done to these texts. What the template searches in them is then treated alike.
+        palettes: each {"letters": str, "first": the first of its code points, "own": what among the variables is the
+            template's own word (see `Colours.paint_variables`)}.
 
     Raises:
         Failed: it has a syntax error, fails, refuses the messages, or writes too much.
     """
+    variables = dict(variables)
+    now = datetime.fromisoformat(variables.pop("now")) if "now" in variables else datetime.now()
+    variables = {"strftime_now": now.strftime} | variables
+    texts = [_write(source, None, variables | {_CHANCE: random.Random(str(now))}, characters)]
+    for palette in palettes:
+        key = (palette["letters"], palette["first"])
+        given = _colours(*key).paint_variables(variables, palette["own"])
+        texts.append(_write(source, key, given | {_CHANCE: random.Random(str(now))}, characters))
+    return texts
+
+
+def _write(source: str, palette: tuple[str, int] | None, variables: dict[str, Any], characters: int) -> str:
     room = MAX_GENERATED_CHARACTERS + characters
     chunks = []
     try:
-        for chunk in _compile(source).generate(variables | {_DEFUSE: defuse}):
+        for chunk in _compile(source, palette).generate(variables):
             chunks.append(chunk)
             room -= len(chunk)
             if room < 0:
@@ -117,20 +132,6 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise jinja2.TemplateError(f"the result of {operator} would be too large")
         return left * right
 
-    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        # content.split('</think>') has to find the string where it is a special token and was defused in the content.
-        text = getattr(__obj, "__self__", None)
-        if args and isinstance(args[0], str) and isinstance(text, str) and __obj.__name__ in _SEARCHING:
-            defused = _defused(__context, args[0])
-            args = (defused if defused in text else args[0], *args[1:])
-        return super().call(__context, __obj, *args, **kwargs)
-
-
-@jinja2.pass_context
-def _defused(context: jinja2.runtime.Context, value: Any) -> Any:
-    defuse = context.get(_DEFUSE)
-    return defuse(value) if defuse is not None and isinstance(value, str) else value
-
 
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` marks what an assistant wrote, for training; here it is plain text."""
@@ -142,41 +143,50 @@ class _GenerationBlock(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@lru_cache(maxsize=1)
-def _environment() -> _Sandbox:
-    """The environment that Hugging Face chat templates expect."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
-    environment.filters.update(tojson=_to_json, _defused=_defused)
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    del environment.globals["lipsum"]  # generates filler text of any length
-    return environment
+class _Coloured(Following, _Sandbox):
+    intercepted_binops = _Sandbox.intercepted_binops | OPERATORS
 
 
 @lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
+def _colours(letters: str, first: int) -> Colours:
+    return Colours(letters, first)
+
+
+@lru_cache(maxsize=8)
+def _environment(palette: tuple[str, int] | None = None) -> _Sandbox:
+    """The environment that Hugging Face chat templates expect."""
+    kind = _Sandbox if palette is None else _Coloured
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
+    environment.filters.update(tojson=_to_json, random=_random)
+    environment.globals.update(raise_exception=_raise_exception)
+    del environment.globals["lipsum"]  # generates filler text of any length
+    if isinstance(environment, _Coloured) and palette is not None:
+        environment.follow(_colours(*palette))
+    return environment
+
+
+@lru_cache(maxsize=24)
+def _compile(source: str, palette: tuple[str, int] | None) -> jinja2.Template:
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise jinja2.TemplateError(f"it has {len(source)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
-    environment = _environment()
-    tree = environment.parse(source)
-    for comparison in tree.find_all(jinja2.nodes.Compare):  # '</think>' in content: as in `_Sandbox.call`
-        literal, [first, *_] = comparison.expr, comparison.ops
-        if isinstance(literal, jinja2.nodes.Const) and first.op in ("in", "notin"):
-            comparison.expr = jinja2.nodes.Filter(literal, "_defused", [], [], None, None, lineno=literal.lineno)
-    code = environment.compile(tree)
+    environment = _environment(palette)
+    code = environment.compile(environment.parse(source))
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     """Replaces jinja2's own filter, which escapes HTML: chat templates expect plain JSON."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
-    if ensure_ascii:  # but a noncharacter may be the mark of `Literals`, which is dropped later, and not if escaped
+    if ensure_ascii:  # but by noncharacters `chat` and `answers` find what they look for
         text = re.sub(r"[^\x00-\x7f\ufdd0-\ufdef]", lambda match: json.dumps(match[0])[1:-1], text)
     return text
 
 
+@jinja2.pass_context
+def _random(context: jinja2.runtime.Context, values: Sequence[Any]) -> Any:
+    """Replaces jinja2's own filter: all renderings of a chat choose the same."""
+    return context[_CHANCE].choice(values)
+
+
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

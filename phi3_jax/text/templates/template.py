@@ -1,6 +1,6 @@
 """A tokenizer's chat template, and what it makes of plain data."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from phi3_jax.text.templates.sandbox import Failed, run
@@ -11,25 +11,33 @@ NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 
 def render(
-    tokenizer: Tokenizer, variables: dict[str, Any], characters: int, defuse: Callable[[str], str] | None = None
-) -> str:
-    """What the checkpoint's template writes.
+    tokenizer: Tokenizer, given: dict[str, Any], characters: int, palettes: Sequence[dict[str, Any]] = ()
+) -> list[str]:
+    """What the checkpoint's template writes: plain, and once in the colours of each palette.
 
     Args:
-        variables: the names that the template may use, on top of bos_token and eos_token.
+        given: the names that the template may use, on top of bos_token and eos_token.
         characters: how long the texts in them are.
-        defuse: what was done to these texts. What the template searches in them is then treated alike.
+        palettes: as in `sandbox.run`.
 
     Raises:
         ValueError: no template, or one that fails or refuses the messages.
     """
     source = require_template(tokenizer)
-    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    variables = {**tokenizer.named_tokens} | {name: token for name, token in names.items() if token} | variables
     try:
-        return run(source, variables, characters, defuse)
+        return run(source, _names(tokenizer) | given, characters, palettes)
     except Failed as error:
         raise ValueError(f"{tokenizer.source}: {error}") from error
+
+
+def own_names(tokenizer: Tokenizer, given: dict[str, Any]) -> list[str]:
+    """The names among those that the template may use that the tokenizer gives it."""
+    return [name for name in _names(tokenizer) if name not in given]
+
+
+def _names(tokenizer: Tokenizer) -> dict[str, str]:
+    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    return {**tokenizer.named_tokens} | {name: token for name, token in names.items() if token}
 
 
 def for_chat(tokenizer: Tokenizer, has_tools: bool) -> Tokenizer:
