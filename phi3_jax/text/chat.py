@@ -14,8 +14,7 @@ from typing import Any
 
 from phi3_jax.text.messages import Chat, Message, Tool, function_of, read_chat
 from phi3_jax.text.templates.literals import judge, unused_noncharacter, write
-from phi3_jax.text.templates.sandbox import vocabulary
-from phi3_jax.text.templates.template import for_chat
+from phi3_jax.text.templates.template import for_chat, vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
 
@@ -91,7 +90,7 @@ def dropped(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> li
         probed, parts = _probed(chat, probe, functions=False)
         text = write(tokenizer, probed, add_generation_prompt)
     found = [part for index, part in enumerate(parts) if f"{probe}{index}{probe}" not in text]
-    if not {"reasoning_content", "thinking"} & vocabulary(tokenizer.chat_template or "").fields:
+    if not {"reasoning_content", "thinking"} & vocabulary(tokenizer).fields:
         # A template that knows it leaves out that of earlier turns on purpose.
         thoughts = [index for index, message in enumerate(chat.messages) if message.get("reasoning_content")]
         found += [(f"the reasoning_content of messages[{index}]", "put it into the content.") for index in thoughts]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from phi3_jax.text.templates.sandbox import vocabulary
+from phi3_jax.text.templates.template import vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -118,7 +118,7 @@ def variables(
     Returns:
         the names that the template may use, and "contents": where in these are such markers, as [message, begin, end].
     """
-    speaks = vocabulary(tokenizer.chat_template or "")
+    speaks = vocabulary(tokenizer)
     messages, tools = [_aliased(message) for message in chat.messages], chat.tools
     markers: list[Any] = []
     in_messages = "tools" in speaks.fields and "tools" not in speaks.variables

@@ -182,9 +182,9 @@ def test_errors_in_messages(messages: Any, message: str) -> None:
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ messages[0].content + 1 }}", "fails on these messages: TypeError"),
         ("{{ lipsum() }}", "'lipsum' is undefined"),
-        ("{{ 'a' * 10000000 }}", "would be too large"),
-        ("{{ [1] * 10000000 }}", "would be too large"),
-        ("{{ 2 ** 4 }}", "would be too large"),
+        ("{{ 'a' * 10000000 }}", "characters written"),
+        ("{{ [1] * 1000000 }}", "characters written"),
+        ("{{ 'a' * 10**9 }}", "more than 150 MB of memory"),
         ("{% for i in range(99999999) %}{% endfor %}", "OverflowError"),
         ("{% for i in range(9999) %}{{ 'aaaaaaaaaa' * 99 }}{% endfor %}", "characters written"),
         ("a" * 100_001, "it has 100001 characters"),
@@ -196,11 +196,10 @@ def test_errors_in_templates(template: str | None, message: str) -> None:
 
 
 def test_templates_are_compiled_once() -> None:
-    tokenizer = small_tokenizer(PHI4_MINI)
     sandbox._compile.cache_clear()
     for _ in range(3):
-        encode_chat(tokenizer, [USER])
-    assert sandbox._compile.cache_info().misses == 3  # plain, and in two palettes
+        assert sandbox.run(PHI4_MINI, {"messages": [USER]}, 10) == ["<|user|>Hello<|end|>"]
+    assert sandbox._compile.cache_info().misses == 1
 
 
 # ---------------------------------------------------------------- the template and vocabulary of Phi-3-mini

@@ -14,8 +14,7 @@ from functools import lru_cache
 from phi3_jax.text.added_tokens import END_NAMES
 from phi3_jax.text.messages import Chat, texts_of, variables
 from phi3_jax.text.templates.provenance import LOST, ROLE, TEMPLATE, Colours
-from phi3_jax.text.templates.sandbox import vocabulary
-from phi3_jax.text.templates.template import NONCHARACTERS, own_names, render, require_template
+from phi3_jax.text.templates.template import NONCHARACTERS, own_names, render, require_template, vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Roles from which a template may make a control token, as Phi-4-mini's does: '<|' + role + '|>'. Other roles may only
@@ -109,7 +108,7 @@ class _Judge:
     ):
         self._tokenizer, self._chat, self._specials = tokenizer, chat, specials
         self._text, self._colours, self._coloured = text, colours, coloured
-        self._known = _ROLES | {role.casefold() for role in vocabulary(require_template(tokenizer)).compared}
+        self._known = _ROLES | {role.casefold() for role in vocabulary(tokenizer).compared}
 
     def judge(self) -> Written:
         """Where special tokens stay text. Raises ValueError as the function."""

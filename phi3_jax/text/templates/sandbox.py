@@ -1,9 +1,9 @@
 """Runs a chat template: a jinja2 program from a file that somebody else wrote.
 
-It runs in jinja2's sandbox, with bounded sizes, and sees plain data only: text, numbers, lists and dicts.
+It runs in jinja2's sandbox, and sees plain data only: text, numbers, lists and dicts. Time and memory have no bounds
+here: `process` runs this module in a process that has.
 """
 
-import dataclasses
 import json
 import random
 import re
@@ -29,10 +29,6 @@ MAX_GENERATED_CHARACTERS = 1_000_000  # written by the template itself, on top o
 _CHANCE = "phi3_jax chance"  # no name that a template could write
 
 
-class Failed(Exception):  # noqa: N818 - the template's fault, not ours
-    """A template that cannot be run, or refuses; the text says why."""
-
-
 def run(source: str, variables: dict[str, Any], characters: int, palettes: Sequence[Any] = ()) -> list[str]:
     """What a template writes: plain, and then once in the colours of each palette (see `provenance`).
 
@@ -45,7 +41,7 @@ def run(source: str, variables: dict[str, Any], characters: int, palettes: Seque
             template's own word (see `Colours.paint_variables`)}.
 
     Raises:
-        Failed: it has a syntax error, fails, refuses the messages, or writes too much.
+        Exception: it has a syntax error, fails, refuses the messages, or writes too much; `explain` says what.
     """
     variables = dict(variables)
     now = datetime.fromisoformat(variables.pop("now")) if "now" in variables else datetime.now()
@@ -61,76 +57,46 @@ def run(source: str, variables: dict[str, Any], characters: int, palettes: Seque
 def _write(source: str, palette: tuple[str, int] | None, variables: dict[str, Any], characters: int) -> str:
     room = MAX_GENERATED_CHARACTERS + characters
     chunks = []
-    try:
-        for chunk in _compile(source, palette).generate(variables):
-            chunks.append(chunk)
-            room -= len(chunk)
-            if room < 0:
-                raise jinja2.TemplateError(f"more than {MAX_GENERATED_CHARACTERS} characters written")
-    except jinja2.TemplateSyntaxError as error:
-        raise Failed(f"syntax error in the chat template, line {error.lineno}: {error}") from error
-    except jinja2.TemplateError as error:
-        raise Failed(f"the chat template refuses these messages: {error}") from error
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise Failed(f"the chat template fails on these messages: {error!r}") from error
+    for chunk in _compile(source, palette).generate(variables):
+        chunks.append(chunk)
+        room -= len(chunk)
+        if room < 0:
+            raise jinja2.TemplateError(f"more than {MAX_GENERATED_CHARACTERS} characters written")
     return "".join(chunks)
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """What a template speaks of.
-
-    Attributes:
-        variables: names that it takes from outside.
-        fields: names of fields that it may read, from messages or from anything else.
-        compared: texts that it compares something with, among them the roles that it knows by name.
-        writes_json: whether it has a use of the filter `tojson`.
-    """
-
-    variables: frozenset[str]
-    fields: frozenset[str]
-    compared: frozenset[str]
-    writes_json: bool
+def explain(error: Exception) -> str:
+    """What is wrong with a template, or with what it was given, by the error that it led to."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"syntax error in the chat template, line {error.lineno}: {error}"
+    if isinstance(error, jinja2.TemplateError):
+        return f"the chat template refuses these messages: {error}"
+    return f"the chat template fails on these messages: {type(error).__name__}: {error}"
 
 
-@lru_cache(maxsize=8)
-def vocabulary(source: str) -> Vocabulary:
-    """What a template speaks of. One that cannot be parsed says nothing: `render` explains why."""
-    try:
-        # One tree for each question: the first changes its own, by folding constants.
-        undeclared = jinja2.meta.find_undeclared_variables(_environment().parse(source))
-        tree = _environment().parse(source)
-    except jinja2.TemplateError:
-        return Vocabulary(frozenset(), frozenset(), frozenset(), False)
-
+def vocabulary(source: str) -> dict[str, list[str] | bool]:
+    """What a template speaks of: the fields of `process.Vocabulary`. Raises what `explain` explains."""
+    # One tree for each question: the first changes its own, by folding constants.
+    undeclared = jinja2.meta.find_undeclared_variables(_parse(source))
+    tree = _parse(source)
     nodes = jinja2.nodes
 
-    def texts(*roots: jinja2.nodes.Node) -> frozenset[str]:
+    def texts(*roots: jinja2.nodes.Node) -> set[str]:
         consts = [const for root in roots for const in (root, *root.find_all(nodes.Const))]
-        return frozenset(c.value for c in consts if isinstance(c, nodes.Const) and isinstance(c.value, str))
+        return {c.value for c in consts if isinstance(c, nodes.Const) and isinstance(c.value, str)}
 
     got = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) == "get"]
-    return Vocabulary(
-        variables=frozenset(undeclared),
-        fields=texts(*got, *(node.arg for node in tree.find_all(nodes.Getitem)))
-        | frozenset(node.attr for node in tree.find_all(nodes.Getattr)),
-        compared=texts(*tree.find_all(nodes.Compare), *(pair.key for pair in tree.find_all(nodes.Pair))),
-        writes_json=any(node.name == "tojson" for node in tree.find_all(nodes.Filter)),
-    )
+    fields = texts(*got, *(node.arg for node in tree.find_all(nodes.Getitem)))
+    return {
+        "variables": sorted(undeclared),
+        "fields": sorted(fields.union(node.attr for node in tree.find_all(nodes.Getattr))),
+        "compared": sorted(texts(*tree.find_all(nodes.Compare), *(pair.key for pair in tree.find_all(nodes.Pair)))),
+        "writes_json": any(node.name == "tojson" for node in tree.find_all(nodes.Filter)),
+    }
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox; `'a' * 10**11` is refused too, before it is computed."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        size = 1
-        for value in (left, right):
-            size *= len(value) if isinstance(value, str | list | tuple) else abs(value)
-        if operator == "**" or size > MAX_GENERATED_CHARACTERS:
-            raise jinja2.TemplateError(f"the result of {operator} would be too large")
-        return left * right
+    """jinja2's sandbox."""
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -165,12 +131,16 @@ def _environment(palette: tuple[str, int] | None = None) -> _Sandbox:
     return environment
 
 
-@lru_cache(maxsize=24)
-def _compile(source: str, palette: tuple[str, int] | None) -> jinja2.Template:
+def _parse(source: str, palette: tuple[str, int] | None = None) -> jinja2.nodes.Template:
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise jinja2.TemplateError(f"it has {len(source)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
+    return _environment(palette).parse(source)
+
+
+@lru_cache(maxsize=24)
+def _compile(source: str, palette: tuple[str, int] | None) -> jinja2.Template:
     environment = _environment(palette)
-    code = environment.compile(environment.parse(source))
+    code = environment.compile(_parse(source, palette))
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from phi3_jax.text.templates.sandbox import Failed, run
+from phi3_jax.text.templates import process
 from phi3_jax.text.tokenizer import Tokenizer
 
 # Code points that Unicode reserves for a program's own use; real text does not contain them.
@@ -21,13 +21,22 @@ def render(
         palettes: as in `sandbox.run`.
 
     Raises:
-        ValueError: no template, or one that fails or refuses the messages.
+        ValueError: no template, or one that fails, refuses the messages, or takes too much time or memory.
     """
     source = require_template(tokenizer)
     try:
-        return run(source, _names(tokenizer) | given, characters, palettes)
-    except Failed as error:
-        raise ValueError(f"{tokenizer.source}: {error}") from error
+        return process.run(source, _names(tokenizer) | given, characters, palettes)
+    except ValueError as error:
+        raise ValueError(f"{tokenizer.source}: {error}") from None
+
+
+def vocabulary(tokenizer: Tokenizer) -> process.Vocabulary:
+    """What the checkpoint's template speaks of. Raises ValueError if there is none, or it cannot be parsed."""
+    source = require_template(tokenizer)
+    try:
+        return process.vocabulary(source)
+    except ValueError as error:
+        raise ValueError(f"{tokenizer.source}: {error}") from None
 
 
 def own_names(tokenizer: Tokenizer, given: dict[str, Any]) -> list[str]:
