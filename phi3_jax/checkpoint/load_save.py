@@ -30,6 +30,7 @@ from phi3_jax.config import Architecture, Phi3Config
 from phi3_jax.kernels import PackedTensor
 from phi3_jax.model import DTYPES, Params, dtype_name
 from phi3_jax.progress import OnProgress
+from phi3_jax.regular_file import require_regular
 from phi3_jax.text import Tokenizer, end_ids, load_tokenizer, tokenizer_files
 
 _ADAPTER = "adapter_config.json"
@@ -269,7 +270,8 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )
         return place
-    if place.is_file():
+    if place.exists():
+        require_regular(place)
         safetensors_files.refuse_pointer(place)
         with place.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC  # caches of other programs name files by their hash
@@ -383,6 +385,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         for path in (path for name in _TOKENIZER_FILES for path in source.glob(name)):
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
+            require_regular(path)
             shutil.copyfile(path, copy)
 
 

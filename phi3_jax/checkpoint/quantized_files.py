@@ -1,6 +1,8 @@
 """Files of quantised or packed weights: the leaves of the parameter tree as they are, in one safetensors file.
 
-The file is memory-mapped: the operating system reads its parts when they are first used.
+The file is memory-mapped: it takes no memory of its own, and on the CPU the model goes on reading from it. It is read
+through once when it is loaded, for its checksums. A program that then writes into the same file changes the running
+model, and one that cuts it short ends the process (SIGBUS): replace such files by others (`save` does), never in place.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import jax
 import numpy as np
 
 from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.assemble import require_room
 from phi3_jax.checkpoint.placement import Device, Put, put_function
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import PackedTensor, QuantizedTensor
 from phi3_jax.kernels.linear.packed import BITS, Packing, arrays_of
 from phi3_jax.kernels.linear.quantized import GROUPS
 from phi3_jax.model import DTYPES, Params, parameter_shapes
+from phi3_jax.regular_file import require_regular
 
 FILE = "phi3_jax.safetensors"
 METHOD = "phi3_jax"  # the quant_method of config.json's quantization_config
@@ -55,7 +59,8 @@ def write(folder: Path, params: Params) -> None:
     arrays = dict(_arrays(params))
     names = sorted(arrays, key=lambda name: (arrays[name].nbytes % _ALIGNMENT != 0, name))
     kinds = {dtype: kind for kind, dtype in _KINDS.items()}
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": safetensors_files.checksum_metadata(arrays)}
+    end = 0
     for name in names:
         array = arrays[name]
         begin, end = end, end + array.nbytes
@@ -97,6 +102,9 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device:
     path = folder / FILE
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; write the checkpoint again with phi3-quantize")
+    require_regular(path)
+    before = _state(path)
+    require_room(config, 2 * path.stat().st_size, str(folder))  # four bits are the least that a number takes
     shapes, entries = parameter_shapes(config), described.get("leaves") if isinstance(described, dict) else None
     if not isinstance(entries, dict) or entries.keys() != shapes.keys():
         raise ValueError(f"{folder}/config.json: quantization_config does not describe the weights of this model")
@@ -111,7 +119,15 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device:
                 raise ValueError(f"{path}: {name}.{array} is not {dtype} {list(size)}; write the checkpoint again")
         mapped = {array: sources[f"{name}.{array}"].read() for array in wanted}
         leaves[name] = _leaf(forms[name], shape, mapped, packed, put_function(device, name))
+    if _state(path) != before:
+        raise ValueError(f"{path}: the file changed while it was loaded; load it again when it is complete")
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What is another after a file was written to, or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _flat(params: Params) -> dict[str, Any]:

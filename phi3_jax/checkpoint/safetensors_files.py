@@ -7,7 +7,6 @@ memory speed (BUILD_NOTES.md); writing uses the package.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from phi3_jax.checkpoint.checksums import changed, tensor_crc32
 from phi3_jax.checkpoint.tensor_source import TensorSource
+from phi3_jax.regular_file import require_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,7 +48,8 @@ _INSTEAD = {
     "*.pt*": "pickled weights, which could execute code; save them as safetensors where you trust them",
 }
 _POINTER = b"version https://git-lfs"
-_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_HEADER = 10_000_000  # bytes: Python's objects take many times their text. Models like ours have less than a tenth
+_CHECKSUMS = "phi3_jax.crc32"  # in the metadata of files that are written here: JSON, the checksum of each tensor
 
 
 def read_folder(folder: Path) -> dict[str, TensorSource]:
@@ -55,11 +57,14 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
 
     Raises:
       FileNotFoundError: neither is there, or a shard is missing.
-      ValueError: a file is damaged, a tensor is not of a float type, or two shards have different tensors of one name.
+      ValueError: a file is damaged, a tensor is not of a float type, two shards have different tensors of one name, or
+        a tensor is in another shard than the index says.
     """
     sources: dict[str, TensorSource] = {}
     places: dict[str, str] = {}
-    for file in _files(folder):
+    found: set[tuple[str, str]] = set()
+    files, said = _files(folder)
+    for file in files:
         tensors = read_file(file)
         for name in sorted(sources.keys() & tensors.keys()):
             if not _same(sources[name], tensors[name]):
@@ -68,38 +73,46 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
                 )
         sources |= tensors
         places |= dict.fromkeys(tensors, file.name)
+        found |= {(name, file.name) for name in tensors}
+    if wrong := sorted(name for name, file in said.items() if name in places and (name, file) not in found):
+        raise ValueError(
+            f"{folder}: {wrong[0]} is in {places[wrong[0]]}, and not in {said[wrong[0]]} as {INDEX} says "
+            f"({len(wrong)} such tensors): files of two checkpoints are mixed; download all of one"
+        )
     return {name: source for name, source in sources.items() if not name.endswith(_BUFFERS)}
 
 
 def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, TensorSource]:
     """The tensors of one safetensors file; every size in its header is checked against the file's.
 
+    In files that are written here, the bytes of a tensor are compared with their checksum whenever it is read.
+
     `kinds` are the dtypes that are accepted, by their names in the format.
 
     Raises:
-      ValueError: the header is damaged, the file is shorter or longer than it says, or a dtype is not accepted.
+      ValueError: it is no regular file, the header is damaged, or larger than 10 MB, the file is shorter or longer than
+        it says, or a dtype is not accepted.
     """
+    require_regular(path)
     size = path.stat().st_size
     refuse_pointer(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise _damaged(path, f"its header claims {length} bytes of a file of {size}")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"its header is not valid JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a dictionary")
-    header.pop("__metadata__", None)
-    start = 8 + length
-    sources, end = {}, start
-    for name, entry in header.items():
-        source, stop = _tensor(path, name, entry, start, size, _ANY if name.endswith(_BUFFERS) else kinds)
-        sources[name], end = source, max(end, stop)
-    if end != size:
-        raise _damaged(path, f"its tensors end at byte {end} of {size}")
-    return sources
+        text = file.read(length)
+    try:
+        # The package decides what is a sound file: no gaps, no overlaps, nothing behind the last tensor.
+        with safetensors.safe_open(path, "numpy"):
+            pass
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise _damaged(path, f"its header cannot be read ({' '.join(str(error).split())})") from None
+    sums = _checksums(path, header)
+    return {
+        name: _tensor(path, name, entry, 8 + length, _ANY if name.endswith(_BUFFERS) else kinds, sums)
+        for name, entry in header.items()
+    }
 
 
 def refuse_pointer(path: Path) -> None:
@@ -131,23 +144,32 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
 
 def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes tensors as one file."""
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"} | checksum_metadata(tensors))
     path.chmod(0o644)  # the package creates files that only their owner can read
 
 
-def _files(folder: Path) -> list[Path]:
+def checksum_metadata(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """What is put into a file's metadata, by which `read_file` finds damage, in the header or in the tensors."""
+    return {_CHECKSUMS: json.dumps({name: tensor_crc32(name, tensor) for name, tensor in tensors.items()})}
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a folder, and in which of them its index says that a tensor is."""
     index = folder / INDEX
     if (folder / SINGLE).exists():
         if index.exists():
             warnings.warn(
                 f"{folder}: {SINGLE} is read, as by transformers, and the shards of {INDEX} are not", stacklevel=4
             )
-        return [folder / SINGLE]
+        return [folder / SINGLE], {}
     if not index.exists():
         found = next((f"{path.name} is {what}" for path, what in _instead(folder)), "download the weights into it")
         raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; {found}")
+    require_regular(index)
+    if (size := index.stat().st_size) > _MAX_HEADER:
+        raise _damaged(index, f"it has {size} bytes, more than any list of tensors")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
@@ -155,7 +177,7 @@ def _files(folder: Path) -> list[Path]:
         raise ValueError(f"{index}: shards must be files of the same folder, not {outside}")
     if absent := [name for name in names if not (folder / name).exists()]:
         raise FileNotFoundError(f"{folder}: shards {absent} are missing; download them again")
-    return [folder / name for name in names]
+    return [folder / name for name in names], weight_map
 
 
 def _instead(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -173,30 +195,39 @@ def _same(one: TensorSource, other: TensorSource) -> bool:
 
 
 def _tensor(
-    path: Path, name: str, entry: Any, start: int, size: int, kinds: Mapping[str, np.dtype]
-) -> tuple[TensorSource, int]:
-    """Checks one header entry -> (the tensor, the byte of the file where it ends)."""
-    try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and isinstance(kind, str)
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise _damaged(path, f"the header entry of {name!r} cannot be read")
+    path: Path, name: str, entry: Any, start: int, kinds: Mapping[str, np.dtype], sums: Mapping[str, int] | None
+) -> TensorSource:
+    """The tensor of one header entry, which the package has checked."""
+    kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if kind not in kinds:
         raise ValueError(
             f"{path}: tensor {name} has dtype {kind}, but only {sorted(kinds)} can be loaded; "
             "take the unquantised checkpoint"
         )
     dtype = kinds[kind]
-    if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
-        raise _damaged(path, f"tensor {name} {list(shape)} does not fit bytes {begin} to {end} of {size - start}")
 
     def read() -> np.ndarray:
         # Mapped for each read and dropped with the result, so that pages do not pile up in memory.
-        return np.memmap(path, dtype, "r", start + begin, shape) if end > begin else np.zeros(shape, dtype)
+        found = np.memmap(path, dtype, "r", start + begin, shape) if end > begin else np.zeros(shape, dtype)
+        if sums is not None and tensor_crc32(name, found) != sums[name]:
+            raise changed(path, name, f"remove {_CHECKSUMS} from its metadata")
+        return found
 
-    return TensorSource(shape, dtype.name, read), start + end
+    return TensorSource(shape, dtype.name, read)
+
+
+def _checksums(path: Path, header: dict[str, Any]) -> dict[str, int] | None:
+    """Takes the metadata out of a header -> the checksum of each tensor; None in the files of others."""
+    text = (header.pop("__metadata__", None) or {}).get(_CHECKSUMS)
+    if text is None:
+        return None
+    try:
+        sums = json.loads(text)
+    except (ValueError, RecursionError):
+        sums = None
+    if not isinstance(sums, dict) or sums.keys() != header.keys():
+        raise changed(path, "its list of tensors", f"remove {_CHECKSUMS} from its metadata")
+    return sums
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

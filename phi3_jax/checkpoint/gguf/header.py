@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.regular_file import require_regular
+
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -34,7 +36,7 @@ _NUMBERS = {
 }
 _MAX_DIMENSIONS = 4
 # Python objects are much larger than the bytes they come from. The largest vocabularies make headers of about 15 MB.
-_MAX_HEADER = 1 << 26
+_MAX_HEADER = 1 << 25
 _MAX_ENTRIES = 1 << 16  # tensors, or keys
 
 
@@ -47,12 +49,18 @@ class GgufTensor:
       kind: number of the tensor type (`gguf.GGMLQuantizationType`).
       offset: of its first byte in the file.
       path: the file.
+      start: of the file's first tensor, where its header and the padding behind it end.
+      alignment: where tensors begin, behind that, is a multiple of it.
+      crc: the CRC-32 of its bytes, of files that are written here (checksums.py).
     """
 
     shape: tuple[int, ...]
     kind: int
     offset: int
     path: Path
+    start: int = 0
+    alignment: int = 32
+    crc: int | None = None
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -61,6 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     Raises:
       ValueError: the file is no GGUF file, is damaged, or is of a version or byte order that is not supported.
     """
+    require_regular(path)
     if path.stat().st_size < 24:
         raise damaged(path, "it is shorter than a header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -82,7 +91,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     start = -(-reader.position // alignment) * alignment
     if unaligned := [name for name, tensor in table.items() if tensor.offset % alignment]:
         raise damaged(path, f"tensors {unaligned[:5]} do not start at a multiple of {alignment} bytes")
-    return metadata, {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in table.items()}
+    return metadata, {
+        name: dataclasses.replace(tensor, offset=start + tensor.offset, start=start, alignment=alignment)
+        for name, tensor in table.items()
+    }
 
 
 def damaged(path: Path, what: str) -> ValueError:

@@ -16,7 +16,7 @@ import numpy as np
 
 from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged
 from phi3_jax.checkpoint.gguf.parts import named_as_part, read_headers
-from phi3_jax.checkpoint.gguf.tensors import check_extents, fused_source, read_tensor, tensor_kinds, unsupported_kinds
+from phi3_jax.checkpoint.gguf.tensors import checked, fused_source, read_tensor, tensor_kinds, unsupported_kinds
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
@@ -138,7 +138,7 @@ def read_gguf(path: Path) -> GgufFile:
         _check_name(path, keys, parts)
     if problems := [*_key_problems(keys, architecture, table), *_tensor_problems(parts, table)]:
         raise ValueError(f"{path}: not a model that can be loaded: {'; '.join(problems)}")
-    check_extents(table)
+    table = checked(table)
     config = _config(path, metadata, keys, table)
     has_tokenizer = metadata.get("tokenizer.ggml.model", "no_vocab") not in _NO_TOKENIZER
     tokenizer = tokenizer_from_gguf(metadata, str(path)) if has_tokenizer else None

@@ -1,0 +1,41 @@
+"""What is no regular file is named and refused without being opened."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from phi3_jax.regular_file import require_regular
+
+
+def test_files_and_links_to_them_pass(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to("file")
+    require_regular(tmp_path / "file")
+    require_regular(tmp_path / "link")
+
+
+def test_what_is_missing_stays_missing(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("missing", "link"):
+        with pytest.raises(FileNotFoundError, match=name):
+            require_regular(tmp_path / name)
+
+
+def test_pipes_devices_sockets_and_folders_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket has room for 108 bytes
+    os.mkfifo("pipe")
+    Path("link").symlink_to("pipe")
+    Path("folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+        for path, what in {
+            "pipe": "a named pipe",
+            "link": "a named pipe",
+            "folder": "a folder",
+            "socket": "a socket",
+            "/dev/zero": "a device",
+        }.items():
+            with pytest.raises(ValueError, match=f"^{path}: is {what}; a regular file is needed here$"):
+                require_regular(Path(path))
