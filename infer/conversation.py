@@ -21,6 +21,7 @@ from typing import Any
 
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.checkpoint.atomic_write import new_file
+from phi3_jax.json_files import CHAT, read_object
 from phi3_jax.text import Message, Tool, ToolCall, ToolCallParser, encode_chat
 
 from .answer import Answer, Generation, Piece, write_answers
@@ -241,11 +242,9 @@ def load_messages(path: str | os.PathLike[str]) -> list[Any]:
     """
     remedy = "name a file that /save wrote"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = read_object(Path(path), CHAT, remedy)
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
-        raise ValueError(f"{path}: not a JSON file; {remedy}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
+    if not isinstance(content.get("messages"), list):
         raise ValueError(f'{path}: no {{"messages": [...]}} in it; {remedy}')
     return content["messages"]

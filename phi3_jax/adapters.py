@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.json_files import is_number, is_whole, shown
 from phi3_jax.kernels import LoraTensor as LoraTensor
 from phi3_jax.kernels.linear.xla import dense
 from phi3_jax.model import Params, parameter_shapes, require_floats
@@ -59,12 +60,14 @@ class LoraConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that is out of range, or two that contradict one another."""
         for rank in (self.rank, *(rank for _, rank in self.ranks)):
-            if type(rank) is not int or rank < 1:
-                raise ValueError(f"the rank of an adapter must be a whole number from 1 on, not {rank!r}")
+            if not is_whole(rank, 1):
+                raise ValueError(f"the rank of an adapter must be a whole number from 1 on, not {shown(rank)}")
         alphas = [("alpha", alpha, math.inf) for alpha in (self.alpha, *(alpha for _, alpha in self.alphas))]
         for name, value, top in (*alphas, ("dropout", self.dropout, 1)):
-            if type(value) not in (int, float) or not 0 <= value < top:
-                raise ValueError(f"an adapter's {name} must be a number from 0 to below {top}, not {value!r}")
+            if not is_number(value) or not 0 <= value < top:
+                raise ValueError(
+                    f"an adapter's {name} must be a number from 0 to below {top} that float32 holds, not {shown(value)}"
+                )
         known = (*TARGETS, TABLE, HEAD)
         if not self.targets or not set(self.targets) <= set(known):
             raise ValueError(f"an adapter's targets must be some of {', '.join(known)}, not {list(self.targets)}")

@@ -18,10 +18,11 @@ from phi3_jax.config_keys import (
     INERT_ROPE_KEYS,
     LONG_ROPE_NAMES,
     is_inert,
-    is_number,
     rope_divisors,
     rope_keys,
 )
+from phi3_jax.json_files import LARGEST, SMALLEST, is_number, is_whole, shown
+from phi3_jax.spelling import did_you_mean
 
 Architecture = Literal["phi3", "llama"]
 
@@ -152,6 +153,7 @@ class Phi3Config:
         }
 
 
+_IN_FLOAT32 = f"that float32 holds ({SMALLEST:.2g} to {LARGEST:.2g})"
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -167,7 +169,7 @@ _COUNTS = (
 def _problems(config: Phi3Config) -> list[str]:
     """What is wrong with the sizes, one sentence each."""
     found = [
-        f"{name} must be a positive integer, not {getattr(config, name)!r}"
+        f"{name} must be a positive integer below 2**31, not {shown(getattr(config, name))}"
         for name in _COUNTS
         if not _is_count(getattr(config, name))
     ]
@@ -181,7 +183,7 @@ def _problems(config: Phi3Config) -> list[str]:
     for name in ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "initializer_range"):
         value = getattr(config, name)
         if not is_number(value) or value < 0 or (value == 0 and name != "initializer_range"):
-            found.append(f"{name} must be a positive number, not {value!r}")
+            found.append(f"{name} must be a positive number {_IN_FLOAT32}, not {shown(value)}")
     if found:
         return found
     # An odd number is rounded up to whole pairs; LongRoPE needs an even one, for a factor in its lists for each pair.
@@ -192,16 +194,19 @@ def _problems(config: Phi3Config) -> list[str]:
             f"{config.rotary_dim} rotated dimensions: there must be whole pairs, within the head"
         )
     if config.sliding_window is not None and not _is_count(config.sliding_window):
-        found.append(f"sliding_window must be a positive integer or null, not {config.sliding_window!r}")
+        found.append(
+            f"sliding_window must be a positive integer below 2**31 or null, not {shown(config.sliding_window)}"
+        )
     for name in ("bos_token_id", "pad_token_id"):
         value = getattr(config, name)
         if value is not None and not (_is_int(value) and 0 <= value < config.vocab_size):
-            found.append(f"{name}={value!r} is not an id below vocab_size={config.vocab_size}")
+            found.append(f"{name}={shown(value)} is not an id below vocab_size={config.vocab_size}")
     if not all(_is_int(value) for value in config.eos_token_id):
-        found.append(f"eos_token_id must be an id or a list of ids, not {config.eos_token_id!r}")
+        found.append(f"eos_token_id must be an id or a list of ids, not {shown(config.eos_token_id)}")
     if not isinstance(config.tie_word_embeddings, bool):
-        found.append(f"tie_word_embeddings must be true or false, not {config.tie_word_embeddings!r}")
-    return found + (_long_rope_problems(config, config.long_rope) if config.long_rope else [])
+        found.append(f"tie_word_embeddings must be true or false, not {shown(config.tie_word_embeddings)}")
+    found += _long_rope_problems(config, config.long_rope) if config.long_rope else []
+    return found or _angle_problems(config)
 
 
 def _llama_problems(config: Phi3Config) -> list[str]:
@@ -215,43 +220,51 @@ def _llama_problems(config: Phi3Config) -> list[str]:
     return found
 
 
+def _angle_problems(config: Phi3Config) -> list[str]:
+    """Whether the largest rotary angle is a number in float32; those of a base below 1 or tiny divisors may not be."""
+    divisors = (*config.long_rope.short_factor, *config.long_rope.long_factor) if config.long_rope else (1.0,)
+    if config.max_position_embeddings * max(1, 1 / config.rope_theta) / min(divisors) > LARGEST:
+        return [f"rope_theta={config.rope_theta} and the rope factors give angles that are not finite"]
+    return []
+
+
 def _long_rope_problems(config: Phi3Config, rope: LongRope) -> list[str]:
     found = []
     for name in ("short_factor", "long_factor"):
         factors = getattr(rope, name)
         if not isinstance(factors, tuple) or len(factors) != config.rotary_dim // 2:
-            length = len(factors) if isinstance(factors, tuple) else repr(factors)
+            length = len(factors) if isinstance(factors, tuple) else shown(factors)
             found.append(f"LongRoPE {name} must list rotary_dim/2 = {config.rotary_dim // 2} numbers, not {length}")
         elif not all(is_number(value) and value > 0 for value in factors):
-            found.append(f"LongRoPE {name} must hold positive numbers only")
+            found.append(f"LongRoPE {name} must hold positive numbers {_IN_FLOAT32} only")
     if not _is_count(rope.original_max_position_embeddings) or rope.original_max_position_embeddings < 2:
         found.append(
-            "original_max_position_embeddings must be an integer above 1, not "
-            f"{rope.original_max_position_embeddings!r}"
+            "original_max_position_embeddings must be an integer from 2 to below 2**31, not "
+            f"{shown(rope.original_max_position_embeddings)}"
         )
     for name in ("factor", "attention_factor"):
         value = getattr(rope, name)
         if value is not None and not (is_number(value) and value > 0):
-            found.append(f"LongRoPE {name} must be a positive number or absent, not {value!r}")
+            found.append(f"LongRoPE {name} must be a positive number {_IN_FLOAT32} or absent, not {shown(value)}")
     return found
 
 
 def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     raw = dict(raw)
     model_type = raw.get("model_type")
-    if model_type not in DEFAULTS:
-        raise ValueError(f"model_type is {model_type!r}, but only these can be loaded: {', '.join(DEFAULTS)}")
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
+        raise ValueError(f"model_type is {shown(model_type)}, but only these can be loaded: {', '.join(DEFAULTS)}")
     raw = _with_defaults(raw, DEFAULTS[model_type])
     for key, allowed in FIXED_KEYS.items():
         if (value := raw.pop(key, allowed[0])) not in allowed:
-            raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is implemented")
+            raise ValueError(f"{key}={shown(value)} is not supported, only {allowed[0]!r} is implemented")
     named = [raw.pop(key, None) for key in ("quantization_config", "quantization")]  # MLX writes the second, too
     if (quantization := next((each for each in named if each is not None), None)) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         method = method or "MLX or another program"
         raise ValueError(
-            f"quantization_config: weights that were quantised by {method!r} cannot be read; load the checkpoint that "
-            "they were made from, and quantise it here (quantize=..., or phi3-quantize)"
+            f"quantization_config: weights that were quantised by {shown(method)} cannot be read; load the checkpoint "
+            "that they were made from, and quantise it here (quantize=..., or phi3-quantize)"
         )
     _drop_what_has_no_effect(raw, model_type)
     rope, theta, partial = rope_keys(raw)
@@ -259,9 +272,10 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     fields = {field.name: raw.pop(field.name) for field in dataclasses.fields(Phi3Config) if field.name in raw}
     unknown = sorted(key for key in raw if not is_inert(key) and raw[key] is not None)  # null: the default
     if unknown:
+        known = [field.name for field in dataclasses.fields(Phi3Config)]
         raise ValueError(
-            f"unsupported keys {unknown}; they may change what the model computes: remove them only if you "
-            "know that they do not"
+            f"unsupported keys {shown(unknown)}; they may change what the model computes: remove them only if you "
+            f"know that they do not{did_you_mean(unknown[0], known)}"
         )
     if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
@@ -272,7 +286,9 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
         token: Any = fields.get(name)
         # Old conversions of Llama have -1 for none, and a bos behind a vocabulary that was cut.
         if _is_int(token) and (token < 0 or (name == "bos_token_id" and _is_int(rows) and token >= rows)):
-            warnings.warn(f"config.json: {name}={token} is no token of the vocabulary: taken as none", stacklevel=4)
+            warnings.warn(
+                f"config.json: {name}={shown(token)} is no token of the vocabulary: taken as none", stacklevel=4
+            )
             fields[name] = None
     eos = fields.get("eos_token_id")
     fields["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
@@ -280,7 +296,7 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     if partial is not None:
         fields["partial_rotary_factor"] = partial
         if model_type != "phi3" and partial != 1:
-            raise ValueError(f"partial_rotary_factor={partial!r} is not defined for model_type {model_type!r}")
+            raise ValueError(f"partial_rotary_factor={shown(partial)} is not defined for model_type {model_type!r}")
     plain = Phi3Config(**fields)  # checks the sizes
     default = DEFAULTS[model_type].get("original_max_position_embeddings", plain.max_position_embeddings)
     # As in transformers, the value at the top level takes precedence over the one among the rope parameters.
@@ -288,8 +304,8 @@ def _parse(raw: Mapping[str, Any]) -> Phi3Config:
     long_rope = _long_rope(rope, original, plain, model_type)
     if long_rope is not None and model_type == "phi3" and top is None and original != default:
         warnings.warn(
-            f"config.json: original_max_position_embeddings={original} stands among the rope parameters only, where "
-            f"transformers' Phi-3 does not read it (it would take {default}); put it at the top level, too",
+            f"config.json: original_max_position_embeddings={shown(original)} stands among the rope parameters only, "
+            f"where transformers' Phi-3 does not read it (it would take {default}); put it at the top level, too",
             stacklevel=4,
         )
     return dataclasses.replace(plain, long_rope=long_rope)
@@ -309,17 +325,18 @@ def _drop_what_has_no_effect(raw: dict[str, Any], model_type: str) -> None:
     for key in DROPOUT_KEYS:
         if rate := raw.pop(key, None):
             warnings.warn(
-                f"config.json: {key}={rate} is not applied when training here; it changes no logit", stacklevel=5
+                f"config.json: {key}={shown(rate)} is not applied when training here; it changes no logit", stacklevel=5
             )
     if model_type == "llama" and (window := raw.pop("sliding_window", None)) is not None:
         warnings.warn(
-            f"config.json: sliding_window={window} is left out, as in transformers: a llama has none (a mistral has)",
+            f"config.json: sliding_window={shown(window)} is left out, as in transformers: a llama has none (a mistral "
+            "has)",
             stacklevel=5,
         )
     kind = "full_attention" if raw.get("sliding_window") is None else "sliding_attention"
     layer_types = raw.pop("layer_types", None) or []
     if not isinstance(layer_types, list) or any(each != kind for each in layer_types):
-        raise ValueError(f"layer_types={layer_types!r} is not supported: here all of them would be {kind!r}")
+        raise ValueError(f"layer_types={shown(layer_types)} is not supported: here all of them would be {kind!r}")
 
 
 def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_type: str) -> LongRope | None:
@@ -332,12 +349,12 @@ def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_ty
         known |= {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     if len(kinds) > 1 or not kinds <= known.keys():
         raise ValueError(
-            f"rope type {sorted(kinds)} is not supported; known for {model_type} are {', '.join(known)}"
+            f"rope type {shown(sorted(kinds))} is not supported; known for {model_type} are {', '.join(known)}"
             + (", su and yarn" if model_type == "phi3" else "")
         )
     (kind,) = kinds
     if unknown := sorted(rope.keys() - set(known[kind])):
-        raise ValueError(f"unsupported rope keys {unknown} for rope type {kind!r}")
+        raise ValueError(f"unsupported rope keys {shown(unknown)} for rope type {kind!r}")
     if kind == "default":
         return None
     if kind != "longrope":
@@ -359,7 +376,7 @@ def _long_rope(rope: dict[str, Any], original: Any, config: Phi3Config, model_ty
 def _derived_head_dim(hidden_size: Any, heads: Any) -> int:
     """hidden_size / num_attention_heads, rounded down as in transformers."""
     if not (_is_count(hidden_size) and _is_count(heads)) or hidden_size < heads:
-        raise ValueError(f"hidden_size={hidden_size!r} cannot be split into num_attention_heads={heads!r}")
+        raise ValueError(f"hidden_size={shown(hidden_size)} cannot be split into num_attention_heads={shown(heads)}")
     return int(hidden_size) // int(heads)
 
 
@@ -368,4 +385,4 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return _is_int(value) and value > 0
+    return is_whole(value, 1)

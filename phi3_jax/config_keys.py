@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from phi3_jax.json_files import is_number, shown
+
 # Keys that cannot change a logit: bookkeeping, and dropout on the embedding, which transformers never applies.
 _BOOKKEEPING = frozenset({
     "architectures", "auto_map", "bos_token", "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token",
@@ -77,18 +79,20 @@ def is_inert(key: str) -> bool:
 
 def rope_keys(raw: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     """Removes the rotary keys of either layout from raw -> (rope dictionary, theta, partial_rotary_factor)."""
-    scaling, parameters = raw.pop("rope_scaling", None), raw.pop("rope_parameters", None)
+    scaling, parameters = (raw.pop(key, None) for key in ("rope_scaling", "rope_parameters"))
+    for given in (scaling, parameters):
+        if not isinstance(given, Mapping | None):
+            raise ValueError(f"rope_scaling / rope_parameters must be a dictionary or null, not {shown(given)}")
     if scaling and parameters and scaling != parameters:
         raise ValueError("rope_scaling and rope_parameters are both given and differ: keep one of them")
-    rope = scaling or parameters or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_scaling / rope_parameters must be a dictionary or null, not {rope!r}")
-    rope = dict(rope)
+    rope = dict(scaling or parameters or {})
 
     def one_of(key: str) -> Any:
         values = [v for v in (raw.pop(key, None), rope.pop(key, None)) if v is not None]
         if len(values) == 2 and values[0] != values[1]:
-            raise ValueError(f"{key} is {values[0]!r} at the top level but {values[1]!r} among the rope parameters")
+            raise ValueError(
+                f"{key} is {shown(values[0])} at the top level but {shown(values[1])} among the rope parameters"
+            )
         return values[0] if values else None
 
     return rope, one_of("rope_theta"), one_of("partial_rotary_factor")
@@ -110,7 +114,9 @@ def rope_divisors(
     given: dict[str, Any] = {key: rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
     factor, low, high = (given["factor"], 0, 1) if kind == "linear" else given.values()
     if not all(is_number(value) for value in (factor, low, high, original)) or factor <= 0 or not 0 <= low < high:
-        raise ValueError(f"rope type {kind!r} needs a positive factor, and llama3 a low and a higher one, not {given}")
+        raise ValueError(
+            f"rope type {kind!r} needs a positive factor, and llama3 a low and a higher one, not {shown(given)}"
+        )
     if rotary_dim > _MOST_ROTARY:  # a damaged number; the list would be as long
         raise ValueError(f"{rotary_dim} rotated dimensions are more than any model has")
     divisors = []
@@ -119,8 +125,3 @@ def rope_divisors(
         kept = 0.0 if kind == "linear" else min(max((periods - low) / (high - low), 0.0), 1.0)
         divisors.append(1 / ((1 - kept) / factor + kept))
     return tuple(divisors)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

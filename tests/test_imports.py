@@ -12,7 +12,9 @@ ROOT = Path(phi3_jax.__file__).parent.parent
 STOREYS = ("phi3_jax", "infer", "train")
 # Lowest first: a room imports itself and what stands in lines above its own. Those that share a line are strangers.
 ORDER = """
-config_keys progress regular_file spelling
+progress regular_file spelling
+json_files
+config_keys
 config
 presets text kernels
 model

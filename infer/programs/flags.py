@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -14,8 +14,8 @@ from absl import flags
 import phi3_jax
 from phi3_jax.checkpoint import holds_integers, read_config
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
-from phi3_jax.command_line.program import read_text
 from phi3_jax.command_line.progress import progress_bar
+from phi3_jax.json_files import SETTINGS, decode, parse, read_bytes
 from phi3_jax.kernels import status
 from phi3_jax.model import parameter_shapes
 from phi3_jax.text import call_schema, read_tools
@@ -201,9 +201,19 @@ def tools() -> list[Any] | None:
 @functools.lru_cache(maxsize=1)
 def _read_tools(path: str) -> list[Any]:
     try:
-        return read_tools(json.loads(read_text(path)))
-    except (ValueError, RecursionError) as error:
+        return read_tools(parse(read_bytes(Path(path), SETTINGS)))
+    except ValueError as error:
         raise ValueError(f"{path}: not a JSON file with a list of functions: {error}") from None
+
+
+def _read_schema(path: str) -> str:
+    """The text of a schema. Raises ValueError, with the file's name, if it is no JSON."""
+    data = read_bytes(Path(path), SETTINGS)
+    try:
+        parse(data)
+        return decode(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON schema: {error}") from None
 
 
 def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:
@@ -221,7 +231,7 @@ def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:
             raise ValueError(f"--tool_choice={TOOL_CHOICE.value} needs --tools")
         return Grammar.json_schema(call_schema(tools, 1 if TOOL_CHOICE.value == "one" else None))
     if JSON_SCHEMA.value:
-        return Grammar.json_schema(read_text(JSON_SCHEMA.value))
+        return Grammar.json_schema(_read_schema(JSON_SCHEMA.value))
     if REGEX.value:
         return Grammar.regex(REGEX.value)
     return Grammar.choice(CHOICE.value) if CHOICE.value else None

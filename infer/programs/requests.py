@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
-import math
 import os
 import re
 import typing
@@ -13,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.json_files import parse
+from phi3_jax.regular_file import require_regular
 from phi3_jax.text import read_chat, read_tools
 
 from ..sampling import Sampling
@@ -61,6 +62,7 @@ def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Requ
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; name a file with one JSON object per line")
+    require_regular(path)
     requests: list[Request] = []
     bad: list[str] = []
     first_with_id: dict[Any, int] = {}
@@ -103,33 +105,8 @@ def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """One line as a JSON object; stricter than `json.loads`. Raises ValueError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"the key {key!r} is there twice")
-            result[key] = value
-        return result
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):  # 1e999 as well
-            raise ValueError(f"{number} is not a finite number")
-        return value
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-        # "\ud800" is JSON, but cannot be tokenised, nor written as UTF-8.
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
-    except UnicodeEncodeError:
-        raise ValueError("a text has half of a surrogate pair") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not a request: nested too deeply") from None
+    """One line as a JSON object. Raises ValueError."""
+    value = parse(raw)
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object but {_shown(value)}")
     return value

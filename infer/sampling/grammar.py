@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from phi3_jax.json_files import parse
 from phi3_jax.text import Tokenizer
 
 # JSON may have any amount of white space almost anywhere, and small models may write it without end. This allows ", "
@@ -298,7 +299,7 @@ def _lark(grammar: Grammar) -> str:
 
 
 def _json_rule(source: str) -> str:
-    schema = json.loads(source)
+    schema = parse(source)
     schema = {} if schema is True else schema
     if isinstance(schema, dict) and isinstance(options := schema.get("x-guidance", {}), dict):
         schema["x-guidance"] = {"whitespace_pattern": _JSON_SPACE, **options}

@@ -27,11 +27,12 @@ from phi3_jax.checkpoint.peft import TRAINED_ON, on_integers, read_adapter
 from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
 from phi3_jax.config import Architecture, Phi3Config
+from phi3_jax.json_files import read_object, shown
 from phi3_jax.kernels import PackedTensor
 from phi3_jax.model import DTYPES, Params, dtype_name
 from phi3_jax.progress import OnProgress
 from phi3_jax.regular_file import require_regular
-from phi3_jax.text import Tokenizer, end_ids, load_tokenizer, tokenizer_files
+from phi3_jax.text import Tokenizer, end_ids, load_tokenizer
 
 _ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = (
@@ -265,7 +266,9 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
                 return gguf
             if (place / _ADAPTER).exists():
                 base = read_json(place / _ADAPTER).get("base_model_name_or_path")
-                raise FileNotFoundError(f"{place}: an adapter for {base}; name that model, and this as its adapter")
+                raise FileNotFoundError(
+                    f"{place}: an adapter for {shown(base)}; name that model, and this as its adapter"
+                )
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )
@@ -326,7 +329,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError if there is no file, ValueError if it is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
-    return tokenizer_files.read_json(path)
+    return read_object(path)
 
 
 def _adapter_of(place: Path, adapter: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
@@ -353,9 +356,9 @@ def _generation_settings(folder: Path, config: Phi3Config, tokenizer: Tokenizer 
     named = tuple(eos) if isinstance(eos, list) else config.eos_token_id if eos is None else (eos,)
     source = path if eos is not None else folder / "config.json"
     if not all(type(i) is int for i in named):
-        raise ValueError(f"{source}: eos_token_id {eos!r} must be an id or a list of ids")
+        raise ValueError(f"{source}: eos_token_id {shown(eos)} must be an id or a list of ids")
     if outside := [i for i in named if not 0 <= i < config.vocab_size]:
-        _warn(f"{source}: eos_token_id {outside} can never end an answer: vocab_size is {config.vocab_size}")
+        _warn(f"{source}: eos_token_id {shown(outside)} can never end an answer: vocab_size is {config.vocab_size}")
     ids = end_ids(named, tokenizer)
     if other := [i for i in config.eos_token_id if i not in ids]:
         _warn(

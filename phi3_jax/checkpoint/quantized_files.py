@@ -21,6 +21,7 @@ from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.assemble import require_room
 from phi3_jax.checkpoint.placement import Device, Put, put_function
 from phi3_jax.config import Phi3Config
+from phi3_jax.json_files import shown
 from phi3_jax.kernels import PackedTensor, QuantizedTensor
 from phi3_jax.kernels.linear.packed import BITS, Packing, arrays_of
 from phi3_jax.kernels.linear.quantized import GROUPS
@@ -173,7 +174,9 @@ def _form(name: str, entry: Any, shape: tuple[int, ...], folder: Path) -> _Form:
         or found.group not in GROUPS
         or (found.packed and not is_matrix)
     ):
-        raise ValueError(f"{folder}/config.json: quantization_config describes {name} as {entry}, which is unknown")
+        raise ValueError(
+            f"{folder}/config.json: quantization_config describes {name} as {shown(entry)}, which is unknown"
+        )
     return found
 
 

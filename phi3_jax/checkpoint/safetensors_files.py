@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from phi3_jax.checkpoint.checksums import changed, tensor_crc32
 from phi3_jax.checkpoint.tensor_source import TensorSource
+from phi3_jax.json_files import read_object, shown
 from phi3_jax.regular_file import require_regular
 
 INDEX = "model.safetensors.index.json"
@@ -165,18 +166,15 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if not index.exists():
         found = next((f"{path.name} is {what}" for path, what in _instead(folder)), "download the weights into it")
         raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; {found}")
-    require_regular(index)
-    if (size := index.stat().st_size) > _MAX_HEADER:
-        raise _damaged(index, f"it has {size} bytes, more than any list of tensors")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)["weight_map"]
+        weight_map = read_object(index)["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
-    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: shards must be files of the same folder, not {outside}")
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255]:
+        raise ValueError(f"{index}: shards must be files of the same folder, not {shown(outside)}")
     if absent := [name for name in names if not (folder / name).exists()]:
-        raise FileNotFoundError(f"{folder}: shards {absent} are missing; download them again")
+        raise FileNotFoundError(f"{folder}: shards {shown(absent)} are missing; download them again")
     return [folder / name for name in names], weight_map
 
 

@@ -10,11 +10,13 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
 
+from phi3_jax.regular_file import require_regular
 from phi3_jax.text.added_tokens import AddedToken, Cutter
 
 SPACE_MARK = "\u2581"  # how sentencepiece vocabularies spell a space
@@ -57,6 +59,16 @@ class SentencePieceEncoder:
             bytes_ = [library.piece_to_id(f"<0x{byte:02X}>") for byte in letter.encode()]
             ids += [known] if known != library.unk_id() else bytes_
         return ids
+
+
+def read_pieces(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
+    """A `tokenizer.model` and its strings by id. Raises ValueError if the file is damaged, or something else."""
+    require_regular(path)
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return processor, processor.id_to_piece(list(range(processor.get_piece_size())))
+    except (RuntimeError, OSError, UnicodeError) as error:
+        raise ValueError(f"{path}: not a sentencepiece model ({error}); download the file again.") from error
 
 
 class TokenizersEncoder:
@@ -317,6 +329,6 @@ def decoder_for(spec: Any, source: str) -> Callable[[], PieceDecoder]:
         strips, has_bytes = len(rest) == 2, "ByteFallback" in kinds
         return lambda: ByteFallbackDecoder(strip_leading_space=strips, byte_tokens=has_bytes)
     raise ValueError(
-        f"{source}: unsupported decoder {json.dumps(spec)}; use a byte-level tokenizer, or a sentencepiece one with "
-        "byte fallback."
+        f"{source}: unsupported decoder {json.dumps(spec)[:200]}; use a byte-level tokenizer, or a sentencepiece one "
+        "with byte fallback."
     )

@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import sentencepiece
-
 from phi3_jax.text.added_tokens import AddedToken, Cutter, is_hidden, is_special
 from phi3_jax.text.backends import (
     SPACE_MARK,
@@ -24,6 +22,7 @@ from phi3_jax.text.backends import (
     TokenizersEncoder,
     decoder_for,
     normalizer_of,
+    read_pieces,
 )
 from phi3_jax.text.tokenizer_files import (
     frame_of,
@@ -33,9 +32,10 @@ from phi3_jax.text.tokenizer_files import (
     make_added_tokens,
     named_token,
     named_tokens,
+    read_added_tokens,
     read_chat_templates,
     read_config,
-    read_json,
+    read_document,
     warn_of,
     warn_of_other_ids,
 )
@@ -263,7 +263,7 @@ def load_tokenizer(folder: str | Path, backend: Literal["tokenizers", "sentencep
     if backend is not None and backend not in files:
         raise ValueError(f"Unknown tokenizer backend {backend!r}; known are {sorted(files)}.")
     wanted = [path for name, path in files.items() if backend in (None, name)]
-    path = next((path for path in wanted if path.is_file()), None)
+    path = next((path for path in wanted if path.exists()), None)
     if path is None:
         names = " or ".join(path.name for path in wanted)
         raise FileNotFoundError(f"{folder}: there is no {names}; download the checkpoint's tokenizer files into it.")
@@ -271,18 +271,16 @@ def load_tokenizer(folder: str | Path, backend: Literal["tokenizers", "sentencep
     load = _load_tokenizer_json if path == files["tokenizers"] else _load_sentencepiece
     try:
         return load(path, config, read_chat_templates(folder, config))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: its settings have an unknown shape ({error!r}); download the files again."
         ) from error
 
 
 def _load_tokenizer_json(path: Path, config: dict[str, Any], templates: Mapping[str, str]) -> Tokenizer:
-    spec = read_json(path)
-    model = spec.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
-        raise ValueError(f"{path}: no BPE model in it; convert the tokenizer to BPE or use tokenizer.model.")
-    older, inside = read_json(path.with_name("added_tokens.json")), list(spec.get("added_tokens", []))
+    spec = read_document(path)
+    model, inside = spec["model"], list(spec.get("added_tokens", []))
+    older = read_added_tokens(path.parent)
     beside = listed_in_config(config, older)
     if "added_tokens_decoder" not in config:
         taken = {entry["id"] for entry in inside}
@@ -324,12 +322,11 @@ def _compare_with_model(pieces: Sequence[str | None], added: Sequence[AddedToken
     Scores and merges are not compared.
     """
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path)) if path.is_file() else None
-    except (RuntimeError, OSError):
+        others = read_pieces(path)[1] if path.exists() else None
+    except ValueError:
         return  # other kinds of vocabularies have files of this name, too
-    if processor is None:
+    if others is None:
         return
-    others = processor.id_to_piece(list(range(processor.get_piece_size())))
     ours = [*pieces, *[None] * (len(others) - len(pieces))]
     special = {token.id for token in added if token.special}
     if odd := [i for i, other in enumerate(others) if ours[i] != other and i not in special]:
@@ -341,12 +338,9 @@ def _compare_with_model(pieces: Sequence[str | None], added: Sequence[AddedToken
 
 
 def _load_sentencepiece(path: Path, config: dict[str, Any], templates: Mapping[str, str]) -> Tokenizer:
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not a sentencepiece model ({error}); download the file again.") from error
-    vocabulary = dict(enumerate(processor.id_to_piece(list(range(processor.get_piece_size())))))
-    older = read_json(path.with_name("added_tokens.json"))
+    processor, strings = read_pieces(path)
+    vocabulary = dict(enumerate(strings))
+    older = read_added_tokens(path.parent)
     beside = [{**entry, "normalized": False} for entry in listed_in_config(config, older)]
     for entry in beside:  # a string of the vocabulary may be renamed
         if entry["id"] in vocabulary and entry["content"] not in vocabulary.values():

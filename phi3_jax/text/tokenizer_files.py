@@ -11,22 +11,26 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.json_files import SETTINGS, VOCABULARY, decode, is_whole, read_bytes, read_object, shown
 from phi3_jax.text.added_tokens import AddedToken, is_hidden, is_special, template_text
+from phi3_jax.text.tokenizer_checks import NAMES, check_document, check_ids, check_settings, rows_of
 
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_AGAIN = "download the file again."
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file; ValueError if it holds anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte-order mark
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
-        raise ValueError(f"{path}: not valid JSON ({error}); download the file again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object; download the file again.")
-    return value
+def read_document(path: Path) -> dict[str, Any]:
+    """The contents of a tokenizer.json. Raises ValueError, also for any other model than BPE."""
+    spec = read_object(path, VOCABULARY, wide=True)
+    check_document(spec, path)
+    return spec
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """The ids in added_tokens.json, the older layout; {} if there is no file."""
+    path = folder / "added_tokens.json"
+    ids = read_object(path, wide=True) if path.exists() else {}
+    check_ids(ids, "the object", path)
+    return ids
 
 
 def warn_of(text: str) -> None:
@@ -40,7 +44,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Warns:
         UserWarning: the two name another bos or eos.
     """
-    config, older = read_json(folder / "tokenizer_config.json"), read_json(folder / "special_tokens_map.json")
+    paths = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config, older = (read_object(path, wide=True) if path.exists() else {} for path in paths)
+    for path, settings in zip(paths, (config, older), strict=True):
+        check_settings(settings, path)
     used, other = (config, older) if "added_tokens_decoder" in config else (older, config)
     name = "tokenizer_config.json" if used is config else "special_tokens_map.json"
     for key in ("bos_token", "eos_token"):
@@ -59,14 +66,14 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     chat_template.jinja and additional_chat_templates/*.jinja, or else what the config holds.
 
     Raises:
-        ValueError: the config's template is not a text, nor a list of named ones.
+        ValueError: the config's template is not a text, nor a list of named ones, or two have one name.
 
     Warns:
         UserWarning: both are there and the usual one differs, or none is named "default".
     """
     inside = config.get("chat_template")
     if isinstance(inside, list):
-        inside = {entry["name"]: entry["template"] for entry in inside}
+        inside = _listed_templates(inside, folder)
     elif not isinstance(inside, dict):
         inside = {} if inside is None else {"default": inside}
     if odd := [name for name, template in inside.items() if not isinstance(template, str)]:
@@ -74,7 +81,7 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
         raise ValueError(f"{folder}: the chat_template {odd[0]!r} is a {kind}; make it a string.")
     paths = {"default": folder / "chat_template.jinja"}
     paths |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    files = {name: _read_template(path) for name, path in paths.items() if path.is_file()}
+    files = {name: _read_template(path) for name, path in paths.items() if path.exists()}
     known = files or inside
     if files and "default" in inside and inside["default"].strip() != files.get("default", "").strip():
         warn_of(
@@ -86,11 +93,27 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     return known
 
 
+def _listed_templates(listed: list[Any], folder: Path) -> dict[str, Any]:
+    """Of [{"name": ..., "template": ...}, ...], by their names."""
+    found: dict[str, Any] = {}
+    for at, entry in enumerate(listed):
+        where = f"{folder / 'tokenizer_config.json'}: chat_template[{at}]"
+        if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
+            raise ValueError(f'{where} is {shown(entry)}; make it {{"name": ..., "template": ...}}.')
+        if not isinstance(name := entry["name"], str):
+            raise ValueError(f"{where}: the name {shown(name)} is a {type(name).__name__}; make it a string.")
+        if name in found:
+            raise ValueError(f"{where}: there is another template named {shown(name)}; remove or rename one of them.")
+        found[name] = entry["template"]
+    return found
+
+
 def _read_template(path: Path) -> str:
+    data = read_bytes(path, SETTINGS)
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 (byte {error.start}); download the file again.") from None
+        return decode(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error}); download the file again.") from None
 
 
 def named_token(config: Mapping[str, Any], name: str) -> str | None:
@@ -99,24 +122,22 @@ def named_token(config: Mapping[str, Any], name: str) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"tokenizer_config.json: {name} is {value!r}; make it a string.")
+        raise ValueError(f"tokenizer_config.json: {name} is {shown(value)}; make it a string.")
     return value
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by the names that the config gives them, as transformers hands them to chat templates."""
     extra = config.get("extra_special_tokens")
-    entries = {key: value for key, value in config.items() if key in _NAMES} | (
-        extra if isinstance(extra, dict) else {}
-    )
+    entries = {key: value for key, value in config.items() if key in NAMES} | (extra if isinstance(extra, dict) else {})
     return {name: token for name in entries if (token := named_token(entries, name))}
 
 
 def _named_entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Special tokens that a config names (bos, eos, a model's own, extra ones), by their strings, as entries."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    own = [key for key in config if key.endswith("_token") and key not in _NAMES and not key.startswith("add_")]
-    values = [config.get(key) for key in (*_NAMES, *own)]
+    own = [key for key in config if key.endswith("_token") and key not in NAMES and not key.startswith("add_")]
+    values = [config.get(key) for key in (*NAMES, *own)]
     values += extra.values() if isinstance(extra, dict) else extra
     entries = [value if isinstance(value, dict) else {"content": value} for value in values]
     named = [entry for entry in entries if isinstance(entry.get("content"), str)]
@@ -251,7 +272,7 @@ def join_vocabulary(
                 "correct added_tokens_decoder in tokenizer_config.json."
             )
     end = max(joined, default=-1) + 1
-    rows = read_json(source.with_name("config.json")).get("vocab_size", end)
+    rows = end if (said := rows_of(source.with_name("config.json"))) is None else said
     if outside := {token_id: piece for token_id, piece in vocabulary.items() if not 0 <= token_id < rows}:
         raise ValueError(
             f"{source}: tokens {dict(sorted(outside.items())[:5])} lie outside of the vocabulary of {rows} ids; "
@@ -275,15 +296,25 @@ def frame_of(post_processor: Any, pieces: tuple[str | None, ...], source: Path) 
     """The ids that a tokenizer.json's post-processor puts in front of a text, and behind it.
 
     Raises:
-        ValueError: it does anything else.
+        ValueError: it does anything else, or names what is no token.
     """
+    frame = _frame_of(post_processor, pieces, source)
+    if wrong := [token_id for token_id in chain(*frame) if not is_whole(token_id, 0, len(pieces) - 1)]:
+        raise ValueError(
+            f"{source}: post_processor has the id {shown(wrong[0])}, outside of the vocabulary of {len(pieces)} ids; "
+            f"{_AGAIN}"
+        )
+    return frame
+
+
+def _frame_of(post_processor: Any, pieces: tuple[str | None, ...], source: Path) -> tuple[list[int], list[int]]:
     kind = post_processor.get("type") if isinstance(post_processor, dict) else None
     if kind in (None, "ByteLevel"):
         return [], []
     if kind in ("RobertaProcessing", "BertProcessing"):
         return [post_processor["cls"][1]], [post_processor["sep"][1]]
     if kind == "Sequence":
-        frames = [frame_of(each, pieces, source) for each in post_processor["processors"]]
+        frames = [_frame_of(each, pieces, source) for each in post_processor["processors"]]
         found = [frame for frame in frames if frame != ([], [])]
         if len(found) <= 1:
             return found[0] if found else ([], [])
@@ -291,6 +322,8 @@ def frame_of(post_processor: Any, pieces: tuple[str | None, ...], source: Path) 
         single, known = post_processor["single"], post_processor.get("special_tokens", {})
         names = [item["SpecialToken"]["id"] if "SpecialToken" in item else None for item in single]
         if names.count(None) == 1:
+            if absent := [n for n in names if n is not None and n not in known and n not in pieces]:
+                raise ValueError(f"{source}: post_processor names {shown(absent[0])}, which is no token; {_AGAIN}")
             ids = [known[n]["ids"] if n in known else [pieces.index(n)] for n in names if n is not None]
             at = names.index(None)
             return list(chain(*ids[:at])), list(chain(*ids[at:]))

@@ -58,7 +58,7 @@ def broken(path: tuple[str, ...], value: Any) -> dict[str, Any]:
         ({"tokenizer.json": broken(("model", "type"), "Unigram")}, "no BPE model"),
         ({"tokenizer.json": broken(("model", "merges"), [["zz", "yy"]])}, "the tokenizers library refuses it"),
         ({"tokenizer.json": broken(("decoder",), {"type": "WordPiece"})}, "unsupported decoder"),
-        ({"tokenizer.json": broken(("added_tokens",), [{"id": 5}])}, "settings have an unknown shape"),
+        ({"tokenizer.json": broken(("added_tokens",), [{"id": 5}])}, r"added_tokens\[0\] is {'id': 5}, and must be"),
         ({"tokenizer.json": broken(("model", "vocab", "gap"), 264)}, "has id 264, which is 'gap'"),
         ({"config.json": {"vocab_size": 200}}, "lie outside of the vocabulary of 200 ids"),
         ({"tokenizer.json": broken(("post_processor",), {"type": "Unheard"})}, "unsupported post_processor"),

@@ -16,6 +16,7 @@ from typing import Any
 import phi3_jax
 from phi3_jax.checkpoint import save_adapter, write_trained_on
 from phi3_jax.checkpoint.atomic_write import remove_partial
+from phi3_jax.json_files import is_whole, read_object
 
 from ..settings import Settings, adapter_config
 from ..step import TrainState
@@ -102,8 +103,9 @@ def _write_export(
 def exported_step(folder: Path) -> int | None:
     """The step that an exported folder is of; None if there is no such folder, or it does not say or lacks a file."""
     try:
-        found = json.loads((folder / _STEP).read_bytes())
-        return int(found["step"]) if all((folder / name).exists() for name in found.get("files", [])) else None
+        found = read_object(folder / _STEP)
+        step, names = found["step"], found.get("files", [])
+        return step if is_whole(step) and all((folder / name).exists() for name in names) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from phi3_jax import infer
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
+from phi3_jax.json_files import parse
 from phi3_jax.model import Params
 from phi3_jax.text import Tokenizer, encode_chat
 
@@ -221,6 +221,6 @@ def _said(text: str) -> Chat:
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse(line), dict)
+    except ValueError:
         return False

@@ -21,7 +21,7 @@ from phi3_jax.checkpoint.gguf.tokenizer_reader import (
 )
 from phi3_jax.text import Tokenizer
 from phi3_jax.text.backends import SPACE_MARK, ByteLevelDecoder
-from phi3_jax.text.tokenizer_files import read_json
+from phi3_jax.text.tokenizer_files import read_document
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # Texts with all that vocabularies differ in: spaces, digits, capitals, contractions, scripts, line ends, normal forms.
@@ -182,7 +182,7 @@ def _document(tokenizer: Tokenizer) -> Mapping[str, Any]:
     path = Path(tokenizer.source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the tokenizer's file, which is read again to export it, is gone")
-    return read_json(path)
+    return read_document(path)
 
 
 def _check(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:

@@ -34,13 +34,26 @@ _PLACES = {
 }
 
 
-def matches(pattern: str, name: str) -> bool:
+class Steps:
+    """How many steps may be taken for all names and patterns of one file: a few seconds."""
+
+    def __init__(self, left: int = 4_000_000) -> None:
+        self._left = left
+
+    def take(self, count: int = 1) -> None:
+        """Raises ValueError if there are no more."""
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("names and patterns that take too long to match: write the names out, fewer of them")
+
+
+def matches(pattern: str, name: str, steps: Steps | None = None) -> bool:
     """Whether all of the name matches, as `re.fullmatch` says.
 
     Raises:
-      ValueError: it is no regular expression, or has parts that are not computed here.
+      ValueError: it is no regular expression, has parts that are not computed here, or takes too many steps.
     """
-    return len(name) in _Matcher(name).ends(_parsed(pattern), 0)
+    return len(name) in _Matcher(name, steps or Steps()).ends(_parsed(pattern), 0)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -59,8 +72,8 @@ def _parsed(pattern: str) -> Any:
 class _Matcher:
     """One name; for each part of an expression and each place, where that part may end is found once."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, steps: Steps) -> None:
+        self.name, self._steps = name, steps
         self._known: dict[tuple[int, int], frozenset[int]] = {}
 
     def ends(self, items: Iterable[Any], start: int) -> frozenset[int]:
@@ -69,6 +82,9 @@ class _Matcher:
         if key not in self._known:
             places = frozenset({start})
             for code, rest in items:
+                if not places:
+                    break
+                self._steps.take(len(places))
                 places = self._item(code, rest, places)
             self._known[key] = places
         return self._known[key]
@@ -94,9 +110,11 @@ class _Matcher:
         # A repetition beyond the name's length changes nothing: some of the earlier ones were empty.
         places, longest = starts, len(self.name) + 1
         for _ in range(min(least, longest)):
+            self._steps.take(len(places))
             places = frozenset(end for place in places for end in self.ends(items, place))
         new = places
         for _ in range(min(most - least, longest)):
+            self._steps.take(len(new))
             new = frozenset(end for place in new for end in self.ends(items, place)) - places
             if not new:
                 break

@@ -10,8 +10,9 @@ from typing import Any
 
 from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint.peft.modules import HEAD, TABLE, Module
-from phi3_jax.checkpoint.peft.patterns import matches
-from phi3_jax.text import tokenizer_files
+from phi3_jax.checkpoint.peft.patterns import Steps, matches
+from phi3_jax.json_files import is_whole, read_object, shown
+from phi3_jax.spelling import did_you_mean
 
 CONFIG = "adapter_config.json"
 REMEDY = "merge the adapter into its model with PEFT (merge_and_unload, save_pretrained) and load that"
@@ -27,6 +28,7 @@ _INERT = {
     "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type", "velora_config",
 }  # fmt: skip
+_MOST = 10_000  # names in a list
 # Others (pissa, olora, loftq, corda, lora_ga) change the base's weights before the adapter is trained on them.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -47,6 +49,7 @@ class Settings:
       tokens: {"embed_tokens": ids}: rows that are stored in full.
       tied: a tied head follows the embedding.
       base: the name of the model that it was made for, or "".
+      steps: what matching names may take, for all of them.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Settings:
     tokens: Mapping[str, list[int]]
     tied: bool
     base: str
+    steps: Steps = dataclasses.field(default_factory=Steps, repr=False, compare=False)
 
     def of(self, module: str) -> LoraConfig:
         """The rank and the alpha of one module. Raises ValueError where they are no sensible numbers."""
@@ -77,8 +81,8 @@ class Settings:
         if not found:
             linear = {name.rpartition(".")[2]: None for name, m in modules.items() if m.kind == "linear"}
             raise ValueError(
-                f"{self.path}: target_modules={self.targets!r} names none of {', '.join(linear)} in any layer that it "
-                "is for"
+                f"{self.path}: target_modules={shown(self.targets)} names none of {', '.join(linear)} in any layer "
+                "that it is for"
             )
         return self._with_tied([m.name for m in found], modules) if self.tied and has_tied_head else found
 
@@ -121,6 +125,7 @@ class Settings:
 
     def _ends(self, pattern: str, name: str) -> bool:
         plain = pattern.removeprefix("^")
+        self._take(1 + len(plain) // 64)
         if not re.fullmatch(r"[\w.]+", plain):
             return self._matches(rf"(.*\.)?({pattern})$", name)
         # Names are the rule, and one for each module of a large model makes many pairs; their dots fit any letter.
@@ -131,9 +136,15 @@ class Settings:
             and (not before or (before.endswith(".") and plain == pattern))
         )
 
+    def _take(self, steps: int) -> None:
+        try:
+            self.steps.take(steps)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}; {REMEDY}") from None
+
     def _matches(self, pattern: str, name: str) -> bool:
         try:
-            return matches(pattern, name)
+            return matches(pattern, name, self.steps)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}; {REMEDY}") from None
 
@@ -145,31 +156,34 @@ def read_settings(path: Path) -> Settings:
       FileNotFoundError: there is none.
       ValueError: it is damaged, or has settings that are not computed here.
     """
-    if not path.is_file():
+    if not path.exists():
         inside = sorted(each.parent for each in path.parent.glob(f"*/{CONFIG}")) if path.parent.is_dir() else []
         also = f"; there is one in {inside[0]}" if inside else ""
         raise FileNotFoundError(f"{path}: the file is missing; name a folder that PEFT or this library wrote{also}")
-    found = tokenizer_files.read_json(path)
+    found = read_object(path)
     if (kind := found.get("peft_type")) != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}, and only 'LORA' is computed here; {REMEDY}")
+        raise ValueError(f"{path}: peft_type is {shown(kind)}, and only 'LORA' is computed here; {REMEDY}")
     if (bias := found.get("bias", "none")) not in ("none", "all", "lora_only"):
-        raise ValueError(f"{path}: bias={bias!r} is none of 'none', 'all', 'lora_only'")
+        raise ValueError(f"{path}: bias={shown(bias)} is none of 'none', 'all', 'lora_only'")
     if (init := found.get("init_lora_weights")) not in _INITS:
-        raise ValueError(f"{path}: init_lora_weights={init!r} changes the base's weights, too; {REMEDY}")
+        raise ValueError(f"{path}: init_lora_weights={shown(init)} changes the base's weights, too; {REMEDY}")
     if wrong := [key for key, value in found.items() if key not in _READ | _INERT and value]:
-        raise ValueError(f"{path}: {wrong[0]}={found[wrong[0]]!r} is not computed here; {REMEDY}")
+        near = did_you_mean(wrong[0], _READ)
+        raise ValueError(
+            f"{path}: {shown(wrong[0])[1:-1]}={shown(found[wrong[0]])} is not computed here; {REMEDY}{near}"
+        )
     try:
         lora = LoraConfig(
             found.get("r", 8),
             found.get("lora_alpha", 8),
-            rslora=bool(found.get("use_rslora")),
+            rslora=_flag(found, "use_rslora"),
             dropout=found.get("lora_dropout", 0.0),
-            dora=bool(found.get("use_dora")),
+            dora=_flag(found, "use_dora"),
         )
-        targets, exclude = found.get("target_modules"), found.get("exclude_modules") or []
+        targets, exclude = found.get("target_modules"), _or(found, "exclude_modules", [])
         layers = found.get("layers_to_transform")
         if isinstance(targets, str) and layers is not None:
-            raise ValueError(f"layers_to_transform={layers!r} needs a list of target_modules, as in PEFT")
+            raise ValueError(f"layers_to_transform={shown(layers)} needs a list of target_modules, as in PEFT")
         return Settings(
             path,
             lora,
@@ -179,13 +193,30 @@ def read_settings(path: Path) -> Settings:
             _layers_names(found.get("layers_pattern")),
             _patterns(found, "rank_pattern"),
             _patterns(found, "alpha_pattern"),
-            _strings(found.get("modules_to_save") or [], "modules_to_save"),
-            _tokens(found.get("trainable_token_indices")),
-            bool(found.get("ensure_weight_tying")),
-            str(found.get("base_model_name_or_path") or ""),
+            _strings(_or(found, "modules_to_save", []), "modules_to_save"),
+            _tokens(_or(found, "trainable_token_indices", {})),
+            _flag(found, "ensure_weight_tying"),
+            _text(found, "base_model_name_or_path"),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _or(found: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of a key that may be absent or null."""
+    return default if (value := found.get(key)) is None else value
+
+
+def _flag(found: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(value := _or(found, key, False), bool):
+        raise ValueError(f"{key}={shown(value)} must be true or false")
+    return value
+
+
+def _text(found: Mapping[str, Any], key: str) -> str:
+    if not isinstance(value := _or(found, key, ""), str):
+        raise ValueError(f"{key}={shown(value)} must be a string")
+    return value
 
 
 def _listed(names: list[str], name: str) -> bool:
@@ -195,34 +226,40 @@ def _listed(names: list[str], name: str) -> bool:
 def _strings(value: Any, key: str) -> list[str]:
     if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         also = ", a regular expression or 'all-linear'" if key == "target_modules" else ""
-        raise ValueError(f"{key}={value!r} must be a list of names{also}")
+        raise ValueError(f"{key}={shown(value)} must be a list of names{also}")
+    if len(value) > _MOST:
+        raise ValueError(f"{key} lists {len(value)} names, more than {_MOST}: name kinds of modules, such as 'o_proj'")
     return value
 
 
 def _layers(value: Any) -> list[int] | None:
     numbers = [value] if type(value) is int else value
-    if numbers is not None and not (isinstance(numbers, list) and all(type(each) is int for each in numbers)):
-        raise ValueError(f"layers_to_transform={value!r} must be a layer's number, or a list of them")
+    if numbers is not None and not (
+        isinstance(numbers, list) and all(map(is_whole, numbers)) and len(numbers) <= _MOST
+    ):
+        raise ValueError(f"layers_to_transform={shown(value)} must be a layer's number, or a list of them")
     return numbers or None
 
 
 def _layers_names(value: Any) -> list[str]:
-    names = _strings([value] if isinstance(value, str) else value or [], "layers_pattern")
+    names = _strings([value] if isinstance(value, str) else [] if value is None else value, "layers_pattern")
     if strange := [name for name in names if not re.fullmatch(r"[\w.]*", name)]:
-        raise ValueError(f"layers_pattern={strange[0]!r} is not computed here, only a name such as 'layers'")
+        raise ValueError(f"layers_pattern={shown(strange[0])} is not computed here, only a name such as 'layers'")
     return [name for name in names if name]
 
 
 def _patterns(found: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = found.get(key) or {}
+    value = _or(found, key, {})
     if not isinstance(value, dict):
-        raise ValueError(f"{key}={value!r} must map names to numbers")
+        raise ValueError(f"{key}={shown(value)} must map names to numbers")
     return value
 
 
 def _tokens(value: Any) -> dict[str, list[int]]:
-    rows = value if isinstance(value, dict) else {"embed_tokens": value} if value else {}
+    rows = value if isinstance(value, dict) else {} if value == [] else {"embed_tokens": value}
     for ids in rows.values():
-        if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
-            raise ValueError(f"trainable_token_indices={value!r} must be a list of token ids, or one for each module")
+        if not (isinstance(ids, list) and ids and all(map(is_whole, ids)) and len(set(ids)) == len(ids)):
+            raise ValueError(
+                f"trainable_token_indices={shown(value)} must be a list of token ids, or one for each module"
+            )
     return rows

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.traverse_util
 
+from phi3_jax.json_files import read_object
 from phi3_jax.kernels import LoraTensor, PackedTensor, QuantizedTensor
 from phi3_jax.model import Params
 from phi3_jax.quantization import Format, parse_format, policy_of
@@ -53,12 +54,10 @@ def warn_of_others(settings: Path, weights: str) -> None:
 def _read(path: Path) -> str:
     """What is written there; "" where nothing can be understood: the adapter is no worse for it."""
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            return ""
-        weights = json.loads(path.read_bytes())["weights"]
+        weights = read_object(path, _LARGEST)["weights"]
         if weights not in ("stored", "int4-mixed"):
             parse_format(weights)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
     return str(weights)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from phi3_jax.checkpoint.atomic_write import new_file
+from phi3_jax.json_files import parse
 
 from ..observer import Record
 from .tensorboard import EventFile
@@ -88,7 +89,7 @@ def read(path: Path) -> list[Record]:
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            record = json.loads(line)
+            record = parse(line)
             record["step"] += 0
         except (ValueError, TypeError, KeyError):
             break
