@@ -12,7 +12,7 @@ ROOT = Path(phi3_jax.__file__).parent.parent
 STOREYS = ("phi3_jax", "infer", "train")
 # Lowest first: a room imports itself and what stands in lines above its own. Those that share a line are strangers.
 ORDER = """
-progress regular_file spelling
+progress regular_file spelling user_cache
 json_files
 config_keys
 config

@@ -22,11 +22,12 @@ from absl import app, flags
 from tqdm import tqdm
 
 import phi3_jax
+from phi3_jax.command_line import compiled_programs
 from phi3_jax.spelling import did_you_mean
 
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir",
-    str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_jax" / "compiled"),
+    compiled_programs.default_folder(),
     "Where compiled programs are kept, so that the next start need not compile them again; empty: nowhere.",
 )
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of the program, of jax and of Python, and end.")
@@ -92,9 +93,9 @@ def run_program(
         if argv[1:] and not takes_arguments:
             sys.exit(f'{name}: unexpected arguments {list(argv[1:])}; quote text: --prompt "two words"')
         if _COMPILATION_CACHE_DIR.value:
-            jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE_DIR.value)
-            # Keep small compiled programs, too: a start compiles dozens of them, which together takes seconds.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            compiled_programs.keep(
+                _COMPILATION_CACHE_DIR.value, told=lambda text: print(f"{name}: {text}", file=sys.stderr)
+            )
         _show_warnings_as_lines(name)
         try:
             return main(*([argv[1:]] if takes_arguments else []))
@@ -161,9 +162,9 @@ def _show_warnings_as_lines(name: str) -> None:
     ) -> None:
         if not issubclass(category, UserWarning):
             show_other(message, category, filename, lineno, file, line)
-        elif str(message) not in told_warnings:
-            told_warnings.add(str(message))
-            tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+        elif (text := compiled_programs.repair(str(message))) not in told_warnings:
+            told_warnings.add(text)
+            tqdm.write(f"{name}: warning: {text}", file=sys.stderr)
 
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = show_warning

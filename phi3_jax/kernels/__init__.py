@@ -10,6 +10,6 @@ from phi3_jax.kernels.linear.lora import LoraTensor as LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor as PackedTensor
 from phi3_jax.kernels.linear.packed import has_packed as has_packed
 from phi3_jax.kernels.linear.quantized import QuantizedTensor as QuantizedTensor
-from phi3_jax.kernels.native.build import Unavailable as Unavailable
 from phi3_jax.kernels.native.build import why_unavailable as why_unavailable
+from phi3_jax.kernels.native.compiler import Unavailable as Unavailable
 from phi3_jax.kernels.report import status as status

@@ -15,15 +15,16 @@ import jax
 import pytest
 
 from phi3_jax.kernels import native
-from phi3_jax.kernels.native import build
+from phi3_jax.kernels.native.compiler import FLAGS, INSTRUCTION_SETS, compile_library
 
 SOURCES, TESTS = Path(native.__file__).parent, Path(__file__).parent / "native"
+COMPILER = os.environ.get("CXX") or "g++"
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 PROGRAMS = {"linear": ["quick"], "attention": []}  # a folder of kernels: the arguments of its test
 FAMILY = ["portable", "avx2", "avx512", "avx512_bf16"] if platform.machine() == "x86_64" else ["portable", "neon"]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++: apt install g++"),
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no {COMPILER}: apt install g++"),
 ]
 
 
@@ -37,7 +38,7 @@ def run_all(commands):
 
 
 def compile_and_run(kernels, compiler, isa, folder, flags=(), runner=()):
-    always = [*build._FLAGS, *build._INSTRUCTION_SETS[isa], f"-I{SOURCES}", *flags]
+    always = [*FLAGS, *INSTRUCTION_SETS[isa], f"-I{SOURCES}", *flags]
     sources = [*(SOURCES / kernels).glob("*.cpp"), TESTS / f"{kernels}_test.cpp"]
     objects = {str(folder / f"{path.stem}.o"): str(path) for path in sources}
     run_all([compiler, *always, "-c", path, "-o", made] for made, path in objects.items())
@@ -51,9 +52,9 @@ def compile_and_run(kernels, compiler, isa, folder, flags=(), runner=()):
 @pytest.fixture(scope="module")
 def of_this_processor(tmp_path_factory):
     path = tmp_path_factory.mktemp("isa") / "isa.so"
-    build._compile("g++", [SOURCES / "isa.cpp"], (), path)
+    compile_library([COMPILER], [SOURCES / "isa.cpp"], (), path)
     loaded = ctypes.CDLL(str(path))
-    return [name for name in build._INSTRUCTION_SETS if loaded.phi3_supports_isa(name.encode())]
+    return [name for name in INSTRUCTION_SETS if loaded.phi3_supports_isa(name.encode())]
 
 
 @pytest.mark.parametrize("flags", [[], SANITIZERS], ids=["optimised", "sanitizers"])
@@ -62,7 +63,7 @@ def of_this_processor(tmp_path_factory):
 def test_kernels(kernels, isa, flags, of_this_processor, tmp_path):
     if isa not in of_this_processor:
         pytest.skip(f"this processor has no {isa}")
-    compile_and_run(kernels, "g++", isa, tmp_path, flags)
+    compile_and_run(kernels, COMPILER, isa, tmp_path, flags)
 
 
 def cross_compiler():
@@ -84,19 +85,19 @@ def check_headers(compiler, isa, folder):
     """Compiles a file for each header that holds nothing but its #include."""
     commands = []
     for number, path in enumerate(sorted(SOURCES.rglob("*.h"))):
-        owner = next((name for name in build._INSTRUCTION_SETS if path.stem.endswith(f"_{name}")), "")
+        owner = next((name for name in INSTRUCTION_SETS if path.stem.endswith(f"_{name}")), "")
         if not isa.startswith(owner):  # avx512_bf16 is avx512 and more
             continue
         alone = folder / f"{number}.cpp"
         alone.write_text(f'#include "{path.relative_to(SOURCES)}"\n')
-        flags = [*build._FLAGS, *build._INSTRUCTION_SETS[isa], "-Werror", "-fsyntax-only"]
+        flags = [*FLAGS, *INSTRUCTION_SETS[isa], "-Werror", "-fsyntax-only"]
         commands.append([compiler, *flags, f"-I{SOURCES}", "-isystem", jax.ffi.include_dir(), str(alone)])
     run_all(commands)
 
 
 @pytest.mark.parametrize("isa", FAMILY)
 def test_every_header_stands_alone(isa, tmp_path):
-    check_headers("g++", isa, tmp_path)
+    check_headers(COMPILER, isa, tmp_path)
 
 
 def test_every_header_stands_alone_on_aarch64(tmp_path):

@@ -4,14 +4,14 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from phi3_jax.kernels import Unavailable, native
-from phi3_jax.kernels.native import build
+from phi3_jax import user_cache
+from phi3_jax.kernels import Unavailable
+from phi3_jax.kernels.native import build, compiler
 
-SOURCES = Path(native.__file__).parent
+SOURCES = compiler.SOURCES
 needs_kernels = pytest.mark.skipif(build.why_unavailable() is not None, reason=f"no kernels: {build.why_unavailable()}")
 SCRIPT = "from phi3_jax.kernels import status; print(status()['attention'])"
 
@@ -23,7 +23,7 @@ def one_source(tmp_path, monkeypatch):
     for name in ("isa.cpp", "ffi/version_ffi.cpp"):
         (sources / name).parent.mkdir(exist_ok=True)
         (sources / name).write_text((SOURCES / name).read_text())
-    monkeypatch.setattr(build, "_SOURCES", sources)
+    monkeypatch.setattr(compiler, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("PHI3_JAX_NATIVE", raising=False)
     return sources / "ffi" / "version_ffi.cpp"
@@ -39,16 +39,17 @@ def test_a_library_is_made_once_and_again_when_a_source_changes(one_source, caps
     assert capsys.readouterr().err == ""
     one_source.write_text(one_source.read_text() + "\n// changed\n")
     assert build._build() != first
-    assert sorted(path.name for path in first.parent.iterdir()) == sorted(["isa.so", "lock", first.name])
+    names = {"isa.json", "isa.so", "lock", first.with_suffix(".json").name, first.name}
+    assert {path.name for path in first.parent.iterdir()} == names
 
 
 @needs_kernels
 def test_two_processes_at_once_make_one_library(one_source, tmp_path):
     script = (
-        "import sys, pathlib; from phi3_jax.kernels.native import build;"
-        "build._SOURCES = pathlib.Path(sys.argv[1]); print(build._build())"
+        "import sys, pathlib; from phi3_jax.kernels.native import build, compiler;"
+        "compiler.SOURCES = pathlib.Path(sys.argv[1]); print(build._build())"
     )
-    command = [sys.executable, "-c", script, str(build._SOURCES)]
+    command = [sys.executable, "-c", script, str(compiler.SOURCES)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in processes]
     assert answers[0][0] == answers[1][0] != ""
@@ -59,8 +60,8 @@ def test_a_compiler_that_fails_leaves_nothing_and_says_what_it_said(one_source):
     one_source.write_text("this is not C++\n")
     with pytest.raises(Unavailable, match=r"failed with exit code 1: .*error"):
         build._build()
-    assert [path.name for path in build.cache_folder().rglob("*.so")] == ["isa.so"]
-    assert not list(build.cache_folder().rglob("*.o"))
+    assert [path.name for path in user_cache.cache_folder("kernels").rglob("*.so")] == ["isa.so"]
+    assert not list(user_cache.cache_folder("kernels").rglob("*.o"))
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(one_source, tmp_path, monkeypatch):

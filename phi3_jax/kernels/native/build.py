@@ -3,48 +3,28 @@
 The folder's name says what the library was made from: the sources, the compiler, the flags and jaxlib's headers. When
 one of them changes, another library is made. A library is for one instruction set; isa.cpp says which is best here.
 All its files are compiled with the flags of that set; linear/vectors.h and attention/vectors.h pick the vector code.
+compiler.py runs the compiler; stored.py checks that a library is what was compiled, before any of it runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jaxlib.version
 
-_SOURCES = Path(__file__).parent
-# The vectoriser is off, because GCC 12's read past the end of a buffer; the kernels are written in vectors anyway.
-_FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    *("-ffp-contract=fast", "-fno-tree-vectorize"),
-)
-# The flags of each instruction set that there is vector code for.
-_INSTRUCTION_SETS = {
-    "avx512_bf16": ("-march=skylake-avx512", "-mavx512vnni", "-mavx512bf16"),
-    "avx512": ("-march=skylake-avx512", "-mavx512vnni"),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "neon": (),
-    "portable": ("-DPHI3_PORTABLE",),  # no vector code, although the compiler may know some for this processor
-}
+from phi3_jax import user_cache
+from phi3_jax.kernels.native import compiler, stored
+from phi3_jax.kernels.native.compiler import Refused, Unavailable
+
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
 _HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_attention", "phi3_cache_write")
-
-
-class Unavailable(Exception):  # noqa: N818 - a reason rather than a fault
-    """The kernels cannot be used here; the text says why, and what to do about it."""
 
 
 def library() -> ctypes.CDLL:
@@ -65,103 +45,99 @@ def why_unavailable() -> str | None:
 def _load_once() -> ctypes.CDLL | str:
     """The library, or the reason why there is none, which is also printed to standard error."""
     try:
-        loaded = ctypes.CDLL(str(_build()))
+        loaded = _open(_build())
         _check_version(loaded)
-    except (Unavailable, OSError) as error:
+        handlers = {name: jax.ffi.pycapsule(getattr(loaded, name)) for name in _HANDLERS}
+    except (Unavailable, AttributeError) as error:  # a name that is not there is an AttributeError
         _note(f"the compiled CPU kernels cannot be used, and XLA alone is slower: {error}")
         return str(error)
-    for name in _HANDLERS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return loaded
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3_jax" / "kernels"
-
-
 def _build() -> Path:
+    """The checked library for this machine, which is made if it is not there."""
     if os.environ.get("PHI3_JAX_NATIVE") == "0":
         raise Unavailable("switched off by PHI3_JAX_NATIVE=0")
     if os.name != "posix":
         raise Unavailable(f"they are compiled on Linux and macOS only, not on {platform.system()}")
-    compiler = _compiler()
-    folder = cache_folder() / _key(compiler)
+    command, sources = compiler.find(), compiler.source_key()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        isa = _choose(_made(folder / "isa.so", lambda path: _compile(compiler, [_SOURCES / "isa.cpp"], (), path)))
-        return _made(folder / f"{isa}.so", lambda path: _compile_kernels(compiler, isa, path))
+        kernels = user_cache.private_cache_folder("kernels", told=_note)
+        if command is None:
+            return _made_before(kernels, sources)
+        name = f"{sources}-{compiler.compiler_key(command)}"
+        folder = user_cache.private_cache_folder("kernels", name, told=_note)
+        isa = _choose(_made(folder / "isa.so", command, [compiler.SOURCES / "isa.cpp"], ()))
+        return _made(folder / f"{isa}.so", command, compiler.sources(), compiler.INSTRUCTION_SETS[isa])
+    except user_cache.UntrustedError as error:
+        raise Unavailable(str(error)) from None
     except OSError as error:
-        raise Unavailable(f"they could not be written to {folder} ({error}); set XDG_CACHE_HOME elsewhere") from None
+        raise Unavailable(f"they could not be written to the cache ({error}); set XDG_CACHE_HOME elsewhere") from None
 
 
-def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    """The file, which is made if it is not there; by one process, if several come at the same time."""
-    if not target.exists():
-        with _locked(target.parent / "lock"):
-            if not target.exists():  # another process may have been first
-                make(target)
+def _made_before(kernels: Path, sources: str) -> Path:
+    """A library that some compiler has made from these sources: there is none here any more, as in many a container."""
+    for folder in sorted(kernels.glob(f"{sources}-*")):
+        user_cache.private_cache_folder("kernels", folder.name, told=_note)
+        if stored.problem(folder / "isa.so") is None:
+            library = folder / f"{_choose(folder / 'isa.so')}.so"
+            if stored.problem(library) is None:
+                return library
+    raise Unavailable("there is no C++ compiler; install one, for instance with: apt install g++")
+
+
+def _made(target: Path, command: Sequence[str], files: Sequence[Path], flags: Sequence[str]) -> Path:
+    """The library, which is made if it is not there or damaged; by one process, if several come at the same time."""
+    if _is_whole(target):
+        return target
+    with stored.locked(target.parent, _note):
+        if _is_whole(target):  # another process was first
+            return target
+        user_cache.close_to_others(target.parent)
+        if (problem := stored.problem(target)) != stored.MISSING:
+            _note(f"{target} {problem}: compiling it again")
+        elif target.name != "isa.so":
+            _note(f"compiling the CPU kernels for this machine ({target.stem}), once (about ten seconds)")
+        with stored.scratch(target.parent) as scratch:
+            made = scratch / target.name
+            try:
+                compiler.compile_library(command, files, flags, made)
+            except Refused as error:
+                stored.remember_failure(target, str(error))
+                raise Unavailable(stored.failure(target) or str(error)) from None
+            stored.keep(made, target)
     return target
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library can be loaded. Raises Unavailable if it cannot, and the compiler has failed to make it."""
+    if stored.problem(library) is None:
+        return True
+    if (failure := stored.failure(library)) is not None:
+        raise Unavailable(failure)
+    return False
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:  # for instance in a folder of which nothing may be executed
+        raise Unavailable(f"{error}; remove {library.parent}, or set XDG_CACHE_HOME elsewhere") from None
 
 
 def _choose(probe: Path) -> str:
     """The instruction set that PHI3_JAX_ISA names, or the best one of this processor; `probe` is isa.cpp, compiled."""
-    loaded = ctypes.CDLL(str(probe))
+    loaded = _open(probe)
     loaded.phi3_best_isa.restype = ctypes.c_char_p
     wanted = os.environ.get("PHI3_JAX_ISA")
     if not wanted:
         return loaded.phi3_best_isa().decode()
-    here = [name for name in _INSTRUCTION_SETS if loaded.phi3_supports_isa(name.encode())]
+    here = [name for name in compiler.INSTRUCTION_SETS if loaded.phi3_supports_isa(name.encode())]
     if wanted not in here:
         raise Unavailable(f"PHI3_JAX_ISA={wanted}, but this processor has {', '.join(here)}")
     return wanted
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and (found := shutil.which(name)):
-            return found
-    raise Unavailable("there is no C++ compiler; install one, for instance with: apt install g++")
-
-
-def _sources() -> list[Path]:
-    """The files of a library, which are the same for every instruction set."""
-    return sorted(path for path in _SOURCES.rglob("*.cpp") if path.name != "isa.cpp")
-
-
-def _key(compiler: str) -> str:
-    digest = hashlib.sha256()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    settings = (repr(_FLAGS), repr(_INSTRUCTION_SETS))
-    for text in (jaxlib.version.__version__, platform.machine(), compiler, version, *settings):
-        digest.update(text.encode() + b"\0")
-    for path in sorted(path for end in ("cpp", "h") for path in _SOURCES.rglob(f"*.{end}")):
-        digest.update(str(path.relative_to(_SOURCES)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:20]
-
-
-def _compile_kernels(compiler: str, isa: str, target: Path) -> None:
-    _note(f"compiling the CPU kernels for this machine ({isa}), once (about ten seconds)")
-    _compile(compiler, _sources(), _INSTRUCTION_SETS[isa], target)
-
-
-def _compile(compiler: str, sources: list[Path], flags: tuple[str, ...], target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        always = (*_FLAGS, *flags, f"-I{_SOURCES}", "-isystem", jax.ffi.include_dir())
-        objects = {str(Path(scratch, f"{number}.o")): str(path) for number, path in enumerate(sources)}
-        commands = [[compiler, *always, "-c", path, "-o", made] for made, path in objects.items()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
-        library = Path(scratch, target.name)
-        _run([compiler, "-shared", "-pthread", *objects, "-o", str(library)])
-        library.rename(target)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-        raise Unavailable(f"{command[0]} failed with exit code {done.returncode}: {lines[0].strip()}")
 
 
 def _check_version(loaded: ctypes.CDLL) -> None:
@@ -174,16 +150,6 @@ def _check_version(loaded: ctypes.CDLL) -> None:
     made = (loaded.phi3_ffi_api_major(), loaded.phi3_ffi_api_minor())
     if made != wanted:
         raise Unavailable(f"they were compiled for version {made} of XLA's interface, but jaxlib has {wanted}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file; waits while another process holds it."""
-    import fcntl  # not on Windows
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _note(text: str) -> None:

@@ -31,16 +31,23 @@ inline Words pair_up(Words first, Words second) {  // the floats at even and at 
   return phi3::round_to_bf16(first) >> 16 | phi3::round_to_bf16(second);
 }
 
+// The words at places kFrom of (a, b). GCC knows clang's name for it only from version 12 on.
+template <int... kFrom>
+inline Words pick(Words a, Words b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, Words{kFrom...});
+#endif
+}
+
 // Words w .. w + 3 of four rows to four neighbouring outputs of lines w .. w + 3 of the panel.
 template <int kWidth>
 inline void transpose_four(const Words (&rows)[4], uint32_t* panel) {
-  const Words low01 = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
-  const Words low23 = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
-  const Words high01 = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
-  const Words high23 = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
-  const Words lines[4] = {
-      __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-      __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  const Words low01 = pick<0, 4, 1, 5>(rows[0], rows[1]), low23 = pick<0, 4, 1, 5>(rows[2], rows[3]);
+  const Words high01 = pick<2, 6, 3, 7>(rows[0], rows[1]), high23 = pick<2, 6, 3, 7>(rows[2], rows[3]);
+  const Words lines[4] = {pick<0, 1, 4, 5>(low01, low23), pick<2, 3, 6, 7>(low01, low23),
+                          pick<0, 1, 4, 5>(high01, high23), pick<2, 3, 6, 7>(high01, high23)};
   for (int i = 0; i < 4; ++i) std::memcpy(panel + i * kWidth, &lines[i], sizeof(Words));
 }
 
