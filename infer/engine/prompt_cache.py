@@ -30,7 +30,7 @@ from phi3_jax.model import KVCache
 from .failures import NOT_FINITE_ADVICE
 
 _KIND = "phi3_jax prompt cache"
-_VERSION = "1"
+_VERSION = "2"
 _DTYPES = ("F32", "BF16", "F16", "I8")  # what a cache may be made of, by safetensors' names
 _AGAIN = "make the prompt cache again"
 _SAMPLE = 4096  # elements of each weight that the fingerprint sees
@@ -132,14 +132,18 @@ class PromptCache:
         """Writes one safetensors file, atomically, which only its owner can read.
 
         It holds `tokens` int32 [tokens], `k` and `v` [L, K, P, H] in the order of their positions, the last of which is
-        the last token's; with int8 also `k_scale` and `v_scale` [L, K, P].
+        the last token's; with int8 also `k_scale` and `v_scale` [L, K, P]; and the SHA-256 of all of them.
 
         Raises:
           OSError: it cannot be written; what was at `path` before is still there.
         """
         tensors = _tensors(self)
         metadata = {"kind": _KIND, "version": _VERSION, "fingerprint": self.fingerprint}
-        _write(Path(path), tensors, metadata | {"is_long": json.dumps(self.is_long)})
+        metadata |= {"is_long": json.dumps(self.is_long)}
+        digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+        for name in sorted(tensors):
+            _add(digest, name, tensors[name])
+        _write(Path(path), tensors, metadata | {"sha256": digest.hexdigest()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], checkpoint: Checkpoint) -> PromptCache:
@@ -169,11 +173,20 @@ class PromptCache:
                     f"{place}: token ids {outside[:5]} are outside of the vocabulary of {config.vocab_size}; {_AGAIN}"
                 )
             # One tensor after another, so that the host holds only one of them beside an accelerator's copy.
-            arrays = {name: jnp.asarray(file.get_tensor(name)[:, None]) for name in shapes if name != "tokens"}
+            metadata = dict(file.metadata())
+            digest, arrays = metadata.pop("sha256", None), {}
+            found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+            for name in sorted(shapes):
+                tensor = file.get_tensor(name)
+                _add(found, name, tensor)
+                if name != "tokens":
+                    arrays[name] = jnp.asarray(tensor[:, None])
         run = np.arange(len(tokens) - arrays["k"].shape[3], len(tokens), dtype=np.int32)
         cache = KVCache(positions=jnp.asarray(run[None]), **arrays)
         if not bool(_is_finite(cache)):
             raise ValueError(f"{place}: holds keys or values that are not finite numbers; {_AGAIN}")
+        if found.hexdigest() != digest:
+            raise ValueError(f"{place}: damaged, its SHA-256 is not that of what was written; {_AGAIN}")
         if run[0] > 0:
             cache = _pick(cache, 0, _in_slot_order(run, len(run)) - run[0])
         return cls(tuple(tokens.tolist()), cache, is_long, own)
@@ -303,6 +316,11 @@ def _tensors(prompt: PromptCache) -> dict[str, np.ndarray]:
     arrays = _arrays(cache) | {"k": cache.k[..., :head_dim], "v": cache.v[..., :head_dim]}
     tensors = {name: np.ascontiguousarray(np.asarray(array)[:, 0]) for name, array in arrays.items()}
     return {"tokens": np.asarray(prompt.tokens, np.int32)} | tensors
+
+
+def _add(digest: Any, name: str, tensor: np.ndarray) -> None:
+    digest.update(json.dumps([name, tensor.dtype.name, *tensor.shape]).encode())
+    digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from absl import flags
 
 import phi3_jax
 from phi3_jax.checkpoint import as_floats, holds_integers, kind_of_weights, stored_dtype
+from phi3_jax.checkpoint.atomic_write import reserved
 from phi3_jax.checkpoint.gguf.writer import GgufType, save_gguf
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
@@ -53,14 +54,17 @@ def main() -> int:
     """Loads and writes; notes on standard error where other programs are known to read the file differently."""
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs its plan at level INFO, which absl shows
     output, kind = Path(_OUTPUT.value), _TYPE.value
-    if output.exists():
-        raise FileExistsError(f"{output}: exists already; name another one, or remove it first")
     if _FORMAT.value == "safetensors" and kind not in _DTYPES:
         raise ValueError(f"--type={kind} is a type of GGUF's; give --format gguf, or one of {', '.join(_DTYPES)}")
     if _FORMAT.value == "safetensors" and not _TOKENIZER.value:
         raise ValueError("--notokenizer is for --format gguf")
     if _FORMAT.value == "gguf" and _AS.value != "phi3":
         raise ValueError(f"--as={_AS.value} is for --format safetensors")
+    with reserved(output):  # before the weights are loaded
+        return _export(output, kind)
+
+
+def _export(output: Path, kind: str) -> int:
     checkpoint = _load(kind)
     if _FORMAT.value == "safetensors":
         phi3_jax.save(checkpoint, output, architecture=typing.cast(Architecture, _AS.value))

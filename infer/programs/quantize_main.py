@@ -21,6 +21,7 @@ from absl import flags
 
 import phi3_jax
 from phi3_jax.checkpoint import Layout, require_tokenizer
+from phi3_jax.checkpoint.atomic_write import reserved
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import read_text, run_program
 from phi3_jax.command_line.progress import progress_bar
@@ -43,8 +44,11 @@ _WINDOW = 512  # tokens of a row of the calibration
 
 def main() -> int:
     """Loads, quantises and writes."""
-    if Path(_OUTPUT.value).exists():
-        raise FileExistsError(f"{_OUTPUT.value}: exists already; name another folder, or remove it first")
+    with reserved(Path(_OUTPUT.value)):  # before the hours that this may take
+        return _quantize()
+
+
+def _quantize() -> int:
     layout: Layout = "packed" if _LAYOUT.value == "packed" else "rows"
     with progress_bar("quantising") as on_progress:
         checkpoint = (

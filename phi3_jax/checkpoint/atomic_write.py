@@ -1,14 +1,57 @@
-"""Files and folders that appear whole or not at all: written under another name beside their own, then renamed."""
+"""Files and folders that appear whole or not at all: written under another name beside their own, then renamed.
+
+What will be called NAME is written in a folder of its own, which is removed afterwards:
+
+    .NAME.0123abcd.partial/lock   the writing process, which keeps the file locked as long as it lives
+    .NAME.0123abcd.partial/new    what becomes NAME
+
+So the kernel tells what is still being written, in other containers, too, and whoever writes next to it removes what
+kills have left. The digits stand for the machine since it was started: what another one writes to a shared disk, which
+may not share locks, is left alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import glob
+import ctypes
+import errno
+import fcntl
+import hashlib
 import os
+import platform
+import re
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_PARTIAL = re.compile(r"\..+\.([0-9a-f]{8})\.partial", re.DOTALL)
+_LOCK, _NEW = "lock", "new"
+_PATIENCE = 1.0  # seconds, for one who removes what a kill has left under the name
+_NO_REPLACE = 1  # RENAME_NOREPLACE
+_HERE = -100  # AT_FDCWD
+_reserved: set[Path] = set()  # by `reserved`, and not being written just now
+
+
+@contextlib.contextmanager
+def reserved(target: Path) -> Iterator[None]:
+    """Keeps other processes from writing a new file or folder, from before the work to what `new_file` and `new_folder`
+    do inside; they, too, reserve what they write.
+
+    Raises:
+      FileExistsError: `target` is there already.
+      OSError: another process is writing it; or it cannot be written.
+    """
+    _refuse_existing(target)
+    with contextlib.ExitStack() as stack:
+        with _explained(target, 0):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(_locked_partial(target, wait=False))
+        _reserved.add(partial)
+        try:
+            yield
+        finally:
+            _reserved.discard(partial)
 
 
 @contextlib.contextmanager
@@ -17,39 +60,34 @@ def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: b
 
     Args:
       size: bytes that will be written, where that is known.
-      overwrite: replace a file that exists; it stays as it was if anything goes wrong.
+      overwrite: replace a file that exists; it stays as it was if anything goes wrong. Who writes it at the same time
+        is waited for.
       private: only its owner may read the file.
 
     Raises:
       FileExistsError: `target` is there already.
-      OSError: it cannot be written, or there is not enough room for it.
+      OSError: it cannot be written, or another process is writing it, or there is not enough room for it.
     """
     if not overwrite:
         _refuse_existing(target)
     elif target.exists() and not target.is_file() and not target.is_dir():
         yield target  # a pipe or a terminal, for example /dev/stdout, which must not be replaced
         return
-    place = target.resolve() if overwrite else target  # a link stays one
-    partial = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
-        os.close(handle)
-        partial = Path(name)
-        _require_room(target, size)
-        yield partial
-        partial.chmod(0o600 if private else 0o666 & ~_umask())  # mkstemp's files are private
-        os.replace(partial, place)
-    except OSError as error:
-        if error.strerror is None:  # not from the operating system: it names the file and the remedy already
-            raise
-        room = f", with {_shown(size)} left" if size else ""
-        raise OSError(
-            f"{target}: cannot be written ({error.strerror}); name a file in a folder that is there and may be written "
-            f"to{room}"
-        ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+    with _explained(target, size):
+        place = target.resolve() if overwrite else target  # a link stays one
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with _partial_of(place, wait=overwrite) as new:
+            new.touch(0o600)
+            _require_room(target, size)
+            yield new
+            new.chmod(0o600 if private else 0o666 & ~_umask())
+            _sync(new)
+            if overwrite:
+                os.replace(new, place)
+            else:
+                _rename(new, place)
+            _sync(place.parent)
 
 
 @contextlib.contextmanager
@@ -61,27 +99,201 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
 
     Raises:
       FileExistsError: `target` is there already.
-      OSError: there is not enough room for it.
+      OSError: it cannot be written, or another process is writing it, or there is not enough room for it.
     """
     _refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _require_room(target, size)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with _explained(target, size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _require_room(target, size)
+        with _partial_of(target, wait=False) as new:
+            new.mkdir()
+            yield new
+            new.chmod(0o777 & ~_umask())
+            for folder, _, names in os.walk(new, topdown=False):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _rename(new, target)
+            _sync(target.parent)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes from a folder what processes that are gone have left half written; others' work is not touched."""
+    with contextlib.suppress(OSError):
+        for path in [Path(entry.path) for entry in os.scandir(folder) if _PARTIAL.fullmatch(entry.name)]:
+            _remove_if_left(path)
+
+
+def _remove_if_left(partial: Path) -> None:
+    found = _PARTIAL.fullmatch(partial.name)
+    with contextlib.suppress(OSError):  # another's, which we may not write
+        writer = _writer(partial).split()
+        is_of_here = found is not None and (found[1] == _machine() or platform.node() in writer[1:])
+        if is_of_here and not partial.is_symlink() and partial.stat().st_uid == os.geteuid():
+            lock = _lock(partial)
+            try:
+                _remove(partial)
+            finally:
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def _partial_of(place: Path, wait: bool) -> Iterator[Path]:
+    """Yields where to write what becomes `place`, where nothing is yet."""
+    partial = _partial(place)
+    if partial in _reserved:
+        _reserved.discard(partial)
+        try:
+            yield partial / _NEW
+        finally:
+            _clear(partial)
+            _reserved.add(partial)
+        return
+    with _locked_partial(place, wait):
+        yield partial / _NEW
+
+
+@contextlib.contextmanager
+def _locked_partial(place: Path, wait: bool) -> Iterator[Path]:
+    """Yields the folder in which `place` is made, empty and locked; it is removed in the end.
+
+    Args:
+      wait: for another process that writes `place`; otherwise that is an error.
+    """
+    remove_partials(place.parent)
+    partial, until = _partial(place), time.monotonic() + _PATIENCE
+    while True:
+        try:
+            lock = _lock(partial)
+            break
+        except BlockingIOError:
+            if not wait and time.monotonic() > until:
+                process = (
+                    "process {} on {}".format(*found) if len(found := _writer(partial).split()) == 2 else "another"
+                )
+                raise OSError(f"{place}: {process} is writing it; wait for that, or choose another name") from None
+            time.sleep(0.02)
     try:
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()} {platform.node()}\n".encode())
+        _clear(partial)
         yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        os.close(lock)
 
 
-def remove_partial(target: Path) -> None:
-    """Removes what kills have left of a new file or folder; nobody may be writing it."""
-    for partial in target.parent.glob(f".{glob.escape(target.name)}-{'?' * 8}"):  # tempfile's names
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+def _lock(partial: Path) -> int:
+    """Makes the folder if it is not there, and locks it -> an open file. Raises BlockingIOError if another has."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir(0o700)
+        try:
+            file = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:  # the process before us has just removed it
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), os.stat(partial / _LOCK)):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _writer(partial: Path) -> str:
+    """What the process that makes the folder says of itself: its number and its machine's name."""
+    with contextlib.suppress(OSError):
+        return (partial / _LOCK).read_text(encoding="utf-8", errors="replace")[:300]
+    return ""
+
+
+def _clear(partial: Path) -> None:
+    """Removes all but the lock."""
+    for entry in os.scandir(partial):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.name != _LOCK:
+            os.unlink(entry.path)
+
+
+def _remove(partial: Path) -> None:
+    """The lock goes last."""
+    _clear(partial)
+    (partial / _LOCK).unlink(missing_ok=True)
+    partial.rmdir()
+
+
+def _partial(place: Path) -> Path:
+    return place.absolute().with_name(f".{place.name}.{_machine()}.partial")
+
+
+def _machine() -> str:
+    """Eight digits: the same in all containers of a machine, and others after it was started again."""
+    try:
+        identity = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        identity = platform.node()
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
+
+
+def _rename(new: Path, target: Path) -> None:
+    """Unlike that of Python, replaces nothing: no empty folder either, and nothing that has just appeared."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        if rename(_HERE, os.fsencode(new), _HERE, os.fsencode(target), _NO_REPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.EEXIST):  # file systems that do not know this
+            raise OSError(code, os.strerror(code))
+    _refuse_existing(target)
+    os.rename(new, target)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk: so a power cut leaves nothing empty."""
+    if path.is_symlink():
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if (
+            error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP) or not path.is_dir()
+        ):  # some know none of folders
+            raise
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def _explained(target: Path, size: int) -> Iterator[None]:
+    """Adds what is written and the remedy to what the operating system says."""
+    try:
+        yield
+    except OSError as error:
+        # If it is not from the operating system, it names the file and the remedy already; and it may be of a file that
+        # was read meanwhile.
+        if error.strerror is None or not _is_about(error, target):
+            raise
+        room = f", with {_shown(size)} left" if size else ""
+        raise OSError(
+            f"{target}: cannot be written ({error.strerror}); name a file in a folder that is there and may be written "
+            f"to{room}"
+        ) from error
+
+
+def _is_about(error: OSError, target: Path) -> bool:
+    """Whether what could not be done is writing to the target, to its partial folder or to one above."""
+    if error.filename is None:
+        return True
+    path = Path(os.fsdecode(error.filename)).absolute()
+    places = target.absolute(), target.resolve()
+    return any(place.is_relative_to(path) or path.is_relative_to(_partial(place)) for place in places)
 
 
 def _refuse_existing(target: Path) -> None:

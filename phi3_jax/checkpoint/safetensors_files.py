@@ -6,6 +6,7 @@ memory speed (BUILD_NOTES.md); writing uses the package.
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -144,8 +145,11 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
 
 
 def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors as one file."""
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"} | checksum_metadata(tensors))
+    """Writes tensors as one file. Raises OSError."""
+    try:
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"} | checksum_metadata(tensors))
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
     path.chmod(0o644)  # the package creates files that only their owner can read
 
 

@@ -6,7 +6,7 @@
     row_texts.bin     int64 [texts], texts in the order of the rows that they are in
     row_starts.bin    int64 [rows + 1], where in the file above each row begins
     lines.bin         uint64 [lines], a hash of the contents of each line that is used (forms.py)
-    header.json       the report, the lengths of the other files, and the fingerprint of all of them
+    header.json       the report, the lengths of the other files, the fingerprint of the rows, and SHA-256 of all files
 
 Axis letters: B rows, T tokens.
 """
@@ -14,6 +14,7 @@ Axis letters: B rows, T tokens.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,20 +101,33 @@ class Dataset:
 
 def write_header(folder: Path, report: Report, sizes: dict[str, int], fingerprint: str) -> None:
     """Writes the last file of a dataset: `sizes` are the numbers of elements of the others."""
-    content = {"report": dataclasses.asdict(report), "sizes": sizes, "fingerprint": fingerprint}
+    digests = {name: _digest_of_file(folder / f"{name}.bin") for name in DTYPES}
+    report_fields = json.loads(json.dumps(dataclasses.asdict(report)))
+    content = {"report": report_fields, "sizes": sizes, "fingerprint": fingerprint, "sha256": digests}
+    content["sha256_of_this"] = _digest_of(content)
     (folder / "header.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Dataset | None:
-    """The dataset in a folder, mapped; None if it is not there or not whole."""
+    """The dataset in a folder, mapped; None if it is not there.
+
+    Raises:
+      ValueError: it is not whole, or a byte of it is not what was written; says what.
+    """
+    if not folder.exists():
+        return None
     try:
         header: dict[str, Any] = json.loads((folder / "header.json").read_bytes())
+        if header.pop("sha256_of_this") != _digest_of(header):
+            raise ValueError("header.json is damaged")
         fields, sizes, fingerprint = header["report"], header["sizes"], header["fingerprint"]
         arrays: dict[str, np.ndarray] = {}
         for name, dtype in DTYPES.items():
             path = folder / f"{name}.bin"
             if path.stat().st_size != sizes[name] * np.dtype(dtype).itemsize:
-                return None
+                raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
+            if _digest_of_file(path) != header["sha256"][name]:
+                raise ValueError(f"{path.name} is not what was written: its SHA-256 is another")
             arrays[name] = np.memmap(path, dtype, mode="r") if sizes[name] else np.zeros(0, dtype)
         fields |= {
             "reasons": tuple((line, reason) for line, reason in fields["reasons"]),
@@ -123,6 +137,19 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
             "first_spelled": fields["first_spelled"] and tuple(fields["first_spelled"]),
         }
         report = Report(**fields)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(error.filename).name} is missing") from None
+    except json.JSONDecodeError:
+        raise ValueError("header.json is damaged") from None
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError("header.json is damaged, or of an earlier version") from None
     return Dataset(report, fingerprint, sequence_length, preferences, arrays)
+
+
+def _digest_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(header: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()

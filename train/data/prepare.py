@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import IO, Literal
 
 import numpy as np
 
+from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.progress import OnProgress
 from phi3_jax.text import Tokenizer
 
@@ -65,17 +67,15 @@ def prepare(
     shape = (settings.sequence_length, settings.method == "dpo")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_suffix(".lock")):
-        dataset = open_dataset(target, *shape)
+        try:
+            dataset = open_dataset(target, *shape)
+        except ValueError as error:
+            warnings.warn(f"{target}: prepared data that are damaged ({error}): made again", stacklevel=2)
+            dataset = None
         if dataset is None:
-            partial = target.with_suffix(".partial")
-            for stale in (target, partial):
-                shutil.rmtree(stale, ignore_errors=True)
-            partial.mkdir()
-            try:
+            shutil.rmtree(target, ignore_errors=True)
+            with new_folder(target, 0) as partial:
                 _Writer(partial, settings, part).write(sources, tokenizer, on_progress)
-                partial.rename(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
             dataset = open_dataset(target, *shape)
     if dataset is None:
         raise OSError(f"{target}: what was just written there is not there any more")

@@ -5,7 +5,8 @@ random numbers depend on (seed, step) alone, so that the state's step is enough 
 
 Orbax writes into a folder of another name and renames it. But it removes checkpoints file by file, and a kill in
 between would leave half of one: so they are renamed first, and then removed here. It has no checksums of what it
-compresses: a truncated or missing file is noticed, a flipped bit is not.
+compresses, and would take most flipped bits for numbers: so digests of the files are written just before that renaming
+(digests.py), and compared before anything is read.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ try:
 except ImportError as error:
     raise ImportError(f"training needs more packages ({error}): pip install 'phi3_jax[train]'") from None
 
+from .digests import check_digests, has_digests, write_digests
+
 _OVERHEAD = 1 << 20  # bytes of a checkpoint besides its arrays
 _REMOVED = "removed"  # a folder beside the checkpoints, for those that will be deleted
 
@@ -37,12 +40,13 @@ class Restored:
     Attributes:
       step: its name.
       state: arrays, as they were saved.
-      skipped: newer ones that could not be read, each with the reason.
+      notes: of each newer one, why it could not be read, and which one was taken instead; and that this one could not
+        be checked.
     """
 
     step: int
     state: Any
-    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class Checkpoints:
@@ -62,11 +66,13 @@ class Checkpoints:
         self._losses: dict[int, float] = {}  # those that compete for the best
         self._held_out_of: dict[int, str | None] = {}
         self._held_out: str | None = None
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep_last, keep_best, self._losses),
             cleanup_tmp_directories=True,
             todelete_subdir=_REMOVED,
             lightweight_initialize=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._before_renaming),
         )
         with self._explained():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -146,12 +152,15 @@ class Checkpoints:
                 skipped[step] = str(error)
                 continue
             for broken in skipped:
-                aside = self._folder / f"unreadable-{broken}"
+                aside = self._folder / _aside(broken)
                 shutil.rmtree(aside, ignore_errors=True)
                 (self._folder / str(broken)).rename(aside)
                 self._losses.pop(broken, None)
             self._manager.reload()
-            return Restored(step, state, tuple(skipped.values()))
+            told = [f"{why}; {step} is taken instead, and that is now {_aside(n)}" for n, why in skipped.items()]
+            if not has_digests(self._folder / str(step)):
+                told.append(f"checkpoint {step} is of an earlier version, without checksums: it is taken as it is")
+            return Restored(step, state, tuple(told))
         raise self._unreadable(next(iter(skipped.values())))
 
     def read(self, step: int, like: Any) -> Any:
@@ -161,6 +170,7 @@ class Checkpoints:
         names = _names(like)
         wanted = ocp.args.StandardRestore(dict(zip(names, leaves, strict=True)))
         try:
+            check_digests(self._folder / str(step))
             found = self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
         except Exception as error:  # Orbax has no error class for this
             raise ValueError(f"checkpoint {step} cannot be read: {_first_words(error)}") from error
@@ -190,6 +200,7 @@ class Checkpoints:
             if (size := _size(state)) > (free := shutil.disk_usage(self._folder).free):
                 raise OSError(f"it takes {size / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free")
             self._add_loss(step, eval_loss, self._held_out)
+            self._saving = step
             args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about))
             self._manager.save(step, args=args, force=True)
 
@@ -209,9 +220,15 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # the first error is the one to report
             self.close()
 
+    def _before_renaming(self) -> None:
+        """Orbax calls this in its own thread, when all is in the folder of the other name."""
+        (written,) = self._folder.glob(f"{self._saving}.*tmp*")
+        write_digests(written)
+
     def _about(self, step: int) -> dict[str, Any] | None:
         """What was saved of the run, the evaluation loss and its data; None if that cannot be read."""
         try:
+            check_digests(self._folder / str(step), "about")
             found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
             return {"run": found["run"], "eval_loss": found["eval_loss"], "held_out": found.get("held_out")}
         except Exception:  # see `read`
@@ -257,6 +274,11 @@ class _LastAndBest:
         known = [step for step in steps if step in self._losses]
         best = sorted(known, key=lambda step: (self._losses[step], step))[: self._best]
         return [step in steps[-self._last :] or step in best for step in steps]
+
+
+def _aside(step: int) -> str:
+    """What a checkpoint is called that cannot be read."""
+    return f"unreadable-{step}"
 
 
 def _names(tree: Any) -> list[str]:

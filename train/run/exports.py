@@ -15,7 +15,6 @@ from typing import Any
 
 import phi3_jax
 from phi3_jax.checkpoint import save_adapter, write_trained_on
-from phi3_jax.checkpoint.atomic_write import remove_partial
 from phi3_jax.json_files import is_whole, read_object
 
 from ..settings import Settings, adapter_config
@@ -155,7 +154,6 @@ def settle_exports(settings: Settings) -> None:
             old.rename(folder)
         for path in (new, old, _beside(folder, "removed")):
             shutil.rmtree(path, ignore_errors=True)
-        remove_partial(new)
 
 
 def _remove(path: Path, folder: Path) -> None:

@@ -246,7 +246,7 @@ def _load(settings: Settings, observer: Observer) -> phi3_jax.Checkpoint:
 
 def _restore(checkpoints: Checkpoints, like: Any, observer: Observer) -> Restored:
     restored = checkpoints.restore(like)
-    for text in restored.skipped:
+    for text in restored.notes:
         observer.note(text)
     return restored
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 import phi3_jax
-from phi3_jax.checkpoint.atomic_write import new_file, remove_partial
+from phi3_jax.checkpoint.atomic_write import new_file, remove_partials
 
 from .. import fingerprint
 from ..adapters import OWN
@@ -29,10 +30,6 @@ _FREE = {
     "save_every", "patience", "samples", "sample_prompts", "trackers", "keep_last", "keep_best", "max_bad_steps",
 }  # fmt: skip
 _REMEDY = "go on with the same, or name another output for a new run, or remove that folder"
-# What a kill may leave half of, under another name.
-_FILES = (
-    "settings.json", "metrics.jsonl", "samples.jsonl", "metrics.csv", "loss.png", "wandb_id", "mlflow_run_id",
-)  # fmt: skip
 # What is compared of a run's contents, in words.
 _CONTENTS = {
     "data": "the rows of {train_file}",
@@ -168,11 +165,15 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise OSError(f"output={folder}: there is a file of this name, or of a folder above; name a folder") from None
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"{folder}: another process is training there; name another output") from None
-        for name in _FILES:
-            remove_partial(folder / name)
+            file.seek(0)
+            process = file.read(300).strip() or "another process"
+            raise OSError(f"{folder}: {process} is training there; name another output") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        remove_partials(folder)
         yield

@@ -20,6 +20,7 @@ from templates import PHI4_MINI, small_tokenizer
 import phi3_jax
 from phi3_jax.model import Phi3
 from phi3_jax.train.data import batches, eval_batches, prepare
+from phi3_jax.train.data.dataset import DTYPES
 from phi3_jax.train.data.order import rows_of_step
 from phi3_jax.train.data.packing import FirstFit
 from phi3_jax.train.settings import Settings
@@ -261,13 +262,30 @@ def test_nothing_is_tokenised_twice(texts, tmp_path, lines_read):
     assert lines_read == [50 * 9]
 
 
-@pytest.mark.parametrize("name", ["header.json", "tokens.bin", "row_starts.bin"])
-def test_damaged_files_are_made_again(texts, dataset, tmp_path, name):
-    expected = dataset.rows(range(len(dataset)))
+def cut_off(content: bytes) -> bytes:
+    return content[:-3]
+
+
+def flipped(content: bytes) -> bytes:
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut_off, flipped, None])
+@pytest.mark.parametrize("name", ["header.json", *(f"{name}.bin" for name in DTYPES)])
+def test_damaged_files_are_made_again(texts, dataset, tmp_path, name, damage):
+    expected, lines = dataset.rows(range(len(dataset))), dataset.lines.copy()
     (path,) = (tmp_path / "kept").glob(f"*/{name}")
-    path.write_bytes(path.read_bytes()[:-3])
-    again = prepare(tmp_path / "data.jsonl", TOKENIZER, SETTINGS, tmp_path / "kept")
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match=rf"kept/\w+: prepared data that are damaged \({name} .*\): made again$"):
+        again = prepare(tmp_path / "data.jsonl", TOKENIZER, SETTINGS, tmp_path / "kept")
     assert equal(again.rows(range(len(again))), expected)
+    assert (again.report, again.fingerprint) == (dataset.report, dataset.fingerprint)
+    assert equal(again.lines, lines)
+    prepare(tmp_path / "data.jsonl", TOKENIZER, SETTINGS, tmp_path / "kept")  # without a warning
 
 
 def test_only_one_of_two_makes_it(texts, tmp_path, lines_read):

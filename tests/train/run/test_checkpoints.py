@@ -109,7 +109,7 @@ def test_what_is_restored_is_what_was_saved(saved):
     with Checkpoints(saved, 2, 1) as checkpoints:
         assert checkpoints.about() == RUN
         restored = checkpoints.restore(like(make_state(0)))
-    assert (restored.step, restored.skipped) == (6, ())
+    assert (restored.step, restored.notes) == (6, ())
     assert equal(restored.state, make_state(6))
 
 
@@ -145,7 +145,11 @@ def cut(path: Path) -> None:
 
 
 def damage_data(checkpoint: Path) -> None:
-    cut(max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    cut(
+        max(
+            (path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+        )
+    )
 
 
 def damage_metadata(checkpoint: Path) -> None:
@@ -168,8 +172,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken(saved, damage):
         restored = checkpoints.restore(like(make_state(0)))
         assert restored.step == 5
         assert equal(restored.state, make_state(5))
-        (text,) = restored.skipped
+        (text,) = restored.notes
         assert text.startswith("checkpoint 6 cannot be read: ")
+        assert text.endswith("; 5 is taken instead, and that is now unreadable-6")
         assert "\n" not in text
         assert len(text) < 400
         assert checkpoints.steps == [3, 5]
@@ -177,6 +182,39 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken(saved, damage):
     assert names(saved) == {"3", "5", "6", "unreadable-6"}
     with Checkpoints(saved, 2, 1) as checkpoints:
         assert equal(checkpoints.restore(like(make_state(0))).state, make_state(16))
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << 6
+    path.write_bytes(content)
+
+
+def test_no_flipped_bit_is_restored(tmp_path):
+    folder, states = tmp_path / "kept", {}
+    with Checkpoints(folder, 2, 0) as checkpoints:
+        for step in (5, 6):
+            key = jax.random.key(step)
+            states[step] = {"x": jax.random.normal(key, (50, 31)), "moment": jax.random.normal(key, (50, 31)) * 1e-6}
+            checkpoints.save(step, states[step], RUN)
+    files = [path for path in sorted((folder / "6").glob("*/**/*")) if path.is_file()]
+    assert any(path.stat().st_size > 4000 for path in files)  # Orbax has no checksums of arrays
+    for path in [*files, folder / "6" / "digests.json"]:
+        before = path.read_bytes()
+        flip(path, len(before) // 2)
+        with Checkpoints(folder, 2, 0) as checkpoints:
+            assert checkpoints.about() == RUN  # that of the older one, if this one's is damaged
+            with pytest.raises(ValueError, match=r"^checkpoint 6 cannot be read: .*(its SHA-256 is|damaged)"):
+                checkpoints.read(6, like(states[6]))
+        path.write_bytes(before)
+    with Checkpoints(folder, 2, 0) as checkpoints:
+        restored = checkpoints.restore(like(states[6]))
+    assert (restored.step, restored.notes, equal(restored.state, states[6])) == (6, (), True)
+    # What an earlier version wrote cannot be checked, which is told.
+    (folder / "6" / "digests.json").unlink()
+    with Checkpoints(folder, 2, 0) as checkpoints:
+        (note,) = checkpoints.restore(like(states[6])).notes
+    assert note == "checkpoint 6 is of an earlier version, without checksums: it is taken as it is"
 
 
 @pytest.mark.usefixtures("_settled")

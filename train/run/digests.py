@@ -1,0 +1,89 @@
+"""What was written into a folder, so that damage at rest is noticed: size and SHA-256 of each of its files."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+_NAME = "digests.json"
+_THREADS = 4  # hashlib lets others run
+
+
+def write_digests(folder: Path) -> None:
+    """Writes them for all that is in the subfolders, which is then on the disk. Raises OSError."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.glob("*/**/*")) if path.is_file()}
+    for path in files.values():
+        _sync(path)
+    found = {
+        name: [path.stat().st_size, digest] for (name, path), digest in zip(files.items(), _all(files), strict=True)
+    }
+    content = {"files": found, "sha256": _of_entries(found)}
+    (folder / _NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _sync(folder / _NAME)
+
+
+def has_digests(folder: Path) -> bool:
+    """Whether there is something to compare with; earlier versions have not written it."""
+    return (folder / _NAME).exists()
+
+
+def check_digests(folder: Path, part: str = "") -> None:
+    """Compares the files with what was written, if there are digests.
+
+    Args:
+      part: only those of this subfolder; "" are all.
+
+    Raises:
+      ValueError: a file is missing or differs; it is named.
+      OSError: one cannot be read.
+    """
+    if not has_digests(folder):
+        return
+    expected = {name: each for name, each in _read(folder).items() if not part or name.startswith(f"{part}/")}
+    for name, (size, _) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, and was written with {size}")
+    digests = _all({name: folder / name for name in expected})
+    if other := [name for name, digest in zip(expected, digests, strict=True) if digest != expected[name][1]]:
+        raise ValueError(f"{other[0]} is not what was written: its SHA-256 is another")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / _NAME).read_bytes())
+        files = content["files"]
+        is_whole = content["sha256"] == _of_entries(files)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{_NAME}, with the sums of the files, is damaged itself")
+    return files
+
+
+def _all(files: dict[str, Path]) -> list[str]:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(_of_file, files.values()))
+
+
+def _of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _of_entries(files: Any) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
