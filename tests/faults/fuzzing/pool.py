@@ -136,7 +136,7 @@ class _Worker:
         if isinstance(found, str):
             raise RuntimeError(f"{reader}, seed {seed}: the valid input could not be made or read ({found})")
         mutation = found["mutation"]
-        answer = self._line(self._limit, _ENOUGH)
+        answer = self._line(max(self._limit, found["seconds"]), _ENOUGH)
         if isinstance(answer, str):
             verdict, why = answer.split(": ", 1)
             return Result(reader, seed, verdict, why, **mutation, seconds=self._seconds, memory=self._more)
