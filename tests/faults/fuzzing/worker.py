@@ -39,11 +39,12 @@ def serve(readers: Mapping[str, Reader], work: Path) -> None:
             valid[original] = _make(reader, variant, original)
         _copy(original, case)
         mutation = mutate(case, asked["reader"], reader, asked["seed"])
-        print(json.dumps({"mutation": dataclasses.asdict(mutation), "seconds": reader.seconds}), file=answers)
+        read, size = valid[original]
+        bounds = {"seconds": reader.seconds, "memory": verdicts.most_memory(size)}
+        print(json.dumps({"mutation": dataclasses.asdict(mutation), **bounds}), file=answers)
         os.dup2(nowhere, 2)
         outcome = _read(reader, variant, case)
         os.dup2(errors, 2)
-        read, size = valid[original]
         verdict, why = verdicts.judge(outcome, mutation, reader, read, size, str(case))
         told = {"verdict": verdict, "why": why, "outcome": verdicts.as_dict(outcome)}
         print(json.dumps(told), file=answers)
