@@ -144,6 +144,6 @@ READERS = {
     "conversation": Reader(_make_conversation, _read_conversation, cost=2),
     "tools": Reader(_make_tools, _read_tools, names=("",)),
     "schema": Reader(_make_schema, _read_schema, names=("",), cost=2),
-    "regex": Reader(_make_regex, _read_regex, len(_REGEXES), names=("",), cost=2),
-    "settings": Reader(_make_settings, _read_settings, names=("",), cost=2),
+    "regex": Reader(_make_regex, _read_regex, len(_REGEXES), names=("",), cost=2, is_file=False),
+    "settings": Reader(_make_settings, _read_settings, names=("",), cost=2, is_file=False),
 }
