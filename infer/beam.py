@@ -39,6 +39,7 @@ from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
 from .sampling import Sampling, SamplingArrays
 
 _RESPECTED = ("prefill_chunk", "cache_dtype", "rope_policy", "room")
+MOST_BEAMS = 256  # each is a row with a cache of its own
 _LARGEST_EXPONENT = 60  # scores are divided by at most e**60: float32 overflows at e**88
 
 
@@ -80,7 +81,7 @@ def beam_search(
 
     Args:
       prompts, max_new_tokens: as in `generate`.
-      beams: W, the number of beams of each prompt; 1 is greedy decoding.
+      beams: W, the number of beams of each prompt, MOST_BEAMS at most; 1 is greedy decoding.
       length_penalty: sums of log-probabilities are divided by the length to this power: 0 compares the sums, 1 the
         means, larger numbers prefer longer answers, negative ones shorter answers.
       early_stopping: True ends a prompt's search once W answers have finished. False goes on while the best beam, if it
@@ -342,8 +343,8 @@ def _beam(checkpoint: Checkpoint, token_ids: list[int], score: float) -> Beam:
 def _check_search(
     limits: list[int], beams: int, length_penalty: float, early_stopping: bool, answers: int, options: Options
 ) -> None:
-    if beams < 1:
-        raise ValueError(f"beams={beams} must be at least 1")
+    if not 1 <= beams <= MOST_BEAMS:
+        raise ValueError(f"beams={beams} must be at least 1 and at most {MOST_BEAMS}")
     if not 1 <= answers <= beams:
         raise ValueError(f"answers={answers} must be at least 1 and at most beams={beams}")
     if not math.isfinite(length_penalty):

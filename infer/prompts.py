@@ -18,7 +18,8 @@ def encode_prompt(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; ids pass through.
 
     Raises:
-      ValueError: there is text but no tokenizer, or what is neither text nor token ids.
+      ValueError: there is text but no tokenizer, or what is neither text nor token ids, or the text is far longer than
+        the model's context.
     """
     if not isinstance(prompt, str):
         try:
@@ -29,7 +30,7 @@ def encode_prompt(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
         raise ValueError(
             "the checkpoint has no tokenizer: put tokenizer.json or tokenizer.model into its folder, or pass token ids"
         )
-    return checkpoint.tokenizer.encode(prompt, add_eos=False)
+    return checkpoint.tokenizer.encode(prompt, add_eos=False, most=checkpoint.config.max_position_embeddings)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

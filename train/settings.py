@@ -15,7 +15,7 @@ import jax
 from phi3_jax.adapters import HEAD, TABLE, LoraConfig
 from phi3_jax.spelling import did_you_mean
 
-from .values import check, parse
+from .values import MOST_ROWS, check, parse
 
 Number = TypeVar("Number", int, float)
 
@@ -198,6 +198,10 @@ class Settings:
         self._check_data()
 
     def _check_data(self) -> None:
+        if "auto" not in (self.batch_size, self.accumulation) and self.batch_size * self.accumulation > MOST_ROWS:
+            raise ValueError(
+                f"batch_size={self.batch_size}, accumulation={self.accumulation}: a step has at most {MOST_ROWS} rows"
+            )
         if self.epochs and self.steps:
             raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one of them, and 0 for the other")
         if "" in (*self.train_files, *self.eval_files):

@@ -40,7 +40,8 @@ class Range(NamedTuple):
 
 
 _POSITIVE, _UP_TO_1, _BELOW_1 = Range(0, above=True), Range(0, 1), Range(0, 1, below=True)
-_COUNTS = ("batch_size", "accumulation", "lora_rank", "keep_last", "max_bad_steps")
+MOST_ROWS = 1 << 16  # at a time, and of a step
+_COUNTS = ("lora_rank", "keep_last", "max_bad_steps")
 # Numbers that are not here are at least 0.
 _RANGES = {
     **dict.fromkeys((*_COUNTS, "log_every", "eval_every", "save_every"), Range(1)),
@@ -48,6 +49,7 @@ _RANGES = {
     **dict.fromkeys(("beta1", "beta2", "label_smoothing", "lora_dropout", "eval_fraction"), _BELOW_1),
     **dict.fromkeys(("final_lr", "z_loss"), _UP_TO_1),
     "mixture": Range(0.001, 1000),
+    **dict.fromkeys(("batch_size", "accumulation"), Range(1, MOST_ROWS)),
     "sequence_length": Range(2),  # the first token of a row is not learned
 }
 _ELEMENTS = {"lora_targets": (*TARGETS, TABLE, HEAD), "trackers": ("csv", "wandb", "mlflow")}

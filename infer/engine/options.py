@@ -9,6 +9,7 @@ from .decoding import RopePolicy
 from .prompt_cache import PromptCache
 from .speculation import DraftModel, PromptLookup
 
+MOST_TOKENS = 1 << 20  # of a chunk or of room: beyond every context of these models
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -47,8 +48,8 @@ class Options:
     room: int = 0
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk={self.prefill_chunk} must be at least 1")
+        if not 1 <= self.prefill_chunk <= MOST_TOKENS:
+            raise ValueError(f"prefill_chunk={self.prefill_chunk} must be at least 1 and at most {MOST_TOKENS}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype={self.cache_dtype!r} is not one of {CACHE_DTYPES}")
         if self.rope_policy not in typing.get_args(RopePolicy):
@@ -63,8 +64,8 @@ class Options:
             raise ValueError("echo needs the whole prompt to be read: leave prompt_cache out")
         if self.deadline is not None and not self.deadline > 0:
             raise ValueError(f"deadline={self.deadline} must be a number of seconds above 0")
-        if self.room < 0:
-            raise ValueError(f"room={self.room} must be at least 0")
+        if not 0 <= self.room <= MOST_TOKENS:
+            raise ValueError(f"room={self.room} must be at least 0 and at most {MOST_TOKENS}")
         if self.speculation is not None and self.rope_policy == "batch":
             raise ValueError(
                 "rope_policy='batch' depends on the neighbours' lengths, which guessing changes: leave one out"

@@ -27,6 +27,9 @@ from phi3_jax.model import KVCache, Params, Phi3
 from ..sampling.pick import pick
 from .decoding import DecodeState, Settings
 
+# They run through the model at once, as a chunk of a prompt does; more than some dozens are hardly ever right.
+MOST_GUESSES = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
@@ -35,8 +38,9 @@ class PromptLookup:
     Good for answers that copy from the prompt: edits, summaries, code. Raises ValueError for impossible numbers.
 
     Attributes:
-      guesses: how many tokens are guessed at a time.
-      longest: at most this many of the last tokens are compared. The longest match wins; of equal ones, the latest.
+      guesses: how many tokens are guessed at a time, MOST_GUESSES at most.
+      longest: at most this many of the last tokens are compared, MOST_GUESSES at most. The longest match wins; of equal
+        ones, the latest.
       shortest: a match with fewer tokens than this gives no guess.
     """
 
@@ -45,25 +49,30 @@ class PromptLookup:
     shortest: int = 2
 
     def __post_init__(self) -> None:
-        if self.guesses < 1 or not 1 <= self.shortest <= self.longest:
-            raise ValueError(f"{self}: at least one guess, and 1 <= shortest <= longest")
+        _check_guesses(self.guesses)
+        if not 1 <= self.shortest <= self.longest <= MOST_GUESSES:
+            raise ValueError(f"{self}: must have 1 <= shortest <= longest <= {MOST_GUESSES}")
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftModel:
-    """Lets a smaller model with the same vocabulary write the guesses. Raises ValueError for guesses below 1.
+    """Lets a smaller model with the same vocabulary write the guesses. Raises ValueError for impossible numbers.
 
     Attributes:
       checkpoint: the smaller model.
-      guesses: how many tokens are guessed at a time.
+      guesses: how many tokens are guessed at a time, MOST_GUESSES at most.
     """
 
     checkpoint: Checkpoint
     guesses: int = 4
 
     def __post_init__(self) -> None:
-        if self.guesses < 1:
-            raise ValueError(f"guesses={self.guesses} must be at least 1")
+        _check_guesses(self.guesses)
+
+
+def _check_guesses(guesses: int) -> None:
+    if not 1 <= guesses <= MOST_GUESSES:
+        raise ValueError(f"guesses={guesses} must be at least 1 and at most {MOST_GUESSES}")
 
 
 @jax.tree_util.register_dataclass

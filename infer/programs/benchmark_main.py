@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,8 +37,10 @@ from ..benchmark.chart import save_chart
 from ..benchmark.model import ModelSpec
 from ..benchmark.peers import FLASH_ATTENTION, open_peer, parse_peers, rate_of
 from ..benchmark.rounds import Case, Result, Side, run_case, why_not
+from ..engine.options import MOST_TOKENS
 from . import flags as common
 
+_MOST_ROWS = 4096
 _RANDOM = flags.DEFINE_enum(
     "random", None, sorted(phi3_jax.PRESETS), "In place of a checkpoint: random weights of this size."
 )
@@ -47,8 +50,10 @@ _WINDOW = flags.DEFINE_bool(
 _PROMPT_LENGTHS = flags.DEFINE_list("prompt_lengths", ["512"], "Lengths of the prompts whose reading is measured.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["480"], "How many tokens lie behind the ones whose writing is measured.")
 _BATCHES = flags.DEFINE_list("batches", ["1"], "How many rows are written at the same time.")
-_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "How many tokens of each row are written.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often everything is measured.", lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens", 32, "How many tokens of each row are written.", lower_bound=1, upper_bound=MOST_TOKENS
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often everything is measured.", lower_bound=1, upper_bound=10_000)
 _PEERS = flags.DEFINE_list(
     "peers",
     [],
@@ -154,8 +159,11 @@ def _cases() -> list[Case]:
 
 
 def _numbers(holder: flags.FlagHolder[Any]) -> list[int]:
-    if wrong := [text for text in holder.value if not text.strip().isdecimal() or int(text) < 1]:
-        raise ValueError(f"--{holder.name}: {wrong} are not numbers above 0; give some with commas between")
+    most = _MOST_ROWS if holder is _BATCHES else MOST_TOKENS
+    if wrong := [
+        text for text in holder.value if not re.fullmatch(r"\s*\d{1,9}\s*", text) or not 1 <= int(text) <= most
+    ]:
+        raise ValueError(f"--{holder.name}: {wrong} are not numbers from 1 to {most}; give some with commas between")
     return [int(text) for text in holder.value]
 
 

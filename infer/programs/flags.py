@@ -23,7 +23,8 @@ from phi3_jax.text import call_schema, read_tools
 from ..engine import DraftModel, Options, PromptCache, PromptLookup
 from ..engine.buckets import own_cache_dtype
 from ..engine.decoding import RopePolicy
-from ..engine.options import CACHE_DTYPES
+from ..engine.options import CACHE_DTYPES, MOST_TOKENS
+from ..engine.speculation import MOST_GUESSES
 from ..sampling import Grammar, Sampling
 
 DTYPE = flags.DEFINE_enum(
@@ -83,7 +84,11 @@ TOOL_CHOICE = flags.DEFINE_enum(
 )
 
 PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", Options().prefill_chunk, "How many tokens of the prompt are read at a time.", lower_bound=1
+    "prefill_chunk",
+    Options().prefill_chunk,
+    "How many tokens of the prompt are read at a time.",
+    lower_bound=1,
+    upper_bound=MOST_TOKENS,
 )
 CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype",
@@ -106,7 +111,9 @@ SPECULATE = flags.DEFINE_string(
     "Guess tokens ahead, which changes nothing but the speed: lookup (they come from the text so far; for answers that "
     "copy), or a smaller checkpoint with the same vocabulary; one of the same sizes gets the --adapter, too.",
 )
-GUESSES = flags.DEFINE_integer("guesses", None, "How many tokens to guess at a time.", lower_bound=1)
+GUESSES = flags.DEFINE_integer(
+    "guesses", None, "How many tokens to guess at a time.", lower_bound=1, upper_bound=MOST_GUESSES
+)
 PROMPT_CACHE = flags.DEFINE_string(
     "prompt_cache", None, "A file of --save_prompt_cache; what the prompt has in common with it is not read again."
 )

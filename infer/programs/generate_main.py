@@ -23,7 +23,7 @@ from phi3_jax.command_line.program import interruptible, read_text, run_program
 from phi3_jax.text import ToolCallParser
 
 from ..answer import Answer, Generation, write_answers
-from ..beam import beam_search
+from ..beam import MOST_BEAMS, beam_search
 from ..engine import Options, Run
 from ..generate import generate
 from ..prompts import check_prompt
@@ -48,12 +48,20 @@ _OUTPUT = flags.DEFINE_string(
     None,
     "Where the lines go with their answers. An interrupted run goes on where it stopped, with the same command.",
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "How many lines are answered at a time.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "How many lines are answered at a time.", lower_bound=1, upper_bound=4096
+)
 _LOGPROBS = flags.DEFINE_integer(
-    "logprobs", None, "Add each token's log-probability and those of the n most likely ones.", lower_bound=0
+    "logprobs",
+    None,
+    "Add each token's log-probability and those of the n most likely ones.",
+    lower_bound=0,
+    upper_bound=1 << 20,
 )
 _ECHO = flags.DEFINE_bool("echo", False, "With --logprobs: add the prompt's, too.")
-_BEAMS = flags.DEFINE_integer("beams", 1, "Above 1: beam search with so many beams.", lower_bound=1)
+_BEAMS = flags.DEFINE_integer(
+    "beams", 1, "Above 1: beam search with so many beams.", lower_bound=1, upper_bound=MOST_BEAMS
+)
 _LENGTH_PENALTY = flags.DEFINE_float(
     "length_penalty", 1.0, "The power of the length that a beam's log-probability is divided by."
 )
@@ -80,14 +88,15 @@ def main() -> int:
     _check_flags()
     if _INPUT.value and _OUTPUT.value:
         return answer_file(Path(_INPUT.value), Path(_OUTPUT.value))
-    text = _prompt_text()
+    text, tools = _prompt_text(), common.tools() if _CHAT.value else None
+    common.grammar(tools)  # raises before the model is loaded
     checkpoint = common.load_checkpoint()
-    tokenizer = require_tokenizer(checkpoint)
+    tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
     if _CHAT.value:
-        tools = common.tools()
-        ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(text)]), tools=tools)
+        ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(text)]), tools=tools, most=most)
         return answer_prompt(checkpoint, ids, tools)
-    return answer_prompt(checkpoint, tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False))
+    ids = tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False, most=most)
+    return answer_prompt(checkpoint, ids)
 
 
 def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int], tools: list[Any] | None = None) -> int:
@@ -145,6 +154,8 @@ def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
 def answer_file(input_: Path, output: Path) -> int:
     """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
     requests = read_requests(input_, common.sampling())
+    for request in requests:
+        _check_request(request, f"{input_}:{request.line}")
     checkpoint = common.load_checkpoint()
     prompts = [_request_ids(checkpoint, request, f"{input_}:{request.line}") for request in requests]
     options = dataclasses.replace(common.options(checkpoint), logprobs=_LOGPROBS.value, echo=_ECHO.value)
@@ -233,22 +244,32 @@ def _search(
     ]
 
 
-def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
-    """The token ids of a request's prompt. Raises ValueError with the line's number, before anything runs."""
-    tokenizer = require_tokenizer(checkpoint)
+def _check_request(request: Request, name: str) -> None:
+    """Raises ValueError with the line's number, before the model is loaded, for what no model can answer."""
     own = request.fields.keys() & {"tools", *(field.name for field in dataclasses.fields(Sampling))}
     if _BEAMS.value > 1 and own:
         raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")
+    if request.tools is not None and request.messages is None and not _CHAT.value:
+        raise ValueError(f'{name}: "tools" are for chats: give "messages", or --chat')
     try:
-        if request.messages is not None:
-            ids = phi3_jax.encode_chat(tokenizer, _with_system(request.messages), tools=_tools(request))
-        elif _CHAT.value:
-            ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(request.prompt or "")]), tools=_tools(request))
-        elif request.tools is not None:
-            raise ValueError('"tools" are for chats: give "messages", or --chat')
-        else:
-            ids = tokenizer.encode(request.prompt or "", parse_special=_PARSE_SPECIAL.value, add_eos=False)
         common.grammar(_tools(request))  # raises if the line has no tools and --tool_choice wants calls
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
+    """The token ids of a request's prompt. Raises ValueError with the line's number, before anything runs."""
+    tokenizer, most, text = (
+        require_tokenizer(checkpoint),
+        checkpoint.config.max_position_embeddings,
+        request.prompt or "",
+    )
+    try:
+        if request.messages is not None or _CHAT.value:
+            messages = [_user(text)] if request.messages is None else request.messages
+            ids = phi3_jax.encode_chat(tokenizer, _with_system(messages), tools=_tools(request), most=most)
+        else:
+            ids = tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False, most=most)
         SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import itertools
 import json
 import os
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from phi3_jax.text import read_chat, read_tools
 from ..sampling import Sampling
 
 _MOST_REPORTED = 10  # bad lines
+_LONGEST_LINE = 1 << 25  # bytes; the longest contexts are some megabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Requ
     requests: list[Request] = []
     bad: list[str] = []
     first_with_id: dict[Any, int] = {}
-    for line, raw in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    for line, raw in enumerate(_lines(path), start=1):
         if not raw.strip():
             continue
         try:
@@ -83,6 +85,21 @@ def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Requ
     if not requests:
         raise ValueError(f"{path}: holds no requests; write one JSON object per line")
     return requests
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file. Raises ValueError at one that is too long, before it is read whole."""
+    with open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(_LONGEST_LINE + 1)
+            if not line:
+                return
+            if len(line) > _LONGEST_LINE:
+                raise ValueError(
+                    f"{path}:{number}: the line is longer than {_LONGEST_LINE} bytes; write one JSON object per line, "
+                    "with a prompt that fits the model's context"
+                )
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:

@@ -34,6 +34,8 @@ from phi3_jax.text import Tokenizer
 _JSON_SPACE = r" |\n {0,24}"
 # The entry of a token that prints nothing when it is the first one: it is only the space that is dropped.
 _NOTHING = -1
+# What a schema may be: llguidance takes 128 objects and arrays inside of one another.
+_MOST_NESTED, _LONGEST_SCHEMA = 120, 1 << 22  # characters of JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +60,17 @@ class Grammar:
         any other keys, as JSON Schema says.
 
         Raises:
-          ValueError: the schema cannot be written as JSON.
+          ValueError: the schema cannot be written as JSON, is nested too deeply, or is too long.
         """
-        if isinstance(schema, str):
-            return cls("json_schema", schema)
-        try:
-            return cls("json_schema", json.dumps(dict(schema), allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the schema cannot be written as JSON: {error}") from error
+        if not isinstance(schema, str):
+            try:
+                schema = json.dumps(dict(schema), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"the schema cannot be written as JSON: {error}") from error
+            except RecursionError:
+                raise ValueError(f"the schema is nested more than {_MOST_NESTED} times; make it flatter") from None
+        _check_size(schema)
+        return cls("json_schema", schema)
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -78,6 +83,17 @@ class Grammar:
         if isinstance(options, str) or not all(isinstance(option, str) for option in options):
             raise ValueError(f"the options of a choice must be a list of texts, not {options!r}")
         return cls("choice", json.dumps(list(options)))
+
+
+def _check_size(schema: str) -> None:
+    """Raises ValueError for JSON that is too long, or nested too deeply for those who read it by calling themselves."""
+    if len(schema) > _LONGEST_SCHEMA:
+        raise ValueError(f"the schema has {len(schema)} characters, more than {_LONGEST_SCHEMA}; make it shorter")
+    depth = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', schema, re.S):
+        depth += (found[0] in "[{") - (found[0] in "]}")
+        if depth > _MOST_NESTED:
+            raise ValueError(f"the schema is nested more than {_MOST_NESTED} times; make it flatter")
 
 
 class GrammarMasks:

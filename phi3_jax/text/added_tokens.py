@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import jinja2
+from phi3_jax.text.templates import process
 
 # Unicode's White_Space, as in the tokenizers library; Python's str.strip() would also strip U+001C..U+001F.
 _WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {
@@ -69,12 +69,12 @@ def is_special(content: str, hidden: bool, template: str) -> bool:
 
 def template_text(chat_template: str | None) -> str:
     """What a chat template itself may write: its text and its string constants, U+0000 between them."""
+    if not chat_template:
+        return ""
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(chat_template or "")
-    except jinja2.TemplateError:  # such as the block `generation`, or an error, which is told where it is used
-        return chat_template or ""
-    texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
-    return "\0".join(texts + [n.value for n in tree.find_all(jinja2.nodes.Const) if isinstance(n.value, str)])
+        return process.words(chat_template)
+    except (ValueError, OSError):  # which is told where the template is used
+        return chat_template
 
 
 class Cutter:

@@ -18,12 +18,13 @@ import tokenizers
 
 from phi3_jax.regular_file import require_regular
 from phi3_jax.text.added_tokens import AddedToken, Cutter
-
-SPACE_MARK = "\u2581"  # how sentencepiece vocabularies spell a space
+from phi3_jax.text.lengths import SPACE_MARK, cut, has_separate_words, longest_piece
 
 
 class PieceEncoder(Protocol):
-    """Turns plain text into ids."""
+    """Turns plain text into ids. `longest`: the most characters that one id can stand for; None if it is not known."""
+
+    longest: int | None
 
     def encode(
         self, piece: str, *, at_start: bool, parse_special: bool = False, literal_mark: str | None = None
@@ -42,6 +43,7 @@ class SentencePieceEncoder:
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, special: Iterable[int] = ()):
         self._processor = processor
+        self.longest: int | None = None
         # A user-defined symbol is found in any text: where it is special, it is spelled out.
         self._spelled = {token_id: self._letters(token_id) for token_id in special}
 
@@ -85,6 +87,8 @@ class TokenizersEncoder:
         self._normalize: Callable[[str], str] = str
         if looked_for:  # these look at normalised text, between the normaliser and the rest
             self._normalize, normalizer = normalizer_of(spec, source), None
+        self.longest = None if looked_for else longest_piece(spec)
+        self._has_separate_words = not looked_for and has_separate_words(spec)
         self._start = _build(model, normalizer, pre, source)
         inner = _without_first_prefix(pre)
         self._inner = self._start if inner == pre else _build(model, normalizer, inner, source)
@@ -107,7 +111,8 @@ class TokenizersEncoder:
 
     def _encode(self, piece: str, at_start: bool) -> list[int]:
         library = self._start if at_start else self._inner
-        return list(library.encode(piece, add_special_tokens=False).ids)
+        parts = cut(piece) if self._has_separate_words else [piece]
+        return [i for part in parts for i in library.encode(part, add_special_tokens=False).ids]
 
 
 def normalizer_of(spec: Mapping[str, Any], source: str) -> Callable[[str], str]:

@@ -60,8 +60,11 @@ def encode_chat(
     add_generation_prompt: bool = True,
     tools: Sequence[Tool] | None = None,
     template_options: Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> list[int]:
     """Token ids of the rendered conversation. Arguments, errors and warnings as in `render_chat`.
+
+    `most` is as in `Tokenizer.encode`.
 
     Special tokens written by the template become their ids; the same strings in messages and tools stay text, encoded
     in their place, so that the text around them gets its usual ids. bos is there only if the template writes it.
@@ -71,7 +74,7 @@ def encode_chat(
     written = judge(tokenizer, chat, add_generation_prompt)
     _warn_of_dropped(tokenizer, chat, add_generation_prompt)
     mark = unused_noncharacter(tokenizer, chat, written.text)
-    return tokenizer.encode(written.marked(mark), parse_special=True, add_bos=False, literal_mark=mark)
+    return tokenizer.encode(written.marked(mark), parse_special=True, add_bos=False, literal_mark=mark, most=most)
 
 
 def _warn_of_dropped(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from phi3_jax.text.templates.template import vocabulary
 from phi3_jax.text.tokenizer import Tokenizer
 
+MOST_NESTED = 100  # lists and dicts inside of one another, which many functions walk through by calling themselves
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 
@@ -87,11 +88,11 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
 
 
 def plain(value: Any, name: str) -> Any:
-    """A copy that consists of JSON's types. Raises ValueError, with the place, for others."""
+    """A copy that consists of JSON's types. Raises ValueError, with the place, for others, and for what is too deep."""
     try:
-        return _plain(value, name)
+        return _plain(value, name, MOST_NESTED)
     except RecursionError:
-        raise ValueError(f"{name} is nested too deeply, or holds itself") from None
+        raise ValueError(f"{name} is nested too deeply (more than {MOST_NESTED} times), or holds itself") from None
 
 
 def texts_of(value: Any) -> Iterator[str]:
@@ -191,7 +192,9 @@ def _check_calls(calls: Any, name: str) -> None:
             raise ValueError(f"{name}[{index}] is {_short(call)}, with no name of a function in it; {shape}")
 
 
-def _plain(value: Any, name: str) -> Any:
+def _plain(value: Any, name: str, room: int) -> Any:
+    if not room:
+        raise RecursionError
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -201,9 +204,9 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
     if isinstance(value, list | tuple):
-        return [_plain(each, f"{name}[{index}]") for index, each in enumerate(value)]
+        return [_plain(each, f"{name}[{index}]", room - 1) for index, each in enumerate(value)]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {str.__str__(key): _plain(each, f"{name}[{key!r}]") for key, each in value.items()}
+        return {str.__str__(key): _plain(each, f"{name}[{key!r}]", room - 1) for key, each in value.items()}
     raise ValueError(f"{name} is {_short(value)}, which is not JSON; pass text, numbers, lists and dicts.")
 
 

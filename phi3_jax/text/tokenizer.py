@@ -115,6 +115,7 @@ class Tokenizer:
         add_bos: bool | None = None,
         add_eos: bool | None = None,
         literal_mark: str | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids of a text.
 
@@ -126,13 +127,26 @@ class Tokenizer:
                 of an answer must not be closed.
             literal_mark: a character that is dropped after the cut at special tokens. Text that holds it inside of
                 a special token's string keeps that string as plain text (see templates/literals.py).
+            most: refuse, without encoding it, a text whose length alone says that it has more ids than this.
 
         Raises:
-            ValueError: the text holds a lone surrogate, or bos is asked for and the vocabulary has none.
+            ValueError: the text holds a lone surrogate, or bos is asked for and the vocabulary has none; or as above.
         """
+        if most is not None and self._least_ids(text, parse_special, literal_mark) > most:
+            raise ValueError(f"the text has {len(text)} characters, which are more than {most} tokens: shorten it")
         parts = self.parts(text, parse_special=parse_special, literal_mark=literal_mark)
         ids = self.with_bos([token_id for part in parts for token_id in part.ids], add_bos)
         return [*ids, *self.closing] if (add_bos is None if add_eos is None else add_eos) else ids
+
+    def _least_ids(self, text: str, parse_special: bool, literal_mark: str | None) -> int:
+        """A number of ids that the text has at least."""
+        longest = self.encoder.longest
+        if longest is None or len(text) <= longest:
+            return 0
+        parts = [part for part, _ in (self._special_cutter if parse_special else self._plain_cutter).cut(text)]
+        plain = [part for part in parts if isinstance(part, str)]
+        characters = sum(len(part) - (part.count(literal_mark) if literal_mark else 0) for part in plain)
+        return len(parts) - len(plain) + characters // longest
 
     def parts(self, text: str, *, parse_special: bool = False, literal_mark: str | None = None) -> Iterator["Part"]:
         """The text's parts, cut at added tokens, whose ids `encode` joins. Arguments and errors as in `encode`."""

@@ -260,6 +260,7 @@ def test_searches_of_one_size_share_a_program(model, searched):
     ("arguments", "message"),
     [
         ({"beams": 0}, "beams=0 must be at least 1"),
+        ({"beams": 10**9}, "beams=1000000000 must be at least 1 and at most 256"),
         ({"answers": 0}, "answers=0 must be at least 1 and at most beams=4"),
         ({"answers": 5}, "answers=5 must be at least 1 and at most beams=4"),
         ({"length_penalty": float("nan")}, "length_penalty=nan"),

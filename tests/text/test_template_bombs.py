@@ -13,6 +13,7 @@ import pytest
 from templates import PHI4, PHI4_MINI, small_tokenizer
 
 from phi3_jax.text import encode_chat, render_chat
+from phi3_jax.text.added_tokens import template_text
 from phi3_jax.text.templates import process
 
 # A process with nothing but the stdlib and phi3_jax.text.templates.process, so that its memory can be measured.
@@ -23,6 +24,7 @@ for name in ("phi3_jax.text.templates", "phi3_jax.text", "phi3_jax"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
     folder = os.path.dirname(folder)
+from phi3_jax.text.added_tokens import template_text
 from phi3_jax.text.templates import process
 """
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "add_generation_prompt": True}
@@ -49,7 +51,7 @@ LOOPS = [  # no end in time
     "{{ (7 ** 400000) | string | length + (7 ** 9999999) % 10 }}",
     "{% for x in range(99999) %}{% set y = range(99999) | sum %}{% endfor %}",
     "{% for x in range(99999) %}{% set y = range(99999) | sort(reverse=true) | list %}{% endfor %}",
-    "{% for x in range(99999) %}{% if 'b' in 'a' * 900000 %}{% endif %}{% endfor %}",
+    "{% for x in range(99999) %}{% if 'b' in 'a' * 900000 ~ x %}{% endif %}{% endfor %}",
     "{% set a = ('a' * 200000) %}{% for x in range(99999) %}{{ a.count('b') }}{% endfor %}",
     "{% for x in range(99999) %}{% for m in range(9999) | groupby('real') %}{% endfor %}{% endfor %}",
     "{% for x in range(99999) %}{% set y = ('x ' * 9999 ~ x) | title | wordcount %}{% endfor %}",
@@ -201,12 +203,19 @@ def test_the_message_names_the_file() -> None:
                 function(small_tokenizer(template), HELLO["messages"])
 
 
-@pytest.mark.parametrize("template", [PHI4, PHI4_MINI])
-def test_long_chats_are_none(template: str) -> None:
+def test_a_tokenizer_loads_with_a_bomb() -> None:
+    """What its template writes decides which tokens are special; of a bomb everything counts as written."""
+    for template in (DEEP[0], DEEP[10], "x" * 200_000):
+        assert template_text(template) == template
+    assert template_text("a{{ 'b' ~ c }}{% generation %}d{% endgeneration %}") == "a\0d\0b"
+
+
+def test_long_chats_are_none() -> None:
     """2,000 messages; 5 MB in one; and after it the room that a short one has."""
     turns = [{"role": role, "content": f"{i} \u2603"} for i in range(1000) for role in ("user", "assistant")]
-    text = render_chat(small_tokenizer(template), turns)
-    assert text.count("999 \u2603") == 2
+    for template in (PHI4, PHI4_MINI):
+        text = render_chat(small_tokenizer(template), turns)
+        assert text.count("999 \u2603") == 2
     for letters in ("ab c" * 1_250_000, "\U0001f600\u00e9" * 625_000):
         text = render_chat(small_tokenizer(template), [{"role": "user", "content": letters}])
         assert letters in text

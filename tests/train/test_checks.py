@@ -42,6 +42,10 @@ NAN, INF = math.nan, math.inf
         *((name, 1.5, f"{name}=1.5: must be at least 0 and at most 1") for name in ("final_lr", "z_loss")),
         *((name, -0.1, f"{name}=-0.1: must be at least 0") for name in ("weight_decay", "clip_norm", "neftune_alpha")),
         *((name, -1, f"{name}=-1: must be at least 0") for name in ("warmup_steps", "patience", "seed", "eval_rows")),
+        *(
+            (name, 10**9, f"{name}=1000000000: must be at least 1 and at most 65536")
+            for name in ("batch_size", "accumulation")
+        ),
         ("sequence_length", 1, "sequence_length=1: must be at least 2"),
         ("mixture", (1.0, 0.0), "mixture=0.0: must be at least 0.001"),
         # what a step would make of them

@@ -116,7 +116,9 @@ def _lines(file: IO[bytes], position: Callable[[], int]) -> Iterator[Entry]:
     while line := file.readline(LONGEST):
         number += 1
         if len(line) == LONGEST:
-            raise ValueError(f"line {number} is longer than {LONGEST} bytes; is this a file of JSON lines?")
+            raise ValueError(
+                f"line {number} is longer than {LONGEST} bytes; write one object on each line, and cut longer texts"
+            )
         if number == 1:
             line = line.removeprefix(_BOM)
         if line.strip():

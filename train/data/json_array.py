@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
-LONGEST = 1 << 28  # bytes of a line or characters of an element; what is longer is no data to train on
+LONGEST = 1 << 26  # bytes of a line or characters of an element; what is longer is no text to train on
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
 
@@ -92,7 +92,9 @@ class _Text:
             except RecursionError:
                 raise ValueError(f"{what} is nested too deeply") from None
             except ValueError as error:  # because of an error, or because the rest is not read yet
-                if self._ended or len(self._text) - self._at > LONGEST:
+                if len(self._text) - self._at > LONGEST:
+                    raise ValueError(f"{what} is longer than {LONGEST} characters; cut it into several") from None
+                if self._ended:
                     raise ValueError(f"{what} is not JSON ({error}); entries behind it cannot be found") from None
             else:
                 if end < len(self._text) or self._ended:

@@ -48,7 +48,9 @@ _PATH = flags.DEFINE_enum(
     "kernels, else exact.",
 )
 _TEXT = flags.DEFINE_string("text", None, "A text, or .jsonl with many, whose perplexity is wanted.")
-_WINDOW = flags.DEFINE_integer("window", None, "Tokens that are read at a time; by default the context, 2048 at most.")
+_WINDOW = flags.DEFINE_integer(
+    "window", None, "Tokens that are read at a time; by default the context, 2048 at most.", upper_bound=1 << 20
+)
 _STRIDE = flags.DEFINE_integer(
     "stride",
     None,

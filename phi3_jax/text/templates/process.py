@@ -88,6 +88,12 @@ def end() -> None:
             _process = None
 
 
+def words(source: str) -> str:
+    """What a template itself may write: its text and its string constants, U+0000 between them. Raises as `run`."""
+    said: str = _ask("words", source=source)
+    return said
+
+
 class _Process:
     """The process and our end of the socket."""
 

@@ -95,6 +95,13 @@ def vocabulary(source: str) -> dict[str, list[str] | bool]:
     }
 
 
+def words(source: str) -> str:
+    """What a template itself may write: its text and its string constants, U+0000 between them."""
+    tree = _parse(source)
+    texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+    return "\0".join(texts + [n.value for n in tree.find_all(jinja2.nodes.Const) if isinstance(n.value, str)])
+
+
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """jinja2's sandbox."""
 

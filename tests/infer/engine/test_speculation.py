@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -193,10 +194,17 @@ def test_the_demo_answers_twenty_prompts_alike(demo):
     assert run.guesses[1] > 40
 
 
-@pytest.mark.parametrize("values", [{"guesses": 0}, {"shortest": 0}, {"shortest": 9, "longest": 8}])
+@pytest.mark.parametrize("values", [{"shortest": 0}, {"shortest": 9, "longest": 8}, {"longest": 10**9}])
 def test_bad_numbers(values):
-    with pytest.raises(ValueError, match="at least one guess"):
+    with pytest.raises(ValueError, match="1 <= shortest <= longest <= 256"):
         PromptLookup(**values)
+
+
+@pytest.mark.parametrize("guesses", [0, 257, 10**9])
+def test_bad_numbers_of_guesses(tiny, guesses):
+    for make in (PromptLookup, functools.partial(DraftModel, tiny)):
+        with pytest.raises(ValueError, match=f"guesses={guesses} must be at least 1 and at most 256"):
+            make(guesses=guesses)
 
 
 def test_a_draft_model_guesses_something(tiny):

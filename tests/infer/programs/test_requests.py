@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,17 @@ def test_bad_lines_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prompt=1") as caught:
         read(tmp_path, *lines, "[]", "[]", "[]")
     assert str(caught.value).split("\n")[:-1] == [*reasons, "and 3 more"]
+
+
+def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path, most = tmp_path / "long.jsonl", 1 << 25
+    with open(path, "wb") as file:
+        file.write(b'{"prompt": "a"}\n{"prompt": "b"}' + b" " * (most - 16) + b"\n{")
+        file.truncate(1 << 32)  # 4 GB of zeros, of which the system stores nothing
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"long\.jsonl:3: the line is longer than {most} bytes; write one"):
+        read_requests(path, Sampling())
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 6 * most
 
 
 def test_no_requests(tmp_path: Path) -> None:

@@ -182,6 +182,26 @@ def test_a_wrong_grammar_is_refused_before_anything_runs(tmp_path: Path, grammar
     assert "no_forcing" not in str(caught.value) or grammar.source == "\ud800"
 
 
+def nested(times: int) -> dict:
+    schema: dict = {"type": "null"}
+    for _ in range(times):
+        schema = {"type": "array", "items": schema, "minItems": 1}
+    return schema
+
+
+def test_schemas_are_nested_as_deeply_as_they_may_be_and_no_deeper(tmp_path: Path) -> None:
+    tokenizer = small_byte_level(tmp_path)
+    for schema in (nested(119), json.dumps(nested(119))):
+        masks = GrammarMasks(tokenizer, [Grammar.json_schema(schema)], [1], tokenizer.vocab_size)
+        assert unpack(masks.masks(), tokenizer.vocab_size).sum() == 1  # "["
+    for schema in (nested(120), json.dumps(nested(120)), nested(5000), "[" * 5000, '{"a":' * 5000):
+        with pytest.raises(ValueError, match="the schema is nested more than 120 times; make it flatter"):
+            Grammar.json_schema(schema)
+    Grammar.json_schema({"pattern": '[[[["' * 200})  # in a text
+    with pytest.raises(ValueError, match="the schema has 5000000 characters, more than 4194304"):
+        Grammar.json_schema(" " * 5_000_000)
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     tokenizer, yes = small_byte_level(tmp_path), Grammar.choice(["yes"])
     with pytest.raises(ValueError, match="a list of texts, not 'yes'"):

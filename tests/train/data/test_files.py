@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from templates import PHI4_MINI, small_tokenizer
 
-from phi3_jax.train.data import json_array, prepare, read_entries, read_record, tell
+from phi3_jax.train.data import files, json_array, prepare, read_entries, read_record, tell
 from phi3_jax.train.evaluation.files import read_data
 from phi3_jax.train.settings import Settings
 
@@ -206,6 +206,29 @@ def test_an_array_is_not_held_in_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6e6  # bytes, of 12
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (b'{"text": "a"}\n{"text": "', "line 2 is longer than 1048576 bytes"),
+        (b'[{"text": "', "entry 1 is longer than 1048576 characters"),
+    ],
+)
+def test_what_is_too_long_is_refused_before_it_is_read(tmp_path, monkeypatch, head, what):
+    for module in (files, json_array):
+        assert module.LONGEST == 1 << 26
+        monkeypatch.setattr(module, "LONGEST", 1 << 20)
+    path = tmp_path / "long.json"
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(1 << 33)  # 8 GB of zeros, of which the system stores nothing
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"long\.json: {what}"):
+        list(read_entries(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
