@@ -51,6 +51,7 @@ _INSTEAD = {
 }
 _POINTER = b"version https://git-lfs"
 _MAX_HEADER = 10_000_000  # bytes: Python's objects take many times their text. Models like ours have less than a tenth
+_MAX_NAME = 512  # characters, all of which an error can show in one line
 _CHECKSUMS = "phi3_jax.crc32"  # in the metadata of files that are written here: JSON, the checksum of each tensor
 
 
@@ -111,6 +112,8 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
     except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise _damaged(path, f"its header cannot be read ({' '.join(str(error).split())})") from None
     sums = _checksums(path, header)
+    if wrong := [name for name in header if len(name) > _MAX_NAME or not name.isprintable()]:
+        raise _damaged(path, f"{shown(wrong[0])} is the name of a tensor")
     return {
         name: _tensor(path, name, entry, 8 + length, _ANY if name.endswith(_BUFFERS) else kinds, sums)
         for name, entry in header.items()

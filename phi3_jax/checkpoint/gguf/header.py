@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.json_files import shown
 from phi3_jax.regular_file import require_regular
 
 MAGIC = b"GGUF"
@@ -37,6 +38,7 @@ _NUMBERS = {
 _MAX_DIMENSIONS = 4
 # Python objects are much larger than the bytes they come from. The largest vocabularies make headers of about 15 MB.
 _MAX_HEADER = 1 << 25
+_MAX_NAME = 512  # characters
 _MAX_ENTRIES = 1 << 16  # tensors, or keys
 
 
@@ -85,7 +87,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         tensors, keys = reader.number("<u8"), reader.number("<u8")
         if max(tensors, keys) > _MAX_ENTRIES:
             raise damaged(path, f"{tensors} tensors and {keys} keys: too many entries announced")
-        metadata = _unique(reader, [(reader.string(), reader.value()) for _ in range(keys)], "key")
+        metadata = _unique(reader, [(reader.name(), reader.value()) for _ in range(keys)], "key")
         table = _unique(reader, [_row(reader) for _ in range(tensors)], "tensor")
         alignment = _alignment(path, metadata)
     start = -(-reader.position // alignment) * alignment
@@ -126,6 +128,13 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise damaged(self.path, f"a string before byte {self.position} is not UTF-8 ({error.reason})") from None
 
+    def name(self) -> str:
+        """A key's or a tensor's: a name that an error can show in one line."""
+        name = self.string()
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise damaged(self.path, f"the name before byte {self.position} is {shown(name)}")
+        return name
+
     def value(self) -> Any:
         kind = self.number("<u4")
         return self.array() if kind == _ARRAY else self.single(kind)
@@ -150,7 +159,7 @@ class _Reader:
 
 
 def _row(reader: _Reader) -> tuple[str, GgufTensor]:
-    name, dimensions = reader.string(), reader.number("<u4")
+    name, dimensions = reader.name(), reader.number("<u4")
     if dimensions > _MAX_DIMENSIONS:
         raise damaged(reader.path, f"tensor {name!r} has {dimensions} dimensions")
     shape = tuple(reader.number("<u8") for _ in range(dimensions))[::-1]
@@ -173,5 +182,5 @@ def _unique(reader: _Reader, pairs: list[tuple[str, Any]], what: str) -> dict[st
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise damaged(path, f"general.alignment is {alignment!r}, not a power of two from 8 on")
+        raise damaged(path, f"general.alignment is {shown(alignment)}, not a power of two from 8 on")
     return alignment
