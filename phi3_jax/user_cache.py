@@ -72,7 +72,7 @@ def check_private(folder: Path) -> None:
 def _base() -> Path:
     given = os.environ.get("XDG_CACHE_HOME", "")
     base = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
-    if not os.path.isabs(base):
+    if not os.path.isabs(base) or (base != given and os.environ.get("HOME") == ""):
         raise FileNotFoundError("there is no home folder; set XDG_CACHE_HOME to the absolute path of a folder of yours")
     return Path(base)
 

@@ -33,8 +33,9 @@ def test_a_relative_xdg_cache_home_is_ignored(given, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["home"]
 
 
-def test_without_a_home_an_error_says_what_to_set(monkeypatch):
-    monkeypatch.setenv("HOME", "nowhere")
+@pytest.mark.parametrize("home", ["", "nowhere", "."])
+def test_without_a_home_an_error_says_what_to_set(home, monkeypatch):
+    monkeypatch.setenv("HOME", home)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(OSError, match="set XDG_CACHE_HOME to the absolute path"):
         cache_folder()

@@ -48,7 +48,7 @@ def repair(warning: str) -> str:
 
     jax itself compiles the program, but leaves the damaged entry where it is, and so warns at each start.
     """
-    folder = jax.config.jax_compilation_cache_dir
+    folder = getattr(jax.config, "jax_compilation_cache_dir", None)  # mypy does not see it
     if folder and (found := _UNREADABLE.match(warning)):
         for path in Path(folder).glob("*-cache"):
             if path.name.startswith(f"{found['module']}-"):

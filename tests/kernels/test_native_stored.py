@@ -130,6 +130,18 @@ def stat_of(library):
     return tuple(os.lstat(path).st_mode for path in (library, library.with_suffix(".json")))
 
 
+def test_leftovers_of_killed_builds_are_removed_but_not_those_of_running_ones(fake_compiler):
+    kernels = build._build().parent.parent
+    for name in ("killed", "running"):
+        (kernels / name / "build-1").mkdir(parents=True, mode=0o700)
+        (kernels / name / "build-1" / "0.o").write_text("")
+    (kernels / "killed" / "build-2").write_text("")
+    fake_compiler.says("another")
+    with stored.locked(kernels / "running", print):
+        build._build()
+    assert sorted(str(path.relative_to(kernels)) for path in kernels.glob("*/build-*")) == ["running/build-1"]
+
+
 @pytest.mark.parametrize("name", ["phi3_jax", "phi3_jax/kernels", "key"])
 def test_a_folder_that_others_could_write_is_emptied(name, fake_compiler, planted, capsys):
     library = build._build()

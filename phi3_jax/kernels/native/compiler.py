@@ -32,7 +32,7 @@ INSTRUCTION_SETS = {
     "neon": (),
     "portable": ("-DPHI3_PORTABLE",),  # no vector code, although the compiler may know some for this processor
 }
-KNOWN = "GCC 10 to 14 and clang 14 to 19 are known to compile the kernels"
+KNOWN = "GCC 10 to 14 and clang 14 to 18 are known to compile the kernels"
 _SECONDS = 900  # a file takes ten, on a slow and busy machine some more
 # What compilers and linkers say when they were killed, or lacked something that may be there next time.
 _PASSING = re.compile(
@@ -149,9 +149,10 @@ def _judge(compiler: str, code: int, said: str) -> None:
     told = said.splitlines()
     line = next((line for line in told if "error" in line.lower()), told[0] if told else "")
     line = f": {_printable(line)}" if line else ""
-    if code < 0 or 128 < code < 193:  # a shell says 128 + the number of a signal
-        number = -code if code < 0 else code - 128
-        raise Unavailable(f"{compiler} was ended by signal {number}{line}; the next start tries again")
+    if code < 0:
+        raise Unavailable(f"{compiler} was ended by signal {-code}; the next start tries again")
+    if 126 <= code <= 192:  # a shell could not run it, or it was ended by a signal
+        raise Unavailable(f"{compiler} ended with exit code {code}{line}; the next start tries again")
     if (passing := next((line for line in told if _PASSING.search(line)), None)) is not None:
         raise Unavailable(f"{compiler} failed: {_printable(passing)}; the next start tries again")
     raise Refused(f"{compiler} failed with exit code {code}{line}; {KNOWN}")

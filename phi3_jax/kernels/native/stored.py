@@ -107,8 +107,11 @@ def locked(folder: Path, told: Callable[[str], None], seconds: float = 600) -> I
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """A folder for a build, to be asked for while `folder` is locked; those of builds that were killed are removed."""
-    for left in folder.glob(f"{_SCRATCH}*"):
-        with contextlib.suppress(OSError):  # for instance a compiler that goes on without its parent
+    for left in folder.parent.glob(f"*/{_SCRATCH}*"):
+        # A build beside this one holds its folder's lock; a compiler may still write where its parent was killed.
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            if left.parent != folder:
+                held.enter_context(locked(left.parent, told=lambda text: None, seconds=0))
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder, ignore_cleanup_errors=True) as path:
         yield Path(path)
