@@ -9,6 +9,7 @@ of phi3_jax is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -100,10 +101,16 @@ class LlamaCpp:
 
         params = llama_cpp.llama_model_quantize_default_params()
         params.nthread, params.ftype = threads, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-        partial = f"{target}.partial"
-        if llama_cpp.llama_model_quantize(source.encode(), partial.encode(), ctypes.byref(params)):
-            raise ValueError(f"llama.cpp could not quantise {source}")
-        os.rename(partial, target)
+        partial = f"{target}.partial"  # of a fixed name, so that kills do not leave many
+        try:
+            if llama_cpp.llama_model_quantize(source.encode(), partial.encode(), ctypes.byref(params)):
+                raise ValueError(f"llama.cpp could not quantise {source}")
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
         return {}
 
     def prepare(self, kind: str, rows: Rows, new_tokens: int) -> Reply:

@@ -20,6 +20,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
+from phi3_jax.checkpoint.atomic_write import rename_new
+
 from .requests import FORMS, Request, parse_object
 
 _HEADER_BEGIN = b'{"phi3_jax_batch": '
@@ -58,6 +60,8 @@ class AnswerFile:
             raise PermissionError(f"{self._path}: the folder cannot be written to; choose another one")
         self._file = self._open_locked()
         try:
+            if self._is_finished():
+                self._partial.unlink()
             self._refuse_existing()  # not before it is locked: another process may be about to finish it
             self._resume(json.loads(json.dumps(dict(settings), allow_nan=False)))
         except BaseException:
@@ -92,6 +96,18 @@ class AnswerFile:
         self._append({**self._requests[self.done].fields, **answer})
         self.done += 1
         self.failed += "error" in answer
+
+    def _is_finished(self) -> bool:
+        """Whether a kill came between the last two steps: the final file has the answers, and the partial one, too."""
+        if not self._path.is_file():
+            return False
+        with open(self._path, "rb") as final, open(self._partial, "rb") as partial:
+            header = partial.readline()
+            if not header.startswith(_HEADER_BEGIN):
+                return False
+            if os.fstat(partial.fileno()).st_size - len(header) != os.fstat(final.fileno()).st_size:
+                return False
+            return all(line == other for line, other in zip(final, partial, strict=True))
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self._path):
@@ -202,7 +218,7 @@ class AnswerFile:
                     target.flush()
                     os.fsync(target.fileno())
                 self._refuse_existing()
-                os.replace(copy, self._path)
+                rename_new(copy, self._path)
             finally:
                 copy.unlink(missing_ok=True)
             if self._is_at_its_place(self._file):

@@ -28,7 +28,7 @@ from pathlib import Path
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{8})\.partial", re.DOTALL)
 _LOCK, _NEW = "lock", "new"
 _PATIENCE = 1.0  # seconds, for one who removes what a kill has left under the name
-_NO_REPLACE = 1  # RENAME_NOREPLACE
+_NO_REPLACE, _EXCHANGE = 1, 2  # RENAME_NOREPLACE, RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
 _reserved: set[Path] = set()  # by `reserved`, and not being written just now
 
@@ -86,7 +86,7 @@ def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: b
             if overwrite:
                 os.replace(new, place)
             else:
-                _rename(new, place)
+                rename_new(new, place)
             _sync(place.parent)
 
 
@@ -113,7 +113,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
                 for name in names:
                     _sync(Path(folder, name))
                 _sync(Path(folder))
-            _rename(new, target)
+            rename_new(new, target)
             _sync(target.parent)
 
 
@@ -241,17 +241,34 @@ def _machine() -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
-def _rename(new: Path, target: Path) -> None:
-    """Unlike that of Python, replaces nothing: no empty folder either, and nothing that has just appeared."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is not None:
-        if rename(_HERE, os.fsencode(new), _HERE, os.fsencode(target), _NO_REPLACE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.EEXIST):  # file systems that do not know this
-            raise OSError(code, os.strerror(code))
-    _refuse_existing(target)
-    os.rename(new, target)
+def rename_new(new: Path, target: Path) -> None:
+    """Unlike `os.rename`, replaces nothing: no empty folder either, and nothing that has just appeared.
+
+    Raises:
+      FileExistsError: `target` is there.
+      OSError: it cannot be renamed.
+    """
+    if not _renameat2(new, target, _NO_REPLACE):
+        _refuse_existing(target)
+        os.rename(new, target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names at once, so that both are always there; False where the file system does not know that."""
+    return _renameat2(one, other, _EXCHANGE)
+
+
+def _renameat2(one: Path, other: Path, flags: int) -> bool:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    if function(_HERE, os.fsencode(one), _HERE, os.fsencode(other), flags) == 0:
+        return True
+    if (code := ctypes.get_errno()) == errno.EEXIST:
+        _refuse_existing(other)
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EEXIST):
+        return False
+    raise OSError(code, os.strerror(code), str(one))
 
 
 def _sync(path: Path) -> None:

@@ -198,7 +198,7 @@ def test_what_is_open_or_mapped_is_replaced_and_not_changed(tmp_path):
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    said, sync, rename = [], os.fsync, atomic_write._rename
+    said, sync, rename = [], os.fsync, atomic_write.rename_new
 
     def note_rename(new, target):
         said.append("rename")
@@ -209,7 +209,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         sync(file)
 
     monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(atomic_write, "_rename", note_rename)
+    monkeypatch.setattr(atomic_write, "rename_new", note_rename)
     with new_folder(tmp_path / "folder", 0) as partial:
         (partial / "inner").mkdir()
         for name in ("a", "inner/b"):

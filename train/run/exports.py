@@ -15,6 +15,7 @@ from typing import Any
 
 import phi3_jax
 from phi3_jax.checkpoint import save_adapter, write_trained_on
+from phi3_jax.checkpoint.atomic_write import exchange, new_file
 from phi3_jax.json_files import is_whole, read_object
 
 from ..settings import Settings, adapter_config
@@ -134,10 +135,14 @@ def replace_export(folder: Path, step: int, write: Callable[[Path], None]) -> No
     new, old = _beside(folder, "new"), _beside(folder, "old")
     write(new)
     about = {"step": step, "files": sorted(path.name for path in new.iterdir())}
-    (new / _STEP).write_text(json.dumps(about) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    with new_file(new / _STEP) as partial:
+        partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    if folder.exists() and exchange(new, folder):  # who reads it finds one or the other
+        old = new
+    else:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
     _remove(old, folder)
 
 

@@ -17,6 +17,7 @@ from batches import (
     run,
 )
 
+from phi3_jax.infer.programs import answer_file
 from phi3_jax.infer.programs.answer_file import AnswerFile
 from phi3_jax.infer.programs.requests import Request
 from phi3_jax.infer.sampling import Sampling
@@ -67,7 +68,7 @@ def test_answers_that_cannot_be_written(tmp_path: Path, out: Path) -> None:
 def test_the_file_appears_whole(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = prompts(tmp_path, 3)
     events: list[str] = []
-    real_fsync, real_replace = os.fsync, os.replace
+    real_fsync, real_replace = os.fsync, answer_file.rename_new
 
     def fsync(descriptor: int) -> None:
         events.append(f"fsync of {os.fstat(descriptor).st_size} bytes")
@@ -80,7 +81,7 @@ def test_the_file_appears_whole(tmp_path: Path, out: Path, monkeypatch: pytest.M
         real_replace(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(answer_file, "rename_new", replace)
     (out.parent / "answers.jsonl.partial.copy").write_bytes(b"left over from a kill" * 100)
     run(out, requests)
     assert events == [f"fsync of {len(expected(requests))} bytes", "replace"]

@@ -205,3 +205,18 @@ def test_a_full_disk(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in out.read_bytes().splitlines()]
         assert lines == [{**request.fields, **long} for request in requests]
         assert names(disk) == {"answers.jsonl"}
+
+
+def test_a_kill_between_the_last_two_steps_leaves_nothing_for_long(tmp_path: Path, out: Path) -> None:
+    requests, partial = prompts(tmp_path, 3), Path(f"{out}.partial")
+    run(out, requests, stop_at=1)
+    header = partial.read_bytes().split(b"\n")[0] + b"\n"
+    partial.unlink()
+    run(out, requests)
+    whole = out.read_bytes()
+    for content in (header + whole, header + whole[:-1] + b"x", whole):  # only the first is of this answer file
+        partial.write_bytes(content)
+        with pytest.raises(ValueError, match=r"answers\.jsonl: exists already"):
+            AnswerFile(out, requests, SETTINGS)
+        assert partial.exists() == (content != header + whole)
+        assert out.read_bytes() == whole

@@ -89,6 +89,31 @@ def test_metrics_are_cut_at_a_step(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
+DAMAGED = [
+    b'{"step": 1, "loss": 0.\x005}',
+    b"\xff\xfe",
+    b"[1]",
+    b'{"step": "1"}',
+    b'{"step": 1, "loss": "0.5"}',
+    b'{"step": 1, "loss": [1]}',
+    b'{"step": 1' + b"0" * 400 + b"}",
+    b"[" * 100_000,
+    b'{"step": 1.5}',
+    b"",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_told_and_left_out(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 0, "loss": 2.0}', b'{"step": 2, "loss": 1.0, "eval_loss": null}']
+    path.write_bytes(b"\n".join([good[0], line, good[1], b'{"step": 3, "l']))
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: damaged, and left out: line 2$"):
+        MetricsWriter(tmp_path, 7).__exit__()
+    assert path.read_bytes() == b"\n".join([*good, b""])
+    save_curve(read(path), tmp_path / "loss.png", "")
+
+
 def test_events_are_those_of_tensorboard(tmp_path, monkeypatch):
     """Recorded with tensorboardX 2.6.5: record_writer.RecordWriter with Event protocol buffers."""
     monkeypatch.setattr(time, "time", lambda: 1.5)

@@ -17,6 +17,7 @@ from phi3_jax.adapters import LoraConfig, adapter_shapes
 from phi3_jax.checkpoint import save_adapter
 from phi3_jax.train import fingerprint
 from phi3_jax.train.adapters import fingerprints
+from phi3_jax.train.run import exports
 from phi3_jax.train.run.exports import (
     best_folder,
     disown_exports_after,
@@ -157,6 +158,7 @@ def test_a_kill_while_an_export_is_replaced(tmp_path, monkeypatch, moment):
             raise Killed
 
     with monkeypatch.context() as patch:
+        patch.setattr(exports, "exchange", lambda *_: False)  # as on file systems that do not know it
         patch.setattr(Path, "rename", killed_rename)
         patch.setattr(shutil, "rmtree", killed_rmtree)
         with pytest.raises(Killed):
@@ -169,6 +171,47 @@ def test_a_kill_while_an_export_is_replaced(tmp_path, monkeypatch, moment):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     replace_export(folder, 10, lambda place: write("new", place))
     assert (contents(folder), exported_step(folder)) == ({"new"}, 10)
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "half removed"])
+def test_who_reads_an_export_always_finds_one(tmp_path, monkeypatch, moment):
+    settings = Settings(output=str(tmp_path))
+    folder = export_folder(settings)
+    replace_export(folder, 6, lambda place: write("old", place))
+    exchange, rmtree = exports.exchange, shutil.rmtree
+
+    def killed_exchange(new: Path, old: Path) -> bool:
+        assert contents(old) == {"old"}
+        if moment == "before":
+            raise Killed
+        assert exchange(new, old)
+        assert (contents(new), contents(old)) == ({"old"}, {"new"})
+        if moment == "after":
+            raise Killed
+        return True
+
+    def killed_rmtree(path: Path, **_: object) -> None:
+        if path.exists():
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exports, "exchange", killed_exchange)
+        patch.setattr(shutil, "rmtree", killed_rmtree)
+        with pytest.raises(Killed):
+            replace_export(folder, 10, lambda place: write("new", place))
+    settle_exports(settings)
+    expected = ({"old"}, 6) if moment == "before" else ({"new"}, 10)
+    assert (contents(folder), exported_step(folder)) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"step": Infinity}', b'{"step": "x"}', b"[" * 100_000, b'{"step": 6, "files": 3}', b"\xff"]
+)
+def test_a_damaged_note_on_an_export_is_as_none(tmp_path, content):
+    (tmp_path / "training.json").write_bytes(content)
+    assert exported_step(tmp_path) is None
 
 
 def test_what_is_exported_already(tmp_path):

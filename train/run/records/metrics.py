@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,7 @@ from .tensorboard import EventFile
 
 # Metrics that differ each time, because they depend on the machine's speed.
 TIMES = frozenset({"seconds", "tokens_per_second", "mfu"})
+_TEXTS = ("prompt", "answer")  # of samples
 
 
 class MetricsWriter:
@@ -85,16 +87,32 @@ class MetricsWriter:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a metrics file up to the first line that is not whole; none where there is no file."""
-    records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    """The records of a metrics file, or of one of samples, without lines that are damaged; none where there is no file.
+
+    Of these it warns, but not of a last one that a kill has cut off.
+    """
+    records, damaged = [], []
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate([*lines, last] if last else lines, 1):
         try:
             record = parse(line)
-            record["step"] += 0
-        except (ValueError, TypeError, KeyError):
-            break
-        records.append(record)
+            is_whole = type(record["step"]) is int and all(map(_is_plain, record, record.values()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            is_whole = False
+        if is_whole:
+            records.append(record)
+        elif number <= len(lines):
+            damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + (", ..." if damaged[5:] else "")
+        warnings.warn(f"{path}: damaged, and left out: line {shown}", stacklevel=2)
     return records
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    if isinstance(value, int):  # of any number of digits
+        return abs(value) < 1 << 63
+    return isinstance(value, str) if name in _TEXTS else value is None or isinstance(value, float)
 
 
 def _line(record: Mapping[str, Any]) -> str:
