@@ -8,7 +8,15 @@ TESTS := tests --ignore=tests/parity --ignore=tests/accelerators $(SKIPPED)
 
 QUESTION := Tell me what the capital of Mexico is.
 
-.PHONY: demo finetune-demo qlora-demo test test-slow lint parity test-accelerators clean
+# Of `make fuzz`: how many inputs, the first seed, seconds for each reader of headers by coverage, kills, signals.
+COUNT := 10000
+SEED := 0
+COVERAGE := 60
+KILLS := 60
+SIGNALS := 150
+FAULTS := $(wildcard tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py)
+
+.PHONY: demo finetune-demo qlora-demo test test-slow fuzz lint parity test-accelerators clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -37,6 +45,14 @@ test: $(VENV)/.test lint
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m slow $(TESTS)
+
+# Damaged files for every reader, kills and signals: tests/faults/README.md.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/faults/fuzz.py --count $(COUNT) --seed $(SEED)
+	@if $(BIN)/pip install -q -e '.[fuzz]' 2>/dev/null; then \
+	  for each in gguf safetensors; do $(BIN)/python tests/faults/fuzz_headers.py $$each $(COVERAGE) || exit 1; done; \
+	else echo "atheris cannot be installed here: the readers of headers are not fuzzed by coverage"; fi
+	$(if $(FAULTS),PHI3_FAULTS_KILLS=$(KILLS) PHI3_FAULTS_SIGNALS=$(SIGNALS) $(BIN)/python -m pytest -q -m slow $(FAULTS))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -2,7 +2,7 @@
 
 python tests/faults/fuzz_headers.py gguf 60           for a minute
 python tests/faults/fuzz_headers.py safetensors 60
-python tests/faults/fuzz_headers.py gguf FILE         one input again, such as crash-... that a run has left
+python tests/faults/fuzz_headers.py gguf FILE         one input again, such as build/crash-... that a run has left
 
 Begins with the small files of fuzzing/readers, and ends with exit code 1 at the first input that is not refused in one
 line, takes 5 s or 600 MB, or is read although tensors overlap or lie beyond the file's end.
@@ -11,10 +11,10 @@ line, takes 5 s or 600 MB, or is read although tensors overlap or lie beyond the
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +32,8 @@ with atheris.instrument_imports(include=READ):
     from phi3_jax.checkpoint.gguf.reader import read_gguf
     from phi3_jax.checkpoint.safetensors_files import read_file
 
+import gguf  # noqa: E402
+import safetensors  # noqa: E402
 from fuzzing.readers import checkpoints  # noqa: E402
 from fuzzing.verdicts import REFUSALS  # noqa: E402
 
@@ -39,21 +41,24 @@ from fuzzing.verdicts import REFUSALS  # noqa: E402
 def _gguf(path: Path) -> None:
     read_gguf(path)
     _, table = read_header(path)
-    _check_apart(path, ((tensor.offset, tensor.offset + 1) for tensor in table.values()))
+    blocks = [gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)] for tensor in table.values()]
+    sizes = [math.prod(t.shape) // values * size for t, (values, size) in zip(table.values(), blocks, strict=True)]
+    ends = [tensor.offset + size for tensor, size in zip(table.values(), sizes, strict=True)]
+    found = sorted(zip((tensor.offset for tensor in table.values()), ends, strict=True))
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(found)), "tensors overlap"
+    assert max(ends) <= path.stat().st_size, "a tensor lies beyond the end"
 
 
 def _safetensors(path: Path) -> None:
     for source in read_file(path).values():
         source.read()
+    try:
+        safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise AssertionError(f"the safetensors package refuses what was read: {error}") from error
 
 
-def _check_apart(path: Path, extents: Iterable[tuple[int, int]]) -> None:
-    """Raises AssertionError if tensors begin at the same byte, or behind the end of the file."""
-    found = sorted(extents)
-    assert all(one[1] <= other[0] for one, other in itertools.pairwise(found)), "tensors overlap"
-    assert not found or found[-1][1] <= path.stat().st_size, "a tensor lies beyond the end"
-
-
+LARGEST = 150_000  # bytes of an input
 TARGETS = {"gguf": (_gguf, "*.gguf"), "safetensors": (_safetensors, "*.safetensors")}
 
 
@@ -63,6 +68,7 @@ def main() -> None:
         sys.exit(__doc__)
     read, pattern = TARGETS[sys.argv[1]]
     warnings.simplefilter("ignore")
+    Path("build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         case = folder / f"case{pattern[1:]}"
@@ -75,7 +81,14 @@ def main() -> None:
                 if len(str(error).splitlines()) != 1 or str(case) not in str(error):
                     raise AssertionError(f"not one line that names the file: {error}") from error
 
-        options = ["-timeout=5", "-rss_limit_mb=4000", "-malloc_limit_mb=600", "-max_len=1000000"]
+        options = [
+            "-timeout=5",
+            "-rss_limit_mb=4000",
+            "-malloc_limit_mb=600",
+            f"-max_len={LARGEST}",
+            "-verbosity=0",
+            "-print_final_stats=1",
+        ]
         if Path(sys.argv[2]).exists():
             options.append(sys.argv[2])
         else:
@@ -93,7 +106,7 @@ def _corpus(corpus: Path, pattern: str) -> Path:
         made.mkdir()
         reader.make(made, variant)
         for number, path in enumerate(sorted(made.glob(pattern))):
-            if path.stat().st_size < 1_000_000:
+            if path.stat().st_size < LARGEST:
                 path.rename(corpus / f"{variant}-{number}")
     return corpus
 

@@ -21,7 +21,7 @@ def mutate(folder: Path, name: str, reader: Reader, seed: int) -> Mutation:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _weight(path, folder, reader))
     path = rng.choices(files, [_weight(path, folder, reader) for path in files])[0]
     file = str(path.relative_to(folder))
-    if rng.random() < 0.06:
+    if rng.random() < 0.06 and reader.is_file:
         kind, place = file_kinds.change(path, rng)
         return Mutation(file, place, kind, "")
     content = path.read_bytes()

@@ -136,21 +136,22 @@ class _Worker:
         if isinstance(found, str):
             raise RuntimeError(f"{reader}, seed {seed}: the valid input could not be made or read ({found})")
         mutation = found["mutation"]
-        answer = self._line(self._limit, _ENOUGH)
+        answer = self._line(max(self._limit, found["seconds"]), _ENOUGH)
+        if isinstance(answer, dict) and self._more > found["memory"]:  # of processes that it has started
+            answer["verdict"], answer["why"] = "memory", f"{self._more / 1e6:.0f} MB"
         if isinstance(answer, str):
             verdict, why = answer.split(": ", 1)
-            return Result(reader, seed, verdict, why, **mutation)
-        told = answer["outcome"]
-        return Result(
-            reader, seed, answer["verdict"], answer["why"], **mutation, seconds=told["seconds"], memory=told["memory"],
-            message=told["message"], trace=told["trace"],
-        )  # fmt: skip
+            return Result(reader, seed, verdict, why, **mutation, seconds=self._seconds, memory=self._more)
+        told, memory = answer["outcome"], max(answer["outcome"]["memory"], self._more)
+        texts = {name: told[name] for name in ("seconds", "message", "trace")}
+        return Result(reader, seed, answer["verdict"], answer["why"], **mutation, **texts, memory=memory)
 
     def _line(self, limit: float, memory: float) -> dict[str, Any] | str:
         """The next answer; or why there is none, and then the process is no more."""
         assert self._process is not None
         assert self._process.stdout is not None
         output, begin, waited, had = self._process.stdout, time.monotonic(), self._waited(), self._memory()
+        self._seconds = self._more = 0.0
         while b"\n" not in self._unread:
             if select.select([output], [], [], 0.05)[0]:
                 got = os.read(output.fileno(), 1 << 20)
@@ -158,12 +159,15 @@ class _Worker:
                     status = self._ended()
                     return f"crash: {signal.Signals(-status).name if status < 0 else f'exit code {status}'}"
                 self._unread += got
-            elif (seconds := time.monotonic() - begin - (self._waited() - waited)) > limit:
+                continue
+            self._seconds = time.monotonic() - begin - (self._waited() - waited)
+            self._more = max(self._more, self._memory() - had)
+            if self._seconds > limit:
                 self.end()
-                return f"hang: not read after {seconds:.1f} s"
-            elif (more := self._memory() - had) > memory:
+                return f"hang: not read after {self._seconds:.1f} s"
+            if self._more > memory:
                 self.end()
-                return f"memory: {more / 1e6:.0f} MB and more"
+                return f"memory: {self._more / 1e6:.0f} MB and more"
         line, self._unread = self._unread.split(b"\n", 1)
         return dict(json.loads(line))
 
@@ -176,15 +180,20 @@ class _Worker:
             return 0.0
 
     def _memory(self) -> float:
+        """Bytes of the process and of those that it has started."""
         assert self._process is not None
-        try:
-            return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, IndexError):
-            return 0.0
+        pages, processes = 0, [self._process.pid]
+        while processes:
+            place = Path(f"/proc/{processes.pop()}")
+            with contextlib.suppress(OSError, IndexError):
+                pages += int((place / "statm").read_text().split()[1])
+                processes += map(int, (place / "task" / place.name / "children").read_text().split())
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._ended()
 
     def _ended(self) -> int:

@@ -28,6 +28,8 @@ class Reader:
       names: words of which an error may have one instead of the file's name, where the input reaches the reader without
         it; "" is in every error.
       lines: how many lines an error may have.
+      is_file: whether users name the file, which may then be a pipe, a folder or huge; else only its contents change.
+      seconds: how long reading may take, where that is longer than for others.
     """
 
     make: Callable[[Path, int], None]
@@ -39,6 +41,8 @@ class Reader:
     checksums: bool = False
     names: tuple[str, ...] = ()
     lines: int = 1
+    is_file: bool = True
+    seconds: float = 0
 
 
 @dataclasses.dataclass(frozen=True)

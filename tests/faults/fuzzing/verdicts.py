@@ -35,6 +35,11 @@ class Outcome:
     memory: float = 0
 
 
+def most_memory(size: float) -> float:
+    """The bytes that reading an input of this size may take."""
+    return TIMES_THE_FILE * size + MEMORY
+
+
 def judge(
     outcome: Outcome, mutation: Mutation, reader: Reader, valid: Read, size: float, place: str
 ) -> tuple[str, str]:
@@ -45,7 +50,7 @@ def judge(
       size: of the valid input, in bytes.
       place: the folder of the input.
     """
-    if outcome.memory > TIMES_THE_FILE * size + MEMORY:
+    if outcome.memory > most_memory(size):
         return "memory", f"{outcome.memory / 1e6:.0f} MB for an input of {size / 1e6:.2f} MB"
     if outcome.error:
         return _of_error(outcome, mutation, reader, place)

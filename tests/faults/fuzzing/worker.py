@@ -19,9 +19,7 @@ from typing import Any
 
 from . import verdicts
 from .mutations import mutate, variant_of
-from .reader import Mutation, Read, Reader
-
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+from .reader import Read, Reader
 
 
 def serve(readers: Mapping[str, Reader], work: Path) -> None:
@@ -41,11 +39,12 @@ def serve(readers: Mapping[str, Reader], work: Path) -> None:
             valid[original] = _make(reader, variant, original)
         _copy(original, case)
         mutation = mutate(case, asked["reader"], reader, asked["seed"])
-        print(json.dumps({"mutation": dataclasses.asdict(mutation)}), file=answers)
+        read, size = valid[original]
+        bounds = {"seconds": reader.seconds, "memory": verdicts.most_memory(size)}
+        print(json.dumps({"mutation": dataclasses.asdict(mutation), **bounds}), file=answers)
         os.dup2(nowhere, 2)
         outcome = _read(reader, variant, case)
         os.dup2(errors, 2)
-        read, size = valid[original]
         verdict, why = verdicts.judge(outcome, mutation, reader, read, size, str(case))
         told = {"verdict": verdict, "why": why, "outcome": verdicts.as_dict(outcome)}
         print(json.dumps(told), file=answers)
@@ -106,6 +105,3 @@ def _text(error: BaseException) -> str:
 def _memory(field: str) -> float:
     status = Path("/proc/self/status").read_text()
     return float(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024
-
-
-__all__ = ["Mutation", "serve"]

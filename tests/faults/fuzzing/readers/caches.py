@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from prefixes import take_prefix
 
+from phi3_jax.command_line import compiled_programs
 from phi3_jax.infer.engine import PromptCache
 from phi3_jax.infer.engine.prompt_cache import fingerprint
-from phi3_jax.kernels.native import build
+from phi3_jax.kernels.native import build, compiler
 
 from ..reader import Read, Reader
 from .parts import digest, model
@@ -48,15 +49,8 @@ def _library(folder: Path) -> Path:
             (mine / name).write_text((Path(build.__file__).parent / name).read_text())
         with contextlib.suppress(OSError):  # another worker was faster
             mine.rename(sources)
-    build._SOURCES, before = sources, build._SOURCES
-    os.environ["XDG_CACHE_HOME"], home = str(folder), os.environ.get("XDG_CACHE_HOME")
-    try:
+    with mock.patch.object(compiler, "SOURCES", sources), mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
         return build._build()
-    finally:
-        build._SOURCES = before
-        del os.environ["XDG_CACHE_HOME"]
-        if home is not None:
-            os.environ["XDG_CACHE_HOME"] = home
 
 
 def _make_library(folder: Path, _: int) -> None:
@@ -64,8 +58,11 @@ def _make_library(folder: Path, _: int) -> None:
 
 
 def _read_library(folder: Path, _: int) -> Read:
-    loaded = ctypes.CDLL(str(_library(folder)))
-    build._check_version(loaded)
+    try:
+        loaded = build._open(_library(folder))
+        build._check_version(loaded)
+    except build.Unavailable as error:  # which programs show in a line, and go on without
+        raise ValueError(str(error)) from error
     return {"weights": [loaded.phi3_ffi_api_major(), loaded.phi3_ffi_api_minor()]}
 
 
@@ -76,10 +73,9 @@ def _compile(folder: Path) -> Read:
     """Compiles a program, or takes it from the cache in this folder."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    options = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    compiled_programs.keep(str(folder), lambda text: None)
     compilation_cache.reset_cache()
     try:
         found = jax.jit(lambda x: jnp.tanh(x @ x.T).sum(0))(np.arange(12.0, dtype=np.float32).reshape(4, 3) / 9)
@@ -100,6 +96,6 @@ def _make_programs(folder: Path, _: int) -> None:
 
 READERS = {
     "prompt cache": Reader(_make_prompt, _read_prompt, 2, checksums=True),
-    "kernels": Reader(_make_library, _read_library, files={"*.so": 1}, cost=100),
+    "kernels": Reader(_make_library, _read_library, files={"*.so": 3, "*.json": 1}, cost=100, seconds=90),
     "compiled programs": Reader(_make_programs, _read_programs, cost=10),
 }

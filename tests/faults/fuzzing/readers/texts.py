@@ -8,6 +8,7 @@ from typing import Any
 
 import batches
 
+from phi3_jax.command_line.program import read_text
 from phi3_jax.infer import Grammar, Sampling
 from phi3_jax.infer.conversation import Conversation, save_messages
 from phi3_jax.infer.programs import flags
@@ -103,7 +104,7 @@ def _make_schema(folder: Path, _: int) -> None:
 
 
 def _read_schema(folder: Path, _: int) -> Read:
-    return {"masks": _masks(Grammar.json_schema(flags.read_text(str(folder / "schema.json"))))}
+    return {"masks": _masks(Grammar.json_schema(flags._read_schema(str(folder / "schema.json"))))}
 
 
 def _make_regex(folder: Path, variant: int) -> None:
@@ -111,7 +112,7 @@ def _make_regex(folder: Path, variant: int) -> None:
 
 
 def _read_regex(folder: Path, _: int) -> Read:
-    return {"masks": _masks(Grammar.regex(flags.read_text(str(folder / "regex.txt"))))}
+    return {"masks": _masks(Grammar.regex(read_text(str(folder / "regex.txt"))))}
 
 
 _SET = {
@@ -143,6 +144,6 @@ READERS = {
     "conversation": Reader(_make_conversation, _read_conversation, cost=2),
     "tools": Reader(_make_tools, _read_tools, names=("",)),
     "schema": Reader(_make_schema, _read_schema, names=("",), cost=2),
-    "regex": Reader(_make_regex, _read_regex, len(_REGEXES), names=("",), cost=2),
-    "settings": Reader(_make_settings, _read_settings, names=("",), cost=2),
+    "regex": Reader(_make_regex, _read_regex, len(_REGEXES), names=("",), cost=2, is_file=False),
+    "settings": Reader(_make_settings, _read_settings, names=("",), cost=2, is_file=False),
 }

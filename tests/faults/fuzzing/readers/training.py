@@ -121,7 +121,7 @@ def _read_checkpoints(folder: Path, _: int) -> Read:
         restored = checkpoints.restore(like)
     found, saved = (digest(*jax.tree.leaves(state)) for state in (restored.state, _state(restored.step)))
     read: Read = {"weights": "as saved" if found == saved else found, "notes": notes}
-    return read | ({"told": list(restored.skipped)} if restored.skipped else {})
+    return read | ({"told": list(restored.notes)} if restored.notes else {})
 
 
 READERS = {
