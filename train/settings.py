@@ -198,7 +198,8 @@ class Settings:
         self._check_data()
 
     def _check_data(self) -> None:
-        if "auto" not in (self.batch_size, self.accumulation) and self.batch_size * self.accumulation > MOST_ROWS:
+        rows = [each for each in (self.batch_size, self.accumulation) if each != "auto"]
+        if math.prod(rows) > MOST_ROWS:
             raise ValueError(
                 f"batch_size={self.batch_size}, accumulation={self.accumulation}: a step has at most {MOST_ROWS} rows"
             )
