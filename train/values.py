@@ -114,9 +114,8 @@ def _check_number(name: str, value: Any, kind: type) -> None:
     allowed = _RANGES.get(name, Range())
     most = _INT32.max if kind is int else float(_FLOAT32.max)
     if value not in allowed or (value == 0 and math.copysign(1, value) < 0):  # NaN is in no range
-        rounded = (
-            " in float32" if value in Range(-math.inf) and _in_float32(value) in (0, 1) and value not in (0, 1) else ""
-        )
+        is_rounded = isinstance(value, float) and _in_float32(value) in (0, 1) and value not in (0, 1)
+        rounded = " in float32" if is_rounded else ""
         raise ValueError(f"{name}={_shown(value)}: must be {allowed}{rounded}")
     if value > most:
         raise ValueError(f"{name}={_shown(value)}: must be at most {most if kind is int else f'{most:.3g}'}")

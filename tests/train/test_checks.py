@@ -89,6 +89,8 @@ def test_a_number_that_python_does_not_spell():
     for kind in ("steps", "lr"):
         with pytest.raises(ValueError, match=f"^{kind}=a number of thousands of digits: must be at most"):
             Settings(**{kind: 10**5000})
+        with pytest.raises(ValueError, match=rf"^{kind}=-10*\.\.\.: must be (at least|above) 0$"):
+            Settings(**{kind: -(10**400)})
 
 
 def test_values_that_are_allowed():
