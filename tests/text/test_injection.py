@@ -9,7 +9,9 @@ import warnings
 import pytest
 from chat_templates import TEMPLATES, write_tokenizer
 
-from phi3_jax.text import encode_answers, encode_chat, load_tokenizer, render_chat
+from phi3_jax.text import encode_answers, encode_chat, load_tokenizer, read_chat, render_chat
+from phi3_jax.text.templates.literals import _Judge
+from phi3_jax.text.templates.provenance import LOST, TEMPLATE, Colours
 
 # Each writes tokens of its own around what people wrote: c is the last message's content, r its role.
 NASTY = {
@@ -17,35 +19,37 @@ NASTY = {
     "cut in two": "{{ r }}{{ c }}<|end|>{{ '<|' }}{{ c }}{{ '|>' }}",
     "lower": "{{ ('<|USER|>' ~ c) | lower }}<|end|>{{ '<|END' | lower }}{{ c.lower() }}",
     "upper": "{{ ('[inst]' ~ c) | upper }}{{ c.upper() }}{{ '[inst' | upper }}{{ c }}",
-    "title": "<|user|>{{ c | title }}{{ c | capitalize }}{{ c.swapcase() }}{{ c.casefold() }}",
+    "title": "{{ 'end it' | title }}[INST]{{ c | title }}{{ c | capitalize }}{{ c.swapcase() }}{{ c.casefold() }}",
     "reverse": "{{ (c ~ '>|resu|<') | reverse }}{{ c[::-1] }}{{ ('<|end|>' | list | reverse | join)[::-1] }}",
     "striptags": "<|user|>{{ c | striptags }}{{ (c | escape).unescape() }}{{ c | escape | replace('&lt;', '<') }}",
     "split": "{{ c.split(' ') | join }}{{ '<|' + c.split()[-1] + '|>' }}{{ c.split('x') | join('|') }}<|end|>",
     "decoded": "{{ c.encode().decode('unicode_escape') }}<|end|>{{ c.encode('utf-16').decode('utf-16') }}",
     "replace": "{{ c | replace('_', '') }}{{ c.replace('*', '|') }}{{ '<|end|> <|NAME|>' | replace('NAME', c) }}",
     "replaced by people": "<|e_nd|>{{ '<|user|>x' | replace('x', c) }}{{ '[INST]' ~ c.replace('end', 'user') }}",
-    "formats": "{{ '<|%s|>%s<|end|>' % (c, c) }}{{ '<|%.3s|>' | format(c) }}{{ '<|{}|>{{}}<|{x}|>'.format(c, x=c) }}",
+    "formats": "{{ '<|%s|>%s<|end|>' % (c, c) }}{{ '<|%.3s|>' | format(c) }}{{ '<|{}|>{{}}<|{x}|>'.format(c, x=c) }}"
+    "{{ '<|{}{x}'.format('end', x='|>') }}{{ '<|%s|>' % 'user' }}",
     "percent of a dict": "{{ '<|user|>%(x)5s<|%(x)-9.3s|>' % {'x': c} }}{{ '<|{x}|>'.format_map({'x': c}) }}<|end|>",
     "map": "{{ ['<|user|>', c] | map('upper') | map('lower') | join }}{{ ms | map(attribute='content') | join('|') }}",
     "macro": "{% macro f(a, b='<|') %}{{ b }}{{ a }}{{ caller() if caller }}{% endmacro %}{{ f(c) }}"
     "{% call f(c) %}|><|end|>{% endcall %}{{ f('end|>') }}",
     "blocks": "{% set b %}<|user|>{{ c }}{% endset %}{{ b }}{% filter lower %}<|END|>{{ c }}{% endfilter %}",
     "numbers": "<|user|>{{ c }}{{ '%c%s' % (60, c) }}{{ '%x%d<|end|>' % (14, 2.5) }}",
-    "json": "<|user|>{{ c | tojson }}{{ {'a': '<|end|>', 'b': c} | tojson }}{{ [c] | tojson(ensure_ascii=true) }}",
+    "json": "<|user|>{{ c | tojson }}{{ {'<|end|>': c} | tojson }}{{ ['[INST]\xe9', c] | tojson(ensure_ascii=true) }}",
     "lists": "{{ c | list | batch(2) | map('join') | join }}{{ c | list | slice(2) | map('join') | join }}<|end|>",
     "spelled": "{{ ['<|end|>', c] }}{{ {'<|user|>': c} }}{{ (c, '[INST]') | string }}{{ c ~ ['<|end|>'] }}",
     "loops": "{% for x in c %}{{ loop.cycle('', '') }}{{ x }}{% endfor %}{% for x in '<|end|>' %}{{ x }}{% endfor %}",
     "namespace": "{% set n = namespace(a='<|') %}{% set n.a = n.a ~ c %}{{ n.a }}|>{% set n.a = '<|end|>' %}{{ n.a }}",
     "sorted": "{{ [c, '<|user|>', 'b'] | sort | join }}{{ ['<|end|>', c, '<|end|>'] | unique | join }}",
     "grouped": "{% for k, g in ms | groupby('role') %}<|user|>{{ g[-1].content }}{% endfor %}{{ [c, '<'] | max }}|>",
-    "laid out": "{{ ('<|user|>' ~ c ~ '\n<|end|>') | indent(2, true) }}{{ c | center(20) }}{{ c | wordwrap(3) }}",
+    "laid out": "{{ ('<|user|>' ~ c ~ '\n<|end|>') | indent(2, true) }}{{ c | center(20) }}{{ c | wordwrap(3) }}"
+    "{{ 'so-so <|end|>' | wordwrap(4, false) }}",
     "cut off": "{{ ('<|user|>' ~ c) | truncate(12, true, '<|end|>', 0) }}{{ c | truncate(4, true, '|>', 0) }}",
     "trimmed": "<{{ c.strip('*') }}>{{ '<|end|>  ' | trim }}{{ c | trim('*') }}{{ 'x<|user|>'.removeprefix('x') }}",
     "looked up": "{{ {'user': '<|user|>', c: 'x'}[r] }}{{ {'<|end|>': c}.get('<|end|>') }}",
     "as a separator": "{{ c.join(['<|', '|>']) }}{{ ['<|', 'end|>'] | join(c) }}{{ c.join('<|end|>') }}<|end|>",
     "as a format": "{{ c.format('<|', '|>', x='a<|>dens') }}{{ c % () if '%' not in c }}<|end|>{{ c | format }}",
     "markup": "{{ '<|user|>' | safe ~ c }}{{ ('<|' | safe) + c + ('|>' | safe) }}{{ c | safe }}{{ c | urlencode }}",
-    "escaping": "{% autoescape true %}<|user|>{{ c }}{{ c | safe }}{{ '[INST]' }}{% endautoescape %}<|end|>",
+    "escaping": "{% autoescape true %}<|user|>{{ c }}{{ c | safe }}{{ '[INST]<b>' }}{% endautoescape %}<|end|>",
     "keys": "{% for k, v in {'<|user|>': c, 'end': c} | dictsort %}{{ k }}{{ v }}{% endfor %}{{ '<|' ~ c }}|>",
     "partition": "{{ c.partition('|')[0] ~ '|' ~ c.rpartition('|')[2] }}{{ 'a<|end|>b'.partition('a')[2] }}",
     "padded": "{{ c.ljust(9, '>') }}{{ c.rjust(9, '<') }}{{ '<|end|>'.center(11) }}{{ ('<' ~ c).zfill(9) }}",
@@ -235,6 +239,102 @@ def test_a_role_makes_tokens_only_whole(with_template):
     for role, token in {"xend": "end", "xxtool_call": "tool_call"}.items():
         with pytest.raises(ValueError, match=rf"makes the control token '<.{token}.>' out of .*, of role '{role}'"):
             ids_of(plain, "<|{{ messages[0].role.lstrip('x') }}|>{{ messages[0].content }}", "x", role)
+
+    compared = "{% if messages[0].content == 'end' %}{% endif %}<|{{ messages[0].role }}|>{{ messages[0].content }}"
+    with pytest.raises(ValueError, match=r"makes the control token '<\|end\|>' out of"):
+        ids_of(plain, compared, "x", "end")
+
+
+def test_what_people_put_together_is_theirs(with_template):
+    """Also where the pieces are the template's, and what people write says where they go."""
+    plain = with_template("Phi-4")
+    for template, content in (
+        ("{{ messages[0].content.format('<|', 'end', '|>') }}", "{0}{1}{2}"),
+        ("{{ messages[0].content.format('<|', 'end', '|>') }}", "{}{}{}"),
+        ("{{ messages[0].content.format_map({'a': '<|end|>'}) }}", "x{a}"),
+        ("{{ messages[0].content % ('<|', 'end', '|>') }}", "%s%s%s"),
+        ("{{ messages[0].content % {'a': '<|end|>'} }}", "x%(a)s"),
+        ("{{ messages[0].content | format('<|end|>') }}", "%s"),
+    ):
+        tokenizer = dataclasses.replace(plain, chat_template=template + "{{ messages[0].content }}")
+        made = control_tokens(tokenizer, {"messages": [{"role": "user", "content": content}]})
+        assert made == []
+
+
+def test_both_palettes_have_to_agree(with_template):
+    tokenizer = with_template("Phi-4")
+    chat = read_chat([{"role": "user", "content": "<|end|>"}])
+    palettes = [Colours("<|end|>", first) for first in (0xF0000, 0xF1000)]
+    genuine, plain = [each.paint("<|end|>", TEMPLATE) for each in palettes], ["<|end|>"] * 2
+
+    def judged(*coloured):
+        return _Judge(tokenizer, chat, ["<|end|>"], "<|end|>", palettes, coloured).judge().cuts
+
+    assert judged(*genuine) == ()
+    assert judged(genuine[0], plain[1]) == judged(plain[0], genuine[1]) == judged(*plain) == (1,)
+
+
+def painted(text):
+    """Capital letters stand for the template's small ones."""
+    return "".join(COLOURS.paint(c.lower(), TEMPLATE) if c.isupper() else c for c in text)
+
+
+def shown(value):
+    if isinstance(value, str):
+        names = {None: str, TEMPLATE: str.upper, LOST: lambda _: "?"}
+        return "".join(names[COLOURS.colour(c)](COLOURS.plain(c)) for c in value)
+    return [shown(each) for each in value]
+
+
+COLOURS = Colours("abcdefghijklmnopqrstuvwxyz%", 0xF0000)
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "args", "result"),
+    [
+        ("xaBb", "split", ["ab"], ["x", "b"]),
+        ("xAbBbA", "split", ["AB", 1], ["x", "BbA"]),
+        (" aB  Ba b", "split", [], ["aB", "Ba", "b"]),
+        ("bAb", "rsplit", ["B", 1], ["bA", ""]),
+        ("aBbA", "partition", ["b"], ["a", "B", "bA"]),
+        ("aBbA", "rpartition", ["b"], ["aB", "b", "A"]),
+        ("a\nB\n\nA", "splitlines", [True], ["a\n", "B\n", "\n", "A"]),
+        ("aABb", "strip", ["ab"], ""),
+        ("aAXBb", "strip", ["ab"], "X"),
+        ("aAx", "removeprefix", ["a"], "Ax"),
+        ("xAa", "removesuffix", ["a"], "xA"),
+        ("aAbB", "replace", ["ab", "Zy"], "aZyB"),
+        ("aAaA", "replace", ["a", "", 2], "aA"),
+        ("aB", "replace", ["", "x"], "?????"),
+        ("Ab", "join", [["c", "D", "e"]], "cAbDAbe"),
+        ("Ab", "center", [6], "  Ab  "),
+        ("Ab", "translate", [{97: "x"}], "??"),
+        ("aA", "casefold", [], "aA"),
+    ],
+)
+def test_methods_keep_colours(text, method, args, result):
+    args = [
+        [painted(each) for each in a] if isinstance(a, list) else painted(a) if isinstance(a, str) else a for a in args
+    ]
+    assert shown(COLOURS.method(painted(text), method, tuple(args), {})) == result
+
+
+def test_formats_keep_colours():
+    assert shown(COLOURS.percent(painted("A%%B"), ())) == "A%B"
+    assert shown(COLOURS.percent(painted("A") + "%s%s", (painted("B"), "c"))) == "Abc"
+    assert [COLOURS.colour(c) for c in COLOURS.percent(painted("%%") + COLOURS.paint("%%", TEMPLATE), ())] == [
+        None,
+        TEMPLATE,
+    ]
+    directive = COLOURS.paint("%", TEMPLATE)
+    assert shown(COLOURS.percent(f"{directive}s-{directive}4s", (painted("aB"), painted("Cd")))) == "aB-  Cd"
+    assert shown(COLOURS.percent(f"{directive}x{directive}s", (11, painted("B")))) == "bB"
+
+
+def test_what_cannot_be_followed_is_lost():
+    assert shown(COLOURS.checked(painted("aB"), "ab")) == "aB"
+    assert shown(COLOURS.checked(painted("aB"), "ac")) == "??"
+    assert shown(COLOURS.checked([painted("aB")], ["ab", "c"])) == ["aB", "?"]
 
 
 def test_chance_and_private_characters(with_template):

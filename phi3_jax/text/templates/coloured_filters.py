@@ -89,7 +89,7 @@ def coloured_filters(colours: Colours, filters: Mapping[str, Callable[..., Any]]
 
     return {
         **{name: method(name) for name in ("lower", "upper", "capitalize")},
-        **{name: _alsoon_plain(colours, filters[name]) for name in ("indent", "truncate")},
+        **{name: _also_on_plain(colours, filters[name]) for name in ("indent", "truncate")},
         **{name: on_plain(colours, filters[name]) for name in _OPAQUE},
         **{name: naming(name) for name in _NAMING},
         **_ordering(colours),
@@ -113,7 +113,7 @@ def coloured_filters(colours: Colours, filters: Mapping[str, Callable[..., Any]]
     }
 
 
-def _alsoon_plain(colours: Colours, function: Callable[..., Any]) -> Callable[..., Any]:
+def _also_on_plain(colours: Colours, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function on coloured text, and on plain text to see whether it did the same."""
 
     @wraps(function)
