@@ -198,10 +198,9 @@ class Settings:
         self._check_data()
 
     def _check_data(self) -> None:
-        if "auto" not in (self.batch_size, self.accumulation) and self.batch_size * self.accumulation > MOST_ROWS:
-            raise ValueError(
-                f"batch_size={self.batch_size}, accumulation={self.accumulation}: a step has at most {MOST_ROWS} rows"
-            )
+        size, times = self.batch_size, self.accumulation
+        if isinstance(size, int) and isinstance(times, int) and size * times > MOST_ROWS:
+            raise ValueError(f"batch_size={size}, accumulation={times}: a step has at most {MOST_ROWS} rows")
         if self.epochs and self.steps:
             raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one of them, and 0 for the other")
         if "" in (*self.train_files, *self.eval_files):

@@ -18,7 +18,8 @@ import tokenizers
 
 from phi3_jax.regular_file import require_regular
 from phi3_jax.text.added_tokens import AddedToken, Cutter
-from phi3_jax.text.lengths import SPACE_MARK, cut, has_separate_words, longest_piece
+from phi3_jax.text.lengths import SPACE_MARK as SPACE_MARK
+from phi3_jax.text.lengths import cut, has_separate_words, longest_piece
 
 
 class PieceEncoder(Protocol):

@@ -353,7 +353,7 @@ def test_errors(with_template, given, message):
 def test_what_holds_itself_is_refused(with_template):
     tool = {"name": "f"}
     tool["parameters"] = tool
-    with pytest.raises(ValueError, match="nested too deeply .*, or holds itself"):
+    with pytest.raises(ValueError, match=r"nested too deeply .*, or holds itself"):
         encode_chat(with_template(HERMES), [ASK], tools=[tool])
 
 

@@ -128,7 +128,7 @@ DEEP = [  # the parser's limits, jinja2's and Python's
     "{{ messages[0].content.encode('utf-99') }}",
     "a" * 100_001,
 ]
-SAMPLE = [LOOPS[5], *HOARDS[1:20:6], HOARDS[24]], DEEP[::8]
+SAMPLE = [LOOPS[5], HOARDS[0], HOARDS[15], HOARDS[24]], DEEP[::8]
 
 
 def program(code: str, stdin: str = "", executable: str = sys.executable) -> str:
@@ -182,8 +182,9 @@ def test_bombs_are_refused_in_a_moment() -> None:
 
 
 @pytest.mark.slow
-def test_loops_without_an_end() -> None:
-    check(LOOPS, LIMITS)
+@pytest.mark.parametrize("half", [0, 1])
+def test_loops_without_an_end(half: int) -> None:
+    check(LOOPS[half::2], LIMITS)
 
 
 @pytest.mark.slow

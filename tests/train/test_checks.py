@@ -93,6 +93,12 @@ def test_a_number_that_python_does_not_spell():
             Settings(**{kind: -(10**400)})
 
 
+def test_the_rows_of_a_step_are_bounded():
+    Settings(batch_size=256, accumulation=256)
+    with pytest.raises(ValueError, match="batch_size=256, accumulation=257: a step has at most 65536 rows"):
+        Settings(batch_size=256, accumulation=257)
+
+
 def test_values_that_are_allowed():
     for changes in ({"lora_alpha": 32}, {"beta1": 0.0}, {"quantize": "int4-g64-asymmetric"}, {"mixture": (1, 0.5)}):
         Settings(**changes)
