@@ -161,12 +161,23 @@ def _show_warnings_as_lines(name: str) -> None:
     ) -> None:
         if not issubclass(category, UserWarning):
             show_other(message, category, filename, lineno, file, line)
-        elif str(message) not in told_warnings:
-            told_warnings.add(str(message))
-            tqdm.write(f"{name}: warning: {message}", file=sys.stderr)
+        elif (text := _without_damaged_program(str(message))) not in told_warnings:
+            told_warnings.add(text)
+            tqdm.write(f"{name}: warning: {text}", file=sys.stderr)
 
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = show_warning
+
+
+def _without_damaged_program(warning: str) -> str:
+    """Removes a compiled program that a kill has left half, which jax would find at each start -> what to tell."""
+    folder = jax.config.jax_compilation_cache_dir
+    found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", warning)
+    if not found or not folder:
+        return warning
+    for path in Path(folder).glob(f"{found[1]}-*-cache"):
+        path.unlink(missing_ok=True)
+    return f"{folder}: the compiled program {found[1]} was damaged, and is made again"
 
 
 def _present_flags() -> set[str]:
