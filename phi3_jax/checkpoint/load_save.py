@@ -162,6 +162,7 @@ def load(
             gguf.tensors, gguf.config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
         )
         return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
+    before = _identities(place, adapter)
     settings = read_json(place / "config.json")
     described, ours = settings.get("quantization_config"), _is_ours(settings)
     adapter = _adapter_of(place, adapter)
@@ -194,7 +195,17 @@ def load(
         params, config = assemble_with_adapter(
             stored, config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
         )
+    if before != _identities(*before):
+        raise ValueError(
+            f"{' or '.join(map(str, before))}: replaced while it was read, by a training, say; load it again"
+        )
     return Checkpoint(config, params, tokenizer, generation, place)
+
+
+def _identities(*folders: str | os.PathLike[str] | None) -> dict[Path, int | None]:
+    """The folders' numbers on their disks: another one that was renamed has another number."""
+    paths = [Path(folder) for folder in folders if folder is not None]
+    return {path: path.stat().st_ino if path.is_dir() else None for path in paths}
 
 
 def save(
