@@ -34,6 +34,7 @@ from .engine import NewTokens, Options, decoding
 from .engine.buckets import own_cache_dtype, room_for
 from .engine.decoding import DecodeState, Settings
 from .engine.failures import NOT_FINITE, explain, is_finite
+from .engine.kept import keep_programs_for
 from .engine.prefill import Prefill
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
 from .sampling import Sampling, SamplingArrays
@@ -107,6 +108,8 @@ def beam_search(
     rules = Rules(
         _settings(checkpoint, ids, limits, beams, options), jnp.float32(length_penalty), jnp.asarray(early_stopping)
     )
+    sizes = max(map(len, ids)), max(limits, default=1)
+    keep_programs_for((checkpoint.config, len(ids), beams, room_for(*sizes, options)))
     found = _run(checkpoint, ids, limits, beams, rules, options)
     tokens, lengths, scores = (np.asarray(part) for part in (found.tokens, found.lengths, found.scores))
     failed, reached = (np.asarray(part)[::beams].tolist() for part in (found.rows.failed, found.rows.lengths))

@@ -149,3 +149,12 @@ def test_every_room_says_what_it_is_for():
     for folder in {path.parent for path in MODULES.values()}:
         docstring = ast.get_docstring(TREES[module_name(folder / "__init__.py")])
         assert docstring, f"{folder}: an __init__.py with a docstring is missing"
+
+
+def test_the_start_of_the_commands_imports_what_python_has_loaded_and_knows_all_programs():
+    tree = ast.parse((ROOT / "phi3_start.py").read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported == {"importlib", "os", "signal", "sys"}
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert {name for name in MODULES if name.endswith("_main")} <= named

@@ -46,7 +46,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_library_and_both_applications_once(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "phi3_jax").rglob("*.py")}
+    sources = {"phi3_start.py"} | {str(path.relative_to(ROOT)) for path in (ROOT / "phi3_jax").rglob("*.py")}
     for top in ("infer", "train"):
         sources |= {f"phi3_jax/{path.relative_to(ROOT)}" for path in (ROOT / top).rglob("*.py")}
     assert sorted(names) == sorted(sources)

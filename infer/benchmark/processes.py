@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _LAST_LINES = 5  # of the output of a process that failed
 _SECONDS_TO_END = 10
@@ -23,8 +23,15 @@ class Process:
         self.name = name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         try:
+            # A process group of its own: Ctrl-C ends it through us.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, encoding="utf-8"
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                text=True,
+                encoding="utf-8",
+                process_group=0,
             )
         except OSError:
             self._said.close()
@@ -46,6 +53,15 @@ class Process:
         if "error" in reply:
             raise ValueError(f"{self.name}: {reply['error']}")
         return reply
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends it; after an error or Ctrl-C without waiting for what it does."""
+        if kind is not None:
+            self._process.kill()
+        self.close()
 
     def close(self) -> None:
         """Ends it."""
@@ -69,7 +85,7 @@ class Process:
 @contextlib.contextmanager
 def ours(name: str = "phi3_jax") -> Iterator[Process]:
     """Our own process (ours.py), in this Python."""
-    with contextlib.closing(Process(name, [sys.executable, "-m", "phi3_jax.infer.benchmark.ours"])) as process:
+    with Process(name, [sys.executable, "-m", "phi3_jax.infer.benchmark.ours"]) as process:
         yield process
 
 
@@ -78,5 +94,5 @@ def peer(name: str, program: str, python: str | None) -> Iterator[Process]:
     """A peer's process; program is "llama_cpp" or "transformers", python another Python's path."""
     # -P: or the modules beside the script would hide others of the same names.
     script = str(Path(__file__).with_name("peer_process.py"))
-    with contextlib.closing(Process(name, [python or sys.executable, "-P", script, program])) as process:
+    with Process(name, [python or sys.executable, "-P", script, program]) as process:
         yield process

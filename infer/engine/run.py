@@ -19,8 +19,9 @@ from ..prompts import check_batch
 from ..sampling import Grammar, Sampling, SamplingArrays, TokenLogprob
 from ..sampling.grammar import GrammarMasks
 from . import decoding
-from .buckets import own_cache_dtype, room_for
+from .buckets import own_cache_dtype, padded_length, room_for
 from .failures import NO_TOKEN, explain
+from .kept import keep_programs_for
 from .options import Options
 from .prefill import Prefill
 from .prompt_cache import PromptCache, fingerprint
@@ -117,6 +118,8 @@ class Run:
         self.timings = Timings()
         self.reused = 0
         self._place_prompt_cache()
+        longest = padded_length(max(self._lengths, default=1), options.prefill_chunk)
+        keep_programs_for((config, len(prompts), longest, self._room, options.guesses, options.logprobs))
 
     @property
     def is_over(self) -> bool:

@@ -21,8 +21,9 @@ from pathlib import Path
 from absl import flags
 
 from phi3_jax.checkpoint import require_tokenizer
+from phi3_jax.command_line.interrupts import forget, interruptible
 from phi3_jax.command_line.model_flags import CHECKPOINT
-from phi3_jax.command_line.program import interruptible, run_program, told_warnings
+from phi3_jax.command_line.program import run_program, told_warnings
 
 from ..conversation import ContextFullError, Conversation, load_messages, save_messages
 from . import flags as common
@@ -180,10 +181,12 @@ def converse(chat: Chat) -> None:
     while not chat.over:
         try:
             chat.take(input("> "))
+            forget()  # Ctrl-C has ended the answer
         except EOFError:
             _tell("")
             return
-        except KeyboardInterrupt:  # at the prompt, or for the second time in an answer
+        except KeyboardInterrupt:  # at the prompt
+            forget()
             _tell("")
 
 

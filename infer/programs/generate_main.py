@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.checkpoint import require_tokenizer
-from phi3_jax.command_line.program import interruptible, read_text, run_program
+from phi3_jax.command_line.interrupts import interruptible
+from phi3_jax.command_line.program import read_text, run_program
 from phi3_jax.text import ToolCallParser
 
 from ..answer import Answer, Generation, write_answers
@@ -133,7 +134,7 @@ def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int], tools: list[A
     if result.error is not None:
         raise ValueError(result.error)
     print(report(run, len(ids), len(result.token_ids)), file=sys.stderr)
-    return 130 if result.finish_reason == "interrupt" else 0
+    return int(result.finish_reason == "interrupt")  # rather, the program ends by the signal
 
 
 def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
@@ -175,7 +176,7 @@ def answer_file(input_: Path, output: Path) -> int:
                 bar.update()
             if interrupt():
                 print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
-                return 130
+                return 1  # rather, the program ends by the signal
     if file.failed:
         print(
             f'phi3-generate: {file.failed} of {len(requests)} answers ended with an error: see "error" in {output}',

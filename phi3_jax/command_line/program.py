@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import os
 import platform
 import re
 import signal
 import sys
 import textwrap
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,8 +18,11 @@ from absl import app, flags
 from tqdm import tqdm
 
 import phi3_jax
+import phi3_start
 from phi3_jax.command_line import compiled_programs
 from phi3_jax.spelling import did_you_mean
+
+from . import interrupts, streams
 
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir",
@@ -49,8 +48,8 @@ def run_program(
     """Parses the flags and runs `main`, whose result is the exit code; bad input becomes one line and exit code 1.
 
     ValueError, OSError and ImportError count as bad input; other exceptions are bugs, shown with their traceback. A
-    UserWarning is a line, too.
-    If nobody reads standard output any more, the program ends without a word.
+    UserWarning is a line, too. Signals end it as `interrupts` tells; Ctrl-C, and a pipe that nobody reads any more,
+    without a word.
 
     Args:
       topics: the program's flags as --help groups them.
@@ -58,13 +57,10 @@ def run_program(
       more_help: what --help says behind the flags.
       instead: for names that users may take for flags, what to write instead.
     """
+    phi3_start.make_ready()  # as the command has done already, if it is one
+    streams.prepare()
     help_text = _help(sys.modules[main.__module__].__doc__ or "", topics, more_help)
     known = {holder.name for holders in topics.values() for holder in holders}
-    if sys.stderr is None:  # it was closed, as by 2>&-; no other file may take its number
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     # absl shows INFO messages, and jax logs one for each accelerator that this machine does not have.
     logging.getLogger("jax").setLevel(logging.WARNING)
 
@@ -97,48 +93,37 @@ def run_program(
                 _COMPILATION_CACHE_DIR.value, told=lambda text: print(f"{name}: {text}", file=sys.stderr)
             )
         _show_warnings_as_lines(name)
-        try:
-            return main(*([argv[1:]] if takes_arguments else []))
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"{name}: {error}")
-        except KeyboardInterrupt:
-            sys.exit(130)
+        return main(*([argv[1:]] if takes_arguments else []))
 
+    code = 1
+    with interrupts.handled():
+        code = _exit_code(name, lambda: app.run(guarded, flags_parser=parse))
+    if (number := interrupts.asked()) is not None:
+        interrupts.end_by(number)
+    sys.exit(code)
+
+
+def _exit_code(name: str, run: Callable[[], Any]) -> int:
+    """Runs until the program exits; tells errors, and signals but for those that came from who looks on."""
     try:
         try:
-            app.run(guarded, flags_parser=parse)
+            run()
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
-        if isinstance(error, BrokenPipeError):
-            # Who read the output has left, as in `... | head -1`; other programs are ended then by the signal, quietly.
-            sys.exit(128 + signal.SIGPIPE)
-        sys.exit(f"{name}: cannot write to standard output: {error}")
-
-
-@contextlib.contextmanager
-def interruptible(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C does not raise, but makes the yielded function return True. A second Ctrl-C raises.
-
-    The signals in `others` do the same; with SIGTERM, for example, a scheduler asks a program to end.
-    """
-    pressed = threading.Event()
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, *others)}
-    try:
-        yield pressed.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            streams.flush()
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException as error:
+        if (number := interrupts.asked()) is not None:  # compiled code makes other exceptions of an Interrupt
+            if number not in (signal.SIGINT, signal.SIGPIPE):
+                print(f"{name}: ended by {number.name}", file=sys.stderr)
+        elif isinstance(error, ValueError | OSError | ImportError):
+            print(f"{name}: {error}", file=sys.stderr)
+        else:
+            raise
+        return 1
+    return 0
 
 
 def read_text(path: str) -> str:

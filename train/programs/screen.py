@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from phi3_jax.command_line.program import interruptible
+from phi3_jax.command_line.interrupts import interruptible
 
 from ..run.observer import Observer
 
@@ -90,7 +89,7 @@ class Screen(Observer):
 
     def begin(self, step: int, steps: int) -> None:
         """The bar of the steps."""
-        self.interrupted = self._stack.enter_context(interruptible(signal.SIGTERM))
+        self.interrupted = self._stack.enter_context(interruptible())
         self._steps = _Steps(step, steps)
         self._bar = self._new_bar(total=steps, initial=step, desc="", bar_format=_BAR)
 

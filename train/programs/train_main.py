@@ -7,8 +7,8 @@ phi3-train --recipe ./my_recipe.py --set lr=1e-4
 What stands beside the flags is what to train on, the same as --set train_file=FILE. A recipe is
 a Python file with SETTINGS; --set changes fields of it, or of the defaults. All are listed
 below; what is auto a run chooses by its devices and the memory that its step takes, and tells.
-The same command again goes on with a run that was stopped. Ctrl-C or SIGTERM ends it after the
-step, which is saved, with exit code 130.
+The same command again goes on with a run that was stopped. Ctrl-C, SIGTERM or SIGHUP ends it after
+the step, which is saved (before the first one, at once); exit codes are 130, 143 and 129.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _SET = flags.DEFINE_multi_string("set", [], "name=value: one of the settings bel
 _TELL_EVERY = flags.DEFINE_integer(
     "tell_every", 10, "Seconds between lines of progress where no terminal shows bars; 0 is never.", lower_bound=0
 )
-_STOPPED = 130
 
 
 def main(files: Sequence[str] = ()) -> int:
@@ -51,7 +50,7 @@ def main(files: Sequence[str] = ()) -> int:
         outcome = train(settings, screen, lambda: screen.interrupted())
     if outcome.exported is None:
         print(f"phi3-train: stopped after step {outcome.step}; the same command goes on from there", file=sys.stderr)
-        return _STOPPED
+        return 1  # rather, the program ends by the signal
     minutes = (time.perf_counter() - begun) / 60
     print(f"{outcome.exported}: {outcome.step} steps, {minutes:.1f} minutes; the curve is {settings.output}/loss.png")
     return 0
