@@ -15,7 +15,7 @@ import jax
 from phi3_jax.adapters import HEAD, TABLE, LoraConfig
 from phi3_jax.spelling import did_you_mean
 
-from .values import MOST_ROWS, check, parse
+from .values import MOST_ROWS, check, cut, parse
 
 Number = TypeVar("Number", int, float)
 
@@ -347,11 +347,13 @@ def change(settings: Settings, changes: Sequence[str]) -> Settings:
         name, equals, value = text.partition("=")
         name = name.strip()
         if name not in hints:
-            raise ValueError(f"--set {text}: there is no setting {name}{suggestion(name)}; phi3-train --help lists all")
+            raise ValueError(
+                f"--set {cut(text)}: there is no setting {cut(name)}{suggestion(name)}; phi3-train --help lists all"
+            )
         if not equals:
-            raise ValueError(f"--set {text}: give a value, too: --set {name}=VALUE")
+            raise ValueError(f"--set {cut(text)}: give a value, too: --set {name}=VALUE")
         if name in values:
-            raise ValueError(f"--set {text}: {name} is given twice; leave one of them out")
+            raise ValueError(f"--set {cut(text)}: {name} is given twice; leave one of them out")
         values[name] = parse(name, value, hints[name])
     return dataclasses.replace(settings, **values)
 

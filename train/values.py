@@ -126,6 +126,11 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python does not spell integers of thousands of digits
         text = "a number of thousands of digits"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text for an error's message."""
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -159,13 +164,13 @@ def parse(name: str, text: str, hint: Any) -> Any:
         return tuple(parse(name, part.strip(), typing.get_args(hint)[0]) for part in parts)
     if hint is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name}={text}: must be true or false")
+            raise ValueError(f"{name}={cut(text)}: must be true or false")
         return text.lower() == "true"
     if hint in (int, float):
         try:
             return hint(text)
         except ValueError:
-            raise ValueError(f"{name}={text}: must be {_NAMES[hint]}") from None
+            raise ValueError(f"{name}={cut(text)}: must be {_NAMES[hint]}") from None
     return text
 
 

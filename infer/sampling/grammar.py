@@ -343,7 +343,8 @@ def _error(matcher: Any) -> str:
     message = re.split(r"\n *\d+ \| |\n<non-verbose/>", message)[0]
     # A regex's error repeats it, and points at a place in the line below.
     message = re.sub(r"regex parse error:\n.*\nerror: ", "regex parse error: ", message, flags=re.DOTALL)
-    return " ".join(line.strip() for line in message.splitlines()).strip()
+    message = " ".join(line.strip() for line in message.splitlines()).strip()
+    return message if len(message) <= 500 else f"{message[:200]} ... {message[-250:]}"  # it repeats long grammars
 
 
 def _llguidance() -> Any:
