@@ -19,7 +19,7 @@ import tokenizers
 from phi3_jax.regular_file import require_regular
 from phi3_jax.text.added_tokens import AddedToken, Cutter
 from phi3_jax.text.lengths import SPACE_MARK as SPACE_MARK
-from phi3_jax.text.lengths import cut, has_separate_words, longest_piece
+from phi3_jax.text.lengths import are_separate, cut, has_separate_words, longest_piece
 
 
 class PieceEncoder(Protocol):
@@ -45,6 +45,12 @@ class SentencePieceEncoder:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, special: Iterable[int] = ()):
         self._processor = processor
         self.longest: int | None = None
+        ids = range(processor.get_piece_size())
+        pieces = set(map(processor.id_to_piece, ids))
+        puts_space = processor.encode("a", out_type=str)[0].startswith(SPACE_MARK) and SPACE_MARK in pieces
+        # In BPE scores are ranks; elsewhere their sums are rounded, by how long the text is.
+        ranks = all(processor.get_score(i).is_integer() for i in ids)
+        self._has_separate_words = puts_space and ranks and are_separate(pieces)
         # A user-defined symbol is found in any text: where it is special, it is spelled out.
         self._spelled = {token_id: self._letters(token_id) for token_id in special}
 
@@ -52,7 +58,9 @@ class SentencePieceEncoder:
         self, piece: str, *, at_start: bool, parse_special: bool = False, literal_mark: str | None = None
     ) -> list[int]:
         """See PieceEncoder; every piece is treated alike."""
-        ids = self._processor.encode(_without(piece, literal_mark))
+        text = _without(piece, literal_mark)
+        parts = cut(text) if self._has_separate_words else [text]
+        ids = [i for part in parts for i in self._processor.encode(part)]
         return [i for token_id in ids for i in self._spelled.get(token_id, [token_id])]
 
     def _letters(self, token_id: int) -> list[int]:

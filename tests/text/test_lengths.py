@@ -1,7 +1,6 @@
 """Long texts: refused by their length only where they cannot fit, and encoded in parts to the same ids."""
 
 import dataclasses
-import json
 import random
 from pathlib import Path
 
@@ -65,6 +64,19 @@ def test_texts_in_parts_have_the_same_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(lengths, "_PART", 20)
     assert sum(len(list(lengths.cut(text))) for text in texts) > 1000
     assert [tokenizer.encode(text, parse_special=bool(i % 2)) for i, text in enumerate(texts)] == whole
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])  # the second one is not cut
+def test_sentencepiece_gives_parts_the_same_ids(tmp_path, monkeypatch, kind):
+    rng = random.Random(2)
+    corpus = "\n".join(text_of(rng, 20) for _ in range(300))
+    train_sentencepiece(tmp_path / "tokenizer", corpus, vocab_size=400, model_type=kind, byte_fallback=True)
+    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer_config.json": {}}))
+    texts = [text_of(rng, rng.randint(5, 120)) for _ in range(200)]
+    whole = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(lengths, "_PART", 20)
+    assert [tokenizer.encode(text) for text in texts] == whole
+    assert tokenizer.encoder._has_separate_words == (kind == "bpe")
 
 
 @pytest.mark.parametrize(("more", "changes"), [(["t\u2581", "t\u2581th"], {}), ([], {"normalizer": None})])
@@ -131,5 +143,5 @@ def test_texts_that_lose_characters_are_encoded(tmp_path, changes):
 def test_sentencepiece_says_nothing_of_lengths(tmp_path):
     """Its normaliser may make one space of thousands."""
     train_sentencepiece(tmp_path / "tokenizer", "the cat sat\n" * 50, vocab_size=290)
-    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer_config.json": json.loads("{}")}))
+    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer_config.json": {}}))
     assert tokenizer.encode("the" + " " * 999, most=50) == tokenizer.encode("the" + " " * 999)
