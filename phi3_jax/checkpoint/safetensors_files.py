@@ -18,7 +18,6 @@ import numpy as np
 import safetensors.numpy
 
 from phi3_jax.checkpoint.tensor_source import TensorSource
-from phi3_jax.json_files import read_object, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -148,13 +147,14 @@ def _files(folder: Path) -> list[Path]:
         found = next((f"{path.name} is {what}" for path, what in _instead(folder)), "download the weights into it")
         raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; {found}")
     try:
-        names = sorted(set(read_object(index)["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
-    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255]:
-        raise ValueError(f"{index}: shards must be files of the same folder, not {shown(outside)}")
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index}: shards must be files of the same folder, not {outside}")
     if absent := [name for name in names if not (folder / name).exists()]:
-        raise FileNotFoundError(f"{folder}: shards {shown(absent)} are missing; download them again")
+        raise FileNotFoundError(f"{folder}: shards {absent} are missing; download them again")
     return [folder / name for name in names]
 
 

@@ -8,6 +8,7 @@ characters go earlier: see ByteFallbackDecoder for the one case where that makes
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -66,7 +67,10 @@ def read_pieces(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[
     require_regular(path)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        return processor, processor.id_to_piece(list(range(processor.get_piece_size())))
+        ids = list(range(processor.get_piece_size()))
+        if not all(map(math.isfinite, processor.get_score(ids))):
+            raise RuntimeError("a score is no finite number")
+        return processor, processor.id_to_piece(ids)
     except (RuntimeError, OSError, UnicodeError) as error:
         raise ValueError(f"{path}: not a sentencepiece model ({error}); download the file again.") from error
 
