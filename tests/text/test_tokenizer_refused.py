@@ -60,6 +60,17 @@ def named(name: Any) -> dict[str, Any]:
     return {"name": name, "template": "{{ messages }}"}
 
 
+@pytest.mark.parametrize("kind", ["pre_tokenizer", "normalizer"])
+def test_expressions_that_the_library_panics_of(kind: str, tmp_path: Path) -> None:
+    pattern = {"pattern": {"Regex": "(a+)+$"}}
+    split = {"type": "Split", **pattern, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "z"}
+    spec = broken((kind,), {"pre_tokenizer": split, "normalizer": replace}[kind])
+    ours = load_tokenizer(write(tmp_path, {"tokenizer.json": spec}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizers library refuses it \("):
+        ours.encode({"pre_tokenizer": "a" * 30 + "b", "normalizer": "yyy"}[kind])
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
