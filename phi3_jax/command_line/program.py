@@ -171,7 +171,7 @@ def _show_warnings_as_lines(name: str) -> None:
 
 def _without_damaged_program(warning: str) -> str:
     """Removes a compiled program that a kill has left half, which jax would find at each start -> what to tell."""
-    folder = jax.config.jax_compilation_cache_dir
+    folder = _COMPILATION_CACHE_DIR.value
     found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", warning)
     if not found or not folder:
         return warning
