@@ -21,7 +21,7 @@ CHAT = 64 << 20  # a conversation
 
 LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38  # of float32, the smallest that is not denormal
 MOST_IDS = 1 << 22  # ids of a vocabulary; the largest published ones have 262,144
-_DEEPEST = 100  # lists and objects inside of one another
+_DEEPEST = 128  # lists and objects inside of one another
 _MOST_PARTS = 1_000_000  # lists and objects
 _ENCODINGS = ("utf-8", "utf-8-sig")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # a half of a surrogate pair, perhaps alone

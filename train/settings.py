@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import typing
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import jax
 from phi3_jax.adapters import HEAD, TABLE, LoraConfig
 from phi3_jax.spelling import did_you_mean
 
-from .values import MOST_ROWS, check, parse
+from .values import MOST_ROWS, check, cut, parse
 
 Number = TypeVar("Number", int, float)
 
@@ -198,11 +197,9 @@ class Settings:
         self._check_data()
 
     def _check_data(self) -> None:
-        rows = [each for each in (self.batch_size, self.accumulation) if each != "auto"]
-        if math.prod(rows) > MOST_ROWS:
-            raise ValueError(
-                f"batch_size={self.batch_size}, accumulation={self.accumulation}: a step has at most {MOST_ROWS} rows"
-            )
+        size, times = self.batch_size, self.accumulation
+        if isinstance(size, int) and isinstance(times, int) and size * times > MOST_ROWS:
+            raise ValueError(f"batch_size={size}, accumulation={times}: a step has at most {MOST_ROWS} rows")
         if self.epochs and self.steps:
             raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one of them, and 0 for the other")
         if "" in (*self.train_files, *self.eval_files):
@@ -349,11 +346,13 @@ def change(settings: Settings, changes: Sequence[str]) -> Settings:
         name, equals, value = text.partition("=")
         name = name.strip()
         if name not in hints:
-            raise ValueError(f"--set {text}: there is no setting {name}{suggestion(name)}; phi3-train --help lists all")
+            raise ValueError(
+                f"--set {cut(text)}: there is no setting {cut(name)}{suggestion(name)}; phi3-train --help lists all"
+            )
         if not equals:
-            raise ValueError(f"--set {text}: give a value, too: --set {name}=VALUE")
+            raise ValueError(f"--set {cut(text)}: give a value, too: --set {name}=VALUE")
         if name in values:
-            raise ValueError(f"--set {text}: {name} is given twice; leave one of them out")
+            raise ValueError(f"--set {cut(text)}: {name} is given twice; leave one of them out")
         values[name] = parse(name, value, hints[name])
     return dataclasses.replace(settings, **values)
 

@@ -114,9 +114,8 @@ def _check_number(name: str, value: Any, kind: type) -> None:
     allowed = _RANGES.get(name, Range())
     most = _INT32.max if kind is int else float(_FLOAT32.max)
     if value not in allowed or (value == 0 and math.copysign(1, value) < 0):  # NaN is in no range
-        rounded = (
-            " in float32" if value in Range(-math.inf) and _in_float32(value) in (0, 1) and value not in (0, 1) else ""
-        )
+        is_rounded = isinstance(value, float) and _in_float32(value) in (0, 1) and value not in (0, 1)
+        rounded = " in float32" if is_rounded else ""
         raise ValueError(f"{name}={_shown(value)}: must be {allowed}{rounded}")
     if value > most:
         raise ValueError(f"{name}={_shown(value)}: must be at most {most if kind is int else f'{most:.3g}'}")
@@ -127,6 +126,11 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python does not spell integers of thousands of digits
         text = "a number of thousands of digits"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text for an error's message."""
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -160,13 +164,13 @@ def parse(name: str, text: str, hint: Any) -> Any:
         return tuple(parse(name, part.strip(), typing.get_args(hint)[0]) for part in parts)
     if hint is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name}={text}: must be true or false")
+            raise ValueError(f"{name}={cut(text)}: must be true or false")
         return text.lower() == "true"
     if hint in (int, float):
         try:
             return hint(text)
         except ValueError:
-            raise ValueError(f"{name}={text}: must be {_NAMES[hint]}") from None
+            raise ValueError(f"{name}={cut(text)}: must be {_NAMES[hint]}") from None
     return text
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from phi3_jax.checkpoint.atomic_write import rename_new
+from phi3_jax.regular_file import require_regular
 
 from .requests import FORMS, Request, parse_object
 
@@ -49,7 +50,7 @@ class AnswerFile:
         Raises:
           FileNotFoundError: there is no such folder.
           OSError: the folder or the partial file cannot be written to, or the disk is full.
-          ValueError: the file exists, another process is writing it, or the partial file is not of this batch.
+          ValueError: the file exists, another process is writing it, or the partial file is none, or not of this batch.
         """
         self._path, self._partial = Path(path), Path(f"{Path(path)}.partial")
         self._requests = requests
@@ -120,6 +121,8 @@ class AnswerFile:
                 _explained(self._partial, "choose an output on a disk that takes files, and locks on them"),
                 contextlib.ExitStack() as stack,
             ):
+                if self._partial.exists() and not self._partial.is_dir():  # opening a folder says so itself
+                    require_regular(self._partial)
                 file = stack.enter_context(open(self._partial, "a+b", buffering=0))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

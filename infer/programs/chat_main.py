@@ -193,6 +193,7 @@ def converse(chat: Chat) -> None:
 def main() -> int:
     """Loads, then answers line by line."""
     tools = common.tools()
+    grammar = common.grammar(tools)  # raises before the model is loaded
     checkpoint = common.load_checkpoint()
     require_tokenizer(checkpoint)
     conversation = Conversation(
@@ -201,7 +202,7 @@ def main() -> int:
         common.sampling(),
         common.MAX_NEW_TOKENS.value,
         common.STOP.value,
-        common.grammar(tools),
+        grammar,
         common.options(checkpoint),
         tools,
     )

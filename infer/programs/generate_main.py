@@ -9,8 +9,9 @@ phi3-generate --checkpoint demo --input questions.jsonl --output answers.jsonl -
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.checkpoint import require_tokenizer
-from phi3_jax.command_line.interrupts import interruptible
+from phi3_jax.command_line.interrupts import asked, interruptible, settle
 from phi3_jax.command_line.program import read_text, run_program
 from phi3_jax.text import ToolCallParser
 
@@ -115,8 +116,11 @@ def answer_prompt(checkpoint: phi3_jax.Checkpoint, ids: list[int], tools: list[A
     run = Run(checkpoint, [ids], [limit], [common.sampling()], options, [common.grammar(tools)])
     answer, save_as = Answer(checkpoint, stop=common.STOP.value, markers=tools is not None), _SAVE_PROMPT_CACHE.value
     parser, content = None if tools is None else ToolCallParser(tools), ""
-    with interruptible() as interrupt:
-        for piece in write_answers(run, [answer], interrupt=interrupt):
+    pieces = write_answers(run, [answer], interrupt=lambda: asked() is not None)
+    # Until there is something to print, while programs are compiled and the prompt is read, signals end it as ever.
+    first = list(itertools.islice(pieces, 1))
+    with interruptible():
+        for piece in itertools.chain(first, pieces):
             text = piece.text if parser is None else parser.push(piece.text)
             print(text, end="", flush=True)
             content += text
@@ -166,17 +170,18 @@ def answer_file(input_: Path, output: Path) -> int:
         shared[common.TOOLS.name] = tools  # what the file says, not only its name
     with (
         AnswerFile(output, requests, {**shared, **own, common.SYSTEM.name: common.SYSTEM.value}) as file,
-        interruptible() as interrupt,
         tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,
     ):
-        while file.done < len(requests):
-            batch = slice(file.done, file.done + _BATCH_SIZE.value)
-            for answer in _answers(checkpoint, requests[batch], prompts[batch], options, interrupt):
-                file.write(answer)
-                bar.update()
-            if interrupt():
-                print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
-                return 1  # rather, the program ends by the signal
+        try:
+            while file.done < len(requests):
+                batch = slice(file.done, file.done + _BATCH_SIZE.value)
+                for answer in _answers(checkpoint, requests[batch], prompts[batch], options):
+                    file.write(answer)
+                    bar.update()
+        except KeyboardInterrupt:  # or another signal
+            settle()
+            print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
+            return 1  # rather, the program ends by the signal
     if file.failed:
         print(
             f'phi3-generate: {file.failed} of {len(requests)} answers ended with an error: see "error" in {output}',
@@ -190,9 +195,8 @@ def _answers(
     requests: Sequence[Request],
     prompts: Sequence[list[int]],
     options: Options,
-    interrupt: Callable[[], bool],
 ) -> list[dict[str, Any]]:
-    """The output fields of each answer; an empty list if they were interrupted."""
+    """The output fields of each answer."""
     limits = [request.max_new_tokens or common.MAX_NEW_TOKENS.value for request in requests]
     if _BEAMS.value > 1:
         return _search(checkpoint, prompts, limits, options)
@@ -204,10 +208,7 @@ def _answers(
         stop=common.STOP.value,
         grammar=[common.grammar(_tools(request)) for request in requests],
         options=options,
-        interrupt=interrupt,
     )
-    if any(result.finish_reason == "interrupt" for result in results):
-        return []
     return [
         _fields(result, _tools(request), checkpoint.tokenizer)
         for result, request in zip(results, requests, strict=True)

@@ -340,9 +340,11 @@ def _error(matcher: Any) -> str:
     message = re.sub(r"^(at )?\d+\(\d+\): ", "", matcher.get_error())
     if message.startswith("NoExtensionBias"):
         return "no token of the vocabulary leads on to a match"
-    message = re.split(r"\n *\d+ \| |\n<non-verbose/>", message)[0].strip()
+    message = re.split(r"\n *\d+ \| |\n<non-verbose/>", message)[0]
     # A regex's error repeats it, and points at a place in the line below.
-    return re.sub(r"regex parse error:\n.*\nerror: ", "regex parse error: ", message, flags=re.DOTALL)
+    message = re.sub(r"regex parse error:\n.*\nerror: ", "regex parse error: ", message, flags=re.DOTALL)
+    message = " ".join(line.strip() for line in message.splitlines()).strip()
+    return message if len(message) <= 500 else f"{message[:200]} ... {message[-250:]}"  # it repeats long grammars
 
 
 def _llguidance() -> Any:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{8})\.partial", re.DOTALL)
+_SHORT = re.compile(r"\d+ requested and \d+ written")  # what numpy says when the disk is full
 _LOCK, _NEW = "lock", "new"
 _PATIENCE = 1.0  # seconds, for one who removes what a kill has left under the name
 _NO_REPLACE, _EXCHANGE = 1, 2  # RENAME_NOREPLACE, RENAME_EXCHANGE
@@ -295,12 +296,12 @@ def _explained(target: Path, size: int) -> Iterator[None]:
     except OSError as error:
         # If it is not from the operating system, it names the file and the remedy already; and it may be of a file that
         # was read meanwhile.
-        if error.strerror is None or not _is_about(error, target):
+        reason = f"{error}: is the disk full?" if _SHORT.fullmatch(str(error)) else error.strerror
+        if reason is None or not _is_about(error, target):
             raise
         room = f", with {_shown(size)} left" if size else ""
         raise OSError(
-            f"{target}: cannot be written ({error.strerror}); name a file in a folder that is there and may be written "
-            f"to{room}"
+            f"{target}: cannot be written ({reason}); name a file in a folder that is there and may be written to{room}"
         ) from error
 
 

@@ -23,6 +23,7 @@ from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
+from phi3_jax.checkpoint.loadable import require_loadable, require_shapes
 from phi3_jax.checkpoint.peft import TRAINED_ON, on_integers, read_adapter
 from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
@@ -162,6 +163,7 @@ def load(
             gguf.tensors, gguf.config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
         )
         return Checkpoint(config, params, gguf.tokenizer, GenerationSettings(gguf.eos_token_ids))
+    before = _identities(place, adapter)
     settings = read_json(place / "config.json")
     described, ours = settings.get("quantization_config"), _is_ours(settings)
     adapter = _adapter_of(place, adapter)
@@ -194,7 +196,17 @@ def load(
         params, config = assemble_with_adapter(
             stored, config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
         )
+    if before != _identities(*before):
+        raise ValueError(
+            f"{' or '.join(map(str, before))}: replaced while it was read, by a training, say; load it again"
+        )
     return Checkpoint(config, params, tokenizer, generation, place)
+
+
+def _identities(*folders: str | os.PathLike[str] | None) -> dict[Path, int | None]:
+    """The folders' numbers on their disks: another one that was renamed has another number."""
+    paths = [Path(folder) for folder in folders if folder is not None]
+    return {path: path.stat().st_ino if path.is_dir() else None for path in paths}
 
 
 def save(
@@ -218,7 +230,7 @@ def save(
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
       ValueError: an adapter is attached to the weights (adapters.py); Llama does not compute this model, or its
-        weights are quantised.
+        weights are quantised; or `load` would refuse what is written (checkpoint/loadable.py).
     """
     target, params = Path(folder), checkpoint.params
     require_merged(params)
@@ -229,23 +241,27 @@ def save(
         settings = checkpoint.config.to_hf(architecture)
     except ValueError as error:
         raise ValueError(f"{target}: {error}; save it as phi3") from None
+    require_shapes(params, checkpoint.config, target)
+    if quantized:
+        settings |= {"quantization_config": quantized_files.describe(params)}
+    else:
+        table = params["embed_tokens"]["weight"]
+        dtype = "bfloat16" if isinstance(table, PackedTensor) else np.dtype(table.dtype).name
+        settings |= {"torch_dtype": dtype}
     with new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:
-        if quantized:
-            quantized_files.write(partial, params)
-            settings |= {"quantization_config": quantized_files.describe(params)}
-        else:
-            tensors = named_tensors(params)
-            if architecture == "llama":
-                tensors = unfused(tensors, checkpoint.config)
-            safetensors_files.write_folder(partial, tensors, max_shard_size)
-            table = params["embed_tokens"]["weight"]
-            dtype = "bfloat16" if isinstance(table, PackedTensor) else np.dtype(table.dtype).name
-            settings |= {"torch_dtype": dtype}
         _write_json(partial / "config.json", settings)
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
         eos = list(checkpoint.generation.eos_token_ids) or None
         _write_json(partial / "generation_config.json", ids | {"eos_token_id": eos})
         _write_tokenizer(checkpoint, partial)
+        require_loadable(settings, checkpoint.config, partial, target)
+        if quantized:
+            quantized_files.write(partial, params)
+        else:
+            tensors = named_tensors(params)
+            if architecture == "llama":
+                tensors = unfused(tensors, checkpoint.config)
+            safetensors_files.write_folder(partial, tensors, max_shard_size)
 
 
 def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -50,7 +50,7 @@ _INSTEAD = {
     "*.pt*": "pickled weights, which could execute code; save them as safetensors where you trust them",
 }
 _POINTER = b"version https://git-lfs"
-_MAX_HEADER = 10_000_000  # bytes: Python's objects take many times their text. Models like ours have less than a tenth
+_MAX_HEADER = 4_000_000  # bytes: Python's objects take many times their text. Models like ours have a hundredth
 _MAX_NAME = 512  # characters, all of which an error can show in one line
 _CHECKSUMS = "phi3_jax.crc32"  # in the metadata of files that are written here: JSON, the checksum of each tensor
 
@@ -93,7 +93,7 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
     `kinds` are the dtypes that are accepted, by their names in the format.
 
     Raises:
-      ValueError: it is no regular file, the header is damaged, or larger than 10 MB, the file is shorter or longer than
+      ValueError: it is no regular file, the header is damaged, or larger than 4 MB, the file is shorter or longer than
         it says, or a dtype is not accepted.
     """
     require_regular(path)

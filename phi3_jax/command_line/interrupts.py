@@ -107,6 +107,10 @@ class _Interrupts:
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, self._on_signal)
 
+    def settle(self) -> None:
+        """Raises nothing any more."""
+        self._raises = False
+
     def on_end_of_exception(self) -> None:
         """An Interrupt is gone."""
         if self._raises and self.asked is not None:
@@ -171,6 +175,11 @@ def forget() -> None:
     _interrupts.forget()
 
 
+def settle() -> None:
+    """An Interrupt has had its effect, and the program ends by itself: nothing is raised any more."""
+    _interrupts.settle()
+
+
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """Inside, signals raise Interrupt, which ends here; `asked` tells afterwards which one it was."""
@@ -192,7 +201,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     A second Ctrl-C ends the process. Unless `forget` is called, the program ends by the signal when `main` returns.
     """
     with contextlib.ExitStack() as stack:
-        if not _interrupts.is_installed:
+        if not _interrupts.is_installed:  # not in a program, but in Python
+            stack.callback(setattr, _interrupts, "asked", None)
             stack.enter_context(handled())
         stack.enter_context(_interrupts.flagged())
         yield lambda: _interrupts.asked is not None

@@ -136,7 +136,6 @@ def read_text(path: str) -> str:
 
 def _show_warnings_as_lines(name: str) -> None:
     show_other = warnings.showwarning
-    damaged = re.compile(r"Error reading persistent compilation cache entry for '([\w.]+)'")
 
     def show_warning(
         message: Warning | str,
@@ -146,11 +145,7 @@ def _show_warnings_as_lines(name: str) -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if found := damaged.match(str(message)):
-            # Half written, by a program that was killed. jax would never replace it.
-            for path in Path(_COMPILATION_CACHE_DIR.value).glob(f"{found[1]}-*-cache"):
-                path.unlink(missing_ok=True)
-        elif not issubclass(category, UserWarning):
+        if not issubclass(category, UserWarning):
             show_other(message, category, filename, lineno, file, line)
         elif (text := compiled_programs.repair(str(message))) not in told_warnings:
             told_warnings.add(text)

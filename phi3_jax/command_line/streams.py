@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import select
 import signal
 import sys
@@ -57,7 +58,8 @@ class Output(io.FileIO):
 
 
 def prepare() -> None:
-    """Puts `Output` behind sys.stdout and sys.stderr."""
+    """Puts `Output` behind sys.stdout and sys.stderr, and waits for standard input, as Python's readers have to."""
+    os.set_blocking(0, True)
     sys.stdout, sys.stderr = _opened(sys.stdout, _STANDARD_OUTPUT), _opened(sys.stderr, 2)
 
 

@@ -1,10 +1,10 @@
-"""What a tokenizer.json lets us know of long texts before they are encoded: the least number of ids, and where to cut.
+"""What a tokenizer lets us know of long texts before they are encoded: the least number of ids, and where to cut.
 
-The tokenizers library takes a hundred bytes of memory for each byte of a text.
+The tokenizers library takes a hundred bytes of memory for each byte of a text, sentencepiece fifty.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -32,17 +32,22 @@ def longest_piece(spec: Mapping[str, Any]) -> int | None:
 
 
 def has_separate_words(spec: Mapping[str, Any]) -> bool:
-    """Whether `cut` may be used: a text is encoded as a whole, and no piece reaches over the border of two words.
-
-    Merges do not look further than their pieces do, so that what stands on one side of a border changes nothing on the
-    other.
-    """
+    """Whether `cut` may be used: a text is encoded as a whole, and no piece reaches over the border of two words."""
     normalizers = _steps(spec.get("normalizer"), "normalizers")
     if spec.get("pre_tokenizer") is not None or normalizers != [_PREPEND, _REPLACE] or not _has_bytes(spec):
         return False
     if spec["model"].get("ignore_merges"):  # then a short last part might be taken for a piece
         return False
-    return not any(re.search(f"[^{SPACE_MARK}]{SPACE_MARK}", piece) for piece in spec["model"]["vocab"])
+    return are_separate(spec["model"]["vocab"])
+
+
+def are_separate(pieces: Iterable[str]) -> bool:
+    """Whether none of a vocabulary's pieces reaches over the border of two words.
+
+    Merges do not look further than their pieces do, so that what stands on one side of a border changes nothing on the
+    other.
+    """
+    return not any(re.search(f"[^{SPACE_MARK}]{SPACE_MARK}", piece) for piece in pieces)
 
 
 def cut(text: str) -> Iterator[str]:

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from checkpoints.adapters import random_adapter
 from hub import serve
 
 import phi3_jax
-from phi3_jax.checkpoint import auto_dtype, fastest_layout, hub, placement
+from phi3_jax.adapters import LoraConfig
+from phi3_jax.checkpoint import auto_dtype, fastest_layout, hub, placement, safetensors_files, save_adapter
 from phi3_jax.kernels import PackedTensor, QuantizedTensor
 from phi3_jax.kernels.native import build
 
@@ -199,3 +201,24 @@ def test_a_device_is_a_place_or_a_function_of_the_parameter(tiny_folder):
     assert fastest_layout(device) == fastest_layout()
     assert fastest_layout(place) == "rows"
     assert down_proj(phi3_jax.load(tiny_folder, device=device)).devices() == {device}
+
+
+@pytest.mark.parametrize("replaced", ["tiny", "adapter"])
+def test_a_folder_that_is_replaced_while_it_is_read_is_refused(tiny, tiny_folder, tmp_path, monkeypatch, replaced):
+    """A training that goes on writes an adapter in the place of the one that is being loaded."""
+    lora = LoraConfig(rank=2, alpha=3)
+    for name in ("adapter", "next"):
+        save_adapter(tmp_path / name, random_adapter(tiny.config, lora), lora, tiny.config, "base")
+    shutil.copytree(tiny_folder, tmp_path / "next_tiny")
+    load_file = safetensors_files.read_folder
+
+    def replace(folder):
+        new = tmp_path / ("next" if replaced == "adapter" else "next_tiny")
+        (tmp_path / replaced).rename(tmp_path / "old")
+        new.rename(tmp_path / replaced)
+        return load_file(folder)
+
+    phi3_jax.load(tiny_folder, adapter=tmp_path / "adapter")
+    monkeypatch.setattr(safetensors_files, "read_folder", replace)
+    with pytest.raises(ValueError, match=rf"{replaced}\b.*: replaced while it was read, .*; load it again$"):
+        phi3_jax.load(tiny_folder, adapter=tmp_path / "adapter")

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 import phi3_jax
 from phi3_jax.checkpoint import as_floats
@@ -85,3 +86,35 @@ def test_integers_are_exported_as_the_floats_that_they_stand_for(tiny_folder, tm
     expected = as_floats(integers.params, written["norm"]["weight"].dtype)
     for (path, one), other in zip(jax.tree.leaves_with_path(written), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2**-8, err_msg=jax.tree_util.keystr(path))
+
+
+COMPILES = """
+import sys
+from phi3_jax.command_line import program
+import jax
+def main():
+    print(float(jax.jit(lambda x: x * 3 + 1)(2.0)))
+    return 0
+program.run_program("compiles", main, {})
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_program_that_a_kill_has_left_half_is_made_again(tmp_path):
+    command = [sys.executable, "-c", COMPILES, "--compilation_cache_dir", str(tmp_path)]
+    heard = []
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "7.0\n")
+        heard.append(done.stderr)
+        if len(heard) == 1:
+            (path,) = tmp_path.glob("jit__lambda-*-cache")
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2])
+    assert heard == [
+        "",
+        f"compiles: warning: damaged entries among the compiled programs in {tmp_path} were removed, and are compiled "
+        "again\n",
+        "",
+    ]
+    assert len(path.read_bytes()) > len(whole) // 2

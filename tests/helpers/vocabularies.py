@@ -14,12 +14,10 @@ def train_sentencepiece(prefix: Path, text: str, **options: Any) -> None:
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(prefix),
-        model_type="bpe",
-        byte_fallback=True,
         hard_vocab_limit=False,
         normalization_rule_name="identity",
         minloglevel=2,
-        **options,
+        **{"model_type": "bpe", "byte_fallback": True} | options,
     )
 
 

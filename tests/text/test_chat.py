@@ -179,6 +179,7 @@ def test_errors_in_messages(messages: Any, message: str) -> None:
         ("{% for m in messages %}", "syntax error in the chat template, line 1"),
         ("{{ raise_exception('only users here') }}", "refuses these messages: only users here"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ '\\ud800' }}", r"^small\.gguf: .*half of a surrogate pair"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ messages[0].content + 1 }}", "fails on these messages: TypeError"),
         ("{{ lipsum() }}", "'lipsum' is undefined"),

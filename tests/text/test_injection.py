@@ -223,10 +223,23 @@ def test_overlapping_tokens(with_template):
 
 def test_a_template_that_cannot_be_followed_is_refused(with_template):
     plain = with_template("Phi-4")
-    with pytest.raises(ValueError, match=r"changes words until nobody can tell whether '<|end|>' is its own"):
+    with pytest.raises(ValueError, match=r"makes '<\|end\|>' of numbers, or changes words until"):
         ids_of(plain, "{{ '<|{:>3}|>{}'.format('end', messages[0].content) }}", "x")
-    with pytest.raises(ValueError, match=r"changes words until nobody can tell whether '<|end|>' is its own"):
+    with pytest.raises(ValueError, match=r"makes '<\|end\|>' of numbers"):
         ids_of(plain, "{{ '%c|end|>' % 60 }}{{ messages[0].content }}", "x")
+    numbered = dataclasses.replace(plain.added_tokens[0], content="<a1>")
+    plain = dataclasses.replace(plain, added_tokens=(numbered,))
+    for number in (
+        "{{ 1 }}",
+        "{{ '%d' % 1 }}",
+        "{{ messages | length }}",
+        "{{ '{}'.format(1) }}",
+        "{{ [0, 1][-1] ~ '' }}",
+    ):
+        with pytest.raises(ValueError, match="makes '<a1>' of numbers"):
+            ids_of(plain, f"<a{number}>{{{{ messages[0].content }}}}", "x")
+    assert numbered.id in ids_of(plain, "<a1>{{ messages[0].content }}", "1")
+    assert numbered.id not in ids_of(plain, "<a{{ messages[0].content }}>", "1")
     with pytest.raises(ValueError, match="changes its own words in a way that cannot be followed"):
         ids_of(plain, "{{ namespace(a='<|') }}{{ messages[0].content }}", "x")
 
@@ -328,7 +341,7 @@ def test_formats_keep_colours():
     ]
     directive = COLOURS.paint("%", TEMPLATE)
     assert shown(COLOURS.percent(f"{directive}s-{directive}4s", (painted("aB"), painted("Cd")))) == "aB-  Cd"
-    assert shown(COLOURS.percent(f"{directive}x{directive}s", (11, painted("B")))) == "bB"
+    assert shown(COLOURS.percent(f"{directive}x{directive}s", (11, painted("B")))) == "?B"
 
 
 def test_what_cannot_be_followed_is_lost():

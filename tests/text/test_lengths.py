@@ -1,7 +1,6 @@
 """Long texts: refused by their length only where they cannot fit, and encoded in parts to the same ids."""
 
 import dataclasses
-import json
 import random
 from pathlib import Path
 
@@ -39,8 +38,8 @@ SPACED = {
 
 def spaced(folder: Path, *more: str, **changes: object) -> Tokenizer:
     """A tokenizer as Phi-3 has, of the pieces of some letters and bytes, and of their merges."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581theCatnfoobr ", "th", "the", "\u2581the"]
-    pieces += ["at", "Cat", "\u2581Cat", "\u2581\u2581", "\u2581\u2581\u2581\u2581", "foo", "oo", *more]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581theCatnfoobr ", *more, "th", "the"]
+    pieces += ["\u2581the", "at", "Cat", "\u2581Cat", "\u2581\u2581", "\u2581\u2581\u2581\u2581", "foo", "oo"]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     merges = [(a[:n], a[n:]) for a in vocabulary for n in range(1, len(a)) if {a[:n], a[n:]} <= vocabulary.keys()]
     model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
@@ -67,13 +66,27 @@ def test_texts_in_parts_have_the_same_ids(tmp_path, monkeypatch):
     assert [tokenizer.encode(text, parse_special=bool(i % 2)) for i, text in enumerate(texts)] == whole
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])  # the second one is not cut
+def test_sentencepiece_gives_parts_the_same_ids(tmp_path, monkeypatch, kind):
+    rng = random.Random(2)
+    corpus = "\n".join(text_of(rng, 20) for _ in range(300))
+    train_sentencepiece(tmp_path / "tokenizer", corpus, vocab_size=400, model_type=kind, byte_fallback=True)
+    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer_config.json": {}}))
+    texts = [text_of(rng, rng.randint(5, 120)) for _ in range(200)]
+    whole = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(lengths, "_PART", 20)
+    assert [tokenizer.encode(text) for text in texts] == whole
+    assert tokenizer.encoder._has_separate_words == (kind == "bpe")
+
+
 @pytest.mark.parametrize(("more", "changes"), [(["t\u2581", "t\u2581th"], {}), ([], {"normalizer": None})])
 def test_other_tokenizers_get_texts_whole(tmp_path, monkeypatch, more, changes):
     """Else a piece that reaches from one word into the next would be lost."""
     tokenizer, text = spaced(tmp_path, *more, **changes), "fat the Cat the " * 20
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(lengths, "_PART", 5)
-    assert tokenizer.encode(text) == whole
+    for part in (1, 2, 5):
+        monkeypatch.setattr(lengths, "_PART", part)
+        assert tokenizer.encode(text) == whole
 
 
 def test_what_fits_is_never_refused(tmp_path):
@@ -130,5 +143,5 @@ def test_texts_that_lose_characters_are_encoded(tmp_path, changes):
 def test_sentencepiece_says_nothing_of_lengths(tmp_path):
     """Its normaliser may make one space of thousands."""
     train_sentencepiece(tmp_path / "tokenizer", "the cat sat\n" * 50, vocab_size=290)
-    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer_config.json": json.loads("{}")}))
+    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer_config.json": {}}))
     assert tokenizer.encode("the" + " " * 999, most=50) == tokenizer.encode("the" + " " * 999)

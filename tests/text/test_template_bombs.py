@@ -97,7 +97,7 @@ HOARDS = [  # more memory than there is
     "{% set n = namespace(x={}) %}{% for i in range(99999) %}{% set n.x = dict(n.x, **{'k' ~ i: n.x}) %}{% endfor %}",
     "{% set n = namespace(x=[]) %}" + nest(2, inside="{% set n.x = [n.x, x0 ~ x1] %}"),
     "{% macro f(s) %}{{ f(s ~ s) }}{% endmacro %}{{ f('aaaaaaaa') }}",
-    "{% call(x) g() %}{% endcall %}{% macro g() %}{{ caller('a' * 10**9) }}{% endmacro %}{{ g() }}",
+    "{% macro g() %}{{ caller('a' * 10**9) }}{% endmacro %}{% call(x) g() %}{{ x ~ x }}{% endcall %}",
     "{{ joiner('a' * 10**9)() ~ 'a' * 10**9 }}",
     "{{ (1).__add__ }}{{ 'a' * 10**9 }}",
     "{{ 1 | round(10**9) }}{{ 'a' * 10**10 }}",
@@ -128,7 +128,7 @@ DEEP = [  # the parser's limits, jinja2's and Python's
     "{{ messages[0].content.encode('utf-99') }}",
     "a" * 100_001,
 ]
-SAMPLE = [LOOPS[5], *HOARDS[1:20:6], HOARDS[24]], DEEP[::8]
+SAMPLE = [LOOPS[5], HOARDS[0], HOARDS[15], HOARDS[24]], DEEP[::8]
 
 
 def program(code: str, stdin: str = "", executable: str = sys.executable) -> str:
@@ -182,8 +182,9 @@ def test_bombs_are_refused_in_a_moment() -> None:
 
 
 @pytest.mark.slow
-def test_loops_without_an_end() -> None:
-    check(LOOPS, LIMITS)
+@pytest.mark.parametrize("half", [0, 1])
+def test_loops_without_an_end(half: int) -> None:
+    check(LOOPS[half::2], LIMITS)
 
 
 @pytest.mark.slow
@@ -216,7 +217,7 @@ def test_long_chats_are_none() -> None:
     for template in (PHI4, PHI4_MINI):
         text = render_chat(small_tokenizer(template), turns)
         assert text.count("999 \u2603") == 2
-    for letters in ("ab c" * 1_250_000, "\U0001f600\u00e9" * 625_000):
+    for letters in ("ab c" * 1_250_000, "\U0001f600\u00e9" * 99_999):
         text = render_chat(small_tokenizer(template), [{"role": "user", "content": letters}])
         assert letters in text
     assert render_chat(small_tokenizer(template), HELLO["messages"]) == process.run(template, HELLO, 5)[0]

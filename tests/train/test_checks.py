@@ -89,6 +89,14 @@ def test_a_number_that_python_does_not_spell():
     for kind in ("steps", "lr"):
         with pytest.raises(ValueError, match=f"^{kind}=a number of thousands of digits: must be at most"):
             Settings(**{kind: 10**5000})
+        with pytest.raises(ValueError, match=rf"^{kind}=-10*\.\.\.: must be (at least|above) 0$"):
+            Settings(**{kind: -(10**400)})
+
+
+def test_the_rows_of_a_step_are_bounded():
+    Settings(batch_size=256, accumulation=256)
+    with pytest.raises(ValueError, match="batch_size=256, accumulation=257: a step has at most 65536 rows"):
+        Settings(batch_size=256, accumulation=257)
 
 
 def test_values_that_are_allowed():

@@ -76,7 +76,7 @@ def read_entries(path: Path) -> Iterator[Entry]:
     except (ValueError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # else it is gzip's or bz2's, of damaged contents
             raise
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None  # pyarrow's have several lines
 
 
 def _open(path: Path, raw: IO[bytes]) -> Iterator[Entry]:

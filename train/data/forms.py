@@ -255,7 +255,8 @@ class _Line:
             )
 
     def _no_form(self) -> ValueError:
-        return ValueError(f"it has the fields {sorted(self.fields)}; method={self.method} needs {_NEEDED[self.method]}")
+        names = [name[:40] for name in sorted(self.fields)][:20]  # a table's may be anything
+        return ValueError(f"it has the fields {names}; method={self.method} needs {_NEEDED[self.method]}")
 
 
 def _written_out(name: str, value: Any) -> Any:

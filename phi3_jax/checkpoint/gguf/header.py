@@ -38,6 +38,7 @@ _NUMBERS = {
 _MAX_DIMENSIONS = 4
 # Python objects are much larger than the bytes they come from. The largest vocabularies make headers of about 15 MB.
 _MAX_HEADER = 1 << 25
+_MAX_ITEMS = 1 << 21  # of all arrays; the largest vocabularies, with their merges, have half of it
 _MAX_NAME = 512  # characters
 _MAX_ENTRIES = 1 << 16  # tensors, or keys
 
@@ -108,7 +109,7 @@ class _Reader:
     """Takes values from a mapped file, never past its end."""
 
     def __init__(self, path: Path, view: mmap.mmap):
-        self.path, self.view, self.position = path, view, 0
+        self.path, self.view, self.position, self.items = path, view, 0, 0
 
     def take(self, size: int) -> bytes:
         if size > len(self.view) - self.position:
@@ -149,8 +150,10 @@ class _Reader:
 
     def array(self) -> list[Any]:
         kind, count = self.number("<u4"), self.number("<u8")
+        self.items += count
+        if self.items > _MAX_ITEMS:
+            raise damaged(self.path, f"{count} items of an array announced before byte {self.position}")
         if kind == _STRING:
-            # Each string takes at least eight bytes, so that a wrong count soon runs past the header's end and raises.
             return [self.string() for _ in range(count)]
         if kind not in _NUMBERS:
             raise damaged(self.path, f"unknown array type {kind} before byte {self.position}")

@@ -137,8 +137,8 @@ class _Judge:
         """Raises ValueError if the token is made of a role that the template does not know, or of lost words."""
         if LOST in kinds:
             raise ValueError(
-                f"{self._tokenizer.source}: the chat template changes words until nobody can tell whether {special!r} "
-                "is its own or a message's; simplify the template."
+                f"{self._tokenizer.source}: the chat template makes {special!r} of numbers, or changes words until "
+                "nobody can tell whether it is its own or a message's; write it out in the template."
             )
         role = "".join(c for c, kind in zip(special, kinds, strict=True) if kind == ROLE)
         if role.casefold() in self._known and special not in END_NAMES:

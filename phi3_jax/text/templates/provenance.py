@@ -117,10 +117,12 @@ class Colours:
         return Markup(guess) if isinstance(expected, Markup) else str(guess)
 
     def spell(self, value: Any) -> str:
-        """As `str(value)`."""
+        """As `str(value)`. The digits of numbers are LOST: they may be counted by the template, or be people's."""
         if isinstance(value, str):
             return value
-        return self.checked(self._repr(value), str(self.plain(value))) if self.is_coloured(value) else str(value)
+        if self.is_coloured(value):
+            return str(self.checked(self._repr(value), str(self.plain(value))))
+        return self.paint(str(value), LOST) if isinstance(value, int | float) else str(value)
 
     def _repr(self, value: Any) -> str:
         if isinstance(value, str):
@@ -219,10 +221,9 @@ class Colours:
             if found["kind"] == "%":
                 return str(text[found.end() - 1])
             value = next(values) if found["key"] is None else args[found["key"]]
-            if found["kind"] == "c" and isinstance(value, int):
-                return self.paint(chr(value), LOST)  # numbers have no colour
             if found["kind"] != "s":
-                return str(f"%{found['rest']}" % (self.plain(value),))
+                said = str(f"%{found['rest']}" % (self.plain(value),))
+                return self.paint(said, LOST) if isinstance(value, int | float) else said
             said = str(self.spell(value))
             said = said if found["precision"] is None else said[: int(found["precision"] or 0)]
             width = int(found["width"] or 0)

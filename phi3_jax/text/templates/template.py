@@ -1,5 +1,6 @@
 """A tokenizer's chat template, and what it makes of plain data."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ from phi3_jax.text.tokenizer import Tokenizer
 
 # Code points that Unicode reserves for a program's own use; real text does not contain them.
 NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def render(
@@ -25,9 +29,14 @@ def render(
     """
     source = require_template(tokenizer)
     try:
-        return process.run(source, _names(tokenizer) | given, characters, palettes)
+        texts = process.run(source, _names(tokenizer) | given, characters, palettes)
     except ValueError as error:
-        raise ValueError(f"{tokenizer.source}: {error}") from None
+        raise ValueError(f"{tokenizer.source}: {' '.join(str(error).split())}") from None
+    if _HALF.search(texts[0]):
+        raise ValueError(
+            f"{tokenizer.source}: what the chat template writes has half of a surrogate pair in it, which is no text."
+        )
+    return texts
 
 
 def vocabulary(tokenizer: Tokenizer) -> process.Vocabulary:
@@ -36,7 +45,7 @@ def vocabulary(tokenizer: Tokenizer) -> process.Vocabulary:
     try:
         return process.vocabulary(source)
     except ValueError as error:
-        raise ValueError(f"{tokenizer.source}: {error}") from None
+        raise ValueError(f"{tokenizer.source}: {' '.join(str(error).split())}") from None
 
 
 def own_names(tokenizer: Tokenizer, given: dict[str, Any]) -> list[str]:

@@ -114,3 +114,18 @@ def test_others_read_what_we_wrote_and_files_without_checksums_are_read(ours, tm
     path.write_bytes(ours.read_bytes()[:-4])
     with pytest.raises(ValueError, match="its tensors end at byte"):
         read_gguf(path)
+
+
+def test_arrays_and_names_that_fill_the_memory_are_refused_before_they_are_read(tmp_path):
+    path, text = tmp_path / "x.gguf", b"general.x"
+    for kind, count in ((0, 1 << 24), (8, 1 << 60), (12, 1 << 22), (9, 4)):
+        key = struct.pack("<Q9sIIQ", len(text), text, 9, kind, count)
+        path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + bytes(1000))
+        with pytest.raises(ValueError, match=r"x\.gguf: .*(items of an array announced|unknown array type 9)"):
+            read_header(path)
+    for name in (b"a\nb", b"x" * 5000):
+        path.write_bytes(struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, len(name)) + name + bytes(64))
+        with pytest.raises(ValueError, match=r"x\.gguf: .* the name before byte") as caught:
+            read_header(path)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400

@@ -12,9 +12,9 @@ from pathlib import Path
 HUGE = 100 * 10**9  # bytes of a sparse file
 
 
-def change(path: Path, rng: random.Random) -> tuple[str, str]:
-    """Replaces the file by something else of its name -> (kind, "file")."""
-    kind = rng.choice(sorted(KINDS))
+def change(path: Path, rng: random.Random, huge: bool) -> tuple[str, str]:
+    """Replaces the file by something else of its name -> (kind, "file"). `huge`: also by a file of 100 GB."""
+    kind = rng.choice(sorted(kind for kind in KINDS if huge or "huge" not in kind))
     content = path.read_bytes()
     path.unlink()
     KINDS[kind](path, content)

@@ -22,7 +22,7 @@ def mutate(folder: Path, name: str, reader: Reader, seed: int) -> Mutation:
     path = rng.choices(files, [_weight(path, folder, reader) for path in files])[0]
     file = str(path.relative_to(folder))
     if rng.random() < 0.06 and reader.is_file:
-        kind, place = file_kinds.change(path, rng)
+        kind, place = file_kinds.change(path, rng, reader.is_bounded)
         return Mutation(file, place, kind, "")
     content = path.read_bytes()
     change = {

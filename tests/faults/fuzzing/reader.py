@@ -29,6 +29,7 @@ class Reader:
         it; "" is in every error.
       lines: how many lines an error may have.
       is_file: whether users name the file, which may then be a pipe, a folder or huge; else only its contents change.
+      is_bounded: whether files beyond some size are refused; of data to train on, none are.
       seconds: how long reading may take, where that is longer than for others.
     """
 
@@ -42,6 +43,7 @@ class Reader:
     names: tuple[str, ...] = ()
     lines: int = 1
     is_file: bool = True
+    is_bounded: bool = True
     seconds: float = 0
 
 

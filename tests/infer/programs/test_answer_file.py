@@ -89,6 +89,13 @@ def test_the_file_appears_whole(tmp_path: Path, out: Path, monkeypatch: pytest.M
     assert names(out.parent) == {"answers.jsonl"}
 
 
+def test_a_partial_file_that_is_a_pipe_does_not_block(tmp_path: Path, out: Path) -> None:
+    os.mkfifo(f"{out}.partial")
+    with pytest.raises(ValueError, match=r"answers\.jsonl\.partial: is a named pipe"):
+        AnswerFile(out, prompts(tmp_path, 2), SETTINGS)
+    assert names(out.parent) == {"answers.jsonl.partial"}
+
+
 def test_a_file_that_exists_is_never_overwritten(tmp_path: Path, out: Path) -> None:
     requests = prompts(tmp_path, 2)
     out.write_text("precious")

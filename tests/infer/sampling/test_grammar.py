@@ -157,7 +157,7 @@ def test_unpack(vocab_size: int) -> None:
     ("grammar", "message"),
     [
         (Grammar.choice([]), "choice cannot be used: there are no options"),
-        (Grammar.json_schema("{"), "json_schema cannot be used: Expecting property name"),
+        (Grammar.json_schema("{"), "json_schema cannot be used: not JSON: Expecting property name"),
         (Grammar.json_schema("[1]"), "json_schema cannot be used: .*must be an object or boolean"),
         (Grammar.json_schema({"type": "strin"}), "Invalid type: strin$"),
         (Grammar.json_schema({"type": "array", "uniqueItems": True}), r'Unimplemented keys: \["uniqueItems"\]$'),

@@ -231,6 +231,27 @@ def test_what_is_too_long_is_refused_before_it_is_read(tmp_path, monkeypatch, he
     assert peak < 20 << 20
 
 
+def test_what_pyarrow_says_of_a_damaged_footer_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    KINDS["a.parquet"](path)
+    content, said = path.read_bytes(), []
+    for at in range(len(content) - 300, len(content) - 8, 7):
+        path.write_bytes(content[:at] + b"\0\0" + content[at + 2 :])
+        try:
+            list(read_entries(path))
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 10
+    assert all(text.startswith(f"{path}: ") and len(text.splitlines()) == 1 for text in said)
+
+
+def test_long_names_of_columns_are_not_told_whole(tmp_path):
+    (tmp_path / "a.csv").write_text("a" * 5000 + ",b\n1,2\n")
+    with pytest.raises(ValueError, match="it has the fields") as caught:
+        prepare(tmp_path / "a.csv", TOKENIZER, SETTINGS, tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     KINDS["a.parquet"](tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

@@ -14,8 +14,9 @@ import pytest
 from training_runs import Heard, shared_programs, tensors, untimed, write_data, write_run
 
 import phi3_jax
+from phi3_jax.checkpoint import atomic_write
 from phi3_jax.train.data import batches, prepare
-from phi3_jax.train.run import loop
+from phi3_jax.train.run import exports, loop
 from phi3_jax.train.run.exports import exported_step
 from phi3_jax.train.run.loop import train
 from phi3_jax.train.run.records.metrics import read
@@ -139,17 +140,15 @@ def test_a_kill_while_a_finished_run_goes_on(copied, ten, monkeypatch):
     assert exported_step(adapter) == 6  # the old one, as a whole
     tensors(adapter)
 
-    def killed(self: Path, target: Path) -> Path:
-        if target == adapter:
-            raise Killed
-        return rename(self, target)
+    def killed(new: Path, old: Path) -> bool:
+        assert (exported_step(new), old) == (10, adapter)
+        raise Killed
 
-    rename = Path.rename
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(exports, "exchange", killed)
         with pytest.raises(Killed):
             train(longer)
-    assert not adapter.exists()
+    tensors(adapter)  # the old one
     train(longer)
     require_equal(longer, ten)
 
@@ -278,8 +277,11 @@ def test_epochs_in_both_directions(copied, ten):
 
 def test_what_kills_leave_of_files_is_removed(copied):
     folder = Path(copied.output)
-    for name in (".settings.json-ab_defg1", ".loss.png-abcdefgh", "..adapter.new-abcdefgh", ".notes.txt-abcdefgh"):
-        (folder / name).write_text("half")
+    for name in ("settings.json", "loss.png", ".adapter.new"):
+        partial = atomic_write._partial(folder / name)
+        partial.mkdir()
+        (partial / "new").write_text("half")
+    (folder / ".notes.txt-abcdefgh").write_text("of others")
     train(copied)
     assert [path.name for path in folder.glob(".*")] == [".notes.txt-abcdefgh"]
 

@@ -125,7 +125,7 @@ def _read_checkpoints(folder: Path, _: int) -> Read:
 
 
 READERS = {
-    "training data": Reader(_make_data, _read_data, len(_NAMES), cost=2),
+    "training data": Reader(_make_data, _read_data, len(_NAMES), cost=2, is_bounded=False),
     "prepared data": Reader(
         _make_prepared, _read_prepared, files={"*.bin": 2, "header.json": 4}, strict=("*/header.json",), checksums=True
     ),
