@@ -2,7 +2,4 @@
 
 `sandbox` runs a template on plain data (it knows jinja2 and nothing of ours), `template` does so for a tokenizer, and
 `literals` sees to it that special tokens come from the template alone. Other modules of `text` use these three.
-
-`provenance` holds texts in colours, which say whose word each character is; `following` and `coloured_filters` are
-jinja2 with such texts.
 """
