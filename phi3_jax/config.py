@@ -221,10 +221,11 @@ def _llama_problems(config: Phi3Config) -> list[str]:
 
 
 def _angle_problems(config: Phi3Config) -> list[str]:
-    """Whether the largest rotary angle is a number in float32; those of a base below 1 or tiny divisors may not be."""
+    """Whether rotary angles and wavelengths are finite in float32: with tiny or huge numbers they are not."""
     divisors = (*config.long_rope.short_factor, *config.long_rope.long_factor) if config.long_rope else (1.0,)
-    if config.max_position_embeddings * max(1, 1 / config.rope_theta) / min(divisors) > LARGEST:
-        return [f"rope_theta={config.rope_theta} and the rope factors give angles that are not finite"]
+    longest = max(1, config.rope_theta) * max(divisors)
+    if config.max_position_embeddings * max(1, 1 / config.rope_theta) / min(divisors) > LARGEST or longest > LARGEST:
+        return [f"rope_theta={config.rope_theta} and the rope factors give angles that are no numbers in float32"]
     return []
 
 

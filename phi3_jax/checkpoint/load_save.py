@@ -23,6 +23,7 @@ from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
+from phi3_jax.checkpoint.loadable import require_loadable, require_shapes
 from phi3_jax.checkpoint.peft import TRAINED_ON, on_integers, read_adapter
 from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
@@ -218,7 +219,7 @@ def save(
       FileExistsError: the folder is there already.
       OSError: there is not enough room for it.
       ValueError: an adapter is attached to the weights (adapters.py); Llama does not compute this model, or its
-        weights are quantised.
+        weights are quantised; or `load` would refuse what is written (checkpoint/loadable.py).
     """
     target, params = Path(folder), checkpoint.params
     require_merged(params)
@@ -229,23 +230,27 @@ def save(
         settings = checkpoint.config.to_hf(architecture)
     except ValueError as error:
         raise ValueError(f"{target}: {error}; save it as phi3") from None
+    require_shapes(params, checkpoint.config, target)
+    if quantized:
+        settings |= {"quantization_config": quantized_files.describe(params)}
+    else:
+        table = params["embed_tokens"]["weight"]
+        dtype = "bfloat16" if isinstance(table, PackedTensor) else np.dtype(table.dtype).name
+        settings |= {"torch_dtype": dtype}
     with new_folder(target, sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as partial:
-        if quantized:
-            quantized_files.write(partial, params)
-            settings |= {"quantization_config": quantized_files.describe(params)}
-        else:
-            tensors = named_tensors(params)
-            if architecture == "llama":
-                tensors = unfused(tensors, checkpoint.config)
-            safetensors_files.write_folder(partial, tensors, max_shard_size)
-            table = params["embed_tokens"]["weight"]
-            dtype = "bfloat16" if isinstance(table, PackedTensor) else np.dtype(table.dtype).name
-            settings |= {"torch_dtype": dtype}
         _write_json(partial / "config.json", settings)
         ids = {key: getattr(checkpoint.config, key) for key in ("bos_token_id", "pad_token_id")}
         eos = list(checkpoint.generation.eos_token_ids) or None
         _write_json(partial / "generation_config.json", ids | {"eos_token_id": eos})
         _write_tokenizer(checkpoint, partial)
+        require_loadable(settings, checkpoint.config, partial, target)
+        if quantized:
+            quantized_files.write(partial, params)
+        else:
+            tensors = named_tensors(params)
+            if architecture == "llama":
+                tensors = unfused(tensors, checkpoint.config)
+            safetensors_files.write_folder(partial, tensors, max_shard_size)
 
 
 def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -266,9 +271,7 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
                 return gguf
             if (place / _ADAPTER).exists():
                 base = read_json(place / _ADAPTER).get("base_model_name_or_path")
-                raise FileNotFoundError(
-                    f"{place}: an adapter for {shown(base)}; name that model, and this as its adapter"
-                )
+                raise FileNotFoundError(f"{place}: an adapter for {shown(base)}; name that, and this as its adapter")
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )

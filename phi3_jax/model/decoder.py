@@ -56,7 +56,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, layer: jax.Array | Non
     if layer is not None:
         weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + float(eps))
     return weight * normed.astype(x.dtype)
 
 
@@ -76,7 +76,7 @@ class Weight(nn.Module):
 
 def matrix(config: Phi3Config, out: int, in_: int) -> Weight:
     """The weight of a linear map or an embedding, [out, in]."""
-    return Weight((out, in_), nn.initializers.normal(config.initializer_range))
+    return Weight((out, in_), nn.initializers.normal(float(config.initializer_range)))
 
 
 def scale(config: Phi3Config) -> Weight:

@@ -31,7 +31,7 @@ def attention_factor(config: Phi3Config) -> float:
     if rope is None:
         return 1.0
     if rope.attention_factor is not None:
-        return rope.attention_factor
+        return float(rope.attention_factor)
     scale = rope.factor or config.max_position_embeddings / rope.original_max_position_embeddings
     return 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(rope.original_max_position_embeddings))
 

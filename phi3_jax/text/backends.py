@@ -7,9 +7,11 @@ characters go earlier: see ByteFallbackDecoder for the one case where that makes
 """
 
 import codecs
+import contextlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +68,10 @@ def read_pieces(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[
     require_regular(path)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        return processor, processor.id_to_piece(list(range(processor.get_piece_size())))
+        ids = list(range(processor.get_piece_size()))
+        if not all(map(math.isfinite, processor.get_score(ids))):
+            raise RuntimeError("a score is no finite number")
+        return processor, processor.id_to_piece(ids)
     except (RuntimeError, OSError, UnicodeError) as error:
         raise ValueError(f"{path}: not a sentencepiece model ({error}); download the file again.") from error
 
@@ -81,6 +86,7 @@ class TokenizersEncoder:
     def __init__(self, spec: Mapping[str, Any], added_tokens: tuple[AddedToken, ...], source: str):
         model, pre = _model_without_special(spec["model"], added_tokens), spec.get("pre_tokenizer")
         normalizer = spec.get("normalizer")
+        self._source = source
         looked_for = [(token.normalized, token) for token in added_tokens if token.normalized is not None]
         self._normalize: Callable[[str], str] = str
         if looked_for:  # these look at normalised text, between the normaliser and the rest
@@ -107,7 +113,8 @@ class TokenizersEncoder:
 
     def _encode(self, piece: str, at_start: bool) -> list[int]:
         library = self._start if at_start else self._inner
-        return list(library.encode(piece, add_special_tokens=False).ids)
+        with _named(self._source):
+            return list(library.encode(piece, add_special_tokens=False).ids)
 
 
 def normalizer_of(spec: Mapping[str, Any], source: str) -> Callable[[str], str]:
@@ -115,8 +122,27 @@ def normalizer_of(spec: Mapping[str, Any], source: str) -> Callable[[str], str]:
     if spec.get("normalizer") is None:
         return str
     library = _build({"type": "BPE", "vocab": {}, "merges": []}, spec["normalizer"], None, source)
-    normalize: Callable[[str], str] = library.normalizer.normalize_str
+
+    def normalize(text: str) -> str:
+        with _named(source):
+            return str(library.normalizer.normalize_str(text))
+
     return normalize
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Errors of the tokenizers library as ValueErrors with the file's name.
+
+    It raises bare Exception, and its panics are not even that, such as of a regular expression that takes too long.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        told = " ".join(str(error).split())
+        raise ValueError(f"{source}: the tokenizers library refuses it ({told}); download the file again.") from error
 
 
 def _without(piece: str, literal_mark: str | None) -> str:
@@ -146,12 +172,8 @@ def _build(model: dict[str, Any], normalizer: Any, pre_tokenizer: Any, source: s
         "pre_tokenizer": pre_tokenizer,
         "model": model,
     }
-    try:
+    with _named(source):
         return tokenizers.Tokenizer.from_str(json.dumps(document))
-    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise ValueError(f"{source}: the tokenizers library refuses it ({error}); download the file again.") from error
 
 
 def _without_first_prefix(pre_tokenizer: Any) -> Any:

@@ -12,6 +12,7 @@ from phi3_jax.json_files import MOST_IDS, is_whole, read_object, shown
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+LONGEST = 1024  # characters of an added token, which is looked for in every text; the longest known ones have 100
 _REMEDY = "download the file again."
 
 
@@ -42,6 +43,7 @@ def check_entry(entry: Any, where: str, path: Path) -> None:
     """An added token with its flags."""
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
         raise _wrong(path, where, entry, 'an object with a string "content"')
+    _check_length(entry["content"], where, path)
     for flag in _FLAGS:
         if not isinstance(entry.get(flag, False), bool):
             raise _wrong(path, f"{where}.{flag}", entry[flag], "true or false")
@@ -92,6 +94,13 @@ def _check_token(value: Any, where: str, path: Path) -> None:
         check_entry(value, where, path)
     elif not isinstance(value, str):
         raise ValueError(f"{path}: {where} is {shown(value)}; make it a string.")
+    else:
+        _check_length(value, where, path)
+
+
+def _check_length(content: str, where: str, path: Path) -> None:
+    if len(content) > LONGEST:
+        raise ValueError(f"{path}: {where} has {len(content)} characters, and at most {LONGEST} make sense; {_REMEDY}")
 
 
 def _items(values: Any) -> Iterator[tuple[Any, Any]]:

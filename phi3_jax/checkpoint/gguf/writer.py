@@ -207,7 +207,8 @@ def _architecture_keys(config: Phi3Config) -> dict[str, Any]:
 
 def _end_ids(checkpoint: Checkpoint) -> list[int]:
     """The ids that end an answer: the text's end first, then a turn's."""
-    ids = list(dict.fromkeys([*checkpoint.config.eos_token_id, *checkpoint.generation.eos_token_ids]))
+    named = dict.fromkeys([*checkpoint.config.eos_token_id, *checkpoint.generation.eos_token_ids])
+    ids = [token_id for token_id in named if 0 <= token_id < checkpoint.config.vocab_size]  # others end no answer
     if (tokenizer := checkpoint.tokenizer) is None:
         return ids
     turns = [token_id for token_id in ids if tokenizer.piece(token_id) in _TURN_ENDS]

@@ -37,7 +37,7 @@ _PLACES = {
 class Steps:
     """How many steps may be taken for all names and patterns of one file: a few seconds."""
 
-    def __init__(self, left: int = 4_000_000) -> None:
+    def __init__(self, left: int = 2_000_000) -> None:
         self._left = left
 
     def take(self, count: int = 1) -> None:

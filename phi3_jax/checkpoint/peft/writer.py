@@ -18,7 +18,7 @@ import numpy as np
 from phi3_jax.adapters import HEAD, TABLE, Adapter, LoraConfig, adapter_shapes
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.atomic_write import new_folder
-from phi3_jax.checkpoint.peft.reader import PREFIX, WEIGHTS
+from phi3_jax.checkpoint.peft.reader import PREFIX, WEIGHTS, read_adapter
 from phi3_jax.checkpoint.peft.settings import CONFIG
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import tensor_names
@@ -47,7 +47,8 @@ def save_adapter(
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        # A folder's name need not be UTF-8, but JSON is.
+        "base_model_name_or_path": base_name.encode("utf-8", "replace").decode(),
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -63,6 +64,7 @@ def save_adapter(
     with new_folder(Path(folder), sum(leaf.nbytes for leaf in leaves.values())) as partial:
         safetensors_files.write_file(partial / WEIGHTS, tensors)
         (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        read_adapter(partial, config)  # what is written can be read again
 
 
 def _pattern(pairs: Sequence[tuple[str, float]], tied: bool) -> dict[str, float]:
