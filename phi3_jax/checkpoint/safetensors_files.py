@@ -1,12 +1,12 @@
 """Hugging Face safetensors folders: tensors are memory-mapped from one file or several, and written back.
 
-The header is parsed here, because the safetensors package returns copies at 1.6 GB/s, while a mapped file is copied at
-memory speed (BUILD_NOTES.md); writing uses the package.
+The safetensors package says whether a file is sound. The tensors are read here, because it returns copies at 1.6 GB/s,
+while a mapped file is copied at memory speed (BUILD_NOTES.md), and written here, because it writes metadata in a random
+order, and does not align arrays so that JAX takes them as they are mapped.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from phi3_jax.checkpoint.checksums import changed, tensor_crc32
 from phi3_jax.checkpoint.tensor_source import TensorSource
@@ -51,6 +51,7 @@ _INSTEAD = {
 }
 _POINTER = b"version https://git-lfs"
 _MAX_HEADER = 4_000_000  # bytes: Python's objects take many times their text. Models like ours have a hundredth
+_ALIGNMENT = 64  # bytes
 _MAX_NAME = 512  # characters, all of which an error can show in one line
 _CHECKSUMS = "phi3_jax.crc32"  # in the metadata of files that are written here: JSON, the checksum of each tensor
 
@@ -147,18 +148,26 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors as one file. Raises OSError."""
-    try:
-        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"} | checksum_metadata(tensors))
-    except safetensors.SafetensorError as error:
-        raise OSError(errno.EIO, str(error)) from None
-    path.chmod(0o644)  # the package creates files that only their owner can read
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as one file, with their checksums; the same tensors give the same bytes.
 
-
-def checksum_metadata(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """What is put into a file's metadata, by which `read_file` finds damage, in the header or in the tensors."""
-    return {_CHECKSUMS: json.dumps({name: tensor_crc32(name, tensor) for name, tensor in tensors.items()})}
+    Those whose sizes are multiples of 64 bytes (all large ones) come first and so begin at such multiples.
+    """
+    names = sorted(tensors, key=lambda n: (tensors[n].nbytes % _ALIGNMENT != 0, -tensors[n].itemsize, n))
+    kinds = {dtype: kind for kind, dtype in _ANY.items()}
+    sums = {name: tensor_crc32(name, tensors[name]) for name in names}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUMS: json.dumps(sums)}}
+    end = 0
+    for name in names:
+        array = tensors[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": kinds[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
