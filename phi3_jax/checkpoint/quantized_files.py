@@ -7,7 +7,6 @@ model, and one that cuts it short ends the process (SIGBUS): replace such files 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,6 @@ from phi3_jax.regular_file import require_regular
 FILE = "phi3_jax.safetensors"
 METHOD = "phi3_jax"  # the quant_method of config.json's quantization_config
 _KINDS = safetensors_files.FLOATS | {"U8": np.dtype(np.uint8)}
-_ALIGNMENT = 64  # bytes: where a mapped array begins, so that JAX takes it as it is
 
 
 def is_quantized(params: Params) -> bool:
@@ -56,22 +54,8 @@ def describe(params: Params) -> dict[str, Any]:
 
 
 def write(folder: Path, params: Params) -> None:
-    """Writes the file. Arrays whose sizes are multiples of 64 bytes (all large ones) come first and so are aligned."""
-    arrays = dict(_arrays(params))
-    names = sorted(arrays, key=lambda name: (arrays[name].nbytes % _ALIGNMENT != 0, name))
-    kinds = {dtype: kind for kind, dtype in _KINDS.items()}
-    header: dict[str, Any] = {"__metadata__": safetensors_files.checksum_metadata(arrays)}
-    end = 0
-    for name in names:
-        array = arrays[name]
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": kinds[np.dtype(array.dtype)], "shape": array.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with (folder / FILE).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            np.asarray(arrays[name]).view(np.uint8).tofile(file)
+    """Writes the file."""
+    safetensors_files.write_file(folder / FILE, dict(_arrays(params)))
 
 
 def require_dtype(params: Params, dtype: str, folder: Path) -> None:

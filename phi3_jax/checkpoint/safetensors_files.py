@@ -1,12 +1,12 @@
 """Hugging Face safetensors folders: tensors are memory-mapped from one file or several, and written back.
 
-The header is parsed here, because the safetensors package returns copies at 1.6 GB/s, while a mapped file is copied at
-memory speed (BUILD_NOTES.md); writing uses the package.
+The safetensors package says whether a file is sound. The tensors are read here, because it returns copies at 1.6 GB/s,
+while a mapped file is copied at memory speed (BUILD_NOTES.md), and written here, because it writes metadata in a random
+order, and does not align arrays so that JAX takes them as they are mapped.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from phi3_jax.checkpoint.checksums import changed, tensor_crc32
 from phi3_jax.checkpoint.tensor_source import TensorSource
@@ -51,6 +51,7 @@ _INSTEAD = {
 }
 _POINTER = b"version https://git-lfs"
 _MAX_HEADER = 4_000_000  # bytes: Python's objects take many times their text. Models like ours have a hundredth
+_ALIGNMENT = 64  # bytes
 _MAX_NAME = 512  # characters, all of which an error can show in one line
 _CHECKSUMS = "phi3_jax.crc32"  # in the metadata of files that are written here: JSON, the checksum of each tensor
 
@@ -60,14 +61,11 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
 
     Raises:
       FileNotFoundError: neither is there, or a shard is missing.
-      ValueError: a file is damaged, a tensor is not of a float type, two shards have different tensors of one name, or
-        a tensor is in another shard than the index says.
+      ValueError: a file is damaged, a tensor is not of a float type, or two shards have different tensors of one name.
     """
     sources: dict[str, TensorSource] = {}
     places: dict[str, str] = {}
-    found: set[tuple[str, str]] = set()
-    files, said = _files(folder)
-    for file in files:
+    for file in _files(folder):
         tensors = read_file(file)
         for name in sorted(sources.keys() & tensors.keys()):
             if not _same(sources[name], tensors[name]):
@@ -76,12 +74,6 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
                 )
         sources |= tensors
         places |= dict.fromkeys(tensors, file.name)
-        found |= {(name, file.name) for name in tensors}
-    if wrong := sorted(name for name, file in said.items() if name in places and (name, file) not in found):
-        raise ValueError(
-            f"{folder}: {wrong[0]} is in {places[wrong[0]]}, and not in {said[wrong[0]]} as {INDEX} says "
-            f"({len(wrong)} such tensors): files of two checkpoints are mixed; download all of one"
-        )
     return {name: source for name, source in sources.items() if not name.endswith(_BUFFERS)}
 
 
@@ -147,42 +139,48 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors as one file. Raises OSError."""
-    try:
-        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"} | checksum_metadata(tensors))
-    except safetensors.SafetensorError as error:
-        raise OSError(errno.EIO, str(error)) from None
-    path.chmod(0o644)  # the package creates files that only their owner can read
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as one file, with their checksums; the same tensors give the same bytes.
+
+    Those whose sizes are multiples of 64 bytes (all large ones) come first and so begin at such multiples.
+    """
+    names = sorted(tensors, key=lambda n: (tensors[n].nbytes % _ALIGNMENT != 0, -tensors[n].itemsize, n))
+    kinds = {dtype: kind for kind, dtype in _ANY.items()}
+    sums = {name: tensor_crc32(name, tensors[name]) for name in names}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUMS: json.dumps(sums)}}
+    end = 0
+    for name in names:
+        array = tensors[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": kinds[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
-def checksum_metadata(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """What is put into a file's metadata, by which `read_file` finds damage, in the header or in the tensors."""
-    return {_CHECKSUMS: json.dumps({name: tensor_crc32(name, tensor) for name, tensor in tensors.items()})}
-
-
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a folder, and in which of them its index says that a tensor is."""
+def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if (folder / SINGLE).exists():
         if index.exists():
             warnings.warn(
                 f"{folder}: {SINGLE} is read, as by transformers, and the shards of {INDEX} are not", stacklevel=4
             )
-        return [folder / SINGLE], {}
+        return [folder / SINGLE]
     if not index.exists():
         found = next((f"{path.name} is {what}" for path, what in _instead(folder)), "download the weights into it")
         raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; {found}")
     try:
-        weight_map = read_object(index)["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255]:
         raise ValueError(f"{index}: shards must be files of the same folder, not {shown(outside)}")
     if absent := [name for name in names if not (folder / name).exists()]:
         raise FileNotFoundError(f"{folder}: shards {shown(absent)} are missing; download them again")
-    return [folder / name for name in names], weight_map
+    return [folder / name for name in names]
 
 
 def _instead(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -266,7 +266,7 @@ def test_a_failed_save_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    monkeypatch.setattr("phi3_jax.checkpoint.safetensors_files.write_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         phi3_jax.save(tiny, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

@@ -132,11 +132,8 @@ def test_indices_that_lie(tiny, tmp_path):
     index = tmp_path / "x" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     names = content["weight_map"]
-    shards = sorted(set(names.values()))
-    several = next(shard for shard in shards if list(names.values()).count(shard) > 1)
-    name = next(name for name in names if names[name] == several)
+    name = min(names)
     for place, message in {
-        next(shard for shard in shards if shard != several): f"{name} is in {several}, and not in",
         "/etc/passwd": "files of the same folder",
         "../x/model.safetensors": "files of the same folder",
         "..": "is a folder",
