@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import safetensors.numpy
 from adapters import random_adapter
 from hub import serve
+from vocabularies import byte_level_spec, write
 
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
@@ -319,3 +321,36 @@ def test_an_adapter_by_hub_id_is_its_two_files(hub, tiny_folder, tiny, tmp_path)
 def test_a_hub_id_without_a_hub_says_what_to_fetch(hub):
     with pytest.raises(FileNotFoundError, match="put them into one folder and name that"):
         phi3_jax.load("microsoft/absent")
+
+
+def test_save_refuses_what_load_would(tiny, tmp_path):
+    """Before any weight is written; and nothing is left."""
+    other = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, vocab_size=98))
+    with pytest.raises(
+        ValueError, match=r"x: not written: embed_tokens/weight has the shape \(97, 24\), and .*\(98, 24"
+    ):
+        phi3_jax.save(other, tmp_path / "x")
+    write(tmp_path / "tokenizer", {"tokenizer.json": byte_level_spec()})  # 268 ids
+    tokenizer = phi3_jax.load_tokenizer(tmp_path / "tokenizer")
+    large = dataclasses.replace(tiny, tokenizer=tokenizer, folder=tmp_path / "tokenizer")
+    with pytest.raises(
+        ValueError, match=r"x: not written, .*x/tokenizer\.json: tokens .* outside of the vocabulary of 97"
+    ):
+        phi3_jax.save(large, tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 500000, "sliding_window": 2**31 - 1, "eos_token_id": (96, 0), "bos_token_id": 0},
+        {"rms_norm_eps": 1.2e-38, "max_position_embeddings": 1, "eos_token_id": (), "long_rope": None},
+        {"eos_token_id": (-1,), "pad_token_id": None, "initializer_range": 0, "sliding_window": None},
+    ],
+)
+def test_odd_settings_come_back(tiny, tmp_path, change):
+    odd = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, **change))
+    phi3_jax.save(odd, tmp_path / "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert phi3_jax.load(tmp_path / "x").config == odd.config

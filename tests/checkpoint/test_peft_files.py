@@ -322,3 +322,10 @@ def test_programs_write_checkpoints_with_the_adapter_added(program, tmp_path):
     integers = phi3_jax.load(tmp_path / "out", layout="rows").params["layers"]["mlp"]["down_proj"]["weight"]
     floats = np.asarray(params["layers"]["mlp"]["down_proj"]["weight"], np.float32)
     assert np.abs(integers.dequantize() - floats).max() < np.abs(floats).max() / 100
+
+
+def test_a_base_whose_name_is_not_utf8(tmp_path):
+    lora = LoraConfig(3, 6)
+    save_adapter(tmp_path / "x", random_adapter(CONFIG, lora), lora, CONFIG, "models/na\udcefve")
+    assert settings_of(tmp_path / "x")["base_model_name_or_path"] == "models/na?ve"
+    assert load_adapter(tmp_path / "x", CONFIG)[0].rank == 3
