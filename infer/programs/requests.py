@@ -105,7 +105,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
     fields = parse_object(raw)
     if unknown := sorted(fields.keys() - FORMS.keys()):
-        raise ValueError(f"unknown keys {unknown}")
+        raise ValueError(f"unknown keys {[key[:40] for key in unknown[:10]]}")
     if len(fields.keys() & {"prompt", "messages"}) != 1:
         raise ValueError('exactly one of "prompt" and "messages" has to be there')
     for key, value in fields.items():

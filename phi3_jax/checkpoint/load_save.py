@@ -282,9 +282,7 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
                 return gguf
             if (place / _ADAPTER).exists():
                 base = read_json(place / _ADAPTER).get("base_model_name_or_path")
-                raise FileNotFoundError(
-                    f"{place}: an adapter for {shown(base)}; name that model, and this as its adapter"
-                )
+                raise FileNotFoundError(f"{place}: an adapter for {shown(base)}; name that, and this as its adapter")
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )

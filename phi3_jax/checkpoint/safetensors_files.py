@@ -61,14 +61,11 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
 
     Raises:
       FileNotFoundError: neither is there, or a shard is missing.
-      ValueError: a file is damaged, a tensor is not of a float type, two shards have different tensors of one name, or
-        a tensor is in another shard than the index says.
+      ValueError: a file is damaged, a tensor is not of a float type, or two shards have different tensors of one name.
     """
     sources: dict[str, TensorSource] = {}
     places: dict[str, str] = {}
-    found: set[tuple[str, str]] = set()
-    files, said = _files(folder)
-    for file in files:
+    for file in _files(folder):
         tensors = read_file(file)
         for name in sorted(sources.keys() & tensors.keys()):
             if not _same(sources[name], tensors[name]):
@@ -77,12 +74,6 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
                 )
         sources |= tensors
         places |= dict.fromkeys(tensors, file.name)
-        found |= {(name, file.name) for name in tensors}
-    if wrong := sorted(name for name, file in said.items() if name in places and (name, file) not in found):
-        raise ValueError(
-            f"{folder}: {wrong[0]} is in {places[wrong[0]]}, and not in {said[wrong[0]]} as {INDEX} says "
-            f"({len(wrong)} such tensors): files of two checkpoints are mixed; download all of one"
-        )
     return {name: source for name, source in sources.items() if not name.endswith(_BUFFERS)}
 
 
@@ -170,28 +161,26 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a folder, and in which of them its index says that a tensor is."""
+def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if (folder / SINGLE).exists():
         if index.exists():
             warnings.warn(
                 f"{folder}: {SINGLE} is read, as by transformers, and the shards of {INDEX} are not", stacklevel=4
             )
-        return [folder / SINGLE], {}
+        return [folder / SINGLE]
     if not index.exists():
         found = next((f"{path.name} is {what}" for path, what in _instead(folder)), "download the weights into it")
         raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; {found}")
     try:
-        weight_map = read_object(index)["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255]:
         raise ValueError(f"{index}: shards must be files of the same folder, not {shown(outside)}")
     if absent := [name for name in names if not (folder / name).exists()]:
         raise FileNotFoundError(f"{folder}: shards {shown(absent)} are missing; download them again")
-    return [folder / name for name in names], weight_map
+    return [folder / name for name in names]
 
 
 def _instead(folder: Path) -> Iterator[tuple[Path, str]]:

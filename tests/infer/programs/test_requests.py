@@ -66,6 +66,7 @@ def test_every_field_of_sampling_can_be_given(tmp_path: Path) -> None:
         ('{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', 'exactly one of "prompt" and "messages"'),
         ('{"prompt": "a", "temprature": 1}', r"unknown keys \['temprature'\]"),
         ('{"prompt": "a", "text": "b", "line": 2}', r"unknown keys \['line', 'text'\]"),
+        ('{"prompt": "a", "' + 9999 * "b" + '": 2}', r"unknown keys \['b{40}'\]"),
         ('{"prompt": ""}', 'prompt="" must be a text that is not empty'),
         ('{"prompt": ["a"]}', "must be a text that is not empty"),
         ('{"prompt": null}', "prompt=null must be a text"),

@@ -152,8 +152,8 @@ def _load_adapter(folder: Path, variant: int) -> Read:
 
 
 READERS = {
-    "safetensors": Reader(_make_folder, _load, 3, _FILES, strict=("model.safetensors.index.json",)),
-    "quantised": Reader(_make_quantized, _load, 4, _FILES, strict=("config.json:quantization_config",)),
+    "safetensors": Reader(_make_folder, _load, 3, _FILES, strict=("model.safetensors.index.json",), checksums=True),
+    "quantised": Reader(_make_quantized, _load, 4, _FILES, strict=("config.json:quantization_config",), checksums=True),
     "gguf": Reader(_make_gguf, _load_gguf, 5, cost=1.5),
-    "adapter": Reader(_make_adapter, _load_adapter, 2),
+    "adapter": Reader(_make_adapter, _load_adapter, 2, checksums=True),
 }

@@ -129,5 +129,5 @@ READERS = {
     "prepared data": Reader(
         _make_prepared, _read_prepared, files={"*.bin": 2, "header.json": 4}, strict=("*/header.json",), checksums=True
     ),
-    "training checkpoint": Reader(_make_checkpoints, _read_checkpoints, cost=10, checksums=True),
+    "training checkpoint": Reader(_make_checkpoints, _read_checkpoints, cost=4, checksums=True),
 }
