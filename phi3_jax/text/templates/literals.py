@@ -5,6 +5,7 @@ token's string in the text counts only where all of its characters are the templ
 others get a mark, with which `Tokenizer.encode` leaves them text.
 """
 
+import bisect
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,7 @@ class Written:
 
     def place(self, at: int) -> int:
         """Where a place of the text is in `marked`."""
-        return at + sum(cut < at for cut in self.cuts)
+        return at + bisect.bisect_left(self.cuts, at)
 
 
 def judge(tokenizer: Tokenizer, chat: Chat, add_generation_prompt: bool) -> Written:
@@ -119,13 +120,12 @@ class _Judge:
                 end = begin + len(special)
                 if all(seen.startswith(painted, begin) for seen, painted in zip(self._coloured, own, strict=True)):
                     continue
-                kinds = [self._colour(at) for at in range(begin, end)]
-                if None not in kinds:
-                    self._check_genuine(special, begin, kinds)
+                theirs = next((at for at in range(begin, end) if self._colour(at) is None), None)
+                if theirs is None:
+                    self._check_genuine(special, begin)
                 elif len(special) == 1:
                     single.add(special)
                 else:  # beside a character of people's, and so inside of no special token that counts
-                    theirs = begin + kinds.index(None)
                     cuts.add(theirs + 1 if theirs + 1 < end else theirs)
         return Written(self._text, tuple(sorted(cuts)), tuple(sorted(single)))
 
@@ -133,8 +133,9 @@ class _Judge:
         one, other = (colours.colour(seen[at]) for colours, seen in zip(self._colours, self._coloured, strict=True))
         return one if one == other else None
 
-    def _check_genuine(self, special: str, begin: int, kinds: list[int | None]) -> None:
+    def _check_genuine(self, special: str, begin: int) -> None:
         """Raises ValueError if the token is made of a role that the template does not know, or of lost words."""
+        kinds = [self._colour(begin + i) for i in range(len(special))]
         if LOST in kinds:
             raise ValueError(
                 f"{self._tokenizer.source}: the chat template makes {special!r} of numbers, or changes words until "
