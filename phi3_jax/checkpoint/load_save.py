@@ -202,7 +202,7 @@ def load(
 
 def _identities(*folders: str | os.PathLike[str] | None) -> dict[Path, int | None]:
     """The folders' numbers on their disks: another one that was renamed has another number."""
-    return {path: path.stat().st_ino if path.is_dir() else None for path in map(Path, filter(None, folders))}
+    return {path: path.stat().st_ino if path.is_dir() else None for path in [Path(each) for each in folders if each]}
 
 
 def save(
