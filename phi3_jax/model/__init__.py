@@ -11,6 +11,7 @@ from phi3_jax.model.decoder import Phi3 as Phi3
 from phi3_jax.model.parameters import DTYPES as DTYPES
 from phi3_jax.model.parameters import Params as Params
 from phi3_jax.model.parameters import dtype_name as dtype_name
+from phi3_jax.model.parameters import parameter_count as parameter_count
 from phi3_jax.model.parameters import parameter_shapes as parameter_shapes
 from phi3_jax.model.parameters import random_params as random_params
 from phi3_jax.model.parameters import require_floats as require_floats

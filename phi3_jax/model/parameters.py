@@ -6,6 +6,7 @@ The names are derived from the model itself. A path in the tree is a Hugging Fac
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -50,8 +51,18 @@ def parameter_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=8)  # a trace of the whole model, and a load asks several times
 def _shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    # Rotary angles have no parameters: of a large head, which may be a damaged number, they are not built.
+    share = min(config.partial_rotary_factor, 2 / config.head_dim)
+    config = dataclasses.replace(config, partial_rotary_factor=share, long_rope=None)
     tree = jax.eval_shape(lambda tokens: Phi3(config).init(jax.random.key(0), tokens), tokens)["params"]
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def parameter_count(config: Phi3Config) -> int:
+    """How many numbers the parameter tree has, by arithmetic alone, so that the sizes may be damaged ones."""
+    D, H, K, N = config.hidden_size, config.head_dim, config.num_key_value_heads, config.num_attention_heads
+    layer = D * H * (2 * N + 2 * K) + 3 * D * config.intermediate_size + 2 * D
+    return config.num_hidden_layers * layer + (2 - config.tie_word_embeddings) * config.vocab_size * D + D
 
 
 def tensor_names(path: str, layers: int) -> list[str]:

@@ -188,10 +188,10 @@ def test_truncated_and_scrambled_headers_give_one_clear_error(tiny_folder):
         try:
             # What is still a sound header may describe other tensors: that is the name check's business.
             sources = read_file(path)
+            sizes = [source.read().nbytes for source in sources.values()]
         except ValueError as error:
             refused += str(error).startswith(str(path))
         else:
-            sizes = [source.read().nbytes for source in sources.values()]
             assert sum(sizes) <= len(content)
             sound += 1
     assert refused + sound == len(damaged)
@@ -203,14 +203,14 @@ def test_sizes_in_the_header_are_checked_before_anything_is_allocated(tiny_folde
     header = {"model.norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(ValueError, match=r"does not fit bytes 0 to 4398046511104 of 0"):
+    with pytest.raises(ValueError, match="its header cannot be read"):
         phi3_jax.load(tiny_folder)
 
 
 def test_an_absurd_number_of_layers_is_refused_quickly(tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
-    with pytest.raises(ValueError, match="cannot be the weights of num_hidden_layers=1000000000"):
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000"):
         phi3_jax.load(tiny_folder)
 
 
@@ -268,7 +268,7 @@ def test_a_failed_save_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    monkeypatch.setattr("phi3_jax.checkpoint.safetensors_files.write_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         phi3_jax.save(tiny, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

@@ -108,7 +108,7 @@ def test_writing_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    monkeypatch.setattr("phi3_jax.checkpoint.safetensors_files.write_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(tmp_path / "x", adapter, lora, CONFIG, "")
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.json_files import shown
+from phi3_jax.regular_file import require_regular
+
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -34,7 +37,9 @@ _NUMBERS = {
 }
 _MAX_DIMENSIONS = 4
 # Python objects are much larger than the bytes they come from. The largest vocabularies make headers of about 15 MB.
-_MAX_HEADER = 1 << 26
+_MAX_HEADER = 1 << 25
+_MAX_ITEMS = 1 << 21  # of all arrays; the largest vocabularies, with their merges, have half of it
+_MAX_NAME = 512  # characters
 _MAX_ENTRIES = 1 << 16  # tensors, or keys
 
 
@@ -47,12 +52,18 @@ class GgufTensor:
       kind: number of the tensor type (`gguf.GGMLQuantizationType`).
       offset: of its first byte in the file.
       path: the file.
+      start: of the file's first tensor, where its header and the padding behind it end.
+      alignment: where tensors begin, behind that, is a multiple of it.
+      crc: the CRC-32 of its bytes, of files that are written here (checksums.py).
     """
 
     shape: tuple[int, ...]
     kind: int
     offset: int
     path: Path
+    start: int = 0
+    alignment: int = 32
+    crc: int | None = None
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -61,6 +72,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     Raises:
       ValueError: the file is no GGUF file, is damaged, or is of a version or byte order that is not supported.
     """
+    require_regular(path)
     if path.stat().st_size < 24:
         raise damaged(path, "it is shorter than a header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -76,13 +88,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         tensors, keys = reader.number("<u8"), reader.number("<u8")
         if max(tensors, keys) > _MAX_ENTRIES:
             raise damaged(path, f"{tensors} tensors and {keys} keys: too many entries announced")
-        metadata = _unique(reader, [(reader.string(), reader.value()) for _ in range(keys)], "key")
+        metadata = _unique(reader, [(reader.name(), reader.value()) for _ in range(keys)], "key")
         table = _unique(reader, [_row(reader) for _ in range(tensors)], "tensor")
         alignment = _alignment(path, metadata)
     start = -(-reader.position // alignment) * alignment
     if unaligned := [name for name, tensor in table.items() if tensor.offset % alignment]:
         raise damaged(path, f"tensors {unaligned[:5]} do not start at a multiple of {alignment} bytes")
-    return metadata, {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in table.items()}
+    return metadata, {
+        name: dataclasses.replace(tensor, offset=start + tensor.offset, start=start, alignment=alignment)
+        for name, tensor in table.items()
+    }
 
 
 def damaged(path: Path, what: str) -> ValueError:
@@ -94,7 +109,7 @@ class _Reader:
     """Takes values from a mapped file, never past its end."""
 
     def __init__(self, path: Path, view: mmap.mmap):
-        self.path, self.view, self.position = path, view, 0
+        self.path, self.view, self.position, self.items = path, view, 0, 0
 
     def take(self, size: int) -> bytes:
         if size > len(self.view) - self.position:
@@ -114,6 +129,13 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise damaged(self.path, f"a string before byte {self.position} is not UTF-8 ({error.reason})") from None
 
+    def name(self) -> str:
+        """A key's or a tensor's: a name that an error can show in one line."""
+        name = self.string()
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise damaged(self.path, f"the name before byte {self.position} is {shown(name)}")
+        return name
+
     def value(self) -> Any:
         kind = self.number("<u4")
         return self.array() if kind == _ARRAY else self.single(kind)
@@ -128,8 +150,10 @@ class _Reader:
 
     def array(self) -> list[Any]:
         kind, count = self.number("<u4"), self.number("<u8")
+        self.items += count
+        if self.items > _MAX_ITEMS:
+            raise damaged(self.path, f"{count} items of an array announced before byte {self.position}")
         if kind == _STRING:
-            # Each string takes at least eight bytes, so that a wrong count soon runs past the header's end and raises.
             return [self.string() for _ in range(count)]
         if kind not in _NUMBERS:
             raise damaged(self.path, f"unknown array type {kind} before byte {self.position}")
@@ -138,7 +162,7 @@ class _Reader:
 
 
 def _row(reader: _Reader) -> tuple[str, GgufTensor]:
-    name, dimensions = reader.string(), reader.number("<u4")
+    name, dimensions = reader.name(), reader.number("<u4")
     if dimensions > _MAX_DIMENSIONS:
         raise damaged(reader.path, f"tensor {name!r} has {dimensions} dimensions")
     shape = tuple(reader.number("<u8") for _ in range(dimensions))[::-1]
@@ -161,5 +185,5 @@ def _unique(reader: _Reader, pairs: list[tuple[str, Any]], what: str) -> dict[st
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise damaged(path, f"general.alignment is {alignment!r}, not a power of two from 8 on")
+        raise damaged(path, f"general.alignment is {shown(alignment)}, not a power of two from 8 on")
     return alignment

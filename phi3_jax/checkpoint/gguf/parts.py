@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged, read_header
+from phi3_jax.json_files import shown
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _NO, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -75,5 +76,5 @@ def only_gguf(folder: Path) -> Path | None:
 def _number(path: Path, metadata: dict[str, Any], key: str, default: int) -> int:
     value = metadata.get(key, default)
     if type(value) is not int or value < min(default, 0):
-        raise damaged(path, f"{key} is {value!r}")
+        raise damaged(path, f"{key} is {shown(value)}")
     return value

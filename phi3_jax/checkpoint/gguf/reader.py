@@ -16,10 +16,11 @@ import numpy as np
 
 from phi3_jax.checkpoint.gguf.header import GgufTensor, damaged
 from phi3_jax.checkpoint.gguf.parts import named_as_part, read_headers
-from phi3_jax.checkpoint.gguf.tensors import check_extents, fused_source, read_tensor, tensor_kinds, unsupported_kinds
+from phi3_jax.checkpoint.gguf.tensors import checked, fused_source, read_tensor, tensor_kinds, unsupported_kinds
 from phi3_jax.checkpoint.gguf.tokenizer_reader import tokenizer_from_gguf
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import LongRope, Phi3Config
+from phi3_jax.json_files import shown
 from phi3_jax.text import Tokenizer, end_ids
 
 _Kind = type | list[type]  # [str] is an array of strings
@@ -129,7 +130,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise damaged(path, "; ".join(wrong))
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r} cannot be loaded, only {_ARCHITECTURES}")
+        raise ValueError(f"{path}: architecture {shown(architecture)} cannot be loaded, only {_ARCHITECTURES}")
     keys = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
     keys = _one_for_all_layers(keys)
     metadata = _known_ids(path, metadata, table)
@@ -138,7 +139,7 @@ def read_gguf(path: Path) -> GgufFile:
         _check_name(path, keys, parts)
     if problems := [*_key_problems(keys, architecture, table), *_tensor_problems(parts, table)]:
         raise ValueError(f"{path}: not a model that can be loaded: {'; '.join(problems)}")
-    check_extents(table)
+    table = checked(table)
     config = _config(path, metadata, keys, table)
     has_tokenizer = metadata.get("tokenizer.ggml.model", "no_vocab") not in _NO_TOKENIZER
     tokenizer = tokenizer_from_gguf(metadata, str(path)) if has_tokenizer else None
@@ -223,7 +224,7 @@ def _key_problems(keys: Mapping[str, Any], architecture: str, table: Mapping[str
     factors = [name for name in (_SHORT_FACTORS, _LONG_FACTORS) if name in table]
     scaling, original = keys.get("rope.scaling.type"), keys.get("rope.scaling.original_context_length")
     if scaling not in (None, "none", "linear", "longrope"):
-        found.append(f"{prefix}rope.scaling.type is {scaling!r}, only none, linear and longrope are supported")
+        found.append(f"{prefix}rope.scaling.type is {shown(scaling)}, only none, linear and longrope are supported")
     if len(factors) == 1:
         found.append(f"LongRoPE needs both factor tensors, and only {factors[0]} is there")
     # Some converters lose the factors of a LongRoPE checkpoint: what remains is another model.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.json_files import shown
 from phi3_jax.text import Tokenizer
 from phi3_jax.text.added_tokens import END_NAMES, AddedToken, is_hidden, is_special, template_text
 from phi3_jax.text.backends import SPACE_MARK, TokenizersEncoder, decoder_for
@@ -69,7 +70,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     """
     kind = _need(metadata, "tokenizer.ggml.model", path)
     if kind not in ("llama", "gpt2"):
-        raise ValueError(f"{path}: tokenizer.ggml.model is {kind!r}; known are 'gpt2' and 'llama'.")
+        raise ValueError(f"{path}: tokenizer.ggml.model is {shown(kind)}; known are 'gpt2' and 'llama'.")
     tokens, types = _vocabulary(metadata, path)
     added = _added_tokens(metadata, kind, tokens, types)
     spec, add_bos = (_llama_spec if kind == "llama" else _gpt2_spec)(metadata, tokens, types, path)
@@ -173,7 +174,7 @@ def _vocabulary(metadata: Mapping[str, Any], path: str) -> tuple[list[str], list
     for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         if token_type != UNUSED and seen.setdefault(token, token_id) != token_id:
             raise ValueError(
-                f"{path}: token {token!r} has two ids, {seen[token]} and {token_id}; convert the model to GGUF again."
+                f"{path}: token {shown(token)} has two ids, {seen[token]} and {token_id}; convert the model again."
             )
     return tokens, types
 
@@ -258,7 +259,7 @@ def _gpt2_spec(
     if pre is None:
         known = sorted([*PRE_TOKENIZERS, *_OTHER_NAMES])
         raise ValueError(
-            f"{path}: tokenizer.ggml.pre is {name!r}, and known are {known}; load the model's Hugging Face folder."
+            f"{path}: tokenizer.ggml.pre is {shown(name)}, and known are {known}; load the model's Hugging Face folder."
         )
     merges = [merge.split(" ") for merge in _need(metadata, "tokenizer.ggml.merges", path)]
     if odd := [merge for merge in merges if len(merge) != 2]:

@@ -20,6 +20,8 @@ import numpy as np
 
 from phi3_jax.checkpoint.assemble import named_tensors
 from phi3_jax.checkpoint.atomic_write import new_file
+from phi3_jax.checkpoint.checksums import crc32
+from phi3_jax.checkpoint.gguf.tensors import checksum_trailer
 from phi3_jax.checkpoint.gguf.tokenizer_writer import lost_flags, tokenizer_metadata
 from phi3_jax.checkpoint.load_save import Checkpoint
 from phi3_jax.config import Phi3Config
@@ -94,6 +96,7 @@ def save_gguf(
     if kept := sorted({name.split(".")[-2] for name, as_kind, shape, _ in plan if as_kind != kind and len(shape) > 1}):
         remarks.append(f"rows of {', '.join(kept)} are no whole number of {_BLOCK}-value blocks: stored as bf16")
     total, done = sum(size for *_, size in plan), 0
+    checksums: list[int] = []
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_file(target, total) as partial:
         writer = gguf.GGUFWriter(partial, "phi3")
@@ -109,12 +112,17 @@ def save_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for (name, as_kind, _, size), (_, tensor) in zip(plan, _tensors(checkpoint), strict=True):
-                writer.write_tensor_data(_encode(tensor, as_kind, name))
+                encoded = _encode(tensor, as_kind, name)
+                checksums.append(crc32(encoded))
+                writer.write_tensor_data(encoded)
                 done += size
                 if on_progress:
                     on_progress(done, total)
         finally:
             writer.close()
+        trailer = checksum_trailer(partial, checksums)
+        with partial.open("ab") as file:
+            file.write(trailer)
     return remarks
 
 

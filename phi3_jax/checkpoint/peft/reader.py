@@ -171,7 +171,7 @@ def _place(folder: str | os.PathLike[str]) -> Path:
 
 
 def _require_weights(path: Path) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; {PICKLED} is not read: save it as safetensors")
 
 
