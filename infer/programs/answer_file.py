@@ -175,7 +175,10 @@ class AnswerFile:
             )
         was, is_ = ({name: json.dumps(x, sort_keys=True) for name, x in h["settings"].items()} for h in (old, header))
         names = [name for name in sorted(was.keys() | is_.keys()) if was.get(name) != is_.get(name)]
-        if changed := [f"{name} was {was.get(name, 'absent')} and is {is_.get(name, 'absent')}" for name in names]:
+        told = [[each.get(name, "absent")[:200] for each in (was, is_)] for name in names]
+        if changed := [
+            f"{name[:40]} was {there} and is {here}" for name, (there, here) in zip(names, told, strict=True)
+        ]:
             raise ValueError(
                 f"{self._partial}: begun with other settings: {'; '.join(changed)}. Use the same flags to go on, or "
                 "delete the file to begin again"

@@ -102,7 +102,7 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
             pass
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise _damaged(path, f"its header cannot be read ({' '.join(str(error).split())})") from None
+        raise _damaged(path, f"its header cannot be read ({' '.join(str(error).split())[:300]})") from None
     sums = _checksums(path, header)
     if wrong := [name for name in header if len(name) > _MAX_NAME or not name.isprintable()]:
         raise _damaged(path, f"{shown(wrong[0])} is the name of a tensor")

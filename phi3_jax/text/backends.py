@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from phi3_jax.json_files import VOCABULARY, read_bytes
 from phi3_jax.regular_file import require_regular
 from phi3_jax.text.added_tokens import AddedToken, Cutter
 from phi3_jax.text.lengths import SPACE_MARK as SPACE_MARK
@@ -78,7 +79,10 @@ def read_pieces(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[
     """A `tokenizer.model` and its strings by id. Raises ValueError if the file is damaged, or something else."""
     require_regular(path)
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        content = read_bytes(path, VOCABULARY)  # the library itself would read any file whole
+        if not content:
+            raise RuntimeError("it is empty")
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         ids = list(range(processor.get_piece_size()))
         if not all(map(math.isfinite, processor.get_score(ids))):
             raise RuntimeError("a score is no finite number")

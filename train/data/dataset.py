@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.json_files import SETTINGS, read_bytes
+
 from .batch import Batch, Pair
 from .report import Report
 
@@ -117,7 +119,7 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
     if not folder.exists():
         return None
     try:
-        header: dict[str, Any] = json.loads((folder / "header.json").read_bytes())
+        header: dict[str, Any] = json.loads(read_bytes(folder / "header.json", SETTINGS))
         if header.pop("sha256_of_this") != _digest_of(header):
             raise ValueError("header.json is damaged")
         fields, sizes, fingerprint = header["report"], header["sizes"], header["fingerprint"]

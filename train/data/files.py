@@ -201,6 +201,7 @@ def _arrow(path: Path, is_file: bool) -> Iterator[Entry]:
 def _records(batch: Any) -> list[dict[str, Any]]:
     """The rows of a batch. Python's own times have no nanoseconds: such times are given as text."""
     arrow = _pyarrow("pyarrow")
+    batch.validate(full=True)  # damaged offsets reach beyond the file; raises a ValueError
     fields = [field.with_type(_without_nanoseconds(arrow, field.type)) for field in batch.schema]
     schema = arrow.schema(fields)
     return (batch if schema.equals(batch.schema) else arrow.Table.from_batches([batch]).cast(schema)).to_pylist()
