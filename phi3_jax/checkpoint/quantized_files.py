@@ -49,7 +49,7 @@ def has_integers(params: Params) -> bool:
 
 def describe(params: Params) -> dict[str, Any]:
     """What config.json says about the file, under "quantization_config"."""
-    leaves = {path: _entry(leaf) for path, leaf in _flat(params).items()}
+    leaves = {path: _entry(leaf) | {"shape": list(leaf.shape)} for path, leaf in _flat(params).items()}
     return {"quant_method": METHOD, "leaves": leaves}
 
 
@@ -97,6 +97,11 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device:
     forms = {name: _form(name, entries[name], shape, folder) for name, shape in shapes.items()}
     leaves = {}
     for name, shape in shapes.items():
+        # Packed, 40 outputs take as much room as 48: the shapes of the arrays do not tell these sizes apart.
+        if (said := entries[name].get("shape", list(shape))) != list(shape):
+            raise ValueError(
+                f"{folder}/config.json: the sizes make {name} {list(shape)}, and quantization_config says {shown(said)}"
+            )
         wanted = _wanted(forms[name], shape)
         for array, (size, dtype) in wanted.items():
             source = sources.get(f"{name}.{array}")

@@ -104,6 +104,23 @@ def test_flipped_integers_and_their_scales_are_told(int4_folder, tmp_path, layou
     phi3_jax.load(tmp_path / "q", layout=layout)
 
 
+def test_sizes_that_take_as_much_room_packed_are_told(int4_folder, tmp_path):
+    """Of 97 tokens and 40 numbers, panels of 32 have room for some more."""
+    if (reason := why_unavailable()) is not None:
+        pytest.skip(f"no kernels: {reason}")
+    phi3_jax.save(phi3_jax.load(int4_folder, layout="packed"), tmp_path / "q")
+    text = (tmp_path / "q" / "config.json").read_text()
+    for lie in ({"intermediate_size": 48}, {"vocab_size": 98}):
+        (tmp_path / "q" / "config.json").write_text(json.dumps(json.loads(text) | lie))
+        with pytest.raises(ValueError, match=r"config\.json: the sizes make .*, and quantization_config says \["):
+            phi3_jax.load(tmp_path / "q")
+    older = json.loads(text)
+    for entry in older["quantization_config"]["leaves"].values():
+        del entry["shape"]
+    (tmp_path / "q" / "config.json").write_text(json.dumps(older))
+    phi3_jax.load(tmp_path / "q")
+
+
 def test_a_flipped_adapter_is_told(tiny, tiny_folder, tmp_path):
     lora = LoraConfig(rank=3, alpha=6.0)
     save_adapter(tmp_path / "a", random_adapter(tiny.config, lora), lora, tiny.config, "x")
