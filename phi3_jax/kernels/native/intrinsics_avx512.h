@@ -8,3 +8,16 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+
+namespace phi3 {
+
+// A pair of bfloat16 in all lanes. clang 17 crashes, in an endless recursion, where it folds this into their product.
+inline __m512i everywhere(int pair) {
+  __m512i all = _mm512_set1_epi32(pair);
+#if defined(__clang__) && __clang_major__ == 17
+  asm("" : "+v"(all));
+#endif
+  return all;
+}
+
+}  // namespace phi3

@@ -12,13 +12,7 @@ struct Bf16Cells {
   static constexpr int kStep = 2;
 
   static Vec vec(const Cell* p) { return _mm512_loadu_si512(p); }
-  static Vec broadcast(const Cell* p) {
-    Vec cells = _mm512_set1_epi32(static_cast<int>(*p));
-#if defined(__clang__) && __clang_major__ == 17
-    asm("" : "+v"(cells));  // else it crashes in an endless recursion, where it folds this into a product
-#endif
-    return cells;
-  }
+  static Vec broadcast(const Cell* p) { return everywhere(static_cast<int>(*p)); }
   static V multiply_add(Vec a, Vec b, V c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }

@@ -40,7 +40,11 @@ struct V {
       _mm256_mask_storeu_epi16(out + i, to, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(in, x + i)));
     }
   }
-  static Inputs inputs(const uint16_t* p) { return (__m512bh)quad(p); }
+  static Inputs inputs(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return (__m512bh)phi3::everywhere(pair);
+  }
   static Floats dot2(Floats sum, Weights w, Inputs x) { return _mm512_dpbf16_ps(sum, x, w); }
 #else
   using Rounded = float;
