@@ -205,8 +205,7 @@ def load(
 
 def _identities(*folders: str | os.PathLike[str] | None) -> dict[Path, int | None]:
     """The folders' numbers on their disks: another one that was renamed has another number."""
-    paths = [Path(folder) for folder in folders if folder is not None]
-    return {path: path.stat().st_ino if path.is_dir() else None for path in paths}
+    return {path: path.stat().st_ino if path.is_dir() else None for path in [Path(each) for each in folders if each]}
 
 
 def save(
