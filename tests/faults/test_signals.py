@@ -184,6 +184,7 @@ def test_a_second_interrupt_ends_a_program_inside_of_compiled_code(place):
     """Python's handlers wait for the end of the call."""
     with start_script("tell(); hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**8)") as process:
         process.stdout.readline()
+        time.sleep(1)  # until it is in there
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert process.poll() is None
