@@ -77,6 +77,8 @@ class Checkpoints:
         with self._explained():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
             self._remove()
+            for step in self.steps:
+                _drop_damaged_times(self._folder, step)
         for step in self.steps:
             if (found := self._about(step)) is not None:
                 self._add_loss(step, found["eval_loss"], found["held_out"])
@@ -274,6 +276,14 @@ class _LastAndBest:
         known = [step for step in steps if step in self._losses]
         best = sorted(known, key=lambda step: (self._losses[step], step))[: self._best]
         return [step in steps[-self._last :] or step in best for step in steps]
+
+
+def _drop_damaged_times(folder: Path, step: int) -> None:
+    """Removes the file in which Orbax keeps when a checkpoint was made, if it is damaged; the folder's age then serves."""
+    try:
+        _ = ocp.path.step.standard_name_format().find_step(folder, step).commit_timestamp
+    except Exception:  # Orbax would raise it in the middle of the run, when it decides what to keep
+        (folder / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
 
 
 def _aside(step: int) -> str:

@@ -218,6 +218,19 @@ def test_no_flipped_bit_is_restored(tmp_path):
 
 
 @pytest.mark.usefixtures("_settled")
+@pytest.mark.parametrize("change", [("commit_", "commitx"), (":", ";"), ("1", "true")])
+def test_damaged_times_cost_nothing(saved, change):
+    """Orbax reads them when it decides what to keep, in the middle of a run."""
+    for path in saved.glob("*/_CHECKPOINT_METADATA"):
+        path.write_text(path.read_text().replace(*change))
+    with Checkpoints(saved, keep_last=2, keep_best=1) as checkpoints:
+        assert checkpoints.restore(like(make_state(6))).step == 6
+        checkpoints.save(7, make_state(7), RUN)
+        checkpoints.save(8, make_state(8), RUN)
+    with Checkpoints(saved, keep_last=2, keep_best=1) as checkpoints:
+        assert checkpoints.steps == [3, 7, 8]
+
+
 def test_nothing_is_set_aside_where_nothing_can_be_read(saved):
     for step in (3, 5, 6):
         remove_manifest(saved / str(step))
