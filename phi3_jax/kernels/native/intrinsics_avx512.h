@@ -11,10 +11,10 @@
 
 namespace phi3 {
 
-// A pair of bfloat16 in all lanes. clang 17 crashes, in an endless recursion, where it folds this into their product.
+// A pair of bfloat16 in all lanes. clang 16 and 17 crash, in an endless recursion, where they fold this into a product.
 inline __m512i everywhere(int pair) {
   __m512i all = _mm512_set1_epi32(pair);
-#if defined(__clang__) && __clang_major__ == 17
+#if defined(__clang__) && (__clang_major__ == 16 || __clang_major__ == 17)
   asm("" : "+v"(all));
 #endif
   return all;
