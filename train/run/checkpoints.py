@@ -279,7 +279,7 @@ class _LastAndBest:
 
 
 def _drop_damaged_times(folder: Path, step: int) -> None:
-    """Removes the file in which Orbax keeps when a checkpoint was made, if it is damaged; the folder's age then serves."""
+    """Removes Orbax's file of when a checkpoint was made, if it is damaged; the folder's age then serves."""
     try:
         _ = ocp.path.step.standard_name_format().find_step(folder, step).commit_timestamp
     except Exception:  # Orbax would raise it in the middle of the run, when it decides what to keep
