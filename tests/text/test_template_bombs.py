@@ -252,6 +252,25 @@ except OSError as error: print(error)
 
 # ---------------------------------------------------------------- the process
 
+
+def test_programs_that_change_their_surroundings(tmp_path: Path) -> None:
+    """What an import or a socket bears; and that a status is lost where nobody waits for processes."""
+    printed = program(f"""
+import socket
+sys.path[:0] = [None, os]
+os.mkdir({str(tmp_path / "x")!r})
+os.chdir({str(tmp_path / "x")!r})
+os.rmdir({str(tmp_path / "x")!r})
+socket.setdefaulttimeout(30)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print(process.run("{{{{ 1 }}}}", {{}}, 0)[0])
+try: process.run("{{{{ 'a' * 10**10 }}}}", {{}}, 0)
+except ValueError as error: print(error)
+print(process.run("{{{{ 2 }}}}", {{}}, 0)[0])
+""")
+    assert re.fullmatch(r"1\nthe chat template takes more than 1\.0 s or 150 MB of memory on .*\n2\n", printed)
+
+
 SLEEPING = "print(process.run('{{ 1 }}', {}, 0)[0], process.pid(), flush=True); time.sleep(60)"
 
 

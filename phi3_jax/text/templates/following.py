@@ -94,8 +94,7 @@ class Following(jinja2.sandbox.SandboxedEnvironment):
             args = (*colours.plain(args[:1]), *args[1:])
         elif not _keeps_colours(__obj, owner, name):
             result = super().call(__context, __obj, *colours.plain(args), **colours.plain(kwargs), **scope)
-            is_lost = isinstance(result, str) and colours.is_coloured([args, kwargs])
-            return colours.checked(None, result) if is_lost else result
+            return colours.lost(result) if colours.is_coloured([args, kwargs]) else result
         return super().call(__context, __obj, *args, **kwargs, **scope)
 
 
