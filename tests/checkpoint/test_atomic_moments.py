@@ -72,7 +72,7 @@ while True:
         shutil.rmtree(target)
     else:
         target.unlink()
-    moment += 1
+    moment += int(sys.argv[5])
 known = ["old" * 1000 if old else "", "new" * 1000]
 assert [each for each in outcomes if each not in known] == []
 assert outcomes == sorted(outcomes, key=known.index), "it appears once"
@@ -80,9 +80,11 @@ print(moment)
 """
 
 
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize(("kind", "before"), [("new_file", "old"), ("new_folder", "nothing")])
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_the_next_writer_nothing_else(tmp_path, kind, before):
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_the_next_writer_nothing_else(tmp_path, kind, before, step):
     command = [sys.executable, "-c", MOMENTS, atomic_write.__file__, str(tmp_path / "out" / "name"), kind, before]
+    command += [str(step)]
     (tmp_path / "out").mkdir()
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
