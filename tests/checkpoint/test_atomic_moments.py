@@ -1,6 +1,7 @@
 """Kills at every moment of writing, several processes, and what may stand in the way."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -128,6 +129,24 @@ def test_a_second_writer_is_refused_at_once_and_what_lives_is_not_removed(tmp_pa
     with new_folder(tmp_path / "third", 0):
         pass
     assert sorted(os.listdir(tmp_path)) == ["other", "third"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_disk_without_locks_is_written_to_and_what_may_live_there_is_not_removed(tmp_path, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with new_file(tmp_path / "model", overwrite=True) as partial:
+        partial.write_text("whole")
+        # Also where it would wait for one who has the lock.
+        other = new_file(tmp_path / "model", overwrite=True)
+        with pytest.raises(OSError, match=rf"\.partial: of process {os.getpid()} on .*remove that folder"), other:
+            pass
+    with new_folder(tmp_path / "left", 0), reserved(tmp_path / "another"):
+        assert len(os.listdir(tmp_path)) == 3  # of the two, and the file
+    assert sorted(os.listdir(tmp_path)) == ["left", "model"]
+    assert (tmp_path / "model").read_text() == "whole"
 
 
 @pytest.mark.usefixtures("_impatient")
