@@ -82,14 +82,30 @@ def _check_base(base: Path) -> None:
     state = base.stat()
     if state.st_uid not in (os.geteuid(), 0):
         raise UntrustedError(f"{base} belongs to user {state.st_uid}; set XDG_CACHE_HOME to a folder of your own")
-    # Many systems give each user a group that has the user's number and no other member.
-    own_group = state.st_gid == state.st_uid == os.geteuid()
-    loose = stat.S_IWOTH | (0 if own_group else stat.S_IWGRP)
+    loose = stat.S_IWOTH | (0 if _is_of_user_alone(state.st_gid) else stat.S_IWGRP)
     if state.st_mode & loose and not state.st_mode & stat.S_ISVTX:
         raise UntrustedError(
             f"others may write to {base}, and so could replace what is kept there and run; "
             f"do: chmod go-w {base}, or set XDG_CACHE_HOME to another folder"
         )
+
+
+def _is_of_user_alone(group: int) -> bool:
+    """Whether it is the group of the user's number or name that many systems give to each user, without others in it.
+
+    With such groups, folders are often writable by the group.
+    """
+    user = os.geteuid()
+    if group == user:
+        return True
+    import grp  # not on Windows
+    import pwd
+
+    try:
+        name, found = pwd.getpwuid(user).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == name and set(found.gr_mem) <= {name}
 
 
 def _written_by_others(folder: Path) -> bool:

@@ -1,6 +1,9 @@
 """The cache folder: where it is, and that what others could have written there is not trusted."""
 
+import contextlib
+import grp
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,21 @@ def test_folders_are_made_for_the_user_alone_whatever_the_mask(base):
         os.umask(before)
     for folder in (made, made.parent, made.parent.parent, base):
         assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@needs_root
+def test_a_group_of_the_users_name_alone_may_write_to_the_folder_above(base, monkeypatch):
+    os.chown(base, 0, 54321)
+    base.chmod(0o775)
+    me = pwd.getpwuid(0).pw_name
+    for name, members, is_own in [(me, [], True), (me, [me], True), (me, [me, "eve"], False), ("staff", [], False)]:
+        monkeypatch.setattr(grp, "getgrgid", lambda _, g=(name, "x", 54321, members): grp.struct_group(g))
+        with contextlib.nullcontext() if is_own else pytest.raises(UntrustedError, match="do: chmod go-w"):
+            private()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    with pytest.raises(UntrustedError, match="others may write to"):  # there is no such group
+        private()
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o757, 0o1777, 0o720])
