@@ -120,6 +120,8 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
         return None
     try:
         header: dict[str, Any] = json.loads(read_bytes(folder / "header.json", SETTINGS))
+        if "sha256_of_this" not in header:
+            raise ValueError("of an earlier version, without checksums")
         if header.pop("sha256_of_this") != _digest_of(header):
             raise ValueError("header.json is damaged")
         fields, sizes, fingerprint = header["report"], header["sizes"], header["fingerprint"]
@@ -141,10 +143,8 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
         report = Report(**fields)
     except FileNotFoundError as error:
         raise ValueError(f"{Path(error.filename).name} is missing") from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("header.json is damaged") from None
-    except (KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError("header.json is damaged, or of an earlier version") from None
     return Dataset(report, fingerprint, sequence_length, preferences, arrays)
 
 
