@@ -11,6 +11,21 @@ import pytest
 
 import phi3_jax
 from phi3_jax.checkpoint import as_floats
+from phi3_jax.command_line import program
+
+
+def test_a_text_may_come_from_a_pipe_but_must_end(tmp_path, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\xe2\x82\xac")
+    assert program.read_text(str(path)) == "one\ntwo€"
+    reading, writing = os.pipe()
+    os.write(writing, b"three")
+    os.close(writing)
+    assert program.read_text(f"/dev/fd/{reading}") == "three"
+    os.close(reading)
+    monkeypatch.setattr(program, "_LONGEST_TEXT", 1000)
+    with pytest.raises(ValueError, match=r"^/dev/zero: longer than 1000 bytes"):
+        program.read_text("/dev/zero")
 
 
 def export(*arguments):
