@@ -14,7 +14,7 @@ SEED := 0
 COVERAGE := 60
 KILLS := 60
 SIGNALS := 150
-FAULTS := $(wildcard tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py)
+FAULTS := tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py
 
 .PHONY: demo finetune-demo qlora-demo test test-slow fuzz lint parity test-accelerators clean
 
@@ -52,7 +52,7 @@ fuzz: $(VENV)/.test
 	@if $(BIN)/pip install -q -e '.[fuzz]' 2>/dev/null; then \
 	  for each in gguf safetensors; do $(BIN)/python tests/faults/fuzz_headers.py $$each $(COVERAGE) || exit 1; done; \
 	else echo "atheris cannot be installed here: the readers of headers are not fuzzed by coverage"; fi
-	$(if $(FAULTS),PHI3_FAULTS_KILLS=$(KILLS) PHI3_FAULTS_SIGNALS=$(SIGNALS) $(BIN)/python -m pytest -q -m slow $(FAULTS))
+	PHI3_FAULTS_KILLS=$(KILLS) PHI3_FAULTS_SIGNALS=$(SIGNALS) $(BIN)/python -m pytest -q -m slow $(FAULTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

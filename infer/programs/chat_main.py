@@ -192,6 +192,7 @@ def converse(chat: Chat) -> None:
 
 def main() -> int:
     """Loads, then answers line by line."""
+    common.check()
     tools = common.tools()
     grammar = common.grammar(tools)  # raises before the model is loaded
     checkpoint = common.load_checkpoint()

@@ -244,6 +244,14 @@ def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:
     return Grammar.choice(CHOICE.value) if CHOICE.value else None
 
 
+def check() -> None:
+    """Raises ValueError, before a model is loaded, for what none can do."""
+    sampling()
+    Options(deadline=DEADLINE.value)
+    if GUESSES.value is not None and SPECULATE.value is None:
+        raise ValueError("--guesses needs --speculate")
+
+
 def settings() -> dict[str, object]:
     """All shared flags that differ from their defaults, for comparing two runs."""
     holders = [holder for topic in TOPICS.values() for holder in topic]
@@ -252,8 +260,6 @@ def settings() -> dict[str, object]:
 
 def _speculation(checkpoint: phi3_jax.Checkpoint) -> PromptLookup | DraftModel | None:
     if SPECULATE.value is None:
-        if GUESSES.value is not None:
-            raise ValueError("--guesses needs --speculate")
         return None
     guesses = {} if GUESSES.value is None else {"guesses": GUESSES.value}
     if SPECULATE.value == "lookup":

@@ -88,6 +88,7 @@ _FOR_BEAMS = ("Model", "Speed and memory")  # topics of the shared flags that be
 def main() -> int:
     """Loads, answers, reports."""
     _check_flags()
+    common.check()
     if _INPUT.value and _OUTPUT.value:
         return answer_file(Path(_INPUT.value), Path(_OUTPUT.value))
     text, tools = _prompt_text(), common.tools() if _CHAT.value else None

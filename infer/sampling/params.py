@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from phi3_jax.json_files import shown
+
 # Lists of ids are padded to a power of two, and to at least this, so that most batches run the same program.
 _SMALLEST_LIST = 8
 
@@ -58,11 +60,11 @@ class Sampling:
     def __post_init__(self) -> None:
         def check(name: str, good: Callable[[Any], bool], range_: str) -> None:
             if (value := getattr(self, name)) is not None and not good(value):
-                raise ValueError(f"{name}={value} must be {range_}")
+                raise ValueError(f"{name}={shown(value)} must be {range_}")
 
         # Smaller temperatures and larger biases would overflow in float32.
         check("temperature", lambda x: x == 0 or 1e-30 <= x < math.inf, "0 (greedy) or a positive number")
-        check("top_k", lambda x: _is_count(x) and x > 0, "a whole number of at least 1, or None")
+        check("top_k", lambda x: _is_count(x) and x > 0, "a whole number of at least 1 and below 2**31, or None")
         check("top_p", lambda x: 0 < x <= 1, "in (0, 1], or None")
         check("min_p", lambda x: 0 <= x <= 1, "in [0, 1], or None")
         check("typical_p", lambda x: 0 < x <= 1, "in (0, 1], or None")
@@ -70,14 +72,14 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, lambda x: -2 <= x <= 2, "in [-2, 2]")
         for name in ("banned_tokens", "forced_tokens", "logit_bias"):
-            check(name, lambda ids: all(map(_is_count, ids)), "token ids of at least 0")
+            check(name, lambda ids: all(map(_is_count, ids)), "token ids of at least 0 and below 2**31")
         check(
             "logit_bias",
             lambda bias: all(abs(x) <= 1e30 for x in bias.values()),
             "of finite numbers; ban tokens instead",
         )
         for name in ("no_repeat_ngram_size", "min_new_tokens"):
-            check(name, _is_count, "a whole number of at least 0")
+            check(name, _is_count, "a whole number of at least 0 and below 2**31")
         check("seed", lambda x: _is_count(x, 2**32), "a whole number in [0, 2**32)")
 
 

@@ -53,13 +53,14 @@ class _Interrupts:
 
     def install(self) -> None:
         """From now on our handlers are called, in the main thread, which calls this."""
+        self._wakeup = signal.set_wakeup_fd(-1)  # raises ValueError in another thread, before anything is changed
         self.asked, self._raises, self._is_lost = None, True, False
         self._main = threading.get_ident()
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         threading.Thread(target=self._watch, args=[reading], daemon=True).start()
         self._hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
-        self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._before[_POKE] = signal.signal(_POKE, self._on_poke)
         for number in _SIGNALS:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):

@@ -35,11 +35,12 @@ def test_a_checksum_is_zlibs_over_bytes_and_description(monkeypatch):
     assert checksums.tensor_crc32("a.b", array.T.copy().T) == expected  # another order in memory, the same tensor
     assert checksums.tensor_crc32("a.b", array.reshape(31, 29)) != expected
     assert checksums.crc32(np.zeros((0, 3), np.float16)) == zlib.crc32(b"")
-    monkeypatch.setattr(checksums, "_CHUNK", 1000)
     raw = array.tobytes()
-    parts = [zlib.crc32(raw[i : i + 1000]).to_bytes(4, "little") for i in range(0, len(raw), 1000)]
-    assert len(parts) > 2
-    assert checksums.crc32(array) == zlib.crc32(b"".join(parts))
+    for size, count in ((1000, 4), (2000, 2), (len(raw), 1)):
+        monkeypatch.setattr(checksums, "_CHUNK", size)
+        parts = [zlib.crc32(raw[i : i + size]).to_bytes(4, "little") for i in range(0, len(raw), size)]
+        assert len(parts) == count
+        assert checksums.crc32(array) == (zlib.crc32(b"".join(parts)) if count > 1 else zlib.crc32(raw))
 
 
 def test_flipped_weights_of_exported_folders_are_told(tiny_folder):

@@ -102,7 +102,7 @@ def what_is_wrong(code: int, errors: str, number: signal.Signals, seconds: float
         if not line.startswith(("phi3-", "prefill ", "stopped after ", str(output)))
     ]
     wrong += [f"it says {strange}"] if strange else []
-    left = [str(path) for path in output.rglob(".*-????????")]
+    left = [str(path) for path in output.rglob(".*.partial")]
     return wrong + ([f"it leaves {left}"] if left else [])
 
 

@@ -215,6 +215,9 @@ def test_a_failed_build_is_remembered_until_something_changes(fake_compiler, mon
         "echo 'x.cpp:1: fatal error: error writing to /tmp/x.s: No space left on device' >&2; exit 1",
         "echo 'cc1plus: out of memory allocating 65536 bytes after a total of 1 bytes' >&2; exit 1",
         "echo 'LLVM ERROR: IO failure on output stream: Disk quota exceeded' >&2; exit 1",
+        "echo \"collect2: fatal error: cannot find 'ld'\" >&2; exit 1",  # PATH lacks it
+        "echo 'x.cpp:1:10: fatal error: algorithm: No such file or directory' >&2; exit 1",
+        "echo \"x.cpp:1:10: fatal error: 'algorithm' file not found\" >&2; exit 1",
         "exec sleep 9",
     ],
 )

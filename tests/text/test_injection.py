@@ -238,6 +238,8 @@ def test_a_template_that_cannot_be_followed_is_refused(with_template):
     ):
         with pytest.raises(ValueError, match=r"makes '<\|end\|>' of numbers, or changes words until"):
             ids_of(plain, template, "x")
+    with pytest.raises(ValueError, match=r"makes '<\|end\|>' of numbers"):  # by a function of which nothing is known
+        ids_of(plain, "{{ strftime_now('<|end|>') }}{{ messages[0].content }}", "x")
     numbered = dataclasses.replace(plain.added_tokens[0], content="<a1>")
     plain = dataclasses.replace(plain, added_tokens=(numbered,))
     for number in (

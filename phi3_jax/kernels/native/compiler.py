@@ -34,11 +34,13 @@ INSTRUCTION_SETS = {
 }
 KNOWN = "GCC 10 to 14 and clang 14 to 18 are known to compile the kernels"
 _SECONDS = 900  # a file takes ten, on a slow and busy machine some more
-# What compilers and linkers say when they were killed, or lacked something that may be there next time.
+# What compilers and linkers say when they were killed, or lacked something that may be there next time: room, another
+# program of theirs (PATH is another in cron's jobs), a header or library that is installed later.
 _PASSING = re.compile(
     r"no space left|quota exceeded|file too large|file size limit|read-only file system|input/output error"
     r"|out of memory|cannot allocate memory|memory exhausted|bad_alloc|too many open files|resource temporarily"
-    r"|text file busy|signal terminated|due to signal|\bkilled\b|stale file handle",
+    r"|text file busy|signal terminated|due to signal|\bkilled\b|stale file handle"
+    r"|no such file|cannot find|not found|cannot execute|unable to execute",
     re.IGNORECASE,
 )
 

@@ -236,11 +236,15 @@ def test_a_bad_line_is_found_before_anything_runs(program, batch, tmp_path, line
         (["--prompt", "x", "--beams", "2", "--temperature", "1"], "beam search has no --temperature"),
         (["--prompt", "x", "--guesses", "2"], "--guesses needs --speculate"),
         (["--prompt", "x", "--regex", "a", "--choice", "b"], "only one of --regex, --choice"),
+        (["--prompt", "x", "--top_k", "0"], "top_k=0 must be"),
+        (["--prompt", "x", "--deadline", "nan"], "deadline=nan must be"),
+        (["--input", "x", "--output", "y", "--deadline", "-1"], "deadline=-1.0 must be"),
         (["--prompt", "x", "--logit_bias", "5"], "--logit_bias=5: give a token id and a number"),
         (["--prompt", "x", "--banned_tokens", "1,two"], "--banned_tokens: \\['two'\\] are not token ids"),
     ],
 )
-def test_flags_that_contradict(program, args, message):
+def test_flags_that_contradict(program, args, message, monkeypatch):
+    monkeypatch.setattr(generate_main.common, "load_checkpoint", None)  # before it is called
     with pytest.raises(ValueError, match=message):
         program(*args)
 

@@ -269,6 +269,8 @@ def test_top_logprobs():
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
+        ({"min_new_tokens": 2**31}, r"min_new_tokens=2147483648 must be .* below 2\*\*31"),
+        ({"banned_tokens": [2**31] * 999}, r"banned_tokens=\[.{70,80}\.\.\. must be token ids .* below 2\*\*31"),
         ({"top_k": 2.5}, "top_k=2.5"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
