@@ -82,12 +82,12 @@ def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: b
             _require_room(target, size)
             yield new
             new.chmod(0o600 if private else 0o666 & ~_umask())
-            _sync(new)
+            sync(new)
             if overwrite:
                 os.replace(new, place)
             else:
                 rename_new(new, place)
-            _sync(place.parent)
+            sync(place.parent)
 
 
 @contextlib.contextmanager
@@ -111,10 +111,10 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
             new.chmod(0o777 & ~_umask())
             for folder, _, names in os.walk(new, topdown=False):
                 for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
+                    sync(Path(folder, name))
+                sync(Path(folder))
             rename_new(new, target)
-            _sync(target.parent)
+            sync(target.parent)
 
 
 def remove_partials(folder: Path) -> None:
@@ -294,7 +294,7 @@ def _renameat2(one: Path, other: Path, flags: int) -> bool:
     return False  # whatever the reason: os.rename, which comes next, knows it or does not need it
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk: so a power cut leaves nothing empty."""
     if path.is_symlink():
         return
