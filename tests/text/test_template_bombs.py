@@ -204,6 +204,11 @@ def test_the_message_names_the_file() -> None:
                 function(small_tokenizer(template), HELLO["messages"])
 
 
+def test_the_message_is_one_line_of_text() -> None:
+    with pytest.raises(ValueError, match=r"refuses these messages: \ufffd\[2Ja \ufffd b \u2603$"):
+        render_chat(small_tokenizer("{{ raise_exception('\\x1b[2Ja\\r\\n\\ud800\\tb \u2603') }}"), HELLO["messages"])
+
+
 def test_a_tokenizer_loads_with_a_bomb() -> None:
     """What its template writes decides which tokens are special; of a bomb everything counts as written."""
     for template in (DEEP[0], DEEP[10], "x" * 200_000):

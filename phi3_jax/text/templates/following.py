@@ -71,11 +71,11 @@ class Following(jinja2.sandbox.SandboxedEnvironment):
         if super().wrap_str_format(value) is None:
             return None
         text, colours = value.__self__, self._colours
-        on_plain = super().wrap_str_format(getattr(colours.plain(text), value.__name__))
-        assert on_plain is not None
+        format_plain = super().wrap_str_format(getattr(colours.plain(text), value.__name__))
+        assert format_plain is not None
 
         def wrapper(*args: Any, **kwargs: Any) -> str:
-            expected = on_plain(*colours.plain(args), **colours.plain(kwargs))
+            expected = format_plain(*colours.plain(args), **colours.plain(kwargs))
             given = args[0] if value.__name__ == "format_map" else kwargs
             return str(colours.format(text, args, given, expected))
 
