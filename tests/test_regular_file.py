@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from phi3_jax.json_files import read_object
 from phi3_jax.regular_file import require_regular
 
 
@@ -39,3 +40,14 @@ def test_pipes_devices_sockets_and_folders_are_named(tmp_path, monkeypatch):
         }.items():
             with pytest.raises(ValueError, match=f"^{path}: is {what}; a regular file is needed here$"):
                 require_regular(Path(path))
+
+
+@pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])
+def test_a_pipe_that_a_shell_has_opened_is_read(folder):
+    if not Path(folder).exists():
+        pytest.skip(f"there is no {folder}")
+    read, write = os.pipe()
+    with os.fdopen(read), os.fdopen(write, "w") as file:
+        file.write('{"a": [1]}')
+        file.close()
+        assert read_object(Path(folder, str(read))) == {"a": [1]}
