@@ -331,3 +331,13 @@ def test_a_full_disk_is_not_remembered(fake_compiler):
     assert "No space left on device; the next start tries again" in done.stderr
     assert done.stdout.endswith("/portable.so\n")
     assert ".failed" not in done.stdout
+
+
+def test_a_library_and_its_record_are_on_the_disk_when_they_are_kept(tmp_path, monkeypatch):
+    made, library, synced = tmp_path / "made", tmp_path / "portable.so", []
+    made.write_bytes(b"code")
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    stored.keep(made, library)
+    assert stored.problem(library) is None
+    order = [library, tmp_path, library.with_suffix(".json"), tmp_path]
+    assert synced == [path.stat().st_ino for path in order]

@@ -40,7 +40,7 @@ _PASSING = re.compile(
     r"no space left|quota exceeded|file too large|file size limit|read-only file system|input/output error"
     r"|out of memory|cannot allocate memory|memory exhausted|bad_alloc|too many open files|resource temporarily"
     r"|text file busy|signal terminated|due to signal|\bkilled\b|stale file handle"
-    r"|no such file|cannot find|not found|cannot execute|unable to execute",
+    r"|no such file|cannot find|(file|library|command)( '\S+')? not found|cannot execute|unable to execute",
     re.IGNORECASE,
 )
 

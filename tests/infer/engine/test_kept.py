@@ -6,6 +6,7 @@ import pytest
 
 from phi3_jax.infer import Options, Run, beam, beam_search
 from phi3_jax.infer.engine import kept, run
+from phi3_jax.infer.engine.buckets import padded_length, room_for
 
 
 def test_programs_of_so_many_sizes_are_kept(monkeypatch):
@@ -18,6 +19,16 @@ def test_programs_of_so_many_sizes_are_kept(monkeypatch):
         assert np.array_equal(add(np.zeros(rows)), np.ones(rows))
         compiled.append(add._cache_size())
     assert compiled == [1, 2, 2, 1, 2]
+
+
+def test_lines_that_are_answered_one_by_one_are_not_compiled_again_and_again():
+    """Prompts of 4 to 450 tokens, and their own limits."""
+    options = Options()
+    lengths, limits = (4, 9, 20, 40, 90, 150, 300, 450), (4, 140, 270, 400)
+    sizes = {
+        (padded_length(n, options.prefill_chunk), room_for(n, limit, options)) for n in lengths for limit in limits
+    }
+    assert 20 < len(sizes) <= kept.MOST
 
 
 class SizeTold(Exception):  # noqa: N818
