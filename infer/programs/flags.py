@@ -213,6 +213,7 @@ def _read_tools(path: str) -> list[Any]:
         raise ValueError(f"{path}: not a JSON file with a list of functions: {error}") from None
 
 
+@functools.lru_cache(maxsize=1)  # a pipe can be read once only
 def _read_schema(path: str) -> str:
     """The text of a schema. Raises ValueError, with the file's name, if it is no JSON."""
     data = read_bytes(Path(path), SETTINGS)

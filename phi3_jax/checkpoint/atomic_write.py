@@ -127,8 +127,7 @@ def remove_partials(folder: Path) -> None:
 def _remove_if_left(partial: Path) -> None:
     found = _PARTIAL.fullmatch(partial.name)
     with contextlib.suppress(OSError):  # another's, which we may not write
-        writer = _writer(partial)
-        is_of_here = found is not None and (found[1] == _machine() or platform.node() in writer[1:])
+        is_of_here = found is not None and (found[1] == _machine() or _is_of_before(partial))
         if is_of_here and not partial.is_symlink() and partial.stat().st_uid == os.geteuid():
             lock = _lock(partial)
             try:
@@ -230,6 +229,15 @@ def _writer(partial: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return (partial / _LOCK).read_text(encoding="utf-8", errors="replace")[:300].split()
     return []
+
+
+def _is_of_before(partial: Path) -> bool:
+    """Whether this machine has left it before it was started again; another one of its name would go on writing."""
+    if platform.node() not in _writer(partial)[1:]:
+        return False
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    started = time.time() - time.clock_gettime(clock)
+    return all(path.lstat().st_mtime < started for path in (partial, *partial.rglob("*")))
 
 
 def _process(partial: Path) -> str:

@@ -170,21 +170,24 @@ def test_what_is_reserved_is_written_only_by_who_has_reserved_it(tmp_path):
 
 
 def test_work_of_another_machine_is_left_alone(tmp_path, monkeypatch):
-    for machine, node in (("00000000", "elsewhere"), ("11111111", os.uname().nodename)):
+    node = os.uname().nodename
+    for machine, name, is_old in (("00000000", "elsewhere", 1), ("11111111", node, 1), ("22222222", node, 0)):
         monkeypatch.setattr(atomic_write, "_machine", lambda machine=machine: machine)
         partial = tmp_path / f".a.{machine}.partial"
         partial.mkdir()
-        (partial / "lock").write_text(f"17 {node}\n")
+        (partial / "lock").write_text(f"17 {name}\n")
         (partial / "new").write_text("half")
+        for path in (partial, partial / "lock", partial / "new")[: 3 * is_old]:
+            os.utime(path, (946684800, 946684800))
     monkeypatch.undo()
     (tmp_path / ".notes.partial").mkdir()  # of other programs
     (tmp_path / ".notes.12345678.partial").write_text("")
     (tmp_path / ".a-abcdefgh").write_text("")
     with new_file(tmp_path / "a") as partial:
         partial.write_text("")
-    # The second is of this machine before it was started again.
+    # The second is of this machine before it was started again, the third of another one of its name.
     assert sorted(os.listdir(tmp_path)) == [
-        ".a-abcdefgh", ".a.00000000.partial", ".notes.12345678.partial", ".notes.partial", "a",
+        ".a-abcdefgh", ".a.00000000.partial", ".a.22222222.partial", ".notes.12345678.partial", ".notes.partial", "a",
     ]  # fmt: skip
 
 

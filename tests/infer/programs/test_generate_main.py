@@ -75,10 +75,13 @@ def test_tokens_by_number(program, demo):
     assert program("--prompt", PROMPT, "--max_new_tokens", "1", "--logit_bias", f"{rome}=1e4") == " Rome\n"
 
 
-def test_a_json_schema(program, tmp_path):
+def test_a_json_schema_from_a_pipe(program):
     schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
-    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
-    assert json.loads(program(*CHAT, "--json_schema", str(tmp_path / "schema.json")))["city"] in ("Paris", "Rome")
+    read, write = os.pipe()  # as by a shell's <(...)
+    with os.fdopen(read), os.fdopen(write, "w") as file:
+        file.write(json.dumps({**schema, "additionalProperties": False}))
+        file.close()
+        assert json.loads(program(*CHAT, "--json_schema", f"/dev/fd/{read}"))["city"] in ("Paris", "Rome")
 
 
 def test_special_tokens_in_the_prompt(program):
