@@ -34,6 +34,21 @@ def test_only_the_main_thread_can_handle_signals():
     assert sys.unraisablehook is hook
 
 
+def test_only_ctrl_c_is_forgotten(monkeypatch):
+    monkeypatch.setattr(interrupts._interrupts, "asked", None)  # which it is again afterwards
+    with interrupts.handled():
+        with interrupts.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.asked() == signal.SIGINT
+        interrupts.forget()
+        assert interrupts.asked() is None
+        with interrupts.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+        interrupts.forget()
+        pytest.fail("the program would go on")
+    assert interrupts.asked() == signal.SIGTERM
+
+
 def export(*arguments):
     command = [sys.executable, "-m", "phi3_jax.infer.programs.export_main", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
