@@ -154,7 +154,8 @@ class Phi3Config:
 
 
 _IN_FLOAT32 = f"that float32 holds ({SMALLEST:.2g} to {LARGEST:.2g})"
-_COUNTS = (
+# What the shapes of the weights follow from.
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -162,8 +163,8 @@ _COUNTS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "max_position_embeddings",
 )
+_COUNTS = (*SIZES, "max_position_embeddings")
 
 
 def _problems(config: Phi3Config) -> list[str]:

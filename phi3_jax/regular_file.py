@@ -17,13 +17,18 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
+_OPEN = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
+
 
 def require_regular(path: Path) -> None:
     """Raises ValueError, naming what `path` is, unless it is a file or a link to one; FileNotFoundError stays itself.
 
-    Nothing is opened: opening a pipe waits for whoever writes to it, and a device may never end.
+    Nothing is opened: opening a pipe waits for whoever writes to it, and a device may never end. A pipe that is open
+    already, as a shell's <(...) and | /dev/stdin, passes: its writer is known.
     """
     kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind == stat.S_IFIFO and str(path).startswith(_OPEN):
+        return
     if kind != stat.S_IFREG:
         raise ValueError(f"{path}: is {KINDS.get(kind, 'no regular file')}; a regular file is needed here")
 

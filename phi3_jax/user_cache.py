@@ -2,7 +2,7 @@
 
 Kernels and compiled programs are kept in it, and they are run: who can write there could have any code run by the user.
 So the folder and those below it belong to the user, or to root as in the image of a container, and nobody else may
-write there.
+write there, but the group of this user alone.
 """
 
 from __future__ import annotations
@@ -82,10 +82,7 @@ def _check_base(base: Path) -> None:
     state = base.stat()
     if state.st_uid not in (os.geteuid(), 0):
         raise UntrustedError(f"{base} belongs to user {state.st_uid}; set XDG_CACHE_HOME to a folder of your own")
-    # Many systems give each user a group that has the user's number and no other member.
-    own_group = state.st_gid == state.st_uid == os.geteuid()
-    loose = stat.S_IWOTH | (0 if own_group else stat.S_IWGRP)
-    if state.st_mode & loose and not state.st_mode & stat.S_ISVTX:
+    if _others_may_write(state) and not state.st_mode & stat.S_ISVTX:
         raise UntrustedError(
             f"others may write to {base}, and so could replace what is kept there and run; "
             f"do: chmod go-w {base}, or set XDG_CACHE_HOME to another folder"
@@ -101,7 +98,27 @@ def _written_by_others(folder: Path) -> bool:
         raise NotADirectoryError(f"{folder} is not a folder; remove it, or set XDG_CACHE_HOME elsewhere")
     if state.st_uid not in (os.geteuid(), 0):
         raise UntrustedError(f"{folder} belongs to user {state.st_uid}; set XDG_CACHE_HOME to a folder of your own")
-    return bool(state.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+    return _others_may_write(state)
+
+
+def _others_may_write(state: os.stat_result) -> bool:
+    return bool(state.st_mode & (stat.S_IWOTH | (0 if _is_of_user_alone(state.st_gid) else stat.S_IWGRP)))
+
+
+def _is_of_user_alone(group: int) -> bool:
+    """Whether it is the group of the user's number or name that many systems give to each user, without others in it.
+
+    With such groups, folders are often writable by the group.
+    """
+    import grp  # not on Windows
+    import pwd
+
+    user = os.geteuid()
+    try:
+        name, found = pwd.getpwuid(user).pw_name, grp.getgrgid(group)
+    except KeyError:  # as in many a container
+        return group == user
+    return (group == user or found.gr_name == name) and set(found.gr_mem) <= {name}
 
 
 def _replace(folder: Path) -> None:

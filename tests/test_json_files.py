@@ -41,7 +41,7 @@ LIES: dict[str, tuple[str | bytes, str]] = {
     "400 digits": ('{"a": 1' + 400 * "0" + "}", "of 401 characters does not fit into 64 bits"),
     "5000 digits": ('{"a": -1' + 5000 * "0" + "}", "of 5002 characters does not fit into 64 bits"),
     "lists without end": ('{"a": ' + 100_000 * "[", "nested too deeply"),
-    "deep objects": ('{"a": ' * 300 + "1" + "}" * 300, "nested too deeply, in more than 100"),
+    "deep objects": ('{"a": ' * 300 + "1" + "}" * 300, "nested too deeply, in more than 128"),
     "many": ('{"a": [' + "[]," * 1_000_001 + "[]]}", "more than 1000000 lists and objects"),
     "half a pair": ('{"a": {"b\\ud800": 1}}', "half of a surrogate pair"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "written in UTF-16; save it in UTF-8"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from phi3_jax import regular_file
+from phi3_jax.json_files import read_object
 from phi3_jax.regular_file import require_regular
 
 
@@ -54,3 +55,14 @@ def test_a_text_may_come_from_a_pipe_but_must_end(tmp_path, monkeypatch):
     monkeypatch.setattr(regular_file, "_LONGEST_TEXT", 1000)
     with pytest.raises(ValueError, match=r"^/dev/zero: longer than 1000 bytes"):
         regular_file.read_text("/dev/zero")
+
+
+@pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])
+def test_a_pipe_that_a_shell_has_opened_is_read(folder):
+    if not Path(folder).exists():
+        pytest.skip(f"there is no {folder}")
+    read, write = os.pipe()
+    with os.fdopen(read), os.fdopen(write, "w") as file:
+        file.write('{"a": [1]}')
+        file.close()
+        assert read_object(Path(folder, str(read))) == {"a": [1]}

@@ -1,12 +1,15 @@
 """The cache folder: where it is, and that what others could have written there is not trusted."""
 
+import contextlib
+import grp
 import os
+import pwd
 from pathlib import Path
 
 import pytest
 
 from phi3_jax import user_cache
-from phi3_jax.user_cache import UntrustedError, cache_folder, private_cache_folder
+from phi3_jax.user_cache import UntrustedError, cache_folder, check_private, private_cache_folder
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
 
@@ -52,11 +55,37 @@ def test_folders_are_made_for_the_user_alone_whatever_the_mask(base):
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o757, 0o1777, 0o720])
+@needs_root
+@pytest.mark.parametrize("name_of", [".", "phi3_jax"])
+def test_a_group_of_the_users_name_alone_may_write(name_of, base, monkeypatch):
+    (private() / "kept").write_text("")
+    os.chown(base / name_of, 0, 54321)
+    (base / name_of).chmod(0o775)
+    me = pwd.getpwuid(0).pw_name
+    for name, members, is_own in [(me, [], True), (me, [me], True), (me, [me, "eve"], False), ("staff", [], False)]:
+        monkeypatch.setattr(grp, "getgrgid", lambda _, g=(name, "x", 54321, members): grp.struct_group(g))
+        with contextlib.nullcontext() if is_own else pytest.raises(UntrustedError, match="do: chmod go-w"):
+            check_private(base / name_of)
+        assert not is_own or os.listdir(private()) == ["kept"]
+    monkeypatch.undo()
+    with pytest.raises(UntrustedError, match="others may write to"):  # there is no such group
+        check_private(base / name_of)
+
+
+@pytest.mark.parametrize(
+    ("mode", "group"),
+    [
+        (0o757, -1),
+        (0o1777, -1),
+        pytest.param(0o770, 54321, marks=needs_root),
+        pytest.param(0o720, 54321, marks=needs_root),
+    ],
+)
 @pytest.mark.parametrize("name", ["phi3_jax", "phi3_jax/kernels", "phi3_jax/kernels/key"])
-def test_what_others_could_write_is_replaced_by_an_empty_folder(name, mode, base):
+def test_what_others_could_write_is_replaced_by_an_empty_folder(name, mode, group, base):
     (private() / "planted.so").write_text("")
     (base / name / "folder").mkdir()
+    os.chown(base / name, -1, group)
     (base / name).chmod(mode)
     told = []
     assert list(private(told).iterdir()) == []

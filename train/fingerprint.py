@@ -10,7 +10,8 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,9 +52,20 @@ def of_config(config: Phi3Config) -> str:
     return of_text(repr([(field.name, value) for field, value in fields if value != field.default]))
 
 
+def of_files(paths: Iterable[Path]) -> list[str]:
+    """The SHA-256 of each file, in hexadecimal digits. Raises OSError."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(_of_file, paths))
+
+
 def of_text(text: str) -> str:
     """The fingerprint of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:_LETTERS]
+
+
+def _of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pieces(leaf: Any) -> Iterator[np.ndarray]:

@@ -34,8 +34,8 @@ from phi3_jax.text import Tokenizer
 _JSON_SPACE = r" |\n {0,24}"
 # The entry of a token that prints nothing when it is the first one: it is only the space that is dropped.
 _NOTHING = -1
-# What a schema may be: llguidance takes 128 objects and arrays inside of one another.
-_MOST_NESTED, _LONGEST_SCHEMA = 120, 1 << 22  # characters of JSON
+_MOST_NESTED = 120  # llguidance takes schemas with 128 objects and arrays inside of one another
+_LONGEST = 1 << 22  # characters, of which llguidance takes 150 bytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,21 @@ class Grammar:
 
     Attributes:
       source: the JSON text of the schema, the pattern, or the options as a JSON list.
+
+    Raises:
+      ValueError: the source is too long; for a schema also as `json_schema`.
     """
 
     kind: Literal["json_schema", "regex", "choice"]
     source: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a source that is too long, or nested too deeply."""
+        if len(self.source) > _LONGEST:
+            name = "schema" if self.kind == "json_schema" else self.kind
+            raise ValueError(f"the {name} has {len(self.source)} characters, more than {_LONGEST}; make it shorter")
+        if self.kind == "json_schema":
+            _check_depth(self.source)
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
@@ -69,7 +80,6 @@ class Grammar:
                 raise ValueError(f"the schema cannot be written as JSON: {error}") from error
             except RecursionError:
                 raise ValueError(f"the schema is nested more than {_MOST_NESTED} times; make it flatter") from None
-        _check_size(schema)
         return cls("json_schema", schema)
 
     @classmethod
@@ -85,10 +95,8 @@ class Grammar:
         return cls("choice", json.dumps(list(options)))
 
 
-def _check_size(schema: str) -> None:
-    """Raises ValueError for JSON that is too long, or nested too deeply for those who read it by calling themselves."""
-    if len(schema) > _LONGEST_SCHEMA:
-        raise ValueError(f"the schema has {len(schema)} characters, more than {_LONGEST_SCHEMA}; make it shorter")
+def _check_depth(schema: str) -> None:
+    """Raises ValueError for JSON that is nested too deeply for those who read it by calling themselves."""
     depth = 0
     for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', schema, re.S):
         depth += (found[0] in "[{") - (found[0] in "]}")

@@ -16,7 +16,7 @@ import numpy as np
 from phi3_jax.checkpoint.parameter_builders import FloatBuilder, IntegerBuilder, PackedFloatBuilder, ParameterBuilder
 from phi3_jax.checkpoint.placement import Device, Layout, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
-from phi3_jax.config import Phi3Config
+from phi3_jax.config import SIZES, Phi3Config
 from phi3_jax.kernels import PackedTensor
 from phi3_jax.model import DTYPES, Params, dtype_name, parameter_count, parameter_shapes, require_floats, tensor_names
 from phi3_jax.progress import OnProgress
@@ -25,16 +25,6 @@ from phi3_jax.quantization import Format, formats
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two threads are enough to copy at memory speed; many more would only compete for the cores.
 _THREADS = 4
-# Of a configuration: what the shapes of the weights follow from.
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 
 def without_redundant(
@@ -231,7 +221,7 @@ def require_room(config: Phi3Config, numbers: int, origin: str) -> None:
       numbers: at most so many numbers are in the files.
     """
     if parameter_count(config) > 16 * numbers:
-        given = ", ".join(f"{name}={getattr(config, name)}" for name in _SIZES)
+        given = ", ".join(f"{name}={getattr(config, name)}" for name in SIZES)
         raise ValueError(
             f"{origin}: the weights do not fit the configuration; its sizes ({given}) make {parameter_count(config)} "
             f"parameters, and there is room for {numbers} in the files: download both again"

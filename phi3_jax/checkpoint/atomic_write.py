@@ -7,7 +7,7 @@ What will be called NAME is written in a folder of its own, which is removed aft
 
 So the kernel tells what is still being written, in other containers, too, and whoever writes next to it removes what
 kills have left. The digits stand for the machine since it was started: what another one writes to a shared disk, which
-may not share locks, is left alone.
+may not share locks, is left alone. On a disk without locks the folder itself is the lock, and nobody removes another's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import platform
@@ -83,12 +82,12 @@ def new_file(target: Path, size: int = 0, *, overwrite: bool = False, private: b
             _require_room(target, size)
             yield new
             new.chmod(0o600 if private else 0o666 & ~_umask())
-            _sync(new)
+            sync(new)
             if overwrite:
                 os.replace(new, place)
             else:
                 rename_new(new, place)
-            _sync(place.parent)
+            sync(place.parent)
 
 
 @contextlib.contextmanager
@@ -112,10 +111,10 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
             new.chmod(0o777 & ~_umask())
             for folder, _, names in os.walk(new, topdown=False):
                 for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
+                    sync(Path(folder, name))
+                sync(Path(folder))
             rename_new(new, target)
-            _sync(target.parent)
+            sync(target.parent)
 
 
 def remove_partials(folder: Path) -> None:
@@ -128,7 +127,7 @@ def remove_partials(folder: Path) -> None:
 def _remove_if_left(partial: Path) -> None:
     found = _PARTIAL.fullmatch(partial.name)
     with contextlib.suppress(OSError):  # another's, which we may not write
-        writer = _writer(partial).split()
+        writer = _writer(partial)
         is_of_here = found is not None and (found[1] == _machine() or platform.node() in writer[1:])
         if is_of_here and not partial.is_symlink() and partial.stat().st_uid == os.geteuid():
             lock = _lock(partial)
@@ -169,10 +168,9 @@ def _locked_partial(place: Path, wait: bool) -> Iterator[Path]:
             break
         except BlockingIOError:
             if not wait and time.monotonic() > until:
-                process = (
-                    "process {} on {}".format(*found) if len(found := _writer(partial).split()) == 2 else "another"
-                )
-                raise OSError(f"{place}: {process} is writing it; wait for that, or choose another name") from None
+                raise OSError(
+                    f"{place}: {_process(partial)} is writing it; wait for that, or choose another name"
+                ) from None
             time.sleep(0.02)
     try:
         os.ftruncate(lock, 0)
@@ -188,14 +186,20 @@ def _locked_partial(place: Path, wait: bool) -> Iterator[Path]:
 def _lock(partial: Path) -> int:
     """Makes the folder if it is not there, and locks it -> an open file. Raises BlockingIOError if another has."""
     while True:
+        is_new = False
         with contextlib.suppress(FileExistsError):
             partial.mkdir(0o700)
+            is_new = True
         try:
             file = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:  # the process before us has just removed it
             continue
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _flock(file) and not is_new:
+                raise OSError(
+                    f"{partial}: of {_process(partial)}, which may still be writing there: this disk has no locks that "
+                    "would tell; if it is not, remove that folder"
+                )
             if os.path.samestat(os.fstat(file), os.stat(partial / _LOCK)):
                 return file
         except FileNotFoundError:
@@ -206,11 +210,31 @@ def _lock(partial: Path) -> int:
         os.close(file)
 
 
-def _writer(partial: Path) -> str:
+def _flock(file: int) -> bool:
+    """Locks an open file; False where its disk has no locks. Raises BlockingIOError if another process has it."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
+def _writer(partial: Path) -> list[str]:
     """What the process that makes the folder says of itself: its number and its machine's name."""
     with contextlib.suppress(OSError):
-        return (partial / _LOCK).read_text(encoding="utf-8", errors="replace")[:300]
-    return ""
+        return (partial / _LOCK).read_text(encoding="utf-8", errors="replace")[:300].split()
+    return []
+
+
+def _process(partial: Path) -> str:
+    found = _writer(partial)
+    return "process {} on {}".format(*found) if len(found) == 2 else "another process"
 
 
 def _clear(partial: Path) -> None:
@@ -265,14 +289,12 @@ def _renameat2(one: Path, other: Path, flags: int) -> bool:
         return False
     if function(_HERE, os.fsencode(one), _HERE, os.fsencode(other), flags) == 0:
         return True
-    if (code := ctypes.get_errno()) == errno.EEXIST:
+    if ctypes.get_errno() == errno.EEXIST:
         _refuse_existing(other)
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EEXIST):
-        return False
-    raise OSError(code, os.strerror(code), str(one))
+    return False  # whatever the reason: os.rename, which comes next, knows it or does not need it
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk: so a power cut leaves nothing empty."""
     if path.is_symlink():
         return

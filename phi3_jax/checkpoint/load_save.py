@@ -22,9 +22,9 @@ from phi3_jax.checkpoint.atomic_write import new_folder
 from phi3_jax.checkpoint.gguf.header import MAGIC
 from phi3_jax.checkpoint.gguf.parts import only_gguf
 from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
-from phi3_jax.checkpoint.hub import download, is_hub_id, with_revision
+from phi3_jax.checkpoint.hub import HUB_FILES, TOKENIZER_FILES, download, is_hub_id, with_revision
 from phi3_jax.checkpoint.loadable import require_loadable, require_shapes
-from phi3_jax.checkpoint.peft import TRAINED_ON, on_integers, read_adapter
+from phi3_jax.checkpoint.peft import on_integers, read_adapter
 from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
 from phi3_jax.config import Architecture, Phi3Config
@@ -36,27 +36,6 @@ from phi3_jax.regular_file import require_regular
 from phi3_jax.text import Tokenizer, end_ids, load_tokenizer
 
 _ADAPTER = "adapter_config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
-# The only files of a checkpoint that are fetched from a hub: weights and data, never code.
-HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    TRAINED_ON,
-    *_TOKENIZER_FILES,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +255,7 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         return _demo()
     place = Path(path)
     if place.is_dir():
+        _refuse_dead_links(place)
         if not (place / "config.json").exists():
             if (gguf := only_gguf(place)) is not None and not any(place.glob("*.safetensors")):
                 return gguf
@@ -338,11 +318,18 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
     return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
 
 
+def _refuse_dead_links(folder: Path) -> None:
+    """Raises FileNotFoundError for a link to nothing, as in a hub's cache that was cleared: the file is not absent."""
+    for path in (folder / name for name in HUB_FILES if "*" not in name):
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(f"{path}: a link to {os.readlink(path)}, which is not there; download it again")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError if there is no file, ValueError if it is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: the file is missing; download it into the checkpoint's folder")
-    return read_object(path)
+    return read_object(path, wide=True)  # among what is not read here, 1e30 as a whole number is not rare
 
 
 def _adapter_of(place: Path, adapter: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
@@ -398,7 +385,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.folder is None and checkpoint.tokenizer is not None:
         write_tokenizer(checkpoint.tokenizer, folder)
     if (source := checkpoint.folder) is not None:
-        for path in (path for name in _TOKENIZER_FILES for path in source.glob(name)):
+        for path in (path for name in TOKENIZER_FILES for path in source.glob(name)):
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             require_regular(path)

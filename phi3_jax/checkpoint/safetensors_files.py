@@ -19,7 +19,7 @@ import safetensors
 
 from phi3_jax.checkpoint.checksums import changed, tensor_crc32
 from phi3_jax.checkpoint.tensor_source import TensorSource
-from phi3_jax.json_files import read_object, shown
+from phi3_jax.json_files import read_object, shown, unique
 from phi3_jax.regular_file import require_regular
 
 INDEX = "model.safetensors.index.json"
@@ -100,7 +100,7 @@ def read_file(path: Path, kinds: Mapping[str, np.dtype] = FLOATS) -> dict[str, T
         # The package decides what is a sound file: no gaps, no overlaps, nothing behind the last tensor.
         with safetensors.safe_open(path, "numpy"):
             pass
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise _damaged(path, f"its header cannot be read ({' '.join(str(error).split())[:300]})") from None
     sums = _checksums(path, header)
@@ -231,13 +231,6 @@ def _checksums(path: Path, header: dict[str, Any]) -> dict[str, int] | None:
     if not isinstance(sums, dict) or sums.keys() != header.keys():
         raise changed(path, "its list of tensors", f"remove {_CHECKSUMS} from its metadata")
     return sums
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"duplicate names {sorted({key for key in keys if keys.count(key) > 1})[:8]}")
-    return dict(pairs)
 
 
 def _damaged(path: Path, what: str) -> ValueError:

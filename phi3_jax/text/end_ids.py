@@ -1,5 +1,6 @@
 """Which tokens end an answer: one rule for every kind of checkpoint."""
 
+import warnings
 from collections.abc import Iterable
 
 from phi3_jax.text.added_tokens import END_NAMES
@@ -14,6 +15,9 @@ def end_ids(named: Iterable[int], tokenizer: Tokenizer | None) -> tuple[int, ...
       named: those that the checkpoint's own settings name. Behind them come the tokenizer's eos, the token with which
         its chat template ends an answer (training teaches these two), and tokens such as `<|end|>` (`END_NAMES`), so
         that no answer runs into the next turn.
+
+    Warns:
+      UserWarning: the template cannot be asked, as there is no process to run it in.
     """
     found: list[int | None] = list(named)
     if tokenizer is not None:
@@ -28,5 +32,11 @@ def _turn_end(tokenizer: Tokenizer) -> int | None:
             tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         )
     except ValueError:  # no template, or one that ends answers with no token
+        return None
+    except OSError as error:  # plain text needs no template
+        warnings.warn(
+            f"{tokenizer.source}: which token ends an answer is taken from the settings alone, for {error}",
+            stacklevel=4,
+        )
         return None
     return ids[end - 1]

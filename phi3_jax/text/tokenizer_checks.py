@@ -83,7 +83,7 @@ def check_document(spec: Mapping[str, Any], path: Path) -> None:
 
 def rows_of(path: Path) -> int | None:
     """The `vocab_size` of a config.json; None if there is no file, or it does not say."""
-    rows = read_object(path).get("vocab_size") if path.exists() else None
+    rows = read_object(path, wide=True).get("vocab_size") if path.exists() else None
     if rows is not None and not is_whole(rows, 1, MOST_IDS):
         raise _wrong(path, "vocab_size", rows, f"a whole number from 1 to {MOST_IDS}")
     return rows

@@ -1,6 +1,7 @@
 """Kills at every moment of writing, several processes, and what may stand in the way."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ while True:
         shutil.rmtree(target)
     else:
         target.unlink()
-    moment += 1
+    moment += int(sys.argv[5])
 known = ["old" * 1000 if old else "", "new" * 1000]
 assert [each for each in outcomes if each not in known] == []
 assert outcomes == sorted(outcomes, key=known.index), "it appears once"
@@ -80,9 +81,11 @@ print(moment)
 """
 
 
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize(("kind", "before"), [("new_file", "old"), ("new_folder", "nothing")])
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_the_next_writer_nothing_else(tmp_path, kind, before):
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_the_next_writer_nothing_else(tmp_path, kind, before, step):
     command = [sys.executable, "-c", MOMENTS, atomic_write.__file__, str(tmp_path / "out" / "name"), kind, before]
+    command += [str(step)]
     (tmp_path / "out").mkdir()
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -126,6 +129,24 @@ def test_a_second_writer_is_refused_at_once_and_what_lives_is_not_removed(tmp_pa
     with new_folder(tmp_path / "third", 0):
         pass
     assert sorted(os.listdir(tmp_path)) == ["other", "third"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_disk_without_locks_is_written_to_and_what_may_live_there_is_not_removed(tmp_path, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with new_file(tmp_path / "model", overwrite=True) as partial:
+        partial.write_text("whole")
+        # Also where it would wait for one who has the lock.
+        other = new_file(tmp_path / "model", overwrite=True)
+        with pytest.raises(OSError, match=rf"\.partial: of process {os.getpid()} on .*remove that folder"), other:
+            pass
+    with new_folder(tmp_path / "left", 0), reserved(tmp_path / "another"):
+        assert len(os.listdir(tmp_path)) == 3  # of the two, and the file
+    assert sorted(os.listdir(tmp_path)) == ["left", "model"]
+    assert (tmp_path / "model").read_text() == "whole"
 
 
 @pytest.mark.usefixtures("_impatient")

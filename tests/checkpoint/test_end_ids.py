@@ -10,6 +10,7 @@ from vocabularies import byte_level_spec, write
 import phi3_jax
 from phi3_jax.checkpoint.gguf.writer import save_gguf
 from phi3_jax.text import encode_answers, end_ids, load_tokenizer
+from phi3_jax.text.templates import process
 
 TURNS = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</turn>\n{% endfor %}"
 NO_END = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}\n{% endfor %}"
@@ -82,3 +83,12 @@ def test_generation_config_comes_before_config(folder: Path) -> None:
 def test_each_id_once_and_without_a_tokenizer(folder: Path) -> None:
     assert end_ids([7, 5, 7], None) == (7, 5)
     assert end_ids([EOS, TURN, EOS], load_tokenizer(folder)) == (EOS, TURN, IM_END)
+
+
+def test_without_a_process_for_templates_the_settings_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that only continues texts loads all the same."""
+    monkeypatch.setattr("sys.executable", "")
+    process.end()
+    tokenizer = load_tokenizer(write(tmp_path, files()))
+    with pytest.warns(UserWarning, match="is taken from the settings alone, for the process .* cannot be started"):
+        assert set(end_ids([OTHER], tokenizer)) == {OTHER, EOS, IM_END}

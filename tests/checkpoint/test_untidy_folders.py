@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -292,3 +293,32 @@ def test_a_tied_head_that_is_damaged_alike_is_tied(tiny, tiny_folder):
     raw = json.loads((tiny_folder / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tiny_folder / "config.json").write_text(json.dumps(raw))
     assert phi3_jax.load(tiny_folder).config.tie_word_embeddings
+
+
+def test_a_link_to_nothing_is_not_an_absent_file(tiny_folder, tmp_path):
+    """As in the hub's cache, of which somebody has removed the largest files."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in tiny_folder.iterdir():
+            (folder / path.name).symlink_to(path)
+        phi3_jax.load(folder)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../../blobs/01ab")
+        with pytest.raises(
+            FileNotFoundError, match=rf"{name}: a link to ../../blobs/01ab, which is not there; download"
+        ):
+            phi3_jax.load(folder)
+
+
+def test_whole_numbers_of_no_meaning_here_may_be_huge(tiny, tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | {"max_length": int(1e30)}))
+    assert_same(phi3_jax.load(folder), tiny)
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(found | {"vocab_size": int(1e30)}))
+    with pytest.raises(ValueError, match="vocab_size must be a positive integer"):
+        phi3_jax.load(folder)

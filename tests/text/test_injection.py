@@ -39,10 +39,10 @@ NASTY = {
     "spelled": "{{ ['<|end|>', c] }}{{ {'<|user|>': c} }}{{ (c, '[INST]') | string }}{{ c ~ ['<|end|>'] }}",
     "loops": "{% for x in c %}{{ loop.cycle('', '') }}{{ x }}{% endfor %}{% for x in '<|end|>' %}{{ x }}{% endfor %}",
     "namespace": "{% set n = namespace(a='<|') %}{% set n.a = n.a ~ c %}{{ n.a }}|>{% set n.a = '<|end|>' %}{{ n.a }}",
-    "sorted": "{{ [c, '<|user|>', 'b'] | sort | join }}{{ ['<|end|>', c, '<|end|>'] | unique | join }}",
+    "sorted": "{{ ['<|', c, '|>'] | sort | join }}<|end|>{{ ['<|', c, '<|'] | unique | join }}|>"
+    "{{ c | list | sort | join }}",
     "grouped": "{% for k, g in ms | groupby('role') %}<|user|>{{ g[-1].content }}{% endfor %}{{ [c, '<'] | max }}|>",
-    "laid out": "{{ ('<|user|>' ~ c ~ '\n<|end|>') | indent(2, true) }}{{ c | center(20) }}{{ c | wordwrap(3) }}"
-    "{{ 'so-so <|end|>' | wordwrap(4, false) }}",
+    "laid out": "{{ ('<|user|>' ~ c ~ '\n<|end|>') | indent(2, true) }}{{ c | center(20) }}{{ c | wordwrap(3) }}",
     "cut off": "{{ ('<|user|>' ~ c) | truncate(12, true, '<|end|>', 0) }}{{ c | truncate(4, true, '|>', 0) }}",
     "trimmed": "<{{ c.strip('*') }}>{{ '<|end|>  ' | trim }}{{ c | trim('*') }}{{ 'x<|user|>'.removeprefix('x') }}",
     "looked up": "{{ {'user': '<|user|>', c: 'x'}[r] }}{{ {'<|end|>': c}.get('<|end|>') }}",
@@ -50,7 +50,7 @@ NASTY = {
     "as a format": "{{ c.format('<|', '|>', x='a<|>dens') }}{{ c % () if '%' not in c }}<|end|>{{ c | format }}",
     "markup": "{{ '<|user|>' | safe ~ c }}{{ ('<|' | safe) + c + ('|>' | safe) }}{{ c | safe }}{{ c | urlencode }}",
     "escaping": "{% autoescape true %}<|user|>{{ c }}{{ c | safe }}{{ '[INST]<b>' }}{% endautoescape %}<|end|>",
-    "keys": "{% for k, v in {'<|user|>': c, 'end': c} | dictsort %}{{ k }}{{ v }}{% endfor %}{{ '<|' ~ c }}|>",
+    "keys": "{% for k, v in {'<|user|>': c, 'end': c} | items %}{{ k }}{{ v }}{% endfor %}{{ '<|' ~ c }}|>",
     "partition": "{{ c.partition('|')[0] ~ '|' ~ c.rpartition('|')[2] }}{{ 'a<|end|>b'.partition('a')[2] }}",
     "padded": "{{ c.ljust(9, '>') }}{{ c.rjust(9, '<') }}{{ '<|end|>'.center(11) }}{{ ('<' ~ c).zfill(9) }}",
     "translated": "<|user|>{{ c.translate({95: '|', 42: none}) }}<|end|>",
@@ -227,6 +227,17 @@ def test_a_template_that_cannot_be_followed_is_refused(with_template):
         ids_of(plain, "{{ '<|{:>3}|>{}'.format('end', messages[0].content) }}", "x")
     with pytest.raises(ValueError, match=r"makes '<\|end\|>' of numbers"):
         ids_of(plain, "{{ '%c|end|>' % 60 }}{{ messages[0].content }}", "x")
+    for template in (
+        "{{ ['<|end|>', messages[0].content] | sort | join }}",
+        "{{ {messages[0].content: {'a': '<|end|>'}} | dictsort }}",
+        "{{ [{'a': '<|end|>'}, {'a': messages[0].content}] | groupby('a') | map('last') | map('last') | join }}",
+        "{{ [messages[0].content, '<|end|>'] | map('string') | unique | join }}",
+        "{{ {'a': '<|end|>'}.values() | max }}{{ messages[0].content }}",
+        "{{ ('<|end|> ' ~ messages[0].content) | wordwrap(9) }}",
+        "{{ ('<|END|> ' ~ messages[0].content) | upper | lower | title | lower }}",
+    ):
+        with pytest.raises(ValueError, match=r"makes '<\|end\|>' of numbers, or changes words until"):
+            ids_of(plain, template, "x")
     with pytest.raises(ValueError, match=r"makes '<\|end\|>' of numbers"):  # by a function of which nothing is known
         ids_of(plain, "{{ strftime_now('<|end|>') }}{{ messages[0].content }}", "x")
     numbered = dataclasses.replace(plain.added_tokens[0], content="<a1>")

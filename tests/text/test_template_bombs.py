@@ -204,6 +204,11 @@ def test_the_message_names_the_file() -> None:
                 function(small_tokenizer(template), HELLO["messages"])
 
 
+def test_the_message_is_one_line_of_text() -> None:
+    with pytest.raises(ValueError, match=r"refuses these messages: \ufffd\[2Ja \ufffd b \u2603$"):
+        render_chat(small_tokenizer("{{ raise_exception('\\x1b[2Ja\\r\\n\\ud800\\tb \u2603') }}"), HELLO["messages"])
+
+
 def test_a_tokenizer_loads_with_a_bomb() -> None:
     """What its template writes decides which tokens are special; of a bomb everything counts as written."""
     for template in (DEEP[0], DEEP[10], "x" * 200_000):
@@ -251,6 +256,25 @@ except OSError as error: print(error)
 
 
 # ---------------------------------------------------------------- the process
+
+
+def test_programs_that_change_their_surroundings(tmp_path: Path) -> None:
+    """What an import or a socket bears; and that a status is lost where nobody waits for processes."""
+    printed = program(f"""
+import socket
+sys.path[:0] = [None, os]
+os.mkdir({str(tmp_path / "x")!r})
+os.chdir({str(tmp_path / "x")!r})
+os.rmdir({str(tmp_path / "x")!r})
+socket.setdefaulttimeout(30)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print(process.run("{{{{ 1 }}}}", {{}}, 0)[0])
+try: process.run("{{{{ 'a' * 10**10 }}}}", {{}}, 0)
+except ValueError as error: print(error)
+print(process.run("{{{{ 2 }}}}", {{}}, 0)[0])
+""")
+    assert re.fullmatch(r"1\nthe chat template takes more than 1\.0 s or 150 MB of memory on .*\n2\n", printed)
+
 
 SLEEPING = "print(process.run('{{ 1 }}', {}, 0)[0], process.pid(), flush=True); time.sleep(60)"
 

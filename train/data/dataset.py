@@ -14,7 +14,6 @@ Axis letters: B rows, T tokens.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 
 from phi3_jax.json_files import SETTINGS, read_bytes
 
+from .. import fingerprint
 from .batch import Batch, Pair
 from .report import Report
 
@@ -101,11 +101,11 @@ class Dataset:
         return Batch(tokens, weights, positions, segments)
 
 
-def write_header(folder: Path, report: Report, sizes: dict[str, int], fingerprint: str) -> None:
+def write_header(folder: Path, report: Report, sizes: dict[str, int], of_rows: str) -> None:
     """Writes the last file of a dataset: `sizes` are the numbers of elements of the others."""
-    digests = {name: _digest_of_file(folder / f"{name}.bin") for name in DTYPES}
+    digests = _digests(folder)
     report_fields = json.loads(json.dumps(dataclasses.asdict(report)))
-    content = {"report": report_fields, "sizes": sizes, "fingerprint": fingerprint, "sha256": digests}
+    content = {"report": report_fields, "sizes": sizes, "fingerprint": of_rows, "sha256": digests}
     content["sha256_of_this"] = _digest_of(content)
     (folder / "header.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -120,15 +120,18 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
         return None
     try:
         header: dict[str, Any] = json.loads(read_bytes(folder / "header.json", SETTINGS))
+        if "sha256_of_this" not in header:
+            raise ValueError("of an earlier version, without checksums")
         if header.pop("sha256_of_this") != _digest_of(header):
             raise ValueError("header.json is damaged")
-        fields, sizes, fingerprint = header["report"], header["sizes"], header["fingerprint"]
+        fields, sizes, of_rows = header["report"], header["sizes"], header["fingerprint"]
+        found = _digests(folder)
         arrays: dict[str, np.ndarray] = {}
         for name, dtype in DTYPES.items():
             path = folder / f"{name}.bin"
             if path.stat().st_size != sizes[name] * np.dtype(dtype).itemsize:
                 raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
-            if _digest_of_file(path) != header["sha256"][name]:
+            if found[name] != header["sha256"][name]:
                 raise ValueError(f"{path.name} is not what was written: its SHA-256 is another")
             arrays[name] = np.memmap(path, dtype, mode="r") if sizes[name] else np.zeros(0, dtype)
         fields |= {
@@ -141,17 +144,14 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
         report = Report(**fields)
     except FileNotFoundError as error:
         raise ValueError(f"{Path(error.filename).name} is missing") from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("header.json is damaged") from None
-    except (KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError("header.json is damaged, or of an earlier version") from None
-    return Dataset(report, fingerprint, sequence_length, preferences, arrays)
+    return Dataset(report, of_rows, sequence_length, preferences, arrays)
 
 
-def _digest_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    return dict(zip(DTYPES, fingerprint.of_files(folder / f"{name}.bin" for name in DTYPES), strict=True))
 
 
 def _digest_of(header: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    return fingerprint.of_text(json.dumps(header, sort_keys=True))

@@ -7,20 +7,12 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
+from phi3_jax.json_files import unique
+
 LONGEST = 1 << 26  # bytes of a line or characters of an element; what is longer is no text to train on
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has the field {next(name for name in fields if names.count(name) > 1)!r} twice")
-    return fields
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def decode(text: str) -> Any:

@@ -70,7 +70,7 @@ def prepare(
         try:
             dataset = open_dataset(target, *shape)
         except ValueError as error:
-            warnings.warn(f"{target}: prepared data that are damaged ({error}): made again", stacklevel=2)
+            warnings.warn(f"{target}: prepared data that cannot be used ({error}): made again", stacklevel=2)
             dataset = None
         if dataset is None:
             shutil.rmtree(target, ignore_errors=True)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.checkpoint.atomic_write import sync
+
+from .. import fingerprint
+
 _NAME = "digests.json"
-_THREADS = 4  # hashlib lets others run
 
 
 def write_digests(folder: Path) -> None:
     """Writes them for all that is in the subfolders, which is then on the disk. Raises OSError."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.glob("*/**/*")) if path.is_file()}
     for path in files.values():
-        _sync(path)
-    found = {
-        name: [path.stat().st_size, digest] for (name, path), digest in zip(files.items(), _all(files), strict=True)
-    }
+        sync(path)
+    digests = fingerprint.of_files(files.values())
+    found = {name: [path.stat().st_size, digest] for (name, path), digest in zip(files.items(), digests, strict=True)}
     content = {"files": found, "sha256": _of_entries(found)}
     (folder / _NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / _NAME)
+    sync(folder / _NAME)
 
 
 def has_digests(folder: Path) -> bool:
@@ -50,7 +49,7 @@ def check_digests(folder: Path, part: str = "") -> None:
             raise ValueError(f"{name} is missing")
         if path.stat().st_size != size:
             raise ValueError(f"{name} has {path.stat().st_size} bytes, and was written with {size}")
-    digests = _all({name: folder / name for name in expected})
+    digests = fingerprint.of_files(folder / name for name in expected)
     if other := [name for name, digest in zip(expected, digests, strict=True) if digest != expected[name][1]]:
         raise ValueError(f"{other[0]} is not what was written: its SHA-256 is another")
 
@@ -67,23 +66,5 @@ def _read(folder: Path) -> dict[str, Any]:
     return files
 
 
-def _all(files: dict[str, Path]) -> list[str]:
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(_of_file, files.values()))
-
-
-def _of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _of_entries(files: Any) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    return fingerprint.of_text(json.dumps(files, sort_keys=True))

@@ -172,6 +172,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
             file.seek(0)
             process = file.read(300).strip() or "another process"
             raise OSError(f"{folder}: {process} is training there; name another output") from None
+        except OSError as error:
+            raise OSError(
+                f"output={folder}: cannot be locked ({error.strerror}), so that two could train there; name a folder "
+                "on another disk"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

@@ -71,11 +71,11 @@ class Following(jinja2.sandbox.SandboxedEnvironment):
         if super().wrap_str_format(value) is None:
             return None
         text, colours = value.__self__, self._colours
-        on_plain = super().wrap_str_format(getattr(colours.plain(text), value.__name__))
-        assert on_plain is not None
+        format_plain = super().wrap_str_format(getattr(colours.plain(text), value.__name__))
+        assert format_plain is not None
 
         def wrapper(*args: Any, **kwargs: Any) -> str:
-            expected = on_plain(*colours.plain(args), **colours.plain(kwargs))
+            expected = format_plain(*colours.plain(args), **colours.plain(kwargs))
             given = args[0] if value.__name__ == "format_map" else kwargs
             return str(colours.format(text, args, given, expected))
 
@@ -94,8 +94,7 @@ class Following(jinja2.sandbox.SandboxedEnvironment):
             args = (*colours.plain(args[:1]), *args[1:])
         elif not _keeps_colours(__obj, owner, name):
             result = super().call(__context, __obj, *colours.plain(args), **colours.plain(kwargs), **scope)
-            is_lost = isinstance(result, str) and colours.is_coloured([args, kwargs])
-            return colours.checked(None, result) if is_lost else result
+            return colours.lost(result) if colours.is_coloured([args, kwargs]) else result
         return super().call(__context, __obj, *args, **kwargs, **scope)
 
 

@@ -99,13 +99,14 @@ class _Process:
 
     def __init__(self) -> None:
         """Starts it. Raises OSError if that cannot be."""
-        if os.name != "posix" or not sys.executable:
+        if os.name != "posix" or not sys.executable or hasattr(sys, "frozen"):  # then it is the program itself
             raise OSError("they need Linux or macOS, and an interpreter at sys.executable")
         # Where standard input, output or errors are closed, the socket must not get their numbers: others write there.
         fillers = [os.open(os.devnull, os.O_RDWR) for _ in range(3)]
         self._socket, theirs = socket.socketpair()
         for filler in fillers:
             os.close(filler)
+        os.set_blocking(theirs.fileno(), True)  # which it is not after socket.setdefaulttimeout
         try:
             with theirs:
                 # Without `site`, which takes most of the time: it gets our sys.path.
@@ -122,7 +123,7 @@ class _Process:
             self._socket.close()
             raise
         try:
-            path = [os.path.abspath(folder) for folder in sys.path]
+            path = [folder for folder in sys.path if isinstance(folder, str)]  # as Python's own import takes it
             said = self.ask(json.dumps(path).encode(), _TO_START)
             if "failed" in said:
                 raise OSError(f"{said['failed']}; install phi3_jax with what it needs")
@@ -216,6 +217,9 @@ def _why(status: int, is_stuck: bool, seconds: float, memory: int) -> str:
     remedy = "use another template (chat_template.jinja beside the tokenizer), or shorter messages."
     if is_stuck:
         return f"the chat template has not ended after {_PATIENCE * seconds:.0f} s; {remedy}"
+    if status == 0:  # where SIGCHLD is ignored, or others wait for every process, nobody can know it
+        most = f"{seconds:.1f} s or {memory / 1e6:.0f} MB of memory"
+        return f"the chat template takes more than {most} on these messages; {remedy}"
     if status == -signal.SIGPROF:
         return f"the chat template takes more than {seconds:.1f} s on these messages, perhaps without an end; {remedy}"
     if status == OUT_OF_MEMORY:

@@ -8,7 +8,7 @@ the colours carried over. Where they cannot be, the letters get the colour LOST:
 
 import json
 import re
-from collections.abc import Callable, ItemsView, Iterable, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, KeysView, ValuesView
 from itertools import zip_longest
 from types import GeneratorType
 from typing import Any
@@ -20,6 +20,7 @@ _DIRECTIVE = re.compile(  # of '%s' % x
     r"%(\((?P<key>[^()]*)\))?(?P<rest>(?P<flags>[-+ #0]*)(?P<width>\d*)(\.(?P<precision>\d*))?[hlL]?(?P<kind>.))", re.S
 )
 _FIELD = re.compile(r"\{\{|\}\}|\{(?P<name>\w*)\}|[{}]")  # of '{}'.format(x)
+_ESCAPED = re.compile(r"\\U(00(?:0f|10)[0-9a-f]{4})")  # a letter with a colour, in `repr`
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
 
 
@@ -78,7 +79,7 @@ class Colours:
             return not value.isascii() and self._coloured.search(value) is not None
         if isinstance(value, dict):
             return any(map(self.is_coloured, value)) or any(map(self.is_coloured, value.values()))
-        return isinstance(value, list | tuple) and any(map(self.is_coloured, value))
+        return isinstance(value, list | tuple | KeysView | ValuesView | ItemsView) and any(map(self.is_coloured, value))
 
     def plain(self, value: Any) -> Any:
         """The text without colours; so are those in lists and dicts, of which it makes copies."""
@@ -93,7 +94,7 @@ class Colours:
             return type(value)(map(self.plain, value))
         if isinstance(value, tuple):  # with names
             return type(value)(*map(self.plain, value))
-        if isinstance(value, ValuesView | ItemsView):
+        if isinstance(value, KeysView | ValuesView | ItemsView):
             return [self.plain(each) for each in value]
         return (self.plain(each) for each in value) if isinstance(value, GeneratorType) else value
 
@@ -107,37 +108,36 @@ class Colours:
 
     def checked(self, guess: Any, expected: Any) -> Any:
         """The coloured guess, if its plain text is what is expected; else that, with its letters LOST."""
+        if guess is None:
+            return self.lost(expected)
         if isinstance(expected, list | tuple):
-            pairs = zip_longest(guess or (), expected)
+            pairs = zip_longest(guess, expected)
             return type(expected)(self.checked(one, wanted) for one, wanted in list(pairs)[: len(expected)])
-        if not isinstance(expected, str):
-            return expected
-        if guess is None or self.plain(guess) != expected:
-            guess = self.paint(expected, LOST)
+        if self.plain(guess) != expected:
+            guess = self.lost(expected)
         return Markup(guess) if isinstance(expected, Markup) else str(guess)
+
+    def lost(self, value: Any) -> Any:
+        """The same with its letters LOST; so are those in lists and dicts."""
+        if isinstance(value, str):
+            text = self.paint(value, LOST)
+            return Markup(text) if isinstance(value, Markup) else text
+        if isinstance(value, dict):
+            return {self.key(self.lost(key)): self.lost(each) for key, each in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(self.lost, value))
+        return type(value)(*map(self.lost, value)) if isinstance(value, tuple) else value  # with names
 
     def spell(self, value: Any) -> str:
         """As `str(value)`. The digits of numbers are LOST: they may be counted by the template, or be people's."""
         if isinstance(value, str):
             return value
-        if self.is_coloured(value):
-            return str(self.checked(self._repr(value), str(self.plain(value))))
-        return self.paint(str(value), LOST) if isinstance(value, int | float) else str(value)
-
-    def _repr(self, value: Any) -> str:
-        if isinstance(value, str):
-            plain = self.plain(value)
-            quote = repr(plain)[:1]
-            spelled = {quote: f"\\{quote}"} | {c: c for c in "'\"" if c != quote}
-            letters = [(c, old, spelled.get(old) or repr(old)[1:-1]) for c, old in zip(value, plain, strict=True)]
-            return quote + "".join(c if old == new else new for c, old, new in letters) + quote
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{self._repr(key)}: {self._repr(each)}" for key, each in value.items()) + "}"
-        if isinstance(value, list):
-            return "[" + ", ".join(map(self._repr, value)) + "]"
-        if isinstance(value, tuple):
-            return "(" + ", ".join(map(self._repr, value)) + (",)" if len(value) == 1 else ")")
-        return repr(value)
+        if isinstance(value, int | float):
+            return self.paint(str(value), LOST)
+        if not self.is_coloured(value):
+            return str(value)
+        shown = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), str(value))
+        return str(self.checked(shown, str(self.plain(value))))
 
     def escape(self, value: Any) -> Markup:
         """As markupsafe's function."""
@@ -164,7 +164,7 @@ class Colours:
         if not self.is_coloured([text, args, kwargs]) or not isinstance(expected, str | list | tuple):
             return expected
         if name in _CASES and isinstance(expected, str):
-            return self.checked(self.with_case(text, name, expected), expected)
+            return self.checked(self._with_case(text, name, expected), expected)
         if name in ("strip", "lstrip", "removeprefix"):
             kept = getattr(plain, "removeprefix" if name == "removeprefix" else "lstrip")(*plain_args)
             start = len(plain) - len(kept)
@@ -183,18 +183,12 @@ class Colours:
             return self.checked(getattr(str(text), name)(*args, **kwargs), expected)
         return self.checked(None, expected)
 
-    def with_case(self, text: str, name: str, result: str) -> str | None:
+    def _with_case(self, text: str, name: str, result: str) -> str | None:
         """What a method that changes case made of the text, with its colours; None if it is not clear what became what.
 
-        Some letters become two; only some methods do the same to them wherever they stand.
+        Some letters become two.
         """
-        plain = self.plain(text)
-        if name in ("upper", "lower", "casefold", "swapcase"):
-            widths = [len(getattr(c, name)()) for c in plain]
-        else:
-            widths = [max(len(c.upper()), len(c.lower()), len(c.title())) for c in plain]
-            if max(widths, default=1) > 1:
-                return None
+        widths = [len(getattr(c, name)()) for c in self.plain(text)]
         if sum(widths) != len(result):
             return None
         coloured, at = [], 0
@@ -203,12 +197,6 @@ class Colours:
             coloured.append(new if colour is None else self.paint(new, colour))
             at += width
         return "".join(coloured)
-
-    def respaced(self, text: str, result: str) -> str | None:
-        """The result with the text's colours, if they differ in white space only; else None."""
-        letters = iter([c for c in text if not self.plain(c).isspace()])
-        coloured = [c if c.isspace() else next(letters, "") for c in result]
-        return "".join(coloured) if next(letters, None) is None else None
 
     def percent(self, text: str, args: Any) -> Any:
         """As `text % args`. What a person's directive inserts is that person's word."""
@@ -262,7 +250,7 @@ class Colours:
         return "".join([*parts, str(text)[at:]])
 
 
-_CASES = frozenset(["upper", "lower", "casefold", "swapcase", "capitalize", "title"])
+_CASES = frozenset(["upper", "lower", "casefold", "swapcase"])
 
 
 def _pieces(text: str, plain: str, pieces: Iterable[str], gap: int) -> list[str]:

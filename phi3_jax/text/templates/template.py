@@ -31,7 +31,7 @@ def render(
     try:
         texts = process.run(source, _names(tokenizer) | given, characters, palettes)
     except ValueError as error:
-        raise ValueError(f"{tokenizer.source}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{tokenizer.source}: {_line(error)}") from None
     if _HALF.search(texts[0]):
         raise ValueError(
             f"{tokenizer.source}: what the chat template writes has half of a surrogate pair in it, which is no text."
@@ -45,7 +45,12 @@ def vocabulary(tokenizer: Tokenizer) -> process.Vocabulary:
     try:
         return process.vocabulary(source)
     except ValueError as error:
-        raise ValueError(f"{tokenizer.source}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{tokenizer.source}: {_line(error)}") from None
+
+
+def _line(error: ValueError) -> str:
+    """What an error says, on one line; a template that writes its own must not steer terminals."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(error).split()))
 
 
 def own_names(tokenizer: Tokenizer, given: dict[str, Any]) -> list[str]:

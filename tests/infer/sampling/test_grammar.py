@@ -200,6 +200,9 @@ def test_schemas_are_nested_as_deeply_as_they_may_be_and_no_deeper(tmp_path: Pat
     Grammar.json_schema({"pattern": '[[[["' * 200})  # in a text
     with pytest.raises(ValueError, match="the schema has 5000000 characters, more than 4194304"):
         Grammar.json_schema(" " * 5_000_000)
+    for kind, text in ((Grammar.regex, "a" * 5_000_000), (Grammar.choice, ["a" * 4_999_996])):
+        with pytest.raises(ValueError, match=f"the {kind.__name__} has 5000000 characters, more than 4194304"):
+            kind(text)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

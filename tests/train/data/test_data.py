@@ -280,7 +280,7 @@ def test_damaged_files_are_made_again(texts, dataset, tmp_path, name, damage):
         path.unlink()
     else:
         path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(UserWarning, match=rf"kept/\w+: prepared data that are damaged \({name} .*\): made again$"):
+    with pytest.warns(UserWarning, match=rf"kept/\w+: prepared data that cannot be used \({name} .*\): made again$"):
         again = prepare(tmp_path / "data.jsonl", TOKENIZER, SETTINGS, tmp_path / "kept")
     assert equal(again.rows(range(len(again))), expected)
     assert (again.report, again.fingerprint) == (dataset.report, dataset.fingerprint)

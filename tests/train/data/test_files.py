@@ -187,7 +187,14 @@ def test_bad_lines_are_counted(tmp_path):
     settings = dataclasses.replace(SETTINGS, on_bad_line="skip")
     report = prepare(tmp_path / "a.jsonl", TOKENIZER, settings, tmp_path).report
     assert (report.bad_lines, report.texts) == (8, 1)
-    words = ["Extra data", "not JSON", "not valid Unicode", "control character", "not UTF-8", "the field 'text' twice"]
+    words = [
+        "Extra data",
+        "not JSON",
+        "not valid Unicode",
+        "control character",
+        "not UTF-8",
+        "the key 'text' is there twice",
+    ]
     for (number, reason), word in zip(report.reasons, words, strict=False):
         assert word in reason, number
     # In an array, what is JSON but of no use is one entry.
