@@ -63,7 +63,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "tools.json": lambda path: flags._read_tools(str(path)),
     "schema.json": lambda path: flags._read_schema(str(path)),
 }
-WIDE = ("tokenizer", "special_tokens", "added_tokens")  # these read wide numbers as floats, as "model_max_length"
+# These read wide numbers as floats, as "model_max_length": 1e30 as a whole number.
+WIDE = ("tokenizer", "special_tokens", "added_tokens", "config.json", "generation_config.json")
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from phi3_jax import regular_file
 from phi3_jax.json_files import read_object
 from phi3_jax.regular_file import require_regular
 
@@ -40,6 +41,20 @@ def test_pipes_devices_sockets_and_folders_are_named(tmp_path, monkeypatch):
         }.items():
             with pytest.raises(ValueError, match=f"^{path}: is {what}; a regular file is needed here$"):
                 require_regular(Path(path))
+
+
+def test_a_text_may_come_from_a_pipe_but_must_end(tmp_path, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\xe2\x82\xac")
+    assert regular_file.read_text(str(path)) == "one\ntwo€"
+    reading, writing = os.pipe()
+    os.write(writing, b"three")
+    os.close(writing)
+    assert regular_file.read_text(f"/dev/fd/{reading}") == "three"
+    os.close(reading)
+    monkeypatch.setattr(regular_file, "_LONGEST_TEXT", 1000)
+    with pytest.raises(ValueError, match=r"^/dev/zero: longer than 1000 bytes"):
+        regular_file.read_text("/dev/zero")
 
 
 @pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])

@@ -21,7 +21,8 @@ from tqdm import tqdm
 import phi3_jax
 from phi3_jax.checkpoint import require_tokenizer
 from phi3_jax.command_line.interrupts import asked, interruptible, settle
-from phi3_jax.command_line.program import read_text, run_program
+from phi3_jax.command_line.program import run_program
+from phi3_jax.regular_file import read_text
 from phi3_jax.text import ToolCallParser
 
 from ..answer import Answer, Generation, write_answers

@@ -23,11 +23,12 @@ import phi3_jax
 from phi3_jax.checkpoint import Layout, require_tokenizer
 from phi3_jax.checkpoint.atomic_write import reserved
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
-from phi3_jax.command_line.program import read_text, run_program
+from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.kernels.linear.packed import pack
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization import calibrate
+from phi3_jax.regular_file import read_text
 
 _CALIBRATION = flags.DEFINE_string(
     "calibration",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import platform
 import re
@@ -31,7 +30,6 @@ _COMPILATION_CACHE_DIR = flags.DEFINE_string(
 )
 _VERSION = flags.DEFINE_bool("version", False, "Print the versions of the program, of jax and of Python, and end.")
 Topics = Mapping[str, Sequence["flags.FlagHolder[Any]"]]
-_LONGEST_TEXT = 1 << 30  # bytes; /dev/zero is longer
 
 # The warnings that were shown, so that none is shown twice; a program that clears it wants to be warned anew.
 told_warnings: set[str] = set()
@@ -125,18 +123,6 @@ def _exit_code(name: str, run: Callable[[], Any]) -> int:
             raise
         return 1
     return 0
-
-
-def read_text(path: str) -> str:
-    """The text of a file or pipe. Raises ValueError if it is not UTF-8 or has no end, OSError if it cannot be read."""
-    with open(path, "rb") as file:
-        data = file.read(_LONGEST_TEXT + 1)
-    if len(data) > _LONGEST_TEXT:
-        raise ValueError(f"{path}: longer than {_LONGEST_TEXT} bytes; name a shorter text")
-    try:
-        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # with \n for \r\n
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
 
 def _show_warnings_as_lines(name: str) -> None:

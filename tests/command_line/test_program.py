@@ -12,21 +12,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.checkpoint import as_floats
-from phi3_jax.command_line import interrupts, program
-
-
-def test_a_text_may_come_from_a_pipe_but_must_end(tmp_path, monkeypatch):
-    path = tmp_path / "prompt.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\xe2\x82\xac")
-    assert program.read_text(str(path)) == "one\ntwo€"
-    reading, writing = os.pipe()
-    os.write(writing, b"three")
-    os.close(writing)
-    assert program.read_text(f"/dev/fd/{reading}") == "three"
-    os.close(reading)
-    monkeypatch.setattr(program, "_LONGEST_TEXT", 1000)
-    with pytest.raises(ValueError, match=r"^/dev/zero: longer than 1000 bytes"):
-        program.read_text("/dev/zero")
+from phi3_jax.command_line import interrupts
 
 
 def test_only_the_main_thread_can_handle_signals():
@@ -46,6 +32,21 @@ def test_only_the_main_thread_can_handle_signals():
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
     assert sys.unraisablehook is hook
+
+
+def test_only_ctrl_c_is_forgotten(monkeypatch):
+    monkeypatch.setattr(interrupts._interrupts, "asked", None)  # which it is again afterwards
+    with interrupts.handled():
+        with interrupts.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.asked() == signal.SIGINT
+        interrupts.forget()
+        assert interrupts.asked() is None
+        with interrupts.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+        interrupts.forget()
+        pytest.fail("the program would go on")
+    assert interrupts.asked() == signal.SIGTERM
 
 
 def export(*arguments):
@@ -125,7 +126,7 @@ def test_integers_are_exported_as_the_floats_that_they_stand_for(tiny_folder, tm
 
 COMPILES = """
 import sys
-from phi3_jax.command_line import interrupts, program
+from phi3_jax.command_line import interrupts
 import jax
 def main():
     print(float(jax.jit(lambda x: x * 3 + 1)(2.0)))

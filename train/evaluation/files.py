@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.regular_file import read_text
 from phi3_jax.text import Tokenizer
 
 from ..data import Tally, Text, find_files, is_data, read_entries, read_record, tell
@@ -31,7 +32,7 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
       ValueError: it is not UTF-8, or a line is not a JSON object with a text.
     """
     if not is_data(str(path)):
-        return [_decoded(path)]
+        return [read_text(path)]
     texts = []
     for place, record in _records(path):
         if not isinstance(record.get("text"), str):
@@ -113,10 +114,3 @@ def _records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]
             yield where, entry.fields()
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-
-
-def _decoded(path: str | os.PathLike[str]) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None

@@ -14,6 +14,7 @@ from phi3_jax import infer
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 from phi3_jax.json_files import parse
 from phi3_jax.model import Params
+from phi3_jax.regular_file import read_text
 from phi3_jax.text import Tokenizer, encode_chat
 
 from ..data import Chat, Mixture, Pair, find_files, is_data, read_entries, read_form
@@ -59,11 +60,7 @@ def read_prompts(settings: Settings) -> list[Prompt]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def _prompts_of_entries(path: Path, settings: Settings) -> list[Prompt]:

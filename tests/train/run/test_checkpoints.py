@@ -16,6 +16,7 @@ import optax
 import pytest
 from batches import read_only, small_disk
 
+from phi3_jax.train.run import digests
 from phi3_jax.train.run.checkpoints import Checkpoints
 
 # When a file cannot be read, Orbax leaves others' reading behind.
@@ -297,3 +298,16 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "fixed").mkdir()
     with read_only(tmp_path / "fixed"), pytest.raises(OSError, match="a checkpoint could not be written"):
         Checkpoints(tmp_path / "fixed" / "kept", 1, 1)
+
+
+def test_sums_of_files_that_were_changed_themselves_are_told(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "a").write_bytes(b"1")
+    (tmp_path / "state" / "b").write_bytes(b"2")
+    digests.write_digests(tmp_path)
+    digests.check_digests(tmp_path)
+    content = json.loads((tmp_path / "digests.json").read_text())
+    del content["files"]["state/b"]
+    (tmp_path / "digests.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"digests\.json, with the sums of the files, is damaged itself"):
+        digests.check_digests(tmp_path)
