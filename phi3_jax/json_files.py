@@ -167,7 +167,7 @@ _STRICT, _WIDE = _decoder(_whole), _decoder(_wide)
 def _check_depth(value: Any) -> None:
     """So that whatever walks through the value later need not fear for Python's stack."""
     level = [value]
-    for _ in range(_DEEPEST + 1):
+    for _ in range(_DEEPEST):
         inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
         level = [each for part in inside for each in part if isinstance(each, dict | list)]
         if not level:

@@ -41,9 +41,11 @@ LIES: dict[str, tuple[str | bytes, str]] = {
     "400 digits": ('{"a": 1' + 400 * "0" + "}", "of 401 characters does not fit into 64 bits"),
     "5000 digits": ('{"a": -1' + 5000 * "0" + "}", "of 5002 characters does not fit into 64 bits"),
     "lists without end": ('{"a": ' + 100_000 * "[", "nested too deeply"),
+    "one level too many": ('{"a": ' + "[" * 128 + "]" * 128 + "}", "nested too deeply, in more than 128"),
     "deep objects": ('{"a": ' * 300 + "1" + "}" * 300, "nested too deeply, in more than 128"),
     "many": ('{"a": [' + "[]," * 1_000_001 + "[]]}", "more than 1000000 lists and objects"),
     "half a pair": ('{"a": {"b\\ud800": 1}}', "half of a surrogate pair"),
+    "half a pair, spelled otherwise": ('{"a": "\\uDC00"}', "half of a surrogate pair"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "written in UTF-16; save it in UTF-8"),
     "UTF-16 without a mark": ('{"a": 1}'.encode("utf-16-be"), "written in UTF-16; save it in UTF-8"),
     "UTF-32": ('{"a": 1}'.encode("utf-32"), "written in UTF-32; save it in UTF-8"),
@@ -113,7 +115,7 @@ def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_good_json_means_what_it_means_to_python() -> None:
     texts = [
         '{"a": [1, -2.5e-3, true, null, "\\ud83d\\ude42 é"], "": {}}', "[]", "3", f"[{2**64 - 1}, {-(2**63)}, 0.1]",
-        '"x"', "[" * 100 + "]" * 100,
+        '"x"', "[" * 128 + "]" * 128,
     ]  # fmt: skip
     for text in texts:
         for data in (text, text.encode(), b"\xef\xbb\xbf" + text.encode()):

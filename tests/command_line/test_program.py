@@ -126,7 +126,7 @@ def test_integers_are_exported_as_the_floats_that_they_stand_for(tiny_folder, tm
 
 COMPILES = """
 import sys
-from phi3_jax.command_line import interrupts
+from phi3_jax.command_line import program
 import jax
 def main():
     print(float(jax.jit(lambda x: x * 3 + 1)(2.0)))

@@ -1,5 +1,7 @@
 """Some hundred mutated inputs of each reader; `make fuzz` tries thousands."""
 
+import sys
+
 import pytest
 from fuzz import fuzz
 from fuzzing.readers import READERS
@@ -9,6 +11,7 @@ COUNT = 300  # of each reader; of one whose inputs take longer, that many times 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by /proc")
 def test_no_mutated_input_does_more_than_it_may():
     counts = {name: max(3, round(COUNT / reader.cost)) for name, reader in READERS.items()}
     found = fuzz(READERS, "fuzzing.readers", counts, seed=1_000_000, workers=2, tell=False)
