@@ -274,9 +274,9 @@ def test_dropout_of_dora_is_that_of_peft():
     [
         ({"rank": 0}, "the rank of an adapter must be a whole number from 1 on, not 0"),
         ({"rank": 2.0}, "whole number"),
-        ({"alpha": -1}, "alpha must be a number from 0 to below inf, not -1"),
+        ({"alpha": -1}, "alpha must be a number from 0 to below inf that float32 holds, not -1"),
         ({"alpha": float("nan")}, "alpha"),
-        ({"dropout": 1.0}, "dropout must be a number from 0 to below 1, not 1.0"),
+        ({"dropout": 1.0}, "dropout must be a number from 0 to below 1 that float32 holds, not 1.0"),
         ({"targets": ()}, rf"must be some of {', '.join(TARGETS)}, embed_tokens, lm_head, not \[\]"),
         ({"ranks": (("o_proj", 0),)}, "the rank of an adapter must be a whole number from 1 on, not 0"),
         (

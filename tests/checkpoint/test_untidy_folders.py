@@ -269,7 +269,7 @@ def test_an_adapter_in_the_models_own_folder_belongs_to_it(tiny, tiny_folder, tm
     lora = LoraConfig(3, 6)
     save_adapter(tmp_path / "adapter", random_adapter(tiny.config, lora), lora, tiny.config, "tiny")
     expected = phi3_jax.load(tiny_folder, adapter=tmp_path / "adapter")
-    with pytest.raises(FileNotFoundError, match="adapter: an adapter for tiny; name that model, and this as its adap"):
+    with pytest.raises(FileNotFoundError, match="adapter: an adapter for 'tiny'; name that, and this as its adap"):
         phi3_jax.load(tmp_path / "adapter")
     for path in (tmp_path / "adapter").iterdir():
         (tiny_folder / path.name).write_bytes(path.read_bytes())

@@ -7,8 +7,8 @@ phi3-train --recipe ./my_recipe.py --set lr=1e-4
 What stands beside the flags is what to train on, the same as --set train_file=FILE. A recipe is
 a Python file with SETTINGS; --set changes fields of it, or of the defaults. All are listed
 below; what is auto a run chooses by its devices and the memory that its step takes, and tells.
-The same command again goes on with a run that was stopped. Ctrl-C, SIGTERM or SIGHUP ends it after
-the step, which is saved (before the first one, at once); exit codes are 130, 143 and 129.
+The same command again goes on with a run that was stopped. Ctrl-C, SIGTERM or SIGHUP ends it
+after the step, which is saved (before the first one, at once); exit codes are 130, 143, 129.
 """
 
 from __future__ import annotations

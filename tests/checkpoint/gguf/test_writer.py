@@ -264,7 +264,9 @@ def test_a_sentencepiece_vocabulary_comes_back(sentencepiece_folder):
 def test_a_turns_end_comes_right_behind_the_texts(sentencepiece_folder, plain):
     tokenizer = load_tokenizer(sentencepiece_folder)
     end = tokenizer.pieces.index("<|end|>")
-    several = dataclasses.replace(plain, tokenizer=tokenizer, generation=phi3_jax.GenerationSettings((7, 5, end)))
+    config = dataclasses.replace(plain.config, vocab_size=len(tokenizer.pieces))
+    generation = phi3_jax.GenerationSettings((7, 5, end))
+    several = dataclasses.replace(plain, config=config, tokenizer=tokenizer, generation=generation)
     assert writer._end_ids(several) == [2, 7, end, 5]  # the tokenizer's, the configuration's, a turn's
 
 

@@ -324,8 +324,8 @@ def _machine():
         (["--work_dir", "x"], "needs --peers"),
         (["--random", "phi-4", "--checkpoint", "demo"], "not both"),
         (["--json", "nowhere/a.json"], "there is no folder nowhere"),
-        (["--contexts", "4,x"], "not numbers above 0"),
-        (["--batches", "0"], "not numbers above 0"),
+        (["--contexts", "4,x"], "not numbers from 1 to 1048576"),
+        (["--batches", "0"], "not numbers from 1 to 4096"),
     ],
 )
 def test_senseless_flags_are_refused(args, message):

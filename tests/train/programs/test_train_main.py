@@ -312,9 +312,10 @@ def test_help_and_mistakes_need_no_extra():
         "    except SystemExit as end: print(end.code or '')\n"
         "    print('----')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-u", "-c", script]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     for text, (args, begin) in zip(done.stdout.split("\n----\n"), said, strict=False):
-        assert text.startswith(begin), (args, text, done.stderr)
+        assert text.startswith(begin), (args, text)
     assert "pip install 'phi3_jax[train]'" in done.stdout
     shown = done.stdout.split("\n----\n")[0]
     assert settings_help() in shown
