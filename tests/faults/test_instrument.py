@@ -25,6 +25,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by /proc")
 def test_every_planted_fault_is_found_and_no_other():
     assert planted.READERS.keys() == EXPECTED.keys()

@@ -216,6 +216,7 @@ def test_a_tokenizer_loads_with_a_bomb() -> None:
     assert template_text("a{{ 'b' ~ c }}{% generation %}d{% endgeneration %}") == "a\0d\0b"
 
 
+@pytest.mark.slow
 def test_long_chats_are_none() -> None:
     """2,000 messages; 5 MB in one; and after it the room that a short one has."""
     turns = [{"role": role, "content": f"{i} \u2603"} for i in range(1000) for role in ("user", "assistant")]
