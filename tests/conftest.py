@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import jax
 import pytest
 
 import phi3_jax
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background: what tests start would, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -106,7 +106,7 @@ def test_errors_are_one_line_each_and_the_session_goes_on(small, tmp_path):
         "warning: .*drops the system message",
         "refuses these messages: not a word of that",
         "has 723 tokens, .*context of 600: /reset begins a new one",
-        "not valid Unicode",
+        ".*half of a surrogate pair",
         "unknown command /nonsense; there are /exit, /help, /load, /reset, /result, /save, /system",
         "/reset takes nothing after it",
         "give a file name",
