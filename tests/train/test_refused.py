@@ -99,6 +99,7 @@ def test_steps_that_are_not_finite(tmp_path):
     assert records[4]["loss"] is None
 
 
+@pytest.mark.slow
 def test_too_little_memory(tmp_path, monkeypatch):
     settings = write_run(tmp_path, remat="full", loss_chunk=64)
     monkeypatch.setattr(estimates, "available", lambda: 10_000)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from phi3_jax.json_files import SETTINGS, read_bytes
+from phi3_jax.regular_file import require_regular
 
 from .. import fingerprint
 from .batch import Batch, Pair
@@ -125,12 +126,15 @@ def open_dataset(folder: Path, sequence_length: int, preferences: bool) -> Datas
         if header.pop("sha256_of_this") != _digest_of(header):
             raise ValueError("header.json is damaged")
         fields, sizes, of_rows = header["report"], header["sizes"], header["fingerprint"]
+        for name, dtype in DTYPES.items():
+            path = folder / f"{name}.bin"
+            require_regular(path)
+            if path.stat().st_size != sizes[name] * np.dtype(dtype).itemsize:
+                raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
         found = _digests(folder)
         arrays: dict[str, np.ndarray] = {}
         for name, dtype in DTYPES.items():
             path = folder / f"{name}.bin"
-            if path.stat().st_size != sizes[name] * np.dtype(dtype).itemsize:
-                raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
             if found[name] != header["sha256"][name]:
                 raise ValueError(f"{path.name} is not what was written: its SHA-256 is another")
             arrays[name] = np.memmap(path, dtype, mode="r") if sizes[name] else np.zeros(0, dtype)

@@ -27,6 +27,8 @@ try:
 except ImportError as error:
     raise ImportError(f"training needs more packages ({error}): pip install 'phi3_jax[train]'") from None
 
+from phi3_jax.regular_file import require_regular
+
 from .digests import check_digests, has_digests, write_digests
 
 _OVERHEAD = 1 << 20  # bytes of a checkpoint besides its arrays
@@ -280,10 +282,13 @@ class _LastAndBest:
 
 def _drop_damaged_times(folder: Path, step: int) -> None:
     """Removes Orbax's file of when a checkpoint was made, if it is damaged; the folder's age then serves."""
+    path = folder / str(step) / "_CHECKPOINT_METADATA"
     try:
+        if path.exists():
+            require_regular(path)
         _ = ocp.path.step.standard_name_format().find_step(folder, step).commit_timestamp
     except Exception:  # Orbax would raise it in the middle of the run, when it decides what to keep
-        (folder / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _aside(step: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.checkpoint.atomic_write import sync
+from phi3_jax.json_files import SETTINGS, read_bytes
 
 from .. import fingerprint
 
@@ -56,7 +57,7 @@ def check_digests(folder: Path, part: str = "") -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / _NAME).read_bytes())
+        content = json.loads(read_bytes(folder / _NAME, SETTINGS))
         files = content["files"]
         is_whole = content["sha256"] == _of_entries(files)
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -30,7 +30,7 @@ class Reader:
       lines: how many lines an error may have.
       is_file: whether users name the file, which may then be a pipe, a folder or huge; else only its contents change.
       is_bounded: whether files beyond some size are refused; of data to train on, none are.
-      seconds: how long reading may take, where that is longer than for others.
+      seconds, memory: how long reading may take, and how many bytes more, where that is more than for others.
     """
 
     make: Callable[[Path, int], None]
@@ -45,6 +45,7 @@ class Reader:
     is_file: bool = True
     is_bounded: bool = True
     seconds: float = 0
+    memory: float = 0
 
 
 @dataclasses.dataclass(frozen=True)

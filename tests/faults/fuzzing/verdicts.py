@@ -50,7 +50,7 @@ def judge(
       size: of the valid input, in bytes.
       place: the folder of the input.
     """
-    if outcome.memory > most_memory(size):
+    if outcome.memory > most_memory(size) + reader.memory:
         return "memory", f"{outcome.memory / 1e6:.0f} MB for an input of {size / 1e6:.2f} MB"
     if outcome.error:
         return _of_error(outcome, mutation, reader, place)

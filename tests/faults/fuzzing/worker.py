@@ -40,7 +40,7 @@ def serve(readers: Mapping[str, Reader], work: Path) -> None:
         _copy(original, case)
         mutation = mutate(case, asked["reader"], reader, asked["seed"])
         read, size = valid[original]
-        bounds = {"seconds": reader.seconds, "memory": verdicts.most_memory(size)}
+        bounds = {"seconds": reader.seconds, "memory": verdicts.most_memory(size) + reader.memory}
         print(json.dumps({"mutation": dataclasses.asdict(mutation), **bounds}), file=answers)
         os.dup2(nowhere, 2)
         outcome = _read(reader, variant, case)

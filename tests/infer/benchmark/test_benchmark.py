@@ -197,6 +197,7 @@ def test_random_weights_are_the_same_model_in_every_form(quick_compilation):
         np.testing.assert_array_equal(head.dequantize(), floats.params["lm_head"]["weight"])
 
 
+@pytest.mark.slow
 def test_our_case_repeats_the_same_steps(quick_compilation):
     config = dataclasses.replace(CONFIG, initializer_range=0.3)  # large weights, so that the tokens differ
     model = phi3_jax.Checkpoint(config, phi3_jax.random_params(config), None, phi3_jax.GenerationSettings())

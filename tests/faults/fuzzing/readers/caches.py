@@ -96,6 +96,6 @@ def _make_programs(folder: Path, _: int) -> None:
 
 READERS = {
     "prompt cache": Reader(_make_prompt, _read_prompt, 2, checksums=True),
-    "kernels": Reader(_make_library, _read_library, files={"*.so": 3, "*.json": 1}, cost=20, seconds=90),
+    "kernels": Reader(_make_library, _read_library, files={"*.so": 3, "*.json": 1}, cost=20, seconds=90, memory=2e9),
     "compiled programs": Reader(_make_programs, _read_programs, cost=6),
 }
