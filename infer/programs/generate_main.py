@@ -263,11 +263,8 @@ def _check_request(request: Request, name: str) -> None:
 
 def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
     """The token ids of a request's prompt. Raises ValueError with the line's number, before anything runs."""
-    tokenizer, most, text = (
-        require_tokenizer(checkpoint),
-        checkpoint.config.max_position_embeddings,
-        request.prompt or "",
-    )
+    tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
+    text = request.prompt or ""
     try:
         if request.messages is not None or _CHAT.value:
             messages = [_user(text)] if request.messages is None else request.messages

@@ -310,9 +310,8 @@ def sync(path: Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if (
-            error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP) or not path.is_dir()
-        ):  # some know none of folders
+        # Some file systems know none of folders.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(file)
