@@ -69,6 +69,22 @@ def test_a_named_folder_is_made_private_and_never_emptied(kept, tmp_path):
     assert "Not a directory" in told[1]
 
 
+def test_what_is_no_program_is_removed(kept, tmp_path):
+    """jax would read all of it: a pipe for ever, a device until the memory is full."""
+    folder = tmp_path / "programs"
+    folder.mkdir(mode=0o700)
+    (folder / "jit_a-cache").symlink_to("/dev/zero")
+    os.mkfifo(folder / "jit_b-cache")
+    (folder / "jit_c-cache").mkdir()
+    os.truncate(os.open(folder / "jit_d-cache", os.O_CREAT | os.O_WRONLY), 10**11)
+    (folder / "jit_e-cache").symlink_to("nowhere")
+    (folder / "jit_f-cache").write_text("a program")
+    settings, told = kept(str(folder))
+    assert settings["jax_compilation_cache_dir"] == str(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["jit_e-cache", "jit_f-cache"]
+    assert sorted(told) == [f"{folder}/jit_{name}-cache is not a compiled program, and was removed" for name in "abcd"]
+
+
 def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.setenv("HOME", "nowhere")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
