@@ -77,7 +77,7 @@ def test_a_library_for_another_version_of_the_interface_is_not_registered(one_so
     import ctypes
 
     with pytest.raises(Unavailable, match="compiled for version"):
-        build._check_version(ctypes.CDLL(str(build._build())))
+        build.check_version(ctypes.CDLL(str(build._build())))
 
 
 def run(tmp_path, **variables):

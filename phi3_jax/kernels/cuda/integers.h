@@ -1,0 +1,67 @@
+// Integers of four or eight bits as bfloat16, which holds each of them exactly.
+#pragma once
+#include "intrinsics.h"
+
+namespace phi3 {
+
+#if defined(PHI3_EMULATED)
+inline unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {
+  unsigned y = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned from = selector >> (4 * i) & 7;
+    y |= ((from < 4 ? a : b) >> (from % 4 * 8) & 255) << (8 * i);
+  }
+  return y;
+}
+inline unsigned subtract_pairs(unsigned a, unsigned b) {
+  return pack_bf16(low_float(a) - low_float(b), high_float(a) - high_float(b));
+}
+#else
+PHI3_DEVICE unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {  // byte i is that of digit i, b's from 4
+  return __byte_perm(a, b, selector);
+}
+PHI3_DEVICE unsigned subtract_pairs(unsigned a, unsigned b) {  // of bfloat16
+  unsigned y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+  return y;
+}
+#endif
+
+// The kernels multiply eight neighbouring inputs as four pairs, in an order that suits the integers; `of_x` brings eight
+// numbers of x into the same order. The integers become q - zero: -8 to 7, or -128 to 127.
+template <int bits>
+struct Eight;
+
+template <>
+struct Eight<4> {  // pairs of inputs i and i + 4
+  static constexpr int zero = 8;
+  static PHI3_DEVICE void load(unsigned (&pairs)[4], const unsigned char* shared) {
+    const unsigned word = *reinterpret_cast<const unsigned*>(shared);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)  // 0x4300 is 128, and its last bits are ones
+      pairs[i] = subtract_pairs((word >> (4 * i) & 0x000f000fu) | 0x43004300u, 0x43084308u);
+  }
+  static PHI3_DEVICE void of_x(unsigned (&pairs)[4], uint4 x) {
+    pairs[0] = permute_bytes(x.x, x.z, 0x5410), pairs[1] = permute_bytes(x.x, x.z, 0x7632);
+    pairs[2] = permute_bytes(x.y, x.w, 0x5410), pairs[3] = permute_bytes(x.y, x.w, 0x7632);
+  }
+};
+
+template <>
+struct Eight<8> {  // pairs of neighbours
+  static constexpr int zero = 128;
+  static PHI3_DEVICE void load(unsigned (&pairs)[4], const unsigned char* shared) {
+    const uint2 words = *reinterpret_cast<const uint2*>(shared);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned two = permute_bytes(i < 2 ? words.x : words.y, 0, i % 2 ? 0x4342 : 0x4140);
+      // 128 and the seven lower bits, minus 128 or 256 by the upper bit.
+      pairs[i] = subtract_pairs((two & 0x007f007fu) | 0x43004300u, (two & 0x00800080u) ^ 0x43804380u);
+    }
+  }
+  static PHI3_DEVICE void of_x(unsigned (&pairs)[4], uint4 x) {
+    pairs[0] = x.x, pairs[1] = x.y, pairs[2] = x.z, pairs[3] = x.w;
+  }
+};
+
+}  // namespace phi3

@@ -1,0 +1,143 @@
+// The product for up to 32 rows, which takes the time that reading the integers takes.
+//
+// A warp's next integers are on their way into shared memory while it multiplies others. The tensor cores get integers
+// (q - zero, exact in bfloat16) and x; the sums of a group are scaled in float32. A lane's word of eight integers serves
+// where sixteen inputs of an output meet sixteen of a row: which input stands where does not matter if w and x agree.
+#include "integers.h"
+#include "linear.h"
+
+namespace phi3 {
+namespace few {
+
+// Copies the integers of 16 outputs at inputs [step * kStep, ...) of a warp to shared memory; zeros beyond the matrix.
+template <int bits>
+PHI3_DEVICE void copy_step(const Product& p, unsigned char* stage, int output, int step, int lane) {
+  constexpr int chunks = row_bytes(bits) / 16;
+  const int row_size = p.inputs / 8 * bits;
+#pragma unroll
+  for (int i = 0; i < kTile * chunks / 32; ++i) {
+    const int row = (32 * i + lane) / chunks, column = (32 * i + lane) % chunks * 16;
+    const int from = step * row_bytes(bits) + column;
+    const bool valid = output + row < p.outputs && from < row_size;
+    const unsigned char* global = valid ? p.values + static_cast<int64>(output + row) * row_size + from : p.values;
+    copy16_async(stage + row * stride(bits) + column, global, valid);
+  }
+}
+
+// Copies the scales (or mins) of 16 outputs, which are neighbours in memory.
+PHI3_DEVICE void copy_scales(const Product& p, const unsigned short* scales, unsigned short* shared, int output) {
+  const int groups = p.inputs >> p.group_bits;
+  const unsigned short* from = scales + static_cast<int64>(output) * groups;
+  const int count = min(kTile, p.outputs - output) * groups, whole = count / 8;
+  for (int i = threadIdx.x; i < whole; i += kThreads) copy16_async(shared + 8 * i, from + 8 * i);
+  for (int i = 8 * whole + threadIdx.x; i < count; i += kThreads) shared[i] = from[i];
+}
+
+template <int bits, int tiles, bool offsets>
+PHI3_DEVICE void product(const Product& p) {
+  PHI3_DYNAMIC_SHARED(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
+  const int output = blockIdx.x * kTile, groups = p.inputs >> p.group_bits;
+  unsigned short* const scales = reinterpret_cast<unsigned short*>(shared);
+  unsigned short* const mins = scales + kTile * groups;
+  unsigned char* const stages = shared + (offsets ? 4 : 2) * kTile * groups + warp * kStages * stage_bytes(bits);
+  const int steps = (p.inputs + kStep - 1) / kStep, mine = (steps - warp + kWarps - 1) / kWarps;
+
+  copy_scales(p, p.scales, scales, output);
+  if (offsets) copy_scales(p, p.mins, mins, output);
+  commit_copies();
+  for (int i = 0; i < kStages; ++i) {
+    if (i < mine) copy_step<bits>(p, stages + i * stage_bytes(bits), output, warp + i * kWarps, lane);
+    commit_copies();
+  }
+  wait_copies<kStages>();
+  __syncthreads();
+
+  float sums[tiles][4] = {};
+  for (int i = 0; i < mine; ++i) {
+    const int begin = (warp + i * kWarps) * kStep;
+    uint4 x[tiles][4];
+#pragma unroll
+    for (int tile = 0; tile < tiles; ++tile)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int from = begin + 32 * j + 8 * part, r = 8 * tile + row;
+        x[tile][j] = r < p.rows && from < p.inputs ? load16(p.x + static_cast<int64>(r) * p.inputs + from) : uint4{};
+      }
+    wait_copies<kStages - 1>();
+    warp_barrier();
+    const unsigned char* stage = stages + i % kStages * stage_bytes(bits) + row * stride(bits) + part * bits;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int input = begin + 32 * j;
+      if (input >= p.inputs) break;
+      unsigned upper[4], lower[4];
+      Eight<bits>::load(upper, stage + j * 4 * bits);
+      Eight<bits>::load(lower, stage + j * 4 * bits + 8 * stride(bits));
+      const int at = row * groups + (input >> p.group_bits);
+      const float scale[2] = {to_float(half{scales[at]}), to_float(half{scales[at + 8 * groups]})};
+#pragma unroll
+      for (int tile = 0; tile < tiles; ++tile) {
+        unsigned pairs[4];
+        Eight<bits>::of_x(pairs, x[tile][j]);
+        float found[4] = {};
+        multiply_add(found, {upper[0], lower[0], upper[1], lower[1]}, pairs[0], pairs[1]);
+        multiply_add(found, {upper[2], lower[2], upper[3], lower[3]}, pairs[2], pairs[3]);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[tile][k] += scale[k / 2] * found[k];
+        if (offsets) {
+          constexpr unsigned one = 0x3f803f80;
+          const float min[2] = {to_float(half{mins[at]}) + Eight<bits>::zero * scale[0],
+                                to_float(half{mins[at + 8 * groups]}) + Eight<bits>::zero * scale[1]};
+          float of_x[4] = {};  // the sums of x
+          multiply_add(of_x, {one, one, one, one}, pairs[0], pairs[1]);
+          multiply_add(of_x, {one, one, one, one}, pairs[2], pairs[3]);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[tile][k] += min[k / 2] * of_x[k];
+        }
+      }
+    }
+    warp_barrier();
+    if (i + kStages < mine)
+      copy_step<bits>(p, stages + i % kStages * stage_bytes(bits), output, warp + (i + kStages) * kWarps, lane);
+    commit_copies();
+  }
+
+  // All warps' sums meet in shared memory, where the integers were.
+  wait_copies<0>();
+  __syncthreads();
+  float* const all = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile)
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      all[(warp * 8 * tiles + 8 * tile + 2 * part + k % 2) * kTile + row + k / 2 * 8] = sums[tile][k];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 8 * tiles * kTile; i += kThreads) {
+    const int r = i / kTile, o = output + i % kTile;
+    if (r >= p.rows || o >= p.outputs) continue;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += all[w * 8 * tiles * kTile + i];
+    const int64 at = static_cast<int64>(r) * p.outputs + o;
+    if (p.float32)
+      static_cast<float*>(p.y)[at] = sum;
+    else
+      static_cast<bf16*>(p.y)[at] = to_bf16(sum);
+  }
+}
+
+}  // namespace few
+
+// phi3_linear_few_BITS_TILES, with offsets in two of each: TILES times eight rows.
+#define PHI3_FEW(bits, tiles)                                                                                     \
+  PHI3_KERNEL(kThreads, phi3_linear_few_##bits##_##tiles, Product p) { few::product<bits, tiles, false>(p); }     \
+  PHI3_KERNEL(kThreads, phi3_linear_few_##bits##_##tiles##_mins, Product p) { few::product<bits, tiles, true>(p); }
+PHI3_FEW(4, 1)
+PHI3_FEW(4, 2)
+PHI3_FEW(4, 4)
+PHI3_FEW(8, 1)
+PHI3_FEW(8, 2)
+PHI3_FEW(8, 4)
+
+}  // namespace phi3
