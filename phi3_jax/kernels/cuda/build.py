@@ -48,7 +48,7 @@ def launcher(command: list[str], files: list[Path], flags: tuple[str, ...], targ
 
 
 def register(loaded: ctypes.CDLL, platform: str) -> None:
-    """Makes the library's handlers known to XLA. Raises Unavailable or AttributeError if it is not what it should be."""
+    """Makes the library's handlers known to XLA. Raises Unavailable or AttributeError if it is another one."""
     native.check_version(loaded)
     handlers = {name: jax.ffi.pycapsule(getattr(loaded, name)) for name in HANDLERS}
     for name, handler in handlers.items():
@@ -120,7 +120,7 @@ def _capabilities() -> list[int]:
         capability = 10 * int(match[1]) + int(match[2])
         if capability < _OLDEST:
             raise Unavailable(
-                f"{device.device_kind} has compute capability {said}; they need {_OLDEST / 10} or newer (from Ampere on)"
+                f"{device.device_kind} has compute capability {said}; they need {_OLDEST / 10} or newer, as Ampere has"
             )
         found.add(capability)
     return sorted(found)

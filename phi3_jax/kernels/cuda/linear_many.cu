@@ -1,0 +1,138 @@
+// The product for many rows, which takes the time of its multiplications (linear_few.cu says how integers are multiplied).
+//
+// A block's next integers and numbers of x are on their way into shared memory while it multiplies others. A warp has 32
+// outputs and half of the block's rows.
+#include "integers.h"
+#include "linear.h"
+
+namespace phi3 {
+namespace many {
+
+// Where the 16 bytes `chunk` of a row of x are in shared memory: 8 lanes that read together ask every bank once.
+PHI3_DEVICE int place_of_x(int row, int chunk) { return row * kStep * 2 + (chunk ^ (row & 1) << 2) * 16; }
+
+template <int bits, int tiles>
+PHI3_DEVICE void copy_step(const Product& p, unsigned char* stage, int output, int row, int step) {
+  constexpr int chunks = row_bytes(bits) / 16;
+  const int row_size = p.inputs / 8 * bits;
+#pragma unroll
+  for (int i = 0; i < kOutputs * chunks / kThreads; ++i) {
+    const int at = kThreads * i + threadIdx.x, o = at / chunks, column = at % chunks * 16;
+    const int from = step * row_bytes(bits) + column;
+    const bool valid = output + o < p.outputs && from < row_size;
+    const unsigned char* global = valid ? p.values + static_cast<int64>(output + o) * row_size + from : p.values;
+    copy16_async(stage + o * stride(bits) + column, global, valid);
+  }
+  unsigned char* const x = stage + kOutputs * stride(bits);
+#pragma unroll
+  for (int i = 0; i < rows(tiles) * (kStep / 8) / kThreads; ++i) {
+    const int at = kThreads * i + threadIdx.x, r = at / (kStep / 8), chunk = at % (kStep / 8);
+    const int from = step * kStep + 8 * chunk;
+    const bool valid = row + r < p.rows && from < p.inputs;
+    const unsigned short* global = valid ? p.x + static_cast<int64>(row + r) * p.inputs + from : p.x;
+    copy16_async(x + place_of_x(r, chunk), global, valid);
+  }
+}
+
+template <int bits, int tiles, bool offsets>
+PHI3_DEVICE void product(const Product& p) {
+  PHI3_DYNAMIC_SHARED(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = lane / 4, part = lane % 4;
+  const int row = blockIdx.x * rows(tiles), output = blockIdx.y * kOutputs;
+  const int my_output = warp % 4 * 32 + place, my_row = warp / 4 * 8 * tiles;  // in the block
+  const int steps = (p.inputs + kStep - 1) / kStep, groups = p.inputs >> p.group_bits;
+  const int last = (1 << p.group_bits) - 32;  // where a group's last 32 inputs begin
+
+  for (int i = 0; i < kStages; ++i) {
+    if (i < steps) copy_step<bits, tiles>(p, shared + i * stage_bytes(bits, tiles), output, row, i);
+    commit_copies();
+  }
+  float sums[2][tiles][4] = {}, found[2][tiles][4] = {}, of_x[offsets ? tiles : 1][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<kStages - 1>();
+    __syncthreads();
+    const unsigned char* const stage = shared + step % kStages * stage_bytes(bits, tiles);
+    const unsigned char* const x = stage + kOutputs * stride(bits);
+#pragma unroll
+    for (int j = 0; j < kStep / 32; ++j) {
+      const int input = step * kStep + 32 * j;
+      if (input >= p.inputs) break;
+      unsigned w[2][2][4];  // of outputs place, place + 8, place + 16, place + 24
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        Eight<bits>::load(w[k / 2][k % 2], stage + (my_output + 8 * k) * stride(bits) + (4 * j + part) * bits);
+#pragma unroll
+      for (int tile = 0; tile < tiles; ++tile) {
+        unsigned pairs[4];
+        Eight<bits>::of_x(pairs, load16(x + place_of_x(my_row + 8 * tile + place, 4 * j + part)));
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int k = 0; k < 2; ++k)
+            multiply_add(found[k][tile],
+                         {w[k][0][2 * half], w[k][1][2 * half], w[k][0][2 * half + 1], w[k][1][2 * half + 1]},
+                         pairs[2 * half], pairs[2 * half + 1]);
+        if (offsets) {
+          constexpr unsigned one = 0x3f803f80;
+          multiply_add(of_x[tile], {one, one, one, one}, pairs[0], pairs[1]);
+          multiply_add(of_x[tile], {one, one, one, one}, pairs[2], pairs[3]);
+        }
+      }
+      if ((input & last) != last) continue;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int o = output + my_output + 8 * k;
+        const int64 at = static_cast<int64>(o) * groups + (input >> p.group_bits);
+        const float scale = o < p.outputs ? to_float(half{p.scales[at]}) : 0;
+        const float min = offsets && o < p.outputs ? to_float(half{p.mins[at]}) + Eight<bits>::zero * scale : 0;
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile)
+#pragma unroll
+          for (int column = 0; column < 2; ++column) {
+            float& sum = sums[k / 2][tile][k % 2 * 2 + column];
+            float& of_group = found[k / 2][tile][k % 2 * 2 + column];
+            sum += scale * of_group;
+            if (offsets) sum += min * of_x[tile][column];
+            of_group = 0;
+          }
+      }
+      if (offsets)
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) of_x[tile][k] = 0;
+    }
+    __syncthreads();
+    if (step + kStages < steps)
+      copy_step<bits, tiles>(p, shared + step % kStages * stage_bytes(bits, tiles), output, row, step + kStages);
+    commit_copies();
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int tile = 0; tile < tiles; ++tile)
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int r = row + my_row + 8 * tile + 2 * part + column, o = output + my_output + 8 * k;
+        if (r >= p.rows || o >= p.outputs) continue;
+        const int64 at = static_cast<int64>(r) * p.outputs + o;
+        const float sum = sums[k / 2][tile][k % 2 * 2 + column];
+        if (p.float32)
+          static_cast<float*>(p.y)[at] = sum;
+        else
+          static_cast<bf16*>(p.y)[at] = to_bf16(sum);
+      }
+}
+
+}  // namespace many
+
+// phi3_linear_many_BITS_TILES, with offsets in two of each: blocks of TILES times sixteen rows.
+#define PHI3_MANY(bits, tiles)                                                                                      \
+  PHI3_KERNEL(kThreads, phi3_linear_many_##bits##_##tiles, Product p) { many::product<bits, tiles, false>(p); }     \
+  PHI3_KERNEL(kThreads, phi3_linear_many_##bits##_##tiles##_mins, Product p) { many::product<bits, tiles, true>(p); }
+PHI3_MANY(4, 4)
+PHI3_MANY(4, 8)
+PHI3_MANY(8, 4)
+PHI3_MANY(8, 8)
+
+}  // namespace phi3
