@@ -72,7 +72,9 @@ PHI3_DEVICE unsigned pack_bf16(float low, float high) {  // two neighbours in me
   return y;
 }
 
-// Addresses are multiples of 16.
+// Addresses are multiples of 4, 8 or 16.
+PHI3_DEVICE unsigned load4(const void* p) { return *static_cast<const unsigned*>(p); }
+PHI3_DEVICE uint2 load8(const void* p) { return *static_cast<const uint2*>(p); }
 PHI3_DEVICE uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 PHI3_DEVICE void store16(void* p, uint4 x) { *static_cast<uint4*>(p) = x; }
 // From global memory that nothing writes during the kernel, and that is read once.

@@ -86,12 +86,16 @@ inline half to_half(float x) {
   return {static_cast<unsigned short>(sign | ((exponent + 14) * 1024 + fraction))};  // 1024 is the exponent's last bit
 }
 
-inline uint4 load16(const void* p) {
-  emulated::aligned(p);
-  uint4 x;
-  std::memcpy(&x, p, 16);
+template <class T>
+T load_aligned(const void* p) {
+  emulated::aligned(p, sizeof(T));
+  T x;
+  std::memcpy(&x, p, sizeof x);
   return x;
 }
+inline unsigned load4(const void* p) { return load_aligned<unsigned>(p); }
+inline uint2 load8(const void* p) { return load_aligned<uint2>(p); }
+inline uint4 load16(const void* p) { return load_aligned<uint4>(p); }
 inline uint4 load16_once(const void* p) { return load16(p); }
 inline void store16(void* p, uint4 x) {
   emulated::aligned(p);

@@ -236,8 +236,8 @@ T from(const Slot& slot) {
   std::memcpy(&value, slot.bytes, sizeof value);
   return value;
 }
-inline void aligned(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) fail("an address is not a multiple of 16");
+inline void aligned(const void* p, size_t bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an address is not a multiple of " + std::to_string(bytes));
 }
 
 }  // namespace emulated
