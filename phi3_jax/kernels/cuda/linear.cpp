@@ -35,7 +35,8 @@ ffi::Error check(const ffi::Buffer<ffi::BF16>& x, const ffi::Buffer<ffi::U8>& va
   const bool float32 = y.element_type() == ffi::F32;
   if (of_y.size() != 2 || of_y[0] != of_x[0] || of_y[1] != outputs || (!float32 && y.element_type() != ffi::BF16))
     return invalid(who + "the result has shape " + text(of_y) + ", expected float32 or bfloat16 [rows, outputs]");
-  if (std::max({of_x[0], inputs, outputs}) > 1 << 30) return invalid(who + "more than 2^30 rows, inputs or outputs");
+  if (std::max({of_x[0], inputs, outputs, outputs * of_scales[1]}) > 1 << 30)
+    return invalid(who + "more than 2^30 rows, inputs, outputs or scales");
   const auto halves = [](const ffi::Buffer<ffi::F16>& b) { return static_cast<const unsigned short*>(b.untyped_data()); };
   *p = {values.typed_data(),
         halves(scales),

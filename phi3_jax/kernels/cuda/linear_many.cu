@@ -47,7 +47,7 @@ PHI3_DEVICE void product(const Product& p) {
     if (i < steps) copy_step<bits, tiles>(p, shared + i * stage_bytes(bits, tiles), output, row, i);
     commit_copies();
   }
-  float sums[2][tiles][4] = {}, found[2][tiles][4] = {}, of_x[offsets ? tiles : 1][4] = {};
+  float sums[2][tiles][4] = {}, found[2][tiles][4] = {};
   for (int step = 0; step < steps; ++step) {
     wait_copies<kStages - 1>();
     __syncthreads();
@@ -57,6 +57,13 @@ PHI3_DEVICE void product(const Product& p) {
     for (int j = 0; j < kStep / 32; ++j) {
       const int input = step * kStep + 32 * j;
       if (input >= p.inputs) break;
+      float scale[4], min[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = ::min(output + my_output + 8 * k, p.outputs - 1) * groups + (input >> p.group_bits);
+        scale[k] = to_float(half{p.scales[at]});
+        if (offsets) min[k] = to_float(half{p.mins[at]}) + Eight<bits>::zero * scale[k];
+      }
       unsigned w[2][2][4];  // of outputs place, place + 8, place + 16, place + 24
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -74,33 +81,27 @@ PHI3_DEVICE void product(const Product& p) {
                          pairs[2 * half], pairs[2 * half + 1]);
         if (offsets) {
           constexpr unsigned one = 0x3f803f80;
-          multiply_add(of_x[tile], {one, one, one, one}, pairs[0], pairs[1]);
-          multiply_add(of_x[tile], {one, one, one, one}, pairs[2], pairs[3]);
+          float of_x[4] = {};  // the sums of x
+          multiply_add(of_x, {one, one, one, one}, pairs[0], pairs[1]);
+          multiply_add(of_x, {one, one, one, one}, pairs[2], pairs[3]);
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+#pragma unroll
+            for (int column = 0; column < 2; ++column)
+              sums[k / 2][tile][k % 2 * 2 + column] += min[k] * of_x[column];
         }
       }
       if ((input & last) != last) continue;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int o = output + my_output + 8 * k;
-        const int64 at = static_cast<int64>(o) * groups + (input >> p.group_bits);
-        const float scale = o < p.outputs ? to_float(half{p.scales[at]}) : 0;
-        const float min = offsets && o < p.outputs ? to_float(half{p.mins[at]}) + Eight<bits>::zero * scale : 0;
+      for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int tile = 0; tile < tiles; ++tile)
 #pragma unroll
           for (int column = 0; column < 2; ++column) {
-            float& sum = sums[k / 2][tile][k % 2 * 2 + column];
             float& of_group = found[k / 2][tile][k % 2 * 2 + column];
-            sum += scale * of_group;
-            if (offsets) sum += min * of_x[tile][column];
+            sums[k / 2][tile][k % 2 * 2 + column] += scale[k] * of_group;
             of_group = 0;
           }
-      }
-      if (offsets)
-#pragma unroll
-        for (int tile = 0; tile < tiles; ++tile)
-#pragma unroll
-          for (int k = 0; k < 4; ++k) of_x[tile][k] = 0;
     }
     __syncthreads();
     if (step + kStages < steps)
