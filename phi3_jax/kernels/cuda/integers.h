@@ -1,6 +1,7 @@
-// Integers of four or eight bits as bfloat16, which holds each of them exactly.
+// Integers of four or eight bits as bfloat16, which holds each of them exactly; and what the two kernels share.
 #pragma once
 #include "intrinsics.h"
+#include "linear.h"
 
 namespace phi3 {
 
@@ -63,5 +64,18 @@ struct Eight<8> {  // pairs of neighbours
     pairs[0] = x.x, pairs[1] = x.y, pairs[2] = x.z, pairs[3] = x.w;
   }
 };
+
+// Row i of the weights of a block whose first output is `first`: which output it is for, and where it is in memory.
+PHI3_DEVICE int output_of(const Product& p, int first, int i) { return first + (p.gated ? i / 16 * 8 + i % 8 : i); }
+PHI3_DEVICE int row_of(const Product& p, int output, int i) { return output + (p.gated ? i / 8 % 2 * p.outputs : 0); }
+
+PHI3_DEVICE float gate(float gate, float up) { return up * __fdividef(gate, 1 + fast_exp2(-1.442695041f * gate)); }
+PHI3_DEVICE void store(const Product& p, int row, int output, float sum) {
+  const int64 at = static_cast<int64>(row) * p.outputs + output;
+  if (p.float32)
+    static_cast<float*>(p.y)[at] = sum;
+  else
+    static_cast<bf16*>(p.y)[at] = to_bf16(sum);
+}
 
 }  // namespace phi3

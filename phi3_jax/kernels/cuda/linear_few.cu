@@ -4,12 +4,11 @@
 // (q - zero, exact in bfloat16) and x; the sums of a group are scaled in float32. A lane's word of eight integers serves
 // where sixteen inputs of an output meet sixteen of a row: which input stands where does not matter if w and x agree.
 #include "integers.h"
-#include "linear.h"
 
 namespace phi3 {
 namespace few {
 
-// Copies the integers of 16 outputs at inputs [step * kStep, ...) of a warp to shared memory; zeros beyond the matrix.
+// Copies the integers of 16 rows at inputs [step * kStep, ...) of a warp to shared memory; zeros beyond the matrix.
 template <int bits>
 PHI3_DEVICE void copy_step(const Product& p, unsigned char* stage, int output, int step, int lane) {
   constexpr int chunks = row_bytes(bits) / 16;
@@ -17,27 +16,29 @@ PHI3_DEVICE void copy_step(const Product& p, unsigned char* stage, int output, i
 #pragma unroll
   for (int i = 0; i < kTile * chunks / 32; ++i) {
     const int row = (32 * i + lane) / chunks, column = (32 * i + lane) % chunks * 16;
-    const int from = step * row_bytes(bits) + column;
-    const bool valid = output + row < p.outputs && from < row_size;
-    const unsigned char* global = valid ? p.values + static_cast<int64>(output + row) * row_size + from : p.values;
+    const int from = step * row_bytes(bits) + column, o = output_of(p, output, row);
+    const bool valid = o < p.outputs && from < row_size;
+    const unsigned char* global = valid ? p.values + static_cast<int64>(row_of(p, o, row)) * row_size + from : p.values;
     copy16_async(stage + row * stride(bits) + column, global, valid);
   }
 }
 
-// Copies the scales (or mins) of 16 outputs, which are neighbours in memory.
+// Copies the scales (or mins) of 16 rows, which are neighbours in memory; gated, twice eight are.
 PHI3_DEVICE void copy_scales(const Product& p, const unsigned short* scales, unsigned short* shared, int output) {
-  const int groups = p.inputs >> p.group_bits;
-  const unsigned short* from = scales + static_cast<int64>(output) * groups;
-  const int count = min(kTile, p.outputs - output) * groups, whole = count / 8;
-  for (int i = threadIdx.x; i < whole; i += kThreads) copy16_async(shared + 8 * i, from + 8 * i);
-  for (int i = 8 * whole + threadIdx.x; i < count; i += kThreads) shared[i] = from[i];
+  const int groups = p.inputs >> p.group_bits, rows = p.gated ? 8 : kTile;
+  for (int begin = 0; begin < kTile; begin += rows, shared += rows * groups) {
+    const unsigned short* from = scales + static_cast<int64>(row_of(p, output, begin)) * groups;
+    const int count = min(rows, p.outputs - output) * groups, whole = count / 8;
+    for (int i = threadIdx.x; i < whole; i += kThreads) copy16_async(shared + 8 * i, from + 8 * i);
+    for (int i = 8 * whole + threadIdx.x; i < count; i += kThreads) shared[i] = from[i];
+  }
 }
 
 template <int bits, int tiles, bool offsets>
 PHI3_DEVICE void product(const Product& p) {
   PHI3_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const int output = blockIdx.x * kTile, groups = p.inputs >> p.group_bits;
+  const int output = blockIdx.x * (p.gated ? 8 : kTile), groups = p.inputs >> p.group_bits;
   unsigned short* const scales = reinterpret_cast<unsigned short*>(shared);
   unsigned short* const mins = scales + kTile * groups;
   unsigned char* const stages = shared + (offsets ? 4 : 2) * kTile * groups + warp * kStages * stage_bytes(bits);
@@ -114,16 +115,15 @@ PHI3_DEVICE void product(const Product& p) {
       all[(warp * 8 * tiles + 8 * tile + 2 * part + k % 2) * kTile + row + k / 2 * 8] = sums[tile][k];
   __syncthreads();
   for (int i = threadIdx.x; i < 8 * tiles * kTile; i += kThreads) {
-    const int r = i / kTile, o = output + i % kTile;
-    if (r >= p.rows || o >= p.outputs) continue;
-    float sum = 0;
+    const int r = i / kTile, o = output_of(p, output, i % kTile);
+    if (r >= p.rows || o >= p.outputs || (p.gated && i % kTile >= 8)) continue;
+    float sum = 0, up = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += all[w * 8 * tiles * kTile + i];
-    const int64 at = static_cast<int64>(r) * p.outputs + o;
-    if (p.float32)
-      static_cast<float*>(p.y)[at] = sum;
-    else
-      static_cast<bf16*>(p.y)[at] = to_bf16(sum);
+    for (int w = 0; w < kWarps; ++w) {
+      sum += all[w * 8 * tiles * kTile + i];
+      if (p.gated) up += all[w * 8 * tiles * kTile + i + 8];
+    }
+    store(p, r, o, p.gated ? gate(sum, up) : sum);
   }
 }
 

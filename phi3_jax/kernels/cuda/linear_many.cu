@@ -1,9 +1,8 @@
 // The product for many rows, which takes the time of its multiplications (linear_few.cu says how integers are multiplied).
 //
-// A block's next integers and numbers of x are on their way into shared memory while it multiplies others. A warp has 32
-// outputs and half of the block's rows.
+// A block's next integers and numbers of x are on their way into shared memory while it multiplies others. A warp has 32 rows
+// of them and half of the block's rows of x.
 #include "integers.h"
-#include "linear.h"
 
 namespace phi3 {
 namespace many {
@@ -16,14 +15,15 @@ PHI3_DEVICE void copy_step(const Product& p, unsigned char* stage, int output, i
   constexpr int chunks = row_bytes(bits) / 16;
   const int row_size = p.inputs / 8 * bits;
 #pragma unroll
-  for (int i = 0; i < kOutputs * chunks / kThreads; ++i) {
-    const int at = kThreads * i + threadIdx.x, o = at / chunks, column = at % chunks * 16;
+  for (int i = 0; i < kWide * chunks / kThreads; ++i) {
+    const int at = kThreads * i + threadIdx.x, line = at / chunks, column = at % chunks * 16;
     const int from = step * row_bytes(bits) + column;
-    const bool valid = output + o < p.outputs && from < row_size;
-    const unsigned char* global = valid ? p.values + static_cast<int64>(output + o) * row_size + from : p.values;
-    copy16_async(stage + o * stride(bits) + column, global, valid);
+    const int o = output_of(p, output, line);
+    const bool valid = o < p.outputs && from < row_size;
+    const unsigned char* global = valid ? p.values + static_cast<int64>(row_of(p, o, line)) * row_size + from : p.values;
+    copy16_async(stage + line * stride(bits) + column, global, valid);
   }
-  unsigned char* const x = stage + kOutputs * stride(bits);
+  unsigned char* const x = stage + kWide * stride(bits);
 #pragma unroll
   for (int i = 0; i < rows(tiles) * (kStep / 8) / kThreads; ++i) {
     const int at = kThreads * i + threadIdx.x, r = at / (kStep / 8), chunk = at % (kStep / 8);
@@ -38,8 +38,8 @@ template <int bits, int tiles, bool offsets>
 PHI3_DEVICE void product(const Product& p) {
   PHI3_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = lane / 4, part = lane % 4;
-  const int row = blockIdx.x * rows(tiles), output = blockIdx.y * kOutputs;
-  const int my_output = warp % 4 * 32 + place, my_row = warp / 4 * 8 * tiles;  // in the block
+  const int row = blockIdx.x * rows(tiles), output = blockIdx.y * kWide / (p.gated ? 2 : 1);
+  const int my_first = warp % 4 * 32 + place, my_row = warp / 4 * 8 * tiles;  // in the block
   const int steps = (p.inputs + kStep - 1) / kStep, groups = p.inputs >> p.group_bits;
   const int last = (1 << p.group_bits) - 32;  // where a group's last 32 inputs begin
 
@@ -52,7 +52,7 @@ PHI3_DEVICE void product(const Product& p) {
     wait_copies<kStages - 1>();
     __syncthreads();
     const unsigned char* const stage = shared + step % kStages * stage_bytes(bits, tiles);
-    const unsigned char* const x = stage + kOutputs * stride(bits);
+    const unsigned char* const x = stage + kWide * stride(bits);
 #pragma unroll
     for (int j = 0; j < kStep / 32; ++j) {
       const int input = step * kStep + 32 * j;
@@ -60,14 +60,15 @@ PHI3_DEVICE void product(const Product& p) {
       float scale[4], min[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int at = ::min(output + my_output + 8 * k, p.outputs - 1) * groups + (input >> p.group_bits);
+        const int o = ::min(output_of(p, output, my_first + 8 * k), p.outputs - 1);
+        const int at = row_of(p, o, my_first + 8 * k) * groups + (input >> p.group_bits);
         scale[k] = to_float(half{p.scales[at]});
         if (offsets) min[k] = to_float(half{p.mins[at]}) + Eight<bits>::zero * scale[k];
       }
-      unsigned w[2][2][4];  // of outputs place, place + 8, place + 16, place + 24
+      unsigned w[2][2][4];  // of rows place, place + 8, place + 16, place + 24
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        Eight<bits>::load(w[k / 2][k % 2], stage + (my_output + 8 * k) * stride(bits) + (4 * j + part) * bits);
+        Eight<bits>::load(w[k / 2][k % 2], stage + (my_first + 8 * k) * stride(bits) + (4 * j + part) * bits);
 #pragma unroll
       for (int tile = 0; tile < tiles; ++tile) {
         unsigned pairs[4];
@@ -114,14 +115,10 @@ PHI3_DEVICE void product(const Product& p) {
     for (int tile = 0; tile < tiles; ++tile)
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const int r = row + my_row + 8 * tile + 2 * part + column, o = output + my_output + 8 * k;
-        if (r >= p.rows || o >= p.outputs) continue;
-        const int64 at = static_cast<int64>(r) * p.outputs + o;
-        const float sum = sums[k / 2][tile][k % 2 * 2 + column];
-        if (p.float32)
-          static_cast<float*>(p.y)[at] = sum;
-        else
-          static_cast<bf16*>(p.y)[at] = to_bf16(sum);
+        const int r = row + my_row + 8 * tile + 2 * part + column, o = output_of(p, output, my_first + 8 * k);
+        if (r >= p.rows || o >= p.outputs || (p.gated && k % 2)) continue;
+        const float sum = sums[k / 2][tile][k % 2 * 2 + column], up = sums[k / 2][tile][2 + column];
+        store(p, r, o, p.gated ? gate(sum, up) : sum);
       }
 }
 

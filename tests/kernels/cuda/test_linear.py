@@ -1,7 +1,9 @@
 """Products with integers by the kernels for NVIDIA cards, emulated on the CPU, against float64."""
 
+import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -52,6 +54,27 @@ KINDS = list(itertools.product((4, 8), (32, 64, 128), (True, False)))
 # Rows at the borders of a tile, of kernels and of blocks; outputs and inputs that fill none of them.
 SHAPES = [(1, 37, 160), (2, 16, 1200), (7, 33, 128), (8, 17, 97), (9, 15, 3000), (16, 5, 33), (17, 31, 288)]
 SHAPES += [(32, 9, 64), (33, 129, 95), (65, 130, 224), (129, 7, 320)]
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 8), (9, 24), (32, 40), (33, 72), (70, 136)])
+def test_gated_features(rows, outputs):
+    """up * silu(gate), with outputs that fill no block."""
+    for bits, symmetric in itertools.product((4, 8), (True, False)):
+        weight = integers(2 * outputs, 160, bits, 32, symmetric)
+        x = np.random.default_rng(1).standard_normal((rows, 160)).astype(ml_dtypes.bfloat16)
+        gate, up = np.split(exact(x, weight), 2, axis=-1)
+        found = cuda.linear(jnp.asarray(x)[None], weight, None, jnp.float32, gated=True)
+        np.testing.assert_allclose(found[0], up * gate / (1 + np.exp(-gate)), rtol=2e-5, atol=2e-5)
+
+
+def test_what_does_not_fit_is_told():
+    weight = integers(12, 64, 4, 32, True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="gate and up have 12 rows, expected a multiple of 16"):
+        cuda.linear(jnp.ones((1, 64)), weight, None, None, gated=True)
+    wrong = dataclasses.replace(weight, scales=weight.scales[:, :1])
+    wrong = dataclasses.replace(wrong, values=jnp.tile(wrong.values, 3))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="1 groups for 192 inputs, expected groups of 32, 64 or 128"):
+        cuda.linear(jnp.ones((1, 64)), wrong, None, None)
 
 
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), SHAPES)
