@@ -52,9 +52,11 @@ def auto_dtype(tensors: Iterable[TensorSource] = (), device: Device = None) -> s
 
 
 def fastest_layout(device: Device = None) -> Layout:
-    """ "packed" for a single CPU with kernels that read it; else "rows"."""
+    """ "packed" for a single CPU with kernels that read it, in a process that computes on it; else "rows"."""
     spread = callable(device) or (device is not None and len(_devices(device)) > 1)
-    return "packed" if not spread and platform(device) == "cpu" and why_unavailable() is None else "rows"
+    if spread or platform(device) != "cpu" or jax.default_backend() != "cpu":
+        return "rows"
+    return "packed" if why_unavailable() is None else "rows"
 
 
 def known_layout(layout: str, device: Device = None) -> Layout:
