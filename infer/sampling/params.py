@@ -160,11 +160,9 @@ class SamplingArrays:
 
 def _is_plain(row: Sampling) -> bool:
     """Whether a row's token is always the largest of the model's own logits."""
-    off = Sampling()
-    names = "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"
-    names += "no_repeat_ngram_size", "min_new_tokens"
-    is_off = all(getattr(row, name) == getattr(off, name) for name in names)
-    return is_off and not any(map(len, (row.logit_bias, row.banned_tokens, row.forced_tokens)))
+    penalties = row.repetition_penalty - 1, row.presence_penalty, row.frequency_penalty
+    lists = map(len, (row.logit_bias, row.banned_tokens, row.forced_tokens))
+    return not any((row.temperature, *penalties, *lists, row.no_repeat_ngram_size, row.min_new_tokens))
 
 
 def _is_count(value: Any, end: int = 2**31) -> bool:
