@@ -199,8 +199,8 @@ def report(case: Case, sharding: NamedSharding) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in case.programs.split("+") if case.programs else programs:
         sizes, text = compiled(programs[name][0], sharding)
-        rows = case.chunk if name == "read" else 1
-        found[name] = sizes | contract.facts(text, config, params, state.cache, case.batch, rows)
+        tokens, has_logits = case.chunk if name == "read" else 1, name in ("answer", "decode")
+        found[name] = sizes | contract.facts(text, config, params, state.cache, case.batch, tokens, has_logits)
         if case.hlo:
             Path(case.hlo).mkdir(parents=True, exist_ok=True)
             (Path(case.hlo) / f"{name}.hlo").write_text(text)
@@ -215,9 +215,14 @@ def main(target: str, *cases: str) -> None:
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         for case in cases or ("",):
             try:
-                print(json.dumps(report(Case.parse(case), sharding)), flush=True)
-            except jax.errors.JaxRuntimeError as error:  # no room, on a TPU
-                print(json.dumps({"case": case, "error": str(error)[:2000]}), flush=True)
+                found = report(Case.parse(case), sharding)
+            except (
+                jax.errors.JaxRuntimeError,
+                NotImplementedError,
+                ValueError,
+            ) as error:  # no room on a TPU, or refused
+                found = {"case": case, "error": f"{type(error).__name__}: {error}"[:3000]}
+            print(json.dumps(found), flush=True)
 
 
 def _cache_like(create: Any) -> Any:

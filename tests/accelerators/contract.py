@@ -17,12 +17,15 @@ USED = 0.5  # the share of the cache's slots that hold tokens, where bytes are c
 _NEARLY_ALL = 0.995
 
 
-def facts(text: str, config: Phi3Config, params: Any, cache: Any, batch: int, tokens: int) -> dict[str, Any]:
+def facts(
+    text: str, config: Phi3Config, params: Any, cache: Any, batch: int, tokens: int, has_logits: bool
+) -> dict[str, Any]:
     """What the text of a program says, as values for JSON.
 
     Args:
       params, cache: of the program, as shapes.
       tokens: how many of each row the program reads at a time.
+      has_logits: whether the program makes logits.
 
     Returns:
       "writes": the instructions that write as much as the smallest matrix of a layer, or a layer of the cache;
@@ -46,14 +49,15 @@ def facts(text: str, config: Phi3Config, params: Any, cache: Any, batch: int, to
         "read": one.read,
         "written": one.written,
         "launches": one.launches,
-        "needed": needed(config, params, cache),
+        "needed": needed(config, params, cache, has_logits),
         "logits": 4 * batch * config.vocab_size,
     }
 
 
-def needed(config: Phi3Config, params: Any, cache: Any) -> float:
-    """The bytes that a token takes at least: all weights but the embedding's other rows, and the used cache."""
-    weights = {name: part for name, part in params.items() if name != "embed_tokens" or config.tie_word_embeddings}
+def needed(config: Phi3Config, params: Any, cache: Any, has_logits: bool) -> float:
+    """The bytes that a token takes at least: the layers' weights, the head's, and the used cache."""
+    head = "lm_head" if "lm_head" in params else "embed_tokens"  # of the embedding, only one row is read
+    weights = {"layers": params["layers"]} | ({"head": params[head]} if has_logits else {})
     return _bytes(weights) + USED * _bytes([cache.k, cache.v, cache.k_scale, cache.v_scale])
 
 
