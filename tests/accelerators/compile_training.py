@@ -21,6 +21,7 @@ import time
 import hlo
 import jax
 import numpy as np
+import traffic
 from jax.sharding import Mesh
 
 import phi3_jax
@@ -47,7 +48,7 @@ def main(target: str, preset: str, recipe: str, *changes: str) -> None:
     assert found is not None
     assert compiled.step is not None
     T = settings.sequence_length
-    sizes: dict[str, object] = {"scores": hlo.scores(hlo.parse(compiled.step.as_text()), T, T)}
+    sizes: dict[str, object] = {"scores": traffic.scores(hlo.parse(compiled.step.as_text()), T, T)}
     sizes |= {"needed": found.needed - found.saving, "state": found.state, "frozen": found.frozen}
     print(json.dumps(sizes | {"working": found.working, "seconds": time.perf_counter() - begin}))
 

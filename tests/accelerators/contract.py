@@ -10,6 +10,7 @@ from typing import Any
 
 import hlo
 import jax
+import traffic
 
 from phi3_jax.config import Phi3Config
 
@@ -37,13 +38,13 @@ def facts(
     program = hlo.parse(text)
     slots = cache.k.shape[-2]
     shares = _shares(config, params, cache)
-    one = hlo.cost(program, _token_loop(program, shares), shares)
+    one = traffic.cost(program, _token_loop(program, config.num_hidden_layers, shares), shares)
     layer = cache.k.size // config.num_hidden_layers
     rows = {tokens, batch * tokens} if tokens > 1 else set[int]()
     return {
         "layers": config.num_hidden_layers,
-        "writes": hlo.large_writes(program, min(smallest_matrix(config, params), layer), rows),
-        "scores": hlo.scores(program, tokens, slots) if tokens > 1 else [],
+        "writes": traffic.large_writes(program, min(smallest_matrix(config, params), layer), rows),
+        "scores": traffic.scores(program, tokens, slots) if tokens > 1 else [],
         "conditionals": hlo.conditionals(program),
         "open_loops": hlo.open_loops(program),
         "read": one.read,
@@ -68,14 +69,14 @@ def smallest_matrix(config: Phi3Config, params: Any) -> int:
     return shortest // 2 if is_packed else shortest
 
 
-def _token_loop(program: hlo.Program, shares: dict[tuple[int, ...], float]) -> hlo.Computation:
+def _token_loop(program: hlo.Program, layers: int, shares: dict[tuple[int, ...], float]) -> hlo.Computation:
     """The computation that makes one token: the entry, or the body of the loop that takes nearly all of the time."""
     where = program.entry
     while True:
-        whole = hlo.cost(program, where, shares)
-        for _, _, body in hlo.loops(program, where):
-            one = hlo.cost(program, body, shares)
-            if one.read >= _NEARLY_ALL * whole.read:
+        whole = traffic.cost(program, where, shares)
+        for _, turns, body in hlo.loops(program, where):
+            part = (turns or 1) * traffic.cost(program, body, shares).read
+            if turns != layers and part >= _NEARLY_ALL * whole.read:
                 where = body
                 break
         else:
