@@ -38,6 +38,7 @@ from phi3_jax import adapters
 from phi3_jax.checkpoint import placement
 from phi3_jax.infer import Options, Run, Sampling
 from phi3_jax.infer.engine import decoding
+from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import KVCache, parameter_shapes
 from phi3_jax.quantization import quantized_shapes
 
@@ -125,6 +126,13 @@ def params_like(case: Case) -> Any:
     """The parameters that a load gives on the platform, as shapes."""
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in parameter_shapes(case.config).items()}
     leaves = shapes if case.weights == "bfloat16" else quantized_shapes(case.weights, shapes)
+    if hasattr(placement, "compute_dtype"):
+        compute = placement.compute_dtype("bfloat16")
+        is_integers = {path: isinstance(leaf, QuantizedTensor) for path, leaf in leaves.items()}
+        leaves = {
+            path: dataclasses.replace(leaf, compute=compute) if is_integers[path] else leaf
+            for path, leaf in leaves.items()
+        }
     params = flax.traverse_util.unflatten_dict(leaves, sep="/")
     if placement.fastest_layout() == "layers":
         from phi3_jax.kernels.linear.per_layer import split_layers

@@ -55,6 +55,12 @@ def test_a_custom_call_that_is_not_in_place_writes_the_cache() -> None:
     assert any("phi3_attention" in write for write in traffic.large_writes(program, 3 * 8 * 16))
 
 
+def test_a_custom_call_that_only_writes_in_place_reads_nothing_of_it() -> None:
+    before, shape = "%attended = (bf16[3,8,16]{2,1,0}, f32[2,32]{1,0})", "%attended = (bf16[3,8,16]{2,1,0}, f32[0]{0})"
+    text = LOOP.replace(before, shape)
+    assert traffic.cost(hlo.parse(text)).read == traffic.cost(hlo.parse(LOOP)).read - 3 * CACHE
+
+
 def test_an_update_of_another_array_than_a_parameter_writes_it_all() -> None:
     """A fusion that changes a copy, not the cache itself."""
     text = LOOP.replace(

@@ -16,7 +16,7 @@ from hlo import NESTING, Array, Computation, Instruction, Program, Step, closing
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that holds what is written; the target is the first
 _STARTED = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}  # which result is the copy
-_ALIAS = re.compile(r"\{([\d, ]*)\}: \(\d+")
+_ALIAS = re.compile(r"\{(\d*)\}: \((\d+)")
 _UNKNOWN = Array("opaque", ())  # what a kernel of ours writes in place: little
 
 
@@ -45,7 +45,7 @@ def _results(program: Program, step: Step) -> list[tuple[Array, Array | None]]:
         roots = [part for part in parts for _ in fused.instructions[part].arrays]
         updates = [_update_in_place(program, fused, root) for root in roots]
         return [(array, update and update[0]) for array, update in zip(arrays, updates, strict=True)]
-    aliased = _aliased(each) if each.opcode == "custom-call" else set[int]()
+    aliased = _aliased(each) if each.opcode == "custom-call" else {}
     return [(array, _UNKNOWN if number in aliased else None) for number, array in enumerate(arrays)]
 
 
@@ -77,9 +77,9 @@ def read(program: Program, step: Step, shares: Mapping[tuple[int, ...], float] |
     each = step.instruction
     if not runs(each):
         return 0
-    total = 0.0
+    total, overwritten = 0.0, _overwritten(each)
     for number, name in enumerate(each.operands):
-        if name in each.operands[:number] and each.opcode != "fusion":
+        if (name in each.operands[:number] and each.opcode != "fusion") or number in overwritten:
             continue
         array = step.computation.instructions[name].arrays[0]
         if array.space != 0:
@@ -189,11 +189,18 @@ def _source(fused: Computation, name: str) -> Instruction:
     return each
 
 
-def _aliased(call: Instruction) -> set[int]:
-    """The numbers of a custom call's results that are written into its operands' memory."""
+def _aliased(call: Instruction) -> dict[int, int]:
+    """Of a custom call's results that are written into its operands' memory: {result: operand}, by their numbers."""
     begin = call.attributes.find("output_to_operand_aliasing={")
     if begin < 0:
-        return set()
+        return {}
     begin += len("output_to_operand_aliasing={")
     text = call.attributes[begin : closing(call.attributes, begin, "}")]
-    return {int(path or 0) for path in (each.replace(" ", "") for each in _ALIAS.findall(text)) if "," not in path}
+    return {int(result or 0): int(operand) for result, operand in _ALIAS.findall(text)}
+
+
+def _overwritten(call: Instruction) -> set[int]:
+    """The numbers of the operands that a custom call does not read, because all that it does is to write into them."""
+    aliased = _aliased(call) if call.opcode == "custom-call" else {}
+    others = (array for number, array in enumerate(call.arrays) if number not in aliased)
+    return set() if any(array.elements for array in others) else set(aliased.values())
