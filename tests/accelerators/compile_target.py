@@ -38,6 +38,7 @@ from phi3_jax import adapters
 from phi3_jax.checkpoint import placement
 from phi3_jax.infer import Options, Run, Sampling
 from phi3_jax.infer.engine import decoding
+from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import KVCache, parameter_shapes
 from phi3_jax.quantization import quantized_shapes
 
@@ -125,6 +126,13 @@ def params_like(case: Case) -> Any:
     """The parameters that a load gives on the platform, as shapes."""
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in parameter_shapes(case.config).items()}
     leaves = shapes if case.weights == "bfloat16" else quantized_shapes(case.weights, shapes)
+    if hasattr(placement, "compute_dtype"):
+        compute = placement.compute_dtype("bfloat16")
+        is_integers = {path: isinstance(leaf, QuantizedTensor) for path, leaf in leaves.items()}
+        leaves = {
+            path: dataclasses.replace(leaf, compute=compute) if is_integers[path] else leaf
+            for path, leaf in leaves.items()
+        }
     params = flax.traverse_util.unflatten_dict(leaves, sep="/")
     if placement.fastest_layout() == "layers":
         from phi3_jax.kernels.linear.per_layer import split_layers
@@ -199,8 +207,8 @@ def report(case: Case, sharding: NamedSharding) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in case.programs.split("+") if case.programs else programs:
         sizes, text = compiled(programs[name][0], sharding)
-        rows = case.chunk if name == "read" else 1
-        found[name] = sizes | contract.facts(text, config, params, state.cache, case.batch, rows)
+        tokens, has_logits = case.chunk if name == "read" else 1, name in ("answer", "decode")
+        found[name] = sizes | contract.facts(text, config, params, state.cache, case.batch, tokens, has_logits)
         if case.hlo:
             Path(case.hlo).mkdir(parents=True, exist_ok=True)
             (Path(case.hlo) / f"{name}.hlo").write_text(text)
@@ -215,9 +223,14 @@ def main(target: str, *cases: str) -> None:
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         for case in cases or ("",):
             try:
-                print(json.dumps(report(Case.parse(case), sharding)), flush=True)
-            except jax.errors.JaxRuntimeError as error:  # no room, on a TPU
-                print(json.dumps({"case": case, "error": str(error)[:2000]}), flush=True)
+                found = report(Case.parse(case), sharding)
+            except (
+                jax.errors.JaxRuntimeError,
+                NotImplementedError,
+                ValueError,
+            ) as error:  # no room on a TPU, or refused
+                found = {"case": case, "error": f"{type(error).__name__}: {error}"[:3000]}
+            print(json.dumps(found), flush=True)
 
 
 def _cache_like(create: Any) -> Any:

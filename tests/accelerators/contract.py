@@ -10,6 +10,7 @@ from typing import Any
 
 import hlo
 import jax
+import traffic
 
 from phi3_jax.config import Phi3Config
 
@@ -17,12 +18,15 @@ USED = 0.5  # the share of the cache's slots that hold tokens, where bytes are c
 _NEARLY_ALL = 0.995
 
 
-def facts(text: str, config: Phi3Config, params: Any, cache: Any, batch: int, tokens: int) -> dict[str, Any]:
+def facts(
+    text: str, config: Phi3Config, params: Any, cache: Any, batch: int, tokens: int, has_logits: bool
+) -> dict[str, Any]:
     """What the text of a program says, as values for JSON.
 
     Args:
       params, cache: of the program, as shapes.
       tokens: how many of each row the program reads at a time.
+      has_logits: whether the program makes logits.
 
     Returns:
       "writes": the instructions that write as much as the smallest matrix of a layer, or a layer of the cache;
@@ -34,26 +38,27 @@ def facts(text: str, config: Phi3Config, params: Any, cache: Any, batch: int, to
     program = hlo.parse(text)
     slots = cache.k.shape[-2]
     shares = _shares(config, params, cache)
-    one = hlo.cost(program, _token_loop(program, shares), shares)
+    one = traffic.cost(program, _token_loop(program, config.num_hidden_layers, shares), shares)
     layer = cache.k.size // config.num_hidden_layers
     rows = {tokens, batch * tokens} if tokens > 1 else set[int]()
     return {
         "layers": config.num_hidden_layers,
-        "writes": hlo.large_writes(program, min(smallest_matrix(config, params), layer), rows),
-        "scores": hlo.scores(program, tokens, slots) if tokens > 1 else [],
+        "writes": traffic.large_writes(program, min(smallest_matrix(config, params), layer), rows),
+        "scores": traffic.scores(program, tokens, slots) if tokens > 1 else [],
         "conditionals": hlo.conditionals(program),
         "open_loops": hlo.open_loops(program),
         "read": one.read,
         "written": one.written,
         "launches": one.launches,
-        "needed": needed(config, params, cache),
+        "needed": needed(config, params, cache, has_logits),
         "logits": 4 * batch * config.vocab_size,
     }
 
 
-def needed(config: Phi3Config, params: Any, cache: Any) -> float:
-    """The bytes that a token takes at least: all weights but the embedding's other rows, and the used cache."""
-    weights = {name: part for name, part in params.items() if name != "embed_tokens" or config.tie_word_embeddings}
+def needed(config: Phi3Config, params: Any, cache: Any, has_logits: bool) -> float:
+    """The bytes that a token takes at least: the layers' weights, the head's, and the used cache."""
+    head = "lm_head" if "lm_head" in params else "embed_tokens"  # of the embedding, only one row is read
+    weights = {"layers": params["layers"]} | ({"head": params[head]} if has_logits else {})
     return _bytes(weights) + USED * _bytes([cache.k, cache.v, cache.k_scale, cache.v_scale])
 
 
@@ -64,14 +69,14 @@ def smallest_matrix(config: Phi3Config, params: Any) -> int:
     return shortest // 2 if is_packed else shortest
 
 
-def _token_loop(program: hlo.Program, shares: dict[tuple[int, ...], float]) -> hlo.Computation:
+def _token_loop(program: hlo.Program, layers: int, shares: dict[tuple[int, ...], float]) -> hlo.Computation:
     """The computation that makes one token: the entry, or the body of the loop that takes nearly all of the time."""
     where = program.entry
     while True:
-        whole = hlo.cost(program, where, shares)
-        for _, _, body in hlo.loops(program, where):
-            one = hlo.cost(program, body, shares)
-            if one.read >= _NEARLY_ALL * whole.read:
+        whole = traffic.cost(program, where, shares)
+        for _, turns, body in hlo.loops(program, where):
+            part = (turns or 1) * traffic.cost(program, body, shares).read
+            if turns != layers and part >= _NEARLY_ALL * whole.read:
                 where = body
                 break
         else:
