@@ -24,6 +24,7 @@ WHOLE_INTEGERS = "batch=8,weights=int4,programs=decode"
 STEPS = {(batch, weights): f"layers=2,batch={batch},weights={weights}" for batch in BATCHES for weights in WEIGHTS}
 LOOPS = {(1, "int4"), (8, "bfloat16"), (64, "int8")}  # where the loop over tokens is compiled, too; else one step
 TURNS = {key: f"{case},programs={'decode+step' if key in LOOPS else 'step'}" for key, case in STEPS.items()}
+DRAWN = "layers=2,batch=8,drawn=1,programs=decode+answer"
 ADAPTED = [f"layers=2,batch=8,weights={weights},adapter=16,programs=step" for weights in ("bfloat16", "int4")]
 READS = [
     "layers=2,prompt=3900,answer=100,chunk=4096,programs=read",
@@ -32,7 +33,7 @@ READS = [
 ]
 _FEW = [*TURNS.values(), *ADAPTED, *READS]
 CASES = {
-    "h100": [WHOLE, WHOLE_INTEGERS, *_FEW],
+    "h100": [WHOLE, WHOLE_INTEGERS, *_FEW, DRAWN],
     "v5e": [WHOLE, WHOLE_INTEGERS, *_FEW],
     "v6e": [WHOLE, *_FEW],
     "a100": _FEW,
