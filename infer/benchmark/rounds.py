@@ -29,9 +29,11 @@ class Asks(Protocol):
 
 
 class Measures(Protocol):
-    """What measures the machine: `phi3_jax.kernels.machine.Machine`."""
+    """What knows the machine's limits: `Machine` and `Published` of phi3_jax.kernels.machine."""
 
-    rates: dict[str, float]
+    @property
+    def rates(self) -> dict[str, float]:
+        """Operations per second of each kind of arithmetic."""
 
     def bandwidth(self) -> float:
         """Bytes per second."""
@@ -209,13 +211,20 @@ def available_memory() -> float:
         return float("inf")
 
 
-def why_not(case: Case, sides: Sequence[Side], config: Phi3Config) -> str | None:
-    """Why a case cannot be measured; None if it can."""
+def why_not(case: Case, sides: Sequence[Side], config: Phi3Config, device_free: float | None = None) -> str | None:
+    """Why a case cannot be measured; None if it can.
+
+    Args:
+      device_free: bytes that are free on the accelerator that the first side computes on; None if it is the CPU.
+    """
     if case.context + case.new_tokens >= config.max_position_embeddings:
         return f"the model's context is {config.max_position_embeddings} tokens"
-    needed, free = memory_needed(case, sides, config), available_memory()
-    if needed > free:
-        return f"the caches take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    places = [(sides, available_memory())]
+    if device_free is not None:
+        places = [(sides[:1], device_free), (sides[1:], available_memory())]
+    for there, free in places:
+        if (needed := memory_needed(case, there, config)) > free:
+            return f"the caches take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     return None
 
 

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 import phi3_jax
@@ -30,7 +29,7 @@ from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import why_unavailable
-from phi3_jax.kernels.machine import Machine
+from phi3_jax.kernels.machine import Machine, Published, threads
 from phi3_jax.kernels.native.build import library
 
 from ..benchmark import processes
@@ -92,15 +91,14 @@ def main() -> int:
         _say(f"note: other programs are running (load {load:.1f}); programs that share processors cannot be compared")
     with contextlib.ExitStack() as stack:
         sides, about, config = _open_sides(spec, stack)
-        by_kernels = jax.default_backend() == "cpu" and why_unavailable() is None
-        machine = Machine(library()) if by_kernels else None
+        machine = _limits(about[0])
         title, subtitle = _title(spec, about), _subtitle(about, machine)
         print("\n".join([title, subtitle, *(f"{name}: {how}" for name, how in about[0]["status"].items())]), flush=True)
         print(_HEADER, flush=True)
         results: list[Result] = []
         figures: list[dict[str, Any]] = []
         for case in cases:
-            if (reason := why_not(case, sides, config)) is not None:
+            if (reason := why_not(case, sides, config, about[0].get("free_bytes"))) is not None:
                 print(f"| {case.name} | left out: {reason} |", flush=True)
                 figures.append({"case": dataclasses.asdict(case), "left_out": reason})
                 continue
@@ -126,11 +124,13 @@ def _open_sides(spec: ModelSpec, stack: contextlib.ExitStack) -> tuple[list[Side
     """Starts and loads our side and the peers -> (the sides, what each said, the model's config)."""
     folder = Path(_WORK_DIR.value or stack.enter_context(tempfile.TemporaryDirectory()))
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = spec.resolved_dtype()
+    # This process asks no more of jax: it would take an accelerator's memory from the one that computes.
+    process = stack.enter_context(processes.ours())
+    device = process.ask("device", spec=dataclasses.asdict(spec))
+    dtype = device["dtype"]
     peers = parse_peers(_PEERS.value, dtype, spec.quantize)
     _say("loading phi3_jax")
-    process = stack.enter_context(processes.ours())
-    reply = process.ask("load", spec=dataclasses.asdict(spec), cache_dtype=common.CACHE_DTYPE.value)
+    reply = device | process.ask("load", spec=dataclasses.asdict(spec), cache_dtype=common.CACHE_DTYPE.value)
     config = Phi3Config.from_hf(reply["config"])
     name = f"phi3_jax {spec.quantize or dtype}"
     sides = [Side(name, process, reply["weight_bytes"], rate_of(dtype, spec.quantize), reply["cache_bytes"])]
@@ -140,6 +140,13 @@ def _open_sides(spec: ModelSpec, stack: contextlib.ExitStack) -> tuple[list[Side
         sides.append(side)
         about.append(reply)
     return sides, about, config
+
+
+def _limits(device: dict[str, Any]) -> Machine | Published | None:
+    """What computes at best: measured on the CPU, published of an accelerator; None if neither is to be had."""
+    if device["platform"] != "cpu":
+        return Published.of(device["device"])
+    return None if why_unavailable() else Machine(library())
 
 
 def _spec() -> ModelSpec:
@@ -211,11 +218,17 @@ def _title(spec: ModelSpec, about: Sequence[dict[str, Any]]) -> str:
     return f"{spec.name}{' (random weights)' if spec.is_random else ''}, {weights}"
 
 
-def _subtitle(about: Sequence[dict[str, Any]], machine: Machine | None) -> str:
+def _subtitle(about: Sequence[dict[str, Any]], machine: Machine | Published | None) -> str:
+    device = about[0]["device"]
+    if about[0]["platform"] != "cpu":
+        if machine is None:
+            return f"{device}; its limits are not known: phi3_jax/kernels/machine.py has no figures of it"
+        rate = machine.rates["bfloat16"] / 1e12
+        return f"{device}; by its data sheet memory {machine.bandwidth() / 1e9:.0f} GB/s; bfloat16 {rate:.0f} Top/s"
     if machine is None:
-        return f"{about[0]['device']}: {_processor()}; its limits were not measured: there are no compiled kernels"
+        return f"{device}: {_processor()}; its limits were not measured: there are no compiled kernels"
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in machine.rates.items() if rate)
-    return f"{_processor()}, {machine.threads} threads; memory {machine.bandwidth() / 1e9:.0f} GB/s; {rates} Gop/s"
+    return f"{_processor()}, {threads()} threads; memory {machine.bandwidth() / 1e9:.0f} GB/s; {rates} Gop/s"
 
 
 def _last_lines(sides: Sequence[Side], about: Sequence[dict[str, Any]], results: Sequence[Result]) -> str:
@@ -231,7 +244,8 @@ def _last_lines(sides: Sequence[Side], about: Sequence[dict[str, Any]], results:
     for context, name, token in tokens:
         if token != (ours := next(t for c, _, t in tokens if c == context)):
             lines.append(f"note: {name} has another most likely token ({token}) after {context} than ours ({ours})")
-    lines.append("(each program is a process of its own; its peak memory, mapped files included, is VmHWM)")
+    where = "VmHWM" if about[0]["platform"] == "cpu" else "VmHWM; of phi3_jax it is the accelerator's"
+    lines.append(f"(each program is a process of its own; its peak memory, mapped files included, is {where})")
     return "\n".join(lines)
 
 
@@ -249,7 +263,7 @@ def _as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _environment(
-    spec: ModelSpec, sides: Sequence[Side], about: Sequence[dict[str, Any]], machine: Machine | None
+    spec: ModelSpec, sides: Sequence[Side], about: Sequence[dict[str, Any]], machine: Machine | Published | None
 ) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -259,7 +273,7 @@ def _environment(
             "processor": _processor(),
             "platform": platform.platform(),
             "python": platform.python_version(),
-            "threads": machine and machine.threads,
+            "threads": threads(),
             "operations_per_second": machine and machine.rates,
         },
         "sides": [{"name": side.name, **reply} for side, reply in zip(sides, about, strict=True)],

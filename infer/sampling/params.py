@@ -99,6 +99,9 @@ class SamplingArrays:
       banned, forced: int32 [B, E] (-1).
       no_repeat_ngram_size, min_new_tokens: int32 (0).
       seed: uint32.
+      plain: no row asks for anything, so that the program for it need not look. Always False on the CPU, where one
+        program serves all settings and looks when it runs.
+      longest_ngram: no no_repeat_ngram_size is larger, as far as the program is to know; None on the CPU.
     """
 
     temperature: jax.Array
@@ -116,6 +119,8 @@ class SamplingArrays:
     no_repeat_ngram_size: jax.Array
     min_new_tokens: jax.Array
     seed: jax.Array
+    plain: bool = dataclasses.field(default=False, metadata={"static": True})
+    longest_ngram: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays:
@@ -129,6 +134,9 @@ class SamplingArrays:
             values = [getattr(row, name) for row in rows]
             return jnp.asarray([off if value is None else value for value in values], dtype)
 
+        on_cpu = jax.default_backend() == "cpu"
+        plain = not on_cpu and all(map(_is_plain, rows))
+        ngrams = _list_size(max((row.no_repeat_ngram_size for row in rows), default=0))
         return cls(
             temperature=column("temperature", 0, jnp.float32),
             top_k=jnp.asarray([min(row.top_k or 0, vocab_size) for row in rows], jnp.int32),
@@ -145,17 +153,29 @@ class SamplingArrays:
             no_repeat_ngram_size=column("no_repeat_ngram_size", 0, jnp.int32),
             min_new_tokens=column("min_new_tokens", 0, jnp.int32),
             seed=column("seed", 0, jnp.uint32),
+            plain=plain,
+            longest_ngram=None if on_cpu or plain else ngrams,
         )
+
+
+def _is_plain(row: Sampling) -> bool:
+    """Whether a row's token is always the largest of the model's own logits."""
+    penalties = row.repetition_penalty - 1, row.presence_penalty, row.frequency_penalty
+    lists = map(len, (row.logit_bias, row.banned_tokens, row.forced_tokens))
+    return not any((row.temperature, *penalties, *lists, row.no_repeat_ngram_size, row.min_new_tokens))
 
 
 def _is_count(value: Any, end: int = 2**31) -> bool:
     return isinstance(value, int | np.integer) and bool(0 <= value < end)
 
 
+def _list_size(longest: int) -> int:
+    return max(_SMALLEST_LIST, 1 << max(longest - 1, 0).bit_length())
+
+
 def _padded(rows: Sequence[Sequence[float]], padding: int, dtype: Any) -> jax.Array:
     """Lists of different lengths -> [B, E]."""
-    longest = max(map(len, rows), default=0)
-    array = np.full((len(rows), max(_SMALLEST_LIST, 1 << max(longest - 1, 0).bit_length())), padding, dtype)
+    array = np.full((len(rows), _list_size(max(map(len, rows), default=0))), padding, dtype)
     for target, row in zip(array, rows, strict=True):
         target[: len(row)] = row
     return jnp.asarray(array)

@@ -39,6 +39,8 @@ def pick(
     likely tokens a greedy row takes the one with the smallest id. -1 for a row that has none to take: all tokens are
     forbidden, or the largest number is NaN or infinite. Arguments as in `process`.
     """
+    if params.plain:
+        return _argmax(logits)
     adjusted = _adjust(logits, params, history, lengths, prompt_lengths, end_ids)
 
     def draw() -> jax.Array:
@@ -49,7 +51,9 @@ def pick(
         noisy = _shape(adjusted, params) + jax.vmap(noise)(params.seed, lengths - prompt_lengths)
         return _argmax(jnp.where(params.temperature[:, None] > 0, noisy, adjusted))
 
-    return jax.lax.cond((params.temperature > 0).any(), draw, lambda: _argmax(adjusted))
+    if _skips():
+        return jax.lax.cond((params.temperature > 0).any(), draw, lambda: _argmax(adjusted))
+    return draw()
 
 
 def pick_places(
@@ -90,8 +94,9 @@ def process(
 ) -> jax.Array:
     """The logits [B, V] that `pick` draws from, or takes the largest of; the module's docstring has the order.
 
-    Steps that no row needs are skipped when the program runs, so that one compiled program serves all settings. (Under
-    `jax.vmap` all steps would run: call it with a batch.)
+    On the CPU steps that no row needs are skipped when the program runs, so that one compiled program serves all
+    settings. (Under `jax.vmap` all steps would run: call it with a batch.) Elsewhere such a decision would wait for the
+    host. There are two programs there, as `SamplingArrays.plain` tells: one with no step, and one with all of them.
 
     Args:
       logits: float32 [B, V].
@@ -100,6 +105,8 @@ def process(
       prompt_lengths: int32 [B]: how many of these are the prompt.
       end_ids: int32 [E]: the ids that end an answer, the same for all rows.
     """
+    if params.plain:
+        return logits
     return _shape(_adjust(logits, params, history, lengths, prompt_lengths, end_ids), params)
 
 
@@ -147,7 +154,10 @@ def _adjust(
                 x, presence, frequency, history, lengths, prompt_lengths
             ),
         ),
-        (ngram > 0, lambda x: processors.forbid_repeated_ngrams(x, ngram, history, lengths)),
+        (
+            ngram > 0,
+            lambda x: processors.forbid_repeated_ngrams(x, ngram, history, lengths, params.longest_ngram),
+        ),
         (params.banned >= 0, lambda x: processors.forbid(x, params.banned)),
         (
             generated < params.min_new_tokens,
@@ -176,7 +186,11 @@ def _shape(logits: jax.Array, params: SamplingArrays) -> jax.Array:
 
 
 def _apply(logits: jax.Array, *steps: tuple[jax.Array, Callable[[jax.Array], jax.Array]]) -> jax.Array:
-    """Runs those steps that some row wants, in order; each is (wanted: bool array, function of the logits)."""
+    """Runs the steps in order, each (wanted: bool array, function of the logits); `_skips` those that no row wants."""
+    if not _skips():
+        for _, step in steps:
+            logits = step(logits)
+        return logits
     wanted = jnp.stack([flags.any() for flags, _ in steps])
 
     def run(logits: jax.Array) -> jax.Array:
@@ -188,9 +202,24 @@ def _apply(logits: jax.Array, *steps: tuple[jax.Array, Callable[[jax.Array], jax
     return jax.lax.cond(wanted.any(), run, lambda x: x, logits)
 
 
+def _skips() -> bool:
+    """Whether the program is for a processor that decides for itself, while it runs, what to leave out."""
+    return jax.default_backend() == "cpu"
+
+
 def _argmax(logits: jax.Array) -> jax.Array:
-    """The smallest id of the largest logit, int32 [B]; -1 if that is not finite. On CPUs faster than jnp.argmax."""
+    """The smallest id of the largest logit, int32 [B]; -1 if that is not finite."""
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-    largest = logits.max(axis=1, keepdims=True)
-    first = jnp.where(logits == largest, ids, logits.shape[1] - 1).min(axis=1)
-    return jnp.where(jnp.isfinite(largest[:, 0]), first, -1)
+    if _skips():  # two loops over all logits, on CPUs faster than jnp.argmax
+        largest = logits.max(axis=1, keepdims=True)
+        first = jnp.where(logits == largest, ids, logits.shape[1] - 1).min(axis=1)
+        return jnp.where(jnp.isfinite(largest[:, 0]), first, -1)
+
+    def better(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # NaN is better than any number, so that it is seen.
+        first = (one[0] > other[0]) | jnp.isnan(one[0]) | ((one[0] == other[0]) & (one[1] < other[1]))
+        return jnp.where(first, one[0], other[0]), jnp.where(first, one[1], other[1])
+
+    pairs = logits, jnp.broadcast_to(ids, logits.shape)
+    largest, first = jax.lax.reduce(pairs, (jnp.float32(-jnp.inf), jnp.int32(logits.shape[1])), better, (1,))
+    return jnp.where(jnp.isfinite(largest), first, -1)

@@ -15,7 +15,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+_INFINITY = 0x7F800000  # the bits of this float
+_UNROLLED = 8  # turns of a loop that are compiled as one, where it is known how many there are
+# How many bits of a number each look at the logits finds on an accelerator, with up to _FEW logits and with more. Looks
+# at few take less time than launching them: 8 at 15 places beat 16 at 3. Many are read anew for each place.
+_BITS_OF_FEW, _BITS_OF_MANY, _FEW = 4, 2, 1 << 19
 
 # Processors that depend on the text so far.
 
@@ -58,12 +63,16 @@ def penalise_presence_and_frequency(
     return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
 
 
-def forbid_repeated_ngrams(logits: jax.Array, size: jax.Array, history: jax.Array, lengths: jax.Array) -> jax.Array:
+def forbid_repeated_ngrams(
+    logits: jax.Array, size: jax.Array, history: jax.Array, lengths: jax.Array, longest: int | None = None
+) -> jax.Array:
     """Forbids each token that would complete a sequence of `size` tokens which the history already has.
 
     Args:
       size: int32 [B]; 0 is off, 1 forbids every token seen so far.
       history, lengths: as in `penalise_repetition`.
+      longest: no size that can occur is larger: the loop's length is known to the compiler then. None: it follows
+        `size` when the program runs.
     """
     slots = jnp.arange(history.shape[1])
 
@@ -73,7 +82,12 @@ def forbid_repeated_ngrams(logits: jax.Array, size: jax.Array, history: jax.Arra
 
     # A slot matches if the size - 1 tokens before it equal the newest size - 1; it needs that many before it.
     complete = (slots >= size[:, None] - 1) & (slots < lengths[:, None]) & (size[:, None] > 0)
-    matches = jax.lax.fori_loop(1, size.max(), compare, complete)
+    if longest is None:
+        matches = jax.lax.fori_loop(1, size.max(), compare, complete)
+    else:
+        # No sequence is longer than the history.
+        turns = min(longest, history.shape[1]) - 1
+        matches = jax.lax.fori_loop(1, turns + 1, compare, complete, unroll=max(1, min(turns, _UNROLLED)))
     return forbid(logits, jnp.where(matches, history, -1))
 
 
@@ -117,7 +131,9 @@ def apply_temperature(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """Keeps the k (int32 [B]; 0 is off) most likely tokens, and all that are as likely as the last of them."""
     wanted = jnp.where(k > 0, k, logits.shape[1])
-    kth = _smallest_float(lambda value: (logits > value).sum(axis=1) < wanted, len(k))
+    kth = _smallest_float(
+        lambda value: (_beside(logits, value) > value[..., None]).sum(axis=-1) < _beside(wanted, value), logits.shape
+    )
     return jnp.where(logits < kth, -jnp.inf, logits)
 
 
@@ -131,9 +147,11 @@ def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     spare = 1 - p  # the least likely tokens go as long as their probabilities add up to no more than this
 
     def mass(tokens: jax.Array) -> jax.Array:
-        return jnp.where(tokens, probs, 0).sum(axis=1)
+        return jnp.where(tokens, _beside(probs, tokens[..., 0]), 0).sum(axis=-1)
 
-    last = _smallest_float(lambda value: mass(logits <= value) > spare, len(p))
+    last = _smallest_float(
+        lambda value: mass(_beside(logits, value) <= value[..., None]) > _beside(spare, value), logits.shape
+    )
     # Rounding may leave the total below `spare`, when p is tiny.
     last = jnp.minimum(last, logits.max(axis=1, keepdims=True))
     tied = logits == last
@@ -141,8 +159,12 @@ def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     going = jnp.floor((spare - mass(logits < last)) / each).astype(jnp.int32)
     staying = jnp.maximum(tied.sum(axis=1) - going, 1)
     slots = jnp.arange(logits.shape[1])
-    low, high = jnp.zeros_like(staying), jnp.full_like(staying, logits.shape[1] - 1)
-    stays = _smallest(lambda slot: (tied & (slots <= slot[:, None])).sum(axis=1) >= staying, low, high)[:, None]
+    stays = _smallest(
+        lambda slot: (_beside(tied, slot) & (slots <= slot[..., None])).sum(axis=-1) >= _beside(staying, slot),
+        0,
+        logits.shape[1] - 1,
+        logits.shape,
+    )[:, None]
     kept = (logits > last) | (tied & (slots <= stays)) | (p[:, None] >= 1)
     return jnp.where(kept, logits, -jnp.inf)
 
@@ -165,7 +187,12 @@ def keep_typical_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     probs = jnp.exp(-surprise)
     entropy = jnp.where(probs > 0, surprise * probs, 0).sum(axis=1, keepdims=True)
     distance = jnp.abs(surprise - entropy)
-    bound = _smallest_float(lambda value: jnp.where(distance <= value, probs, 0).sum(axis=1) >= p, len(p))
+
+    def is_enough(value: jax.Array) -> jax.Array:
+        nearer = _beside(distance, value) <= value[..., None]
+        return jnp.where(nearer, _beside(probs, value), 0).sum(axis=-1) >= _beside(p, value)
+
+    bound = _smallest_float(is_enough, logits.shape)
     return jnp.where((distance > bound) & (p[:, None] < 1), -jnp.inf, logits)
 
 
@@ -182,11 +209,24 @@ def _set(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
     return logits.at[_where(ids, logits)].set(values, mode="drop")
 
 
-def _smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
-    """The smallest integer in [low, high] from which on `holds` (int32 [B] -> bool [B]) is true; `high` if none is.
+def _beside(x: jax.Array, places: jax.Array) -> jax.Array:
+    """x [B, ...], with an axis for each that `places` [B] or [B, P] has after the first."""
+    return jnp.expand_dims(x, range(1, places.ndim))
 
-    The bisection looks at all tokens up to 32 times, but sorting them is slower.
+
+def _smallest(holds: Callable[[jax.Array], jax.Array], low: int, high: int, shape: tuple[int, ...]) -> jax.Array:
+    """The smallest integer in [low, high] from which on `holds` is true, int32 [B]; `high` if none is.
+
+    Sorting the tokens is slower. The bisection of the CPU looks at all of them up to 32 times, and ends when it can.
+    Elsewhere its end would be a decision of the host, and launching may take longer than looking: there each look is at
+    several places, and how many looks there are is known when the program is compiled. Both find the same.
+
+    Args:
+      holds: int32 [B] or [B, P] -> bool of the same shape.
+      shape: B and V.
     """
+    if jax.default_backend() != "cpu":
+        return _smallest_by_digits(holds, low, high, shape)
 
     def halve(interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = interval
@@ -194,18 +234,36 @@ def _smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax
         true = holds(middle)
         return jnp.where(true | (low == high), low, middle + 1), jnp.where(true, middle, high)
 
-    return jax.lax.while_loop(lambda interval: (interval[0] < interval[1]).any(), halve, (low, high))[1]
+    ends = jnp.full(shape[0], low, jnp.int32), jnp.full(shape[0], high, jnp.int32)
+    return jax.lax.while_loop(lambda interval: (interval[0] < interval[1]).any(), halve, ends)[1]
 
 
-def _smallest_float(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
-    """Like `_smallest`, but over all floats, as [B, 1] in and out: floats are ordered like their (flipped) bits."""
+def _smallest_by_digits(
+    holds: Callable[[jax.Array], jax.Array], low: int, high: int, shape: tuple[int, ...]
+) -> jax.Array:
+    """`_smallest`, from the highest digit of its distance from `low` to the lowest."""
+    bits = _BITS_OF_FEW if shape[0] * shape[1] <= _FEW else _BITS_OF_MANY
+    farthest = jnp.uint32(high - low)
 
-    def flip(bits: jax.Array) -> jax.Array:
-        return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    def at(distance: jax.Array) -> jax.Array:
+        # Wraps around as it should: the distance may need all 32 bits.
+        return jax.lax.bitcast_convert_type(jnp.minimum(distance, farthest) + jnp.uint32(low % 2**32), jnp.int32)
+
+    distance = jnp.zeros(shape[0], jnp.uint32)
+    digits = -(-(high - low).bit_length() // bits)
+    for digit in reversed(range(digits)):
+        # A value of the digit stands for a stretch of numbers. If `holds` is false at its last, the digit is larger.
+        stretches = (jnp.arange(1, 1 << bits, dtype=jnp.uint32) << (bits * digit)) - 1
+        larger = (~holds(at(distance[:, None] + stretches))).sum(axis=1, dtype=jnp.uint32)
+        distance += larger << (bits * digit)
+    return at(distance)
+
+
+def _smallest_float(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """Like `_smallest`, but over all floats, as [B, 1]: floats are ordered like their (flipped) bits."""
 
     def value(order: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(flip(order), jnp.float32)[:, None]
+        bits = jnp.where(order < 0, order ^ 0x7FFFFFFF, order)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
-    ends = np.asarray([-np.inf, np.inf], np.float32).view(np.int32)
-    low, high = flip(jnp.tile(jnp.asarray(ends)[:, None], (1, rows)))
-    return value(_smallest(lambda order: holds(value(order)), low, high))
+    return value(_smallest(lambda order: holds(value(order)), -_INFINITY - 1, _INFINITY, shape))[:, None]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -23,7 +24,7 @@ from phi3_jax.infer.benchmark.processes import Process, ours
 from phi3_jax.infer.benchmark.roofline import Work, decode_work, least_seconds, prefill_work
 from phi3_jax.infer.benchmark.rounds import Case, Result, Side, Spread, memory_needed, run_case, why_not
 from phi3_jax.infer.programs import benchmark_main
-from phi3_jax.kernels.machine import Machine
+from phi3_jax.kernels.machine import Machine, Published
 
 CONFIG = phi3_jax.Phi3Config(
     vocab_size=101,
@@ -243,37 +244,36 @@ def test_our_process_answers(tmp_path):
 
 
 def random_weights():
-    import jax
-
     return jax.tree.leaves(random_checkpoint(CONFIG, "float32").params)
 
 
-def test_program_writes_figures_and_chart(tmp_path, capsys, monkeypatch, scripted):
-    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
-    phi3_jax.save(random_checkpoint(CONFIG, "float32"), tmp_path / "tiny")
-    process = scripted(1.0, *[0.5] * 9)
-    asks = {
-        "load": {
-            "weight_bytes": 1e5,
-            "cache_bytes": 2.0,
-            "config": CONFIG.to_hf(),
-            "device": "cpu",
-            "dtype": "float32",
-            "status": {"linear": "xla"},
-            "seconds": 0.25,
-            "versions": {},
-        },
+def replies(platform: str, device: str) -> dict:
+    """What our process says of itself."""
+    load = {"weight_bytes": 1e5, "cache_bytes": 2.0, "config": CONFIG.to_hf(), "status": {"linear": "xla"}}
+    return {
+        "device": {"platform": platform, "device": device, "dtype": "float32"},
+        "load": load | {"free_bytes": None if platform == "cpu" else 3e4, "seconds": 0.25, "versions": {}},
         "memory": {"peak_bytes": 5e8},
     }
+
+
+def stand_in(monkeypatch, asks, process):
+    """Takes the place of our process."""
 
     class Scripted:
         def ask(self, do, **request):
             return asks[do] if do in asks else process.ask(do, **request)
 
     monkeypatch.setattr(benchmark_main.processes, "ours", lambda: contextlib.nullcontext(Scripted()))
+
+
+def test_program_writes_figures_and_chart(tmp_path, capsys, monkeypatch, scripted):
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    phi3_jax.save(random_checkpoint(CONFIG, "float32"), tmp_path / "tiny")
+    stand_in(monkeypatch, replies("cpu", "cpu"), scripted(1.0, *[0.5] * 9))
     monkeypatch.setattr(benchmark_main, "why_unavailable", lambda: None)
     monkeypatch.setattr(benchmark_main, "library", lambda: None)
-    monkeypatch.setattr(benchmark_main, "Machine", lambda library: _machine())
+    monkeypatch.setattr(benchmark_main, "Machine", lambda library: FakeMachine())
     with flagsaver.flagsaver():
         flags.FLAGS(
             [
@@ -313,10 +313,63 @@ def test_program_writes_figures_and_chart(tmp_path, capsys, monkeypatch, scripte
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def _machine():
-    machine = FakeMachine()
-    machine.threads = 2
-    return machine
+def test_an_accelerator_is_left_to_the_process_that_computes(tmp_path, capsys, monkeypatch, scripted):
+    """The other one would take its memory; the limits are those that are published."""
+
+    def refuse(*_):
+        raise AssertionError("the accelerator was asked for")
+
+    stand_in(monkeypatch, replies("gpu", "NVIDIA H100 80GB HBM3"), scripted(1.0, *[0.5] * 9))
+    for name in ("default_backend", "devices", "local_devices", "device_put"):
+        monkeypatch.setattr(jax, name, refuse)
+    for name in ("Machine", "library", "why_unavailable"):
+        monkeypatch.setattr(benchmark_main, name, refuse)
+    given = {
+        "prompt_lengths": 30,
+        "contexts": 20,
+        "batches": "1,9",
+        "new_tokens": 4,
+        "rounds": 2,
+        "json": tmp_path / "a.json",
+    }
+    with flagsaver.flagsaver():
+        flags.FLAGS(["phi3-benchmark", "--random=phi-4", *(f"--{name}={value}" for name, value in given.items())])
+        assert benchmark_main.main() == 0
+    out = capsys.readouterr().out
+    assert "NVIDIA H100 80GB HBM3; by its data sheet memory 3350 GB/s; bfloat16 989 Top/s" in out
+    assert "| decode at 20, batch 9 | left out: the caches take 0.0 GB, and 0.0 GB are free |" in out
+    assert "of phi3_jax it is the accelerator's" in out
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["cases"][0]["bandwidths"][0] == 3.35e12
+    assert figures["machine"]["operations_per_second"]["bfloat16"] == 989e12
+    least = decode_work(CONFIG, 20, 1, 4, 1e5, 2.0).bytes / 3.35e12
+    assert figures["cases"][1]["sides"][0]["of_limit"]["median"] == pytest.approx(least / 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "bytes_per_second"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12, 1555e9),
+        ("NVIDIA A100 80GB PCIe", 312e12, 1935e9),
+        ("NVIDIA L4", 121e12, 300e9),
+        ("NVIDIA L40S", 362e12, 864e9),
+        ("NVIDIA H200", 989e12, 4800e9),
+        ("TPU v5 lite", 197e12, 819e9),
+        ("TPU v5", 459e12, 2765e9),
+        ("TPU v6 lite", 918e12, 1638e9),
+    ],
+)
+def test_published_limits(kind, rate, bytes_per_second):
+    limits = Published.of(kind)
+    assert limits is not None
+    assert limits.rates == {"float32": rate, "bfloat16": rate, "int8": rate}
+    assert limits.bandwidth() == bytes_per_second
+
+
+def test_limits_of_other_devices_are_not_guessed():
+    """They have names that begin like others: a smaller card, a part of one."""
+    for kind in ("NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v3"):
+        assert Published.of(kind) is None
 
 
 @pytest.mark.parametrize(
