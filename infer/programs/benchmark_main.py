@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 import phi3_jax
@@ -91,7 +92,8 @@ def main() -> int:
         _say(f"note: other programs are running (load {load:.1f}); programs that share processors cannot be compared")
     with contextlib.ExitStack() as stack:
         sides, about, config = _open_sides(spec, stack)
-        machine = None if why_unavailable() else Machine(library())
+        by_kernels = jax.default_backend() == "cpu" and why_unavailable() is None
+        machine = Machine(library()) if by_kernels else None
         title, subtitle = _title(spec, about), _subtitle(about, machine)
         print("\n".join([title, subtitle, *(f"{name}: {how}" for name, how in about[0]["status"].items())]), flush=True)
         print(_HEADER, flush=True)

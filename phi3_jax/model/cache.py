@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels.attention import cpu, why_not_cpu
 from phi3_jax.kernels.attention.arguments import KeysValues
-from phi3_jax.kernels.dispatch import on_cpu
+from phi3_jax.kernels.dispatch import by_platform
 
 _INT8_MAX = 127
 _TPU_LANES = 128
@@ -95,10 +95,10 @@ class KVCache:
 
         The CPU kernels do it where a program is compiled for the CPU and they can be used; "xla" forbids them.
         """
-        if implementation == "xla" or why_not_cpu(self.k.dtype) is not None:
+        if implementation == "xla":
             return self._scatter(layer, positions, k, v)
-
-        return on_cpu(_write_by_kernel, KVCache._scatter)(self, layer, positions, k, v)
+        by_cpu = _write_by_kernel if why_not_cpu(self.k.dtype) is None else None
+        return by_platform(KVCache._scatter, cpu=by_cpu)(self, layer, positions, k, v)
 
     def _scatter(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
         rows, slots = self._slots(positions)

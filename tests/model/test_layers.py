@@ -73,7 +73,8 @@ def test_numbers_are_those_of_the_stack(model, rows, form):
     if form != "floats":
         params = attach(quantize_params(params, "int8"), random_adapter(model.config, LORA), LORA)
     apart = split_layers(params)
-    assert has_per_layer(apart) and not has_per_layer(params)
+    assert has_per_layer(apart)
+    assert not has_per_layer(params)
     theirs, ours = run(model, params, rows, "index"), run(model, apart, rows)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, theirs)
     jax.tree.map(np.testing.assert_array_equal, stack_layers(apart), params)

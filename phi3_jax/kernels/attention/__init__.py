@@ -11,7 +11,7 @@ import jax
 
 from phi3_jax.kernels.attention import cpu, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
-from phi3_jax.kernels.dispatch import on_cpu
+from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu"]
@@ -38,11 +38,18 @@ def attention(
     """
     if implementation == "cpu":
         return cpu.attention(q, kv, visible)
-    if implementation == "xla" or why_not_cpu(kv.k.dtype):
-        return xla.attention(q, kv, visible)[0]
-    return on_cpu(cpu.attention, lambda *arguments: xla.attention(*arguments)[0])(q, kv, visible)
+    if implementation == "xla":
+        return _reference(q, kv, visible)
+    by_cpu = cpu.attention if why_not_cpu(kv.k.dtype) is None else None
+    return by_platform(_reference, cpu=by_cpu)(q, kv, visible)
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
-    """Why the CPU kernels cannot read keys and values of this dtype; None if they can."""
+    """Why the CPU kernels do not read keys and values of this dtype here; None if they do."""
+    if (platform := jax.default_backend()) != "cpu":  # their compiler is not to be started there
+        return f"this process computes on a {platform}"
     return cpu.why_not_dtype(dtype) or why_unavailable()
+
+
+def _reference(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
+    return xla.attention(q, kv, visible)[0]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from phi3_jax.kernels.dispatch import on_cpu
+from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.linear import cpu, lora, xla
 from phi3_jax.kernels.linear.lora import LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor
@@ -46,10 +46,12 @@ def linear(
         return lora.linear(x, weight, layer, product)
     if implementation == "cpu":
         return cpu.linear(x, weight, layer, dtype)
-    if implementation == "xla" or not isinstance(weight, PackedTensor) or why_unavailable():
-        return xla.linear(x, weight, layer, dtype)
-    by_kernel, by_xla = (functools.partial(module.linear, dtype=dtype) for module in (cpu, xla))
-    return on_cpu(by_kernel, by_xla)(x, weight, layer)
+    reference = functools.partial(xla.linear, dtype=dtype)
+    if implementation == "xla":
+        return reference(x, weight, layer)
+    on_cpu = isinstance(weight, PackedTensor) and jax.default_backend() == "cpu" and why_unavailable() is None
+    by_cpu = functools.partial(cpu.linear, dtype=dtype) if on_cpu else None
+    return by_platform(reference, cpu=by_cpu)(x, weight, layer)
 
 
 def rows(table: Weight, ids: jax.Array, fixed: jax.Array | bool = False) -> jax.Array:
