@@ -12,11 +12,12 @@ from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.linear import cpu, cuda, lora, xla
 from phi3_jax.kernels.linear.lora import LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor
+from phi3_jax.kernels.linear.per_layer import PerLayer
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu", "cuda"]
-Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
+Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor | PerLayer
 
 
 def linear(
@@ -29,6 +30,7 @@ def linear(
     """x @ weight.T: x [..., in], weight [out, in], or a stack [L, out, in] indexed by `layer` -> [..., out].
 
     Args:
+      layer: int32 scalar; of a `PerLayer` a number that is known when the program is traced.
       dtype: of the result; by default x's.
       implementation: "cpu" is the compiled kernels for it, which need packed weights; "cuda" those for NVIDIA cards,
         which need integers as they are stored; "xla" takes all weights, on every platform. None takes the kernels of
@@ -38,6 +40,8 @@ def linear(
       ValueError: `implementation` is "cpu" or "cuda" and its kernels do not take this weight.
       Unavailable: `implementation` is "cpu" or "cuda" and its kernels cannot be used here.
     """
+    if isinstance(weight, PerLayer):
+        return linear(x, weight[layer], None, dtype, implementation)
     if isinstance(weight, LoraTensor):
         product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)
         return lora.linear(x, weight, layer, product)
