@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 
-from phi3_jax.kernels.attention import cpu, xla
+from phi3_jax.kernels.attention import blockwise, cpu, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.dispatch import on_cpu
 from phi3_jax.kernels.native.build import why_unavailable
@@ -27,7 +27,8 @@ def attention(
       kv: the keys and values.
       visible: which keys each query may see. The output of a query that sees none (padding) is finite but meaningless.
       implementation: "cpu" is the compiled kernels; "xla" runs everywhere, and can be differentiated. None takes the
-        kernels where a program is compiled for the CPU and they can be used, else XLA (see `kernels.status`).
+        kernels where a program is compiled for the CPU and they can be used, else XLA (see `kernels.status`), which
+        then computes many scores in blocks.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -38,9 +39,18 @@ def attention(
     """
     if implementation == "cpu":
         return cpu.attention(q, kv, visible)
-    if implementation == "xla" or why_not_cpu(kv.k.dtype):
+    if implementation == "xla":
         return xla.attention(q, kv, visible)[0]
-    return on_cpu(cpu.attention, lambda *arguments: xla.attention(*arguments)[0])(q, kv, visible)
+    if why_not_cpu(kv.k.dtype):
+        return _by_xla(q, kv, visible)
+    return on_cpu(cpu.attention, _by_xla)(q, kv, visible)
+
+
+def _by_xla(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
+    """All scores at once where they are few, else blocks of them."""
+    if blockwise.is_large(q, kv.k.shape[-2]):
+        return blockwise.cached(q, kv, visible)
+    return xla.attention(q, kv, visible)[0]
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
