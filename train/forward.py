@@ -96,12 +96,13 @@ def neftune(embedded: jax.Array, batch: Batch, alpha: float, key: jax.Array) -> 
 
 def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Batch, key: jax.Array | None) -> RowSums:
     s = resolved(settings)
-    apply: Any = Phi3(config, walk="slice", remat=s.remat).apply
+    apply: Any = Phi3(config, walk="slice", remat=s.remat, in_order=True).apply
     run = functools.partial(apply, {"params": params})  # Phi3's methods, with these parameters
     x = run(batch.tokens, method="embed").astype(s.compute_dtype)  # a quantised embedding gives float32
     if key is not None and s.neftune_alpha:
         x = neftune(x, batch, s.neftune_alpha, jax.random.fold_in(key, 1))
-    x, _, _ = run(batch.tokens, batch.positions, batch.segments, embedded=x, method="hidden")
+    segments = batch.segments if s.pack else None  # without them more kernels can compute attention
+    x, _, _ = run(batch.tokens, batch.positions, segments, embedded=x, method="hidden")
     # Preferences and evaluations need the plain log-probabilities.
     plain = key is None or s.method == "dpo"
     z_loss, label_smoothing = (0.0, 0.0) if plain else (s.z_loss, s.label_smoothing)

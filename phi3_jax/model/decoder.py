@@ -193,11 +193,14 @@ class Phi3(nn.Module):
         are packed, else "slice", whose gradients are cheap. Weights in a buffer per layer are always unrolled.
       remat: what the backward pass recomputes instead of keeping it in memory. "none": only attention's probabilities;
         "dots": all of a layer except products with weights and attention's output; "full": all of a layer.
+      in_order: a promise about calls with positions and without a cache (`Visibility.in_order`): rows are whole
+        sequences, side by side from the row's first token on, with padding after them.
     """
 
     config: Phi3Config
     walk: Walk | None = None
     remat: Remat = "none"
+    in_order: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -257,6 +260,7 @@ class Phi3(nn.Module):
         Arguments are those of `__call__`, and `embedded` [B, T, D], which replaces the tokens' embeddings.
         """
         _check(tokens, segments, cache, capture)
+        in_order = cache is None and (self.in_order or (positions is None and segments is None))
         if positions is None:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(steps if cache is None else cache.lengths[:, None] + steps, tokens.shape)
@@ -272,7 +276,7 @@ class Phi3(nn.Module):
         if overflows is not None:  # keys were lost: NaN rather than an answer without them
             x = jnp.where(overflows[:, None, None], jnp.nan, x)
         cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
-        visible = Visibility(positions, k_positions, segments, segments, self.config.sliding_window)
+        visible = Visibility(positions, k_positions, segments, segments, self.config.sliding_window, in_order)
         layers = self._layers(cache, tuple(capture))
         (out, cache), captured = layers((x, cache), Shared(cos, sin, visible))
         if "hidden_states" in captured:
@@ -307,9 +311,7 @@ class Phi3(nn.Module):
         layer = DecoderLayer
         if self.remat != "none":
             policies = jax.checkpoint_policies
-            dots = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(training.KEPT)
-            )
+            dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, training.is_kept)
             layer = nn.remat(DecoderLayer, prevent_cse=False, policy=dots if self.remat == "dots" else None)
         scan = nn.scan(
             layer,

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 
-from phi3_jax.kernels.attention import cpu, cuda, xla
+from phi3_jax.kernels.attention import blockwise, cpu, cuda, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.native.build import why_unavailable
@@ -28,7 +28,7 @@ def attention(
       visible: which keys each query may see. The output of a query that sees none (padding) is finite but meaningless.
       implementation: "cpu" and "cuda" are the compiled kernels; "xla" runs everywhere, and can be differentiated. None
         takes the kernels of the platform that a program is compiled for, if they can be used, else XLA (see
-        `kernels.status`).
+        `kernels.status`), which then computes many scores in blocks.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -42,10 +42,17 @@ def attention(
     if implementation == "cuda":
         return cuda.attention(q, kv, visible)
     if implementation == "xla":
-        return _reference(q, kv, visible)
+        return xla.attention(q, kv, visible)[0]
     by_cpu = cpu.attention if why_not_cpu(kv.k.dtype) is None else None
     by_cuda = cuda.attention if cuda.why_not(kv.k.dtype, q.shape[-1]) is None else None
-    return by_platform(_reference, cpu=by_cpu, cuda=by_cuda)(q, kv, visible)
+    return by_platform(_by_xla, cpu=by_cpu, cuda=by_cuda)(q, kv, visible)
+
+
+def _by_xla(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
+    """All scores at once where they are few, else blocks of them."""
+    if blockwise.is_large(q, kv.k.shape[-2]):
+        return blockwise.cached(q, kv, visible)
+    return xla.attention(q, kv, visible)[0]
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
@@ -53,7 +60,3 @@ def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
     if (platform := jax.default_backend()) != "cpu":  # their compiler is not to be started there
         return f"this process computes on a {platform}"
     return cpu.why_not_dtype(dtype) or why_unavailable()
-
-
-def _reference(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
-    return xla.attention(q, kv, visible)[0]

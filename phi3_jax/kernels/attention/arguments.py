@@ -40,6 +40,9 @@ class Visibility:
       k_positions: int32 [B, S], -1 for an empty slot.
       q_segments, k_segments: int32 [B, T] and [B, S], or None where a row is one sequence.
       window: how many keys a query sees, itself included; None means all.
+      in_order: a promise about the arrays, which kernels need when a program is compiled: the keys are the queries'
+        own tokens in their order; in a row, sequences lie side by side from slot 0 on, each with positions 0, 1, 2,
+        ... and, where there are several, with a segment of its own; and padding comes after them.
     """
 
     q_positions: jax.Array
@@ -47,6 +50,7 @@ class Visibility:
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    in_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def mask(self) -> jax.Array:
         """bool [B, T, S], True where a query may attend to a key."""
