@@ -20,6 +20,11 @@ def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") ->
       cache_dtype: the dtype of the key-value cache that `attention` is used with.
     """
     platform = jax.default_backend()
+    if platform == "tpu":
+        return {
+            "linear": "xla, because on a TPU it reads all kinds of weights in place",
+            "attention": "tpu kernel (Pallas)",
+        }
     if platform != "cpu":
         return dict.fromkeys(("linear", "attention"), f"xla, because there are no kernels for platform {platform} yet")
     if (reason := why_unavailable()) is not None:

@@ -14,7 +14,7 @@ from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.native.build import why_unavailable
 
-Implementation = Literal["xla", "cpu"]
+Implementation = Literal["xla", "cpu", "tpu"]
 
 
 def attention(
@@ -26,8 +26,9 @@ def attention(
       q: [B, T, N, H].
       kv: the keys and values.
       visible: which keys each query may see. The output of a query that sees none (padding) is finite but meaningless.
-      implementation: "cpu" is the compiled kernels; "xla" runs everywhere, and can be differentiated. None takes the
-        kernels where a program is compiled for the CPU and they can be used, else XLA (see `kernels.status`).
+      implementation: "cpu" and "tpu" are the kernels for these platforms; "xla" runs everywhere, and can be
+        differentiated. None takes the kernel of the platform that a program is compiled for, if there is one that can
+        be used, else XLA (see `kernels.status`).
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -38,10 +39,12 @@ def attention(
     """
     if implementation == "cpu":
         return cpu.attention(q, kv, visible)
+    if implementation == "tpu":
+        return _by_tpu(q, kv, visible)
     if implementation == "xla":
         return _reference(q, kv, visible)
     by_cpu = cpu.attention if why_not_cpu(kv.k.dtype) is None else None
-    return by_platform(_reference, cpu=by_cpu)(q, kv, visible)
+    return by_platform(_reference, cpu=by_cpu, tpu=_by_tpu)(q, kv, visible)
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
@@ -49,6 +52,12 @@ def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
     if (platform := jax.default_backend()) != "cpu":  # their compiler is not to be started there
         return f"this process computes on a {platform}"
     return cpu.why_not_dtype(dtype) or why_unavailable()
+
+
+def _by_tpu(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
+    from phi3_jax.kernels.attention import tpu  # Pallas: the other platforms' programs need not wait for its import
+
+    return tpu.attention(q, kv, visible)
 
 
 def _reference(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
