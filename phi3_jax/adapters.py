@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from phi3_jax.config import Phi3Config
 from phi3_jax.json_files import is_number, is_whole, shown
 from phi3_jax.kernels import LoraTensor as LoraTensor
+from phi3_jax.kernels import PerLayer
 from phi3_jax.kernels.linear.xla import dense
 from phi3_jax.model import Params, parameter_shapes, require_floats
 
@@ -169,16 +170,22 @@ def attach(params: Params, adapter: Adapter, lora: LoraConfig, dropout_key: jax.
     """
     leaves = _weights(params, lora)
     for number, (place, parts) in enumerate(_places(adapter)):
-        base, a, b, keys, gain = leaves[f"{place}/weight"], parts["a"], parts["b"], None, None
-        scaling = lora.scaling_of(_target(place))
+        keys = None
         if dropout_key is not None and lora.dropout:
             keys = jax.random.fold_in(dropout_key, number)
-            keys = jax.random.split(keys, len(a)) if a.ndim == 3 else keys
-        if lora.dora:
-            norms = _norms(*jax.lax.stop_gradient((base, a, b)), scaling)
-            gain = parts["magnitude"] / norms
-        leaves[f"{place}/weight"] = LoraTensor(base, a, b, gain, keys, scaling, lora.dropout)
+            keys = jax.random.split(keys, len(parts["a"])) if parts["a"].ndim == 3 else keys
+        leaves[f"{place}/weight"] = _attached(leaves[f"{place}/weight"], parts, keys, lora, _target(place))
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _attached(base: Any, parts: Mapping[str, Any], keys: jax.Array | None, lora: LoraConfig, target: str) -> Any:
+    if isinstance(base, PerLayer):
+        own = [(each, _of_layer(parts, i), None if keys is None else keys[i]) for i, each in enumerate(base)]
+        return PerLayer(tuple(_attached(*each, lora, target) for each in own))
+    a, b, gain, scaling = parts["a"], parts["b"], None, lora.scaling_of(target)
+    if lora.dora:
+        gain = parts["magnitude"] / _norms(*jax.lax.stop_gradient((base, a, b)), scaling)
+    return LoraTensor(base, a, b, gain, keys, scaling, lora.dropout)
 
 
 def merge(params: Params, adapter: Adapter, lora: LoraConfig) -> Params:
@@ -192,11 +199,15 @@ def merge(params: Params, adapter: Adapter, lora: LoraConfig) -> Params:
         raise ValueError("the adapter unties the embedding and the head: load the checkpoint with it (load(adapter=))")
     for place, parts in _places(adapter):
         path, scaling = f"{place}/weight", lora.scaling_of(_target(place))
-        require_floats({path: leaves[path]})
-        if parts["a"].ndim == 3:
-            leaves[path] = _merged_stack(leaves[path], parts, scaling)
+        weight = leaves[path]
+        require_floats({path: weight[0] if isinstance(weight, PerLayer) else weight})
+        if isinstance(weight, PerLayer):
+            sums = (merged(each, _of_layer(parts, i), scaling) for i, each in enumerate(weight))
+            leaves[path] = PerLayer(tuple(each.astype(weight.dtype) for each in sums))
+        elif parts["a"].ndim == 3:
+            leaves[path] = _merged_stack(weight, parts, scaling)
         else:
-            leaves[path] = merged(leaves[path], parts, scaling).astype(leaves[path].dtype)
+            leaves[path] = merged(weight, parts, scaling).astype(weight.dtype)
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -211,6 +222,11 @@ def require_merged(params: Params) -> None:
             "an adapter is attached to the weights: `merge` it into floats, make floats of integers with their adapter "
             "by `checkpoint.as_floats` (phi3-export does), or write it alone by `save_adapter`"
         )
+
+
+def _of_layer(parts: Mapping[str, Any], layer: int) -> dict[str, jax.Array]:
+    """The part of an adapter for one layer of a matrix."""
+    return {name: part[layer] for name, part in parts.items()}
 
 
 @jax.jit
@@ -251,6 +267,8 @@ def _norms(base: Any, a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
     def of_layer(i: jax.Array) -> jax.Array:
         return _row_norms(_sum(dense(base, i, jnp.float32), a[i], b[i], scaling))
 
+    if isinstance(base, PerLayer):
+        return jnp.stack([_norms(each, a[i], b[i], scaling) for i, each in enumerate(base)])
     if a.ndim == 2:
         return _row_norms(_sum(dense(base, None, jnp.float32), a, b, scaling))
     return jax.lax.map(of_layer, jnp.arange(len(a)))

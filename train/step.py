@@ -15,7 +15,7 @@ import optax
 
 from phi3_jax.adapters import Adapter, LoraConfig, init_adapter
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels import QuantizedTensor, has_per_layer
 from phi3_jax.model import Params
 
 from . import sharding
@@ -70,9 +70,11 @@ def start(
       adapter that changes something. The state has arrays of its own.
 
     Raises:
-      ValueError: train="all", but the weights are quantised.
+      ValueError: train="all", but the weights are quantised; or each layer has buffers of its own.
     """
     optimizer, dtype, mesh = make_optimizer(settings), resolved(settings).dtype, sharding.make_mesh()
+    if has_per_layer(params):
+        raise ValueError("training reads stacks of layers, and these are apart: load the checkpoint with layout='rows'")
     if settings.train == "all" and any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
         raise ValueError("train=all: the checkpoint's weights are integers: load it as floats, or train=lora")
     base = jax.tree.map(lambda w: w if _is_quantized(w) else w.astype(dtype), params, is_leaf=_is_quantized)

@@ -31,7 +31,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     "auto",
     ["auto", "float32", "bfloat16", "float16"],
-    "What weights become that are not quantised. auto: float32 on the CPU, elsewhere as stored. On the CPU bfloat16 is "
+    "What weights become that are not quantised. auto: float32 on the CPU, elsewhere bfloat16. On the CPU bfloat16 is "
     "rounded a little, reads half as much, and needs a C++ compiler: XLA alone is slow in it.",
 )
 VERBOSE = flags.DEFINE_bool(

@@ -82,7 +82,7 @@ def _policy() -> str:
 
 
 def _calibrated(text: str, on_progress: OnProgress) -> phi3_jax.Checkpoint:
-    checkpoint = phi3_jax.load(CHECKPOINT.value, "float32", adapter=ADAPTER.value)
+    checkpoint = phi3_jax.load(CHECKPOINT.value, "float32", layout="rows", adapter=ADAPTER.value)
     ids = require_tokenizer(checkpoint).encode(text)[: _CALIBRATION_TOKENS.value]
     window = min(_WINDOW, len(ids))
     if window < 2:

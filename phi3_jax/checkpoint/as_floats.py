@@ -13,7 +13,7 @@ import numpy as np
 from phi3_jax.adapters import merged
 from phi3_jax.checkpoint.parameter_builders import FloatBuilder
 from phi3_jax.checkpoint.tensor_source import TensorSource
-from phi3_jax.kernels import LoraTensor
+from phi3_jax.kernels import LoraTensor, PerLayer
 from phi3_jax.kernels.linear.xla import dense
 from phi3_jax.model import DTYPES, Params, dtype_name
 
@@ -45,6 +45,8 @@ def _float(path: str, leaf: Any, dtype: np.dtype) -> jax.Array:
 
 def matrix(leaf: Any, layer: int | None) -> np.ndarray:
     """One layer's weight, or with None the only one, in float32: with the adapter that is attached to it."""
+    if isinstance(leaf, PerLayer):
+        leaf, layer = leaf[layer], None
     return np.asarray(_matrix(leaf, None if layer is None else jnp.int32(layer)))
 
 

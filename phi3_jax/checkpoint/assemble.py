@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.checkpoint.parameter_builders import FloatBuilder, IntegerBuilder, PackedFloatBuilder, ParameterBuilder
-from phi3_jax.checkpoint.placement import Device, Layout, put_function
+from phi3_jax.checkpoint.parameter_builders import (
+    FloatBuilder,
+    IntegerBuilder,
+    LayersBuilder,
+    PackedFloatBuilder,
+    ParameterBuilder,
+)
+from phi3_jax.checkpoint.placement import Device, Layout, Put, compute_dtype, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import SIZES, Phi3Config
-from phi3_jax.kernels import PackedTensor
+from phi3_jax.kernels import PackedTensor, PerLayer
 from phi3_jax.model import DTYPES, Params, dtype_name, parameter_count, parameter_shapes, require_floats, tensor_names
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization import Format, formats
@@ -25,6 +33,7 @@ from phi3_jax.quantization import Format, formats
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two threads are enough to copy at memory speed; many more would only compete for the cores.
 _THREADS = 4
+_LAYERS_AT_ONCE = 2  # one is read while the other is on its way to the device
 
 
 def without_redundant(
@@ -59,7 +68,10 @@ def assemble(
     layout: Layout = "rows",
     device: Device = None,
 ) -> Params:
-    """Reads every tensor into the stacked parameter tree; the host never holds more than the model plus some tensors.
+    """Reads every tensor into the parameter tree.
+
+    One parameter after another leaves the host: on an accelerator it holds no more than one of them (a stack, or two
+    layers of one with "layers"), on the CPU the model, and beside it what the reading of some tensors takes.
 
     Args:
       sources: the checkpoint's tensors by Hugging Face name.
@@ -70,7 +82,7 @@ def assemble(
         types Q8_0, Q4_0, Q4_1 and Q4_K, leaves 16-bit floats as floats, and rounds the rest to 8 bits; None makes
         floats.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; "rows"
-        is Hugging Face's order.
+        is Hugging Face's order; "layers" is, too, with a buffer for each layer.
       device: where the parameters are put, see placement.py.
 
     Raises:
@@ -83,36 +95,33 @@ def assemble(
     shapes = parameter_shapes(config)
     _check_names(sources, shapes, config, origin)
     forms = _formats(sources, shapes, config, quantize)
-    builders = {path: builder_of(path, shape, floats, forms[path], layout) for path, shape in shapes.items()}
-    jobs = [
-        (path, i if path.startswith("layers/") else None, name)
-        for path in shapes
-        for i, name in enumerate(tensor_names(path, config.num_hidden_layers))
-    ]
+    L = config.num_hidden_layers
 
     def size(path: str, name: str) -> int:
         form = forms[path]
         return math.prod(sources[name].shape) * (form.bits if form else 8 * floats.itemsize) // 8
 
-    def put(job: tuple[str, int | None, str]) -> int:
-        path, layer, name = job
+    def put(builder: ParameterBuilder, path: str, numbered: tuple[int, str]) -> int:
+        layer, name = numbered
         try:
-            builders[path].put(layer, sources[name])
+            builder.put(layer if path.startswith("layers/") else None, sources[name])
         except ValueError as error:
             raise ValueError(f"{origin}: {name}: {error}") from None
         return size(path, name)
 
-    total, done = sum(size(path, name) for path, _, name in jobs), 0
-    with ThreadPoolExecutor(_THREADS if quantize is None else 1) as pool:  # rounding has threads of its own
-        for count in pool.map(put, jobs):
-            done += count
-            if on_progress:
-                on_progress(done, total)
-    # One parameter after another leaves the host, so that on an accelerator the peak is not twice the model.
-    on_device = {
-        path: jax.block_until_ready(builders.pop(path).finish(put_function(device, path))) for path in list(builders)
-    }
-    return flax.traverse_util.unflatten_dict(on_device, sep="/")
+    total, done = sum(size(path, name) for path in shapes for name in tensor_names(path, L)), 0
+    # Rounding has threads of its own.
+    threads = 1 if quantize is not None else _LAYERS_AT_ONCE if layout == "layers" else _THREADS
+    leaves: dict[str, Any] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for path, shape in shapes.items():
+            builder = builder_of(path, shape, floats, forms[path], layout, device)
+            for count in pool.map(functools.partial(put, builder, path), enumerate(tensor_names(path, L))):
+                done += count
+                if on_progress:
+                    on_progress(done, total)
+            leaves[path] = jax.block_until_ready(builder.finish())
+    return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def _formats(
@@ -140,15 +149,36 @@ def _formats(
 
 
 def builder_of(
-    path: str, shape: tuple[int, ...], dtype: np.dtype, form: Format | None, layout: Layout
+    path: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    form: Format | None,
+    layout: Layout,
+    device: Device = None,
 ) -> ParameterBuilder:
-    """What builds the parameter at a path: integers of a format, or with None floats of this dtype."""
-    if form is not None:
-        return IntegerBuilder(shape, form, packed=layout == "packed")
-    is_matrix = len(shape) - path.startswith("layers/") == 2
+    """What builds the parameter at a path: integers of a format, or with None floats of this dtype.
+
+    Args:
+      layout: see `assemble`.
+      device: where its arrays are put, see placement.py; it is asked for the shapes of a layer with "layers".
+    """
+    put, is_stack = put_function(device, path), path.startswith("layers/")
+    if layout == "layers" and is_stack:
+        return LayersBuilder(shape[0], lambda: _builder(shape[1:], dtype, form, put, device))
+    if layout == "packed" and form is not None:
+        return IntegerBuilder(shape, form, True, put)
     if layout == "packed" and dtype == DTYPES["bfloat16"]:
-        return PackedFloatBuilder(shape) if is_matrix else FloatBuilder(shape, DTYPES["float32"])
-    return FloatBuilder(shape, dtype)
+        is_matrix = len(shape) - is_stack == 2
+        return PackedFloatBuilder(shape, put) if is_matrix else FloatBuilder(shape, DTYPES["float32"], put)
+    return _builder(shape, dtype, form, put, device)
+
+
+def _builder(
+    shape: tuple[int, ...], dtype: np.dtype, form: Format | None, put: Put, device: Device
+) -> ParameterBuilder:
+    if form is None:
+        return FloatBuilder(shape, dtype, put)
+    return IntegerBuilder(shape, form, False, put, compute_dtype(dtype.name, device))
 
 
 def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
@@ -158,12 +188,15 @@ def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     is_packed = {path: isinstance(leaf, PackedTensor) and leaf.scales is None for path, leaf in leaves.items()}
-    require_floats({path: leaf for path, leaf in leaves.items() if not is_packed[path]})
+    one_layer = {path: leaf[0] if isinstance(leaf, PerLayer) else leaf for path, leaf in leaves.items()}
+    require_floats({path: leaf for path, leaf in one_layer.items() if not is_packed[path]})
     for path, leaf in leaves.items():
         layers = leaf.shape[0] if path.startswith("layers/") else 1
         stack: Iterator[np.ndarray]
         if is_packed[path]:
             stack = (np.asarray(leaf.dequantize(jnp.int32(i)).astype(jnp.bfloat16)) for i in range(layers))
+        elif isinstance(leaf, PerLayer):
+            stack = map(np.asarray, leaf)
         else:
             host = np.asarray(leaf)
             # Packed matrices come with vectors of float32, which were bfloat16 like the matrices, if nothing is lost.

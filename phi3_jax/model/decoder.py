@@ -4,8 +4,9 @@ Axis letters, here and everywhere: B batch, T query, S key, N query heads, K key
 share a key-value head, H head dim, D model, F ffn, V vocab, L layer.
 
 Weights keep Hugging Face's names and its [out, in] orientation. Those of the decoder layers are stacked over L, in one
-tree that is walked in two ways: training scans over slices of the stack (gradients stay per layer), inference scans
-over the layer's index and reads the stack in place (nothing is copied before a matrix product).
+tree that is walked in three ways: training scans over slices of the stack (gradients stay per layer); inference scans
+over the layer's index and reads the stack in place (nothing is copied before a matrix product); on a GPU, where that
+would copy, each layer has buffers of its own (`kernels.PerLayer`), and the loop over layers is unrolled.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import has_packed
+from phi3_jax.kernels import PerLayer, has_packed, has_per_layer
 from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
@@ -27,7 +29,8 @@ from phi3_jax.kernels.linear import linear, rows
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.rope import cos_sin, rotate
 
-Walk = Literal["slice", "index"]
+Walk = Literal["slice", "index", "unroll"]
+Number = jax.Array | np.int32  # of a layer: in an unrolled loop it is known when the program is traced
 Capture = Literal["hidden_states", "attention"]
 LayerCapture = Capture | Literal["matrix_inputs"]
 Remat = Literal["none", "dots", "full"]
@@ -48,16 +51,19 @@ class Shared:
     visible: Visibility
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, layer: jax.Array | None = None) -> jax.Array:
-    """RMSNorm (arXiv:1910.07467) of x [..., D]: normalised in float32, cast back, scaled in the model's dtype.
+def rms_norm(x: jax.Array, weight: jax.Array | PerLayer, eps: float, layer: Number | None = None) -> jax.Array:
+    """RMSNorm (arXiv:1910.07467) of x [..., D]: normalised in float32, cast back, scaled -> in x's dtype.
 
     weight is [D], or a stack [L, D] that is indexed by `layer`.
     """
-    if layer is not None:
+    if isinstance(weight, PerLayer):
+        weight = weight[layer]
+    elif layer is not None:
         weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + float(eps))
-    return weight * normed.astype(x.dtype)
+    # Weights may be wider than x: beside integers, those of a file stay as they are.
+    return (weight * normed.astype(x.dtype)).astype(x.dtype)
 
 
 class Weight(nn.Module):
@@ -96,7 +102,7 @@ class Attention(nn.Module):
         self.o_proj = matrix(c, c.hidden_size, c.num_attention_heads * c.head_dim)
 
     def __call__(
-        self, x: jax.Array, shared: Shared, cache: KVCache | None, number: jax.Array, layer: jax.Array | None
+        self, x: jax.Array, shared: Shared, cache: KVCache | None, number: Number, layer: Number | None
     ) -> tuple[jax.Array, KVCache | None, jax.Array, jax.Array | None]:
         """x [B, T, D] -> (output [B, T, D], cache, the heads' outputs [B, T, N * H], probabilities if wanted).
 
@@ -134,7 +140,7 @@ class MLP(nn.Module):
         self.gate_up_proj = matrix(self.config, 2 * self.config.intermediate_size, self.config.hidden_size)
         self.down_proj = matrix(self.config, self.config.hidden_size, self.config.intermediate_size)
 
-    def __call__(self, x: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, layer: Number | None) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> (output [B, T, D], the gated features [B, T, F])."""
         gate, up = jnp.split(linear(x, self.gate_up_proj(), layer), 2, axis=-1)
         gated = up * jax.nn.silu(gate)
@@ -159,11 +165,11 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(self.config)
 
     def __call__(
-        self, carry: tuple[jax.Array, KVCache | None], number: jax.Array, shared: Shared
+        self, carry: tuple[jax.Array, KVCache | None], number: Number, shared: Shared
     ) -> tuple[tuple[jax.Array, KVCache | None], dict[str, Any]]:
-        """One step of the scan over layers: carry = (residual stream [B, T, D], cache), number = the layer's index."""
+        """One step of the loop over layers: carry = (residual stream [B, T, D], cache), number = the layer's index."""
         x, cache = carry
-        layer = number if self.walk == "index" else None
+        layer = None if self.walk == "slice" else number
         eps = self.config.rms_norm_eps
         normed = rms_norm(x, self.input_layernorm(), eps, layer)
         attended, cache, heads, probs = self.self_attn(normed, shared, cache, number, layer)
@@ -183,8 +189,9 @@ class Phi3(nn.Module):
 
     Attributes:
       config: the sizes.
-      walk: how the stack of layer weights is read: "slice" (training) or "index" (inference); the results are the same.
-        None takes "index" if there is a cache or weights are packed, else "slice", whose gradients are cheap.
+      walk: how the stack of layer weights is read: "slice" (training), "index" (inference) or "unroll", whose program
+        has a copy of the layer for each; the results are the same. None takes "index" if there is a cache or weights
+        are packed, else "slice", whose gradients are cheap. Weights in a buffer per layer are always unrolled.
       remat: what the backward pass recomputes instead of keeping it in memory. "none": only attention's probabilities;
         "dots": all of a layer except products with weights and attention's output; "full": all of a layer.
     """
@@ -268,8 +275,7 @@ class Phi3(nn.Module):
         cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
         visible = Visibility(positions, k_positions, segments, segments, self.config.sliding_window)
         layers = self._layers(cache, tuple(capture))
-        shared = Shared(cos, sin, visible)
-        (out, cache), captured = layers((x, cache), jnp.arange(self.config.num_hidden_layers), shared)
+        (out, cache), captured = layers((x, cache), Shared(cos, sin, visible))
         if "hidden_states" in captured:
             captured["hidden_states"] = jnp.concatenate([x[None], captured["hidden_states"]])
         return rms_norm(out, self.norm(), self.config.rms_norm_eps), cache, captured
@@ -285,14 +291,20 @@ class Phi3(nn.Module):
         head = self.embed_tokens if tied else self.lm_head
         return linear(x, head(), dtype=jnp.float32)
 
-    def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> nn.Module:
-        """The decoder layers as one scanned module, whose parameters are stacked over L."""
-        is_packed = has_packed(self.variables["params"])
-        walk = self.walk or ("slice" if cache is None and not is_packed else "index")
-        if self.is_initializing():
-            walk = "slice"  # only slices have the shapes that are declared for one layer
-        elif walk == "slice" and is_packed:
-            raise ValueError("packed weights cannot be sliced, as training does: load them with layout='rows'")
+    def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> Callable[..., Any]:
+        """A function (carry, shared) -> (carry, captured values): all decoder layers, one after another."""
+        walk, numbers = self._walk(cache), np.arange(self.config.num_hidden_layers, dtype=np.int32)
+        if walk == "unroll":
+            one = DecoderLayer(self.config, walk, capture, name="layers")
+
+            def unrolled(carry: Any, shared: Shared) -> Any:
+                captured = []
+                for number in numbers:
+                    carry, seen = one(carry, number, shared)
+                    captured.append(seen)
+                return carry, jax.tree.map(lambda *each: jnp.stack(each), *captured)
+
+            return unrolled
         layer = DecoderLayer
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -306,9 +318,22 @@ class Phi3(nn.Module):
             variable_broadcast=False if walk == "slice" else "params",
             split_rngs={"params": walk == "slice"},
             in_axes=(0, nn.broadcast),
-            length=self.config.num_hidden_layers,
-        )
-        return scan(self.config, walk, capture, name="layers")
+            length=len(numbers),
+        )(self.config, walk, capture, name="layers")
+        return lambda carry, shared: scan(carry, jnp.asarray(numbers), shared)
+
+    def _walk(self, cache: KVCache | None) -> Walk:
+        """How the layers are walked. Raises ValueError where the weights do not allow it."""
+        if self.is_initializing():
+            return "slice"  # only slices have the shapes that are declared for one layer
+        params = self.variables["params"]
+        is_packed, is_split = has_packed(params), has_per_layer(params)
+        walk = "unroll" if is_split else self.walk or ("slice" if cache is None and not is_packed else "index")
+        if walk == "slice" and is_packed:
+            raise ValueError("packed weights cannot be sliced, as training does: load them with layout='rows'")
+        if walk == "unroll" and self.remat != "none":
+            raise ValueError(f"remat={self.remat!r} is for training, which reads stacks: load with layout='rows'")
+        return walk
 
 
 def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None, capture: Sequence[Capture]) -> None:

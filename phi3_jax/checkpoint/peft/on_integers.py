@@ -27,9 +27,10 @@ from phi3_jax.checkpoint.peft.merging import Change, base_changes, changes, unti
 from phi3_jax.checkpoint.peft.modules import Module
 from phi3_jax.checkpoint.peft.reader import AdapterFiles
 from phi3_jax.checkpoint.peft.trained_on import kind_of_weights, warn_of_others
-from phi3_jax.checkpoint.placement import Device, Layout, Put, put_function
+from phi3_jax.checkpoint.placement import Device, Layout, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import Phi3Config
+from phi3_jax.kernels import PerLayer
 from phi3_jax.model import DTYPES, Params, dtype_name, parameter_shapes
 
 
@@ -51,7 +52,8 @@ def on_integers(
       params: integers, packed or not, and floats.
       dtype: of weights that become floats.
       layout: theirs.
-      device: where the new arrays are put; it is asked for "layers/mlp/down_proj/a" [L, R, I] and ".../b" [L, O, R].
+      device: where the new arrays are put; it is asked for "layers/mlp/down_proj/a" [L, R, I] and ".../b" [L, O, R],
+        without L if the layout is "layers".
 
     Warns:
       UserWarning: the adapter unties the embedding and the head, or was trained on other weights.
@@ -71,7 +73,7 @@ def on_integers(
             path = path if path in leaves else "embed_tokens/weight"
             by_path.setdefault(path, {}).setdefault(module.layer or 0, []).append(each)
         for path, of_layers in by_path.items():
-            leaves[path] = _changed(path, leaves[path], of_layers, floats, layout, put_function(device, path), files)
+            leaves[path] = _changed(path, leaves[path], of_layers, floats, layout, device, files)
 
     change(base_changes(files))
     if unties(files, config):
@@ -83,7 +85,7 @@ def on_integers(
     if not updates:
         return params, config
     found = stacked(dataclasses.replace(files, base=[], whole=[], rows=[], updates=updates), config)
-    return attach(params, _placed(found.adapter, found.lora, device), _as_arguments(found.lora)), config
+    return attach(params, _placed(found.adapter, found.lora, leaves, device), _as_arguments(found.lora)), config
 
 
 def _attached_paths(files: AdapterFiles, config: Phi3Config) -> set[str]:
@@ -104,12 +106,12 @@ def _changed(
     of_layers: Mapping[int, Sequence[Change]],
     dtype: np.dtype,
     layout: Layout,
-    put: Put,
+    device: Device,
     files: AdapterFiles,
 ) -> Any:
     """A weight as floats, with the changes of its layers (0 if it is no stack), one layer after another."""
     is_stack = path.startswith("layers/")
-    builder = builder_of(path, leaf.shape, dtype, None, layout)
+    builder = builder_of(path, leaf.shape, dtype, None, layout, device)
 
     def read(layer: int) -> np.ndarray:
         weight = np.array(matrix(leaf, layer if is_stack else None))
@@ -123,16 +125,18 @@ def _changed(
             builder.put(layer if is_stack else None, source)
         except ValueError as error:
             raise ValueError(f"{files.weights}: {path}: {error}") from None
-    return builder.finish(put)
+    return builder.finish()
 
 
-def _placed(adapter: Adapter, lora: LoraConfig, device: Device) -> Adapter:
-    """The adapter where it belongs, its scaling a part of b."""
+def _placed(adapter: Adapter, lora: LoraConfig, weights: Mapping[str, Any], device: Device) -> Adapter:
+    """The adapter where it belongs, its scaling a part of b, in a buffer per layer where the weights are."""
     placed = {}
     for path, leaf in flax.traverse_util.flatten_dict(adapter, sep="/").items():
-        array, (target, part) = np.asarray(leaf), path.split("/")[-2:]
+        array, (place, _, part) = np.asarray(leaf), path.rpartition("/")
+        target = place.split("/")[-1]
         whole = array * np.float32(lora.scaling_of(target)) if part == "b" else array
-        placed[path] = put_function(device, path)(whole)
+        put, is_split = put_function(device, path), isinstance(weights[f"{place}/weight"], PerLayer)
+        placed[path] = PerLayer(tuple(map(put, whole))) if is_split else put(whole)
     return flax.traverse_util.unflatten_dict(placed, sep="/")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import flax.traverse_util
 
 from phi3_jax.json_files import read_object
-from phi3_jax.kernels import LoraTensor, PackedTensor, QuantizedTensor
+from phi3_jax.kernels import LoraTensor, PackedTensor, PerLayer, QuantizedTensor
 from phi3_jax.model import Params
 from phi3_jax.quantization import Format, parse_format, policy_of
 
@@ -63,6 +63,7 @@ def _read(path: Path) -> str:
 
 
 def _format(leaf: Any) -> Format | None:
+    leaf = leaf[0] if isinstance(leaf, PerLayer) else leaf
     base = leaf.base if isinstance(leaf, LoraTensor) else leaf
     if isinstance(base, QuantizedTensor):
         return Format(base.bits, base.group, base.mins is None)

@@ -12,11 +12,12 @@ from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.linear import cpu, lora, xla
 from phi3_jax.kernels.linear.lora import LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor
+from phi3_jax.kernels.linear.per_layer import PerLayer
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu"]
-Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
+Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor | PerLayer
 
 
 def linear(
@@ -29,6 +30,7 @@ def linear(
     """x @ weight.T: x [..., in], weight [out, in], or a stack [L, out, in] indexed by `layer` -> [..., out].
 
     Args:
+      layer: int32 scalar; of a `PerLayer` a number that is known when the program is traced.
       dtype: of the result; by default x's.
       implementation: "cpu" is the compiled kernels, which need packed weights; "xla" takes all weights, on every
         platform. None takes the kernels where a program is compiled for the CPU and they can be used, else XLA.
@@ -37,6 +39,8 @@ def linear(
       ValueError: `implementation` is "cpu" and the weight is not packed.
       Unavailable: `implementation` is "cpu" and the kernels cannot be used here.
     """
+    if isinstance(weight, PerLayer):
+        return linear(x, weight[layer], None, dtype, implementation)
     if isinstance(weight, LoraTensor):
         product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)
         return lora.linear(x, weight, layer, product)

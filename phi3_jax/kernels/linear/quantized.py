@@ -30,6 +30,7 @@ class QuantizedTensor:
       mins: float16 [..., O, A], or None where q is symmetric around its zero.
       bits: 8 or 4.
       columns: I.
+      compute: the name of the dtype in which a model computes whose embedding this is.
     """
 
     values: jax.Array
@@ -37,6 +38,7 @@ class QuantizedTensor:
     mins: jax.Array | None
     bits: int = dataclasses.field(metadata={"static": True})
     columns: int = dataclasses.field(metadata={"static": True})
+    compute: str = dataclasses.field(default="float32", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ class QuantizedTensor:
     @property
     def dtype(self) -> Any:
         """The dtype that a model with such an embedding computes in."""
-        return jnp.dtype(jnp.float32)
+        return jnp.dtype(self.compute)
 
     @property
     def group(self) -> int:
@@ -63,10 +65,10 @@ class QuantizedTensor:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self)
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        """The rows `ids` (int [...]) as float32 [..., I]; an id out of range gives NaN."""
+        """The rows `ids` (int [...]) as floats [..., I] of `dtype`; an id out of range gives NaN."""
         there = (ids >= 0) & (ids < self.values.shape[0])
         taken = jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), self)
-        return jnp.where(there[..., None], taken.dequantize(), jnp.nan)
+        return jnp.where(there[..., None], taken.dequantize(self.dtype), jnp.nan)
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The weight as floats [..., O, I], computed in float32."""

@@ -16,8 +16,11 @@ def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> ja
 
     def product(x: jax.Array, weight: Any) -> jax.Array:
         floats = dense(weight, layer, x.dtype)
-        # Without HIGHEST, accelerators multiply float32 matrices with the precision of bfloat16 or TF32.
-        return jnp.einsum("...i,oi->...o", x, floats, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+        # Without HIGHEST, accelerators multiply float32 matrices with the precision of bfloat16 or TF32. Products of
+        # 16-bit floats are exact in float32 as they are, and it would only take them from the fast units.
+        is_wide = jnp.result_type(x, floats).itemsize > 2
+        precision = jax.lax.Precision.HIGHEST if is_wide else jax.lax.Precision.DEFAULT
+        return jnp.einsum("...i,oi->...o", x, floats, precision=precision, preferred_element_type=dtype)
 
     if isinstance(weight, QuantizedTensor):
         # The backward pass makes the floats again: those of all layers, kept for it, would take more memory than a
