@@ -28,6 +28,11 @@ def status(
     platform = jax.default_backend()
     if platform == "gpu":
         return {"linear": _linear_on_gpu(params), "attention": _attention_on_gpu(cache_dtype, head_dim)}
+    if platform == "tpu":
+        return {
+            "linear": "xla, because on a TPU it reads all kinds of weights in place",
+            "attention": "tpu kernel (Pallas)",
+        }
     if platform != "cpu":
         return dict.fromkeys(("linear", "attention"), f"xla, because there are no kernels for platform {platform} yet")
     if (reason := why_unavailable()) is not None:

@@ -14,7 +14,7 @@ from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.native.build import why_unavailable
 
-Implementation = Literal["xla", "cpu", "cuda"]
+Implementation = Literal["xla", "cpu", "cuda", "tpu"]
 
 
 def attention(
@@ -26,9 +26,9 @@ def attention(
       q: [B, T, N, H].
       kv: the keys and values.
       visible: which keys each query may see. The output of a query that sees none (padding) is finite but meaningless.
-      implementation: "cpu" and "cuda" are the compiled kernels; "xla" runs everywhere, and can be differentiated. None
-        takes the kernels of the platform that a program is compiled for, if they can be used, else XLA (see
-        `kernels.status`), which then computes many scores in blocks.
+      implementation: "cpu", "cuda" and "tpu" are the kernels for these platforms; "xla" runs everywhere, and can be
+        differentiated. None takes the kernels of the platform that a program is compiled for, if they can be used, else
+        XLA (see `kernels.status`), which then computes many scores in blocks.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -41,11 +41,13 @@ def attention(
         return cpu.attention(q, kv, visible)
     if implementation == "cuda":
         return cuda.attention(q, kv, visible)
+    if implementation == "tpu":
+        return _by_tpu(q, kv, visible)
     if implementation == "xla":
         return xla.attention(q, kv, visible)[0]
     by_cpu = cpu.attention if why_not_cpu(kv.k.dtype) is None else None
     by_cuda = cuda.attention if cuda.why_not(kv.k.dtype, q.shape[-1]) is None else None
-    return by_platform(_by_xla, cpu=by_cpu, cuda=by_cuda)(q, kv, visible)
+    return by_platform(_by_xla, cpu=by_cpu, cuda=by_cuda, tpu=_by_tpu)(q, kv, visible)
 
 
 def _by_xla(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
@@ -60,3 +62,9 @@ def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
     if (platform := jax.default_backend()) != "cpu":  # their compiler is not to be started there
         return f"this process computes on a {platform}"
     return cpu.why_not_dtype(dtype) or why_unavailable()
+
+
+def _by_tpu(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
+    from phi3_jax.kernels.attention import tpu  # Pallas: the other platforms' programs need not wait for its import
+
+    return tpu.attention(q, kv, visible)
