@@ -16,7 +16,7 @@ KILLS := 60
 SIGNALS := 150
 FAULTS := tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py
 
-.PHONY: demo finetune-demo qlora-demo test test-slow fuzz lint parity test-accelerators clean
+.PHONY: demo finetune-demo qlora-demo test test-slow fuzz lint parity test-accelerators check-device clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -97,6 +97,18 @@ test-accelerators: .venv-accelerators/.accelerators
 	$(PYTHON) -m venv .venv-accelerators
 	.venv-accelerators/bin/pip install -q -e '.[accelerators]'
 	touch $@
+
+# What this machine's GPU or TPU does, right and fast: tests/device/check.py. Needs no registry: it takes the packages
+# that the machine has, and of this project the checkout, laid out as it would be installed.
+DEVICE_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+DEVICE_JSON ?= device.json
+DEVICE_FLAGS ?=
+CHECKOUT := build/checkout/phi3_jax
+
+check-device:
+	rm -rf $(CHECKOUT) && mkdir -p $(CHECKOUT)
+	ln -s $(CURDIR)/phi3_jax/* $(CURDIR)/infer $(CURDIR)/train $(CHECKOUT)
+	PYTHONPATH=$(CURDIR)/build/checkout $(DEVICE_PYTHON) tests/device/check.py --json $(DEVICE_JSON) $(DEVICE_FLAGS)
 
 clean:
 	rm -rf .venv .venv-parity .venv-newest .venv-accelerators build dist *.egg-info
