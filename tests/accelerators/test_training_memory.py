@@ -1,4 +1,7 @@
-"""The recipes' memory, compiled ahead of time for two NVIDIA cards, beside what they say: `make test-accelerators`."""
+"""Steps of training, compiled ahead of time: the recipes' memory beside what they say, and attention's arrays.
+
+`make test-accelerators`.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,25 @@ def test_a_recipe_takes_what_it_says(target: str, recipe: str) -> None:
     needed = _compiled(target, MODELS[recipe], recipe)["needed"]
     assert needed == pytest.approx(float(said[1]) * 1e9, rel=0.05)
     assert needed < MEMORY[target]
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "calls"),
+    [
+        ("h100", (), []),  # texts packed into rows: blocks
+        ("h100", ("pack=false",), ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]),
+        ("v5e", (), ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]),
+    ],
+)
+def test_no_array_of_scores_has_all_queries_and_all_keys(
+    target: str, changes: tuple[str, ...], calls: list[str]
+) -> None:
+    if target == "v5e" and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    length = 4224  # no size of the model is a multiple of it
+    found = _compiled(target, "phi-3-mini-4k", "lora_phi3_mini", "layers=2", f"sequence_length={length}", *changes)
+    assert found["calls"] == calls
+    assert not [shape for shape in found["shapes"] if sum(size % length == 0 for size in shape) > 1]
 
 
 def test_integers_take_less_than_floats_without_remat() -> None:
