@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import phi3_jax
 from phi3_jax.kernels.attention import blockwise, cudnn, splash, training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
+from phi3_jax.train.forward import how_attention_is_computed
+from phi3_jax.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -68,7 +71,7 @@ def test_values_and_gradients_equal_those_of_the_reference(dtype, tolerance, sma
     close(value_and_gradients(small_blocks, *case(dtype)), expected, tolerance)
 
 
-@pytest.mark.parametrize("window", [None, 4, 5, 11])
+@pytest.mark.parametrize("window", [None, 4, 5, 6])
 def test_blocks_that_cannot_see_one_another_are_left_out(window, small_blocks):
     arguments, visible = case("float32", in_order=True, window=window)
     close(
@@ -148,6 +151,36 @@ def test_cudnn_is_asked_for_a_causal_window(gpu, window, said):
     assert set(re.findall(r"mask_type:(\w+)", config)) == {"CAUSAL"}
     assert set(re.findall(r"sliding_window_length:(\d+)", config)) == {str(said)}
     assert {round(float(each), 6) for each in re.findall(r"fmha_scale:([\d.]+)", config)} == {round(96**-0.5, 6)}
+
+
+@pytest.mark.parametrize("window", [None, 1, 11])
+def test_what_cudnn_is_asked_for_is_the_reference(monkeypatch, window):
+    """Computed by JAX's own slow form of the same function, with padding on the right."""
+    monkeypatch.setattr(jax.nn, "dot_product_attention", functools.partial(_by_xla, jax.nn.dot_product_attention))
+    arguments, visible = case("float32", in_order=True, window=window)
+    one_sequence = [jnp.where(jnp.arange(T) < jnp.array([[T], [21], [0]]), jnp.arange(T), -1)] * 2
+    visible = Visibility(*one_sequence, window=window, in_order=True)
+    got = value_and_gradients(cudnn.attention, arguments, visible)
+    close(got, value_and_gradients(reference, arguments, visible), 2e-6)
+    (_, out), gradients = value_and_gradients(
+        cudnn.attention, arguments, visible, lambda visible: visible.q_positions < 0
+    )
+    assert not any(np.asarray(each).any() for each in (out, *gradients))
+
+
+def _by_xla(function, *arguments, implementation, **options):
+    assert implementation == "cudnn"
+    return function(*arguments, implementation="xla", **options)
+
+
+def test_a_run_says_how_attention_is_computed(gpu):
+    config = phi3_jax.PRESETS["phi-3-mini-4k"]
+    one, packed = (
+        how_attention_is_computed(Settings(pack=pack, dtype="bfloat16", compute_dtype="bfloat16"), config)
+        for pack in (False, True)
+    )
+    assert one == "attention: cudnn"
+    assert packed == "attention: blockwise, because cuDNN's attention takes one sequence per row (pack=false)"
 
 
 def test_cudnn_s_results_are_kept_where_a_policy_asks_for_it(gpu):

@@ -65,9 +65,10 @@ def _forward(
     def step(softmax: Softmax, i: Any, j: Any) -> Softmax:
         mask = _mask(visible, rows, columns, i, j)
         products = _einsum32("BKGTH,BKSH->BKGTS", rows.take(q, i, _T), columns.take(k, j, _S))
-        own = tuple(rows.take(each, i, _T) for each in softmax)
-        own = _fold(own, _scores(products, q, mask), columns.take(v, j, _S), mask)
-        return tuple(rows.put(whole, each, i, _T) for whole, each in zip(softmax, own, strict=True))
+        sums, top, total = (rows.take(each, i, _T) for each in softmax)
+        own = _fold((sums, top, total), _scores(products, q, mask), columns.take(v, j, _S), mask)
+        sums, top, total = (rows.put(whole, each, i, _T) for whole, each in zip(softmax, own, strict=True))
+        return sums, top, total
 
     sums, top, total = _over_pairs(rows, columns, visible, step, _empty(q))
     out = _divided(sums, total).astype(q.dtype)

@@ -62,10 +62,9 @@ def _kernel(heads: int, tokens: int, side: int, window: int | None, interpret: b
         block_kv_dq=side,
     )
     shape = (tokens, tokens)  # of a mask that is computed, not stored
-    if window is None or window >= tokens:
-        mask = splash.CausalMask(shape)
-    else:
-        mask = splash.LocalMask(shape, (window - 1, 0), offset=0)  # keys beside the query itself
+    is_whole = window is None or window >= tokens
+    beside = 0 if window is None else window - 1  # keys that a query sees beside its own
+    mask: splash.Mask = splash.CausalMask(shape) if is_whole else splash.LocalMask(shape, (beside, 0), offset=0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         head_shards=1,
