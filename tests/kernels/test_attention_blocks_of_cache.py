@@ -47,10 +47,10 @@ def in_blocks(q, kv, visible, scores=1):
 @pytest.mark.parametrize(
     "options",
     [
-        {"ends": (29, 20, 3)},
+        pytest.param({"ends": (29, 20, 3)}, marks=pytest.mark.slow),
         {"ends": (40, 33, 29), "window": 12},  # a ring buffer
         {"ends": (9, 0, 17), "dtype": jnp.int8, "padded": 16},
-        {"ends": (12, 25, 8), "dtype": jnp.bfloat16, "window": 5},
+        pytest.param({"ends": (12, 25, 8), "dtype": jnp.bfloat16, "window": 5}, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_reference(options):
@@ -74,6 +74,7 @@ def test_slots_that_nothing_sees_are_not_read():
     assert not np.isnan(in_blocks(q, kv, visible)).any()
 
 
+@pytest.mark.slow
 def test_the_derivative_is_the_reference_s():
     q, kv, visible = case((9, 20, 17), window=11)
 
