@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from phi3_jax.adapters import Adapter, LoraConfig, attach
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import LoraTensor, QuantizedTensor
+from phi3_jax.kernels.attention import training
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
 from phi3_jax.model import Params, Phi3
 
@@ -113,6 +115,21 @@ def _row_sums(settings: Settings, config: Phi3Config, params: Params, batch: Bat
         return logits
 
     return row_sums(unembed, x, batch, s.loss_chunk, z_loss, label_smoothing, _drops_at_head(params))
+
+
+def how_attention_is_computed(settings: Settings, config: Phi3Config) -> str:
+    """One line about the kernels of a step, with why they are no faster ones; "" on a CPU, which has no choice."""
+    s = resolved(settings)
+    heads = (s.batch_size, s.sequence_length, config.num_attention_heads, config.head_dim)
+    keys = (s.batch_size, config.num_key_value_heads, s.sequence_length, config.head_dim)
+    shapes: Any = [jax.ShapeDtypeStruct(shape, s.compute_dtype) for shape in (heads, keys)]
+    (q, k), ids = shapes, jnp.zeros(heads[:2], jnp.int32)
+    segments = ids if s.pack else None
+    visible = Visibility(ids, ids, segments, segments, config.sliding_window, in_order=True)
+    name, reason = training.choice(q, KeysValues(k, k), visible)
+    if jax.default_backend() == "cpu":
+        return ""
+    return f"attention: {name}" + (f", because {reason}" if reason else "")
 
 
 def _head(params: Params) -> str:

@@ -7,14 +7,13 @@
 The adapter belongs to these integers, and stays beside them: without --quantize int4 it is another model.
 
 Hardware: one accelerator with 24 GB, and 30 GB of disk for the checkpoint, which is rounded while it is read.
-Memory: 12.6 GB, computed by XLA's compiler for an H100 and an RTX 4090 (jax 0.10.2), not measured. By hand: 14.66 G
+Memory: 12.3 GB, computed by XLA's compiler for an H100 and an RTX 4090 (jax 0.10.2), not measured. By hand: 14.66 G
     weights, of which the embedding's 0.51 G take 8.5 bits and the others 4.5 (a scale of 16 bits for each 32), are
     8.50 GB; the adapter has 40 layers of 16 x (12800 + 10240 + 40960 + 23040) = 55.7 M weights, with Adam's two
-    moments 12 bytes each, 0.67 GB. The other 3.5 GB are for one row of 2048 tokens: each layer's input, 2048 x 5120 x
-    2 bytes x 40 = 0.84 GB, is kept, all else is computed again; the scores of one layer's attention, 40 x 2048 x 2048
-    x 4 bytes = 0.67 GB, are held twice; one layer's matrices are floats while they multiply, 35840 x 5120 x 2 bytes =
-    0.37 GB the largest; the logits of 1024 tokens are 0.41 GB, with their gradient 0.82 GB; the adapter's gradient is
-    0.22 GB.
+    moments 12 bytes each, 0.67 GB. The other 3.1 GB are for one row of 2048 tokens: each layer's input, 2048 x 5120 x
+    2 bytes x 40 = 0.84 GB, is kept, all else is computed again; one layer's matrices are floats while they multiply,
+    35840 x 5120 x 2 bytes = 0.37 GB the largest; the logits of 1024 tokens are 0.41 GB, with their gradient 0.82 GB;
+    the adapter's gradient is 0.22 GB. Attention has blocks of 8 million scores at a time, whatever the length.
 Time: a step of 8 x 2048 tokens takes 6 operations for each weight and token, two for remat: 1.4e15, or 29 s at
     50 TFLOP/s and 4 s at 400, and somewhat more to dequantise. Not measured.
 Expect: this depends on the data; the first record of metrics.jsonl has the held-out loss of the rounded model before

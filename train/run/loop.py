@@ -23,6 +23,7 @@ from phi3_jax.kernels import has_packed
 from ..adapters import fingerprints, notes, reference_adapter, with_init_adapter
 from ..checks import check_before_loading, check_together
 from ..data import Mixture, epoch_size
+from ..forward import how_attention_is_computed
 from ..settings import Settings, resolved, with_few_rows
 from ..step import TrainState, start
 from .checkpoints import Checkpoints, Restored
@@ -187,6 +188,8 @@ def _take_steps(
     if chosen := told(run.asked, settings):
         observer.note(f"auto: {chosen}")
     observer.note(str(compiled.memory))
+    if attention := how_attention_is_computed(settings, model.config):
+        observer.note(attention)
     require_fit(compiled, model.config, model.params, observer, run.adapters)
     assert compiled.step is not None  # it fits
     checkpoints.require_room(run.like)

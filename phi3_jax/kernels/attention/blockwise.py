@@ -64,9 +64,11 @@ def _forward(
 
     def step(softmax: Softmax, i: Any, j: Any) -> Softmax:
         mask = _mask(visible, rows, columns, i, j)
-        own = tuple(rows.take(each, i, _T) for each in softmax)
-        own = _fold(own, rows.take(q, i, _T), columns.take(k, j, _S), columns.take(v, j, _S), mask)
-        return tuple(rows.put(whole, each, i, _T) for whole, each in zip(softmax, own, strict=True))
+        products = _einsum32("BKGTH,BKSH->BKGTS", rows.take(q, i, _T), columns.take(k, j, _S))
+        sums, top, total = (rows.take(each, i, _T) for each in softmax)
+        own = _fold((sums, top, total), _scores(products, q, mask), columns.take(v, j, _S), mask)
+        sums, top, total = (rows.put(whole, each, i, _T) for whole, each in zip(softmax, own, strict=True))
+        return sums, top, total
 
     sums, top, total = _over_pairs(rows, columns, visible, step, _empty(q))
     out = _divided(sums, total).astype(q.dtype)
@@ -85,7 +87,8 @@ def _backward(scores: int, kept: tuple[Any, ...], d_out: jax.Array) -> tuple[Any
         d_q, d_k, d_v = gradients  # those of keys and values are [B, K, H, S]
         own_q, own_d_out, own_mean, own_logarithm = (rows.take(x, i, _T) for x in (q, d_out, mean, logarithm))
         own_k, own_v = columns.take(k, j, _S), columns.take(v, j, _S)
-        own_scores = _scores(own_q, own_k, _mask(visible, rows, columns, i, j))
+        products = _einsum32("BKGTH,BKSH->BKGTS", own_q, own_k)
+        own_scores = _scores(products, q, _mask(visible, rows, columns, i, j))
         probs = jnp.exp(own_scores - own_logarithm[..., None])
         d_probs = _einsum32("BKGTH,BKSH->BKGTS", own_d_out, own_v)
         d_scores = (probs * (d_probs - own_mean[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
@@ -137,7 +140,10 @@ def cached_in_blocks(q: jax.Array, kv: KeysValues, visible: Visibility, scores: 
         def step(j: Any, softmax: Softmax) -> Softmax:
             k, v = _slots(kv, columns, j, own)
             # Queries that two blocks have are computed twice; keys may count only once.
-            return _fold(softmax, own, k, v, _mask(seen, _Axis(rows.size, rows.size), columns, 0, j))
+            mask = _mask(seen, _Axis(rows.size, rows.size), columns, 0, j)
+            # With the queries first, XLA for GPUs would lay out the whole cache anew before the loop.
+            products = jnp.moveaxis(_einsum32("BKSH,BKGTH->BKSGT", k, own), _S, -1)
+            return _fold(softmax, _scores(products, own, mask), v, mask)
 
         first, last = _seen_slots(seen)
         sums, _, total = jax.lax.fori_loop(first // columns.size, -(-last // columns.size), step, _empty(own))
@@ -225,10 +231,9 @@ def _mask(visible: Visibility, rows: _Axis, columns: _Axis, i: Any, j: Any) -> j
     return mask
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32 [B, K, G, T, S]."""
-    scores = _einsum32("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5
-    return jnp.where(mask[:, None, None], scores, _LOWEST)
+def _scores(products: jax.Array, q: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 [B, K, G, T, S], from the products of queries and keys."""
+    return jnp.where(mask[:, None, None], products * q.shape[-1] ** -0.5, _LOWEST)
 
 
 def _empty(q: jax.Array) -> Softmax:
@@ -237,15 +242,14 @@ def _empty(q: jax.Array) -> Softmax:
     return jnp.zeros(q.shape, jnp.float32), one + _LOWEST, one
 
 
-def _fold(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Softmax:
+def _fold(softmax: Softmax, scores: jax.Array, v: jax.Array, mask: jax.Array) -> Softmax:
     """The softmax with one more block of keys."""
     sums, top, total = softmax
-    scores = _scores(q, k, mask)
     higher = jnp.maximum(top, scores.max(axis=-1))
     # Before its first key a query's highest score is _LOWEST, and so are the scores of keys that it does not see.
     exponentials = jnp.where(mask[:, None, None], jnp.exp(scores - higher[..., None]), 0)
     old = jnp.exp(top - higher)
-    new = _einsum32("BKGTS,BKSH->BKGTH", exponentials.astype(q.dtype), v)
+    new = _einsum32("BKGTS,BKSH->BKGTH", exponentials.astype(v.dtype), v)
     return sums * old[..., None] + new, higher, total * old + exponentials.sum(axis=-1)
 
 

@@ -14,7 +14,7 @@ from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.blockwise import KEPT
 
 _LANES = 128
-_BLOCKS = (512, 256, _LANES)  # the largest that divides the tokens
+_SIDES = (512, 256, _LANES)  # of blocks: the largest that adds little to the tokens
 
 
 def attention(q: jax.Array, kv: KeysValues, visible: Visibility, interpret: bool = False) -> jax.Array:
@@ -25,14 +25,15 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility, interpret: bool
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # imported where there is a TPU
 
     _, T, N, H = q.shape
-    more = -T % _LANES
+    side = next(each for each in _SIDES if -T % each <= T // 8 or each == _LANES)
+    more = -T % side
     positions = visible.q_positions
     ids = jnp.zeros_like(positions) if visible.q_segments is None else visible.q_segments
     ids = jnp.where(positions >= 0, ids, -1)  # padding sees padding: a row of scores must not be empty
     ids = jnp.pad(ids, [(0, 0), (0, more)], constant_values=-1)
     scaled = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).swapaxes(1, 2)
     padded = [jnp.pad(each, [(0, 0), (0, 0), (0, more), (0, 0)]) for each in (scaled, kv.k, kv.v)]
-    kernel = _kernel(N, T + more, visible.window, interpret)
+    kernel = _kernel(N, T + more, side, visible.window, interpret)
     out = jax.vmap(kernel)(*padded, SegmentIds(ids, ids))
     return jnp.where(positions[..., None, None] >= 0, out[:, :, :T].swapaxes(1, 2), 0).astype(q.dtype)
 
@@ -48,11 +49,10 @@ def why_not(q: jax.Array, kv: KeysValues, visible: Visibility) -> str | None:
     return None
 
 
-def _kernel(heads: int, tokens: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
+def _kernel(heads: int, tokens: int, side: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
     """The kernel for one row."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    side = next(each for each in _BLOCKS if tokens % each == 0)
     sizes = splash.BlockSizes(
         block_q=side,
         block_kv=side,
@@ -62,10 +62,9 @@ def _kernel(heads: int, tokens: int, window: int | None, interpret: bool) -> Cal
         block_kv_dq=side,
     )
     shape = (tokens, tokens)  # of a mask that is computed, not stored
-    if window is None or window >= tokens:
-        mask = splash.CausalMask(shape)
-    else:
-        mask = splash.LocalMask(shape, (window - 1, 0), offset=0)  # keys beside the query itself
+    is_whole = window is None or window >= tokens
+    beside = 0 if window is None else window - 1  # keys that a query sees beside its own
+    mask: splash.Mask = splash.CausalMask(shape) if is_whole else splash.LocalMask(shape, (beside, 0), offset=0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         head_shards=1,
