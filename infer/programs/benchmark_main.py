@@ -129,6 +129,9 @@ def _open_sides(spec: ModelSpec, stack: contextlib.ExitStack) -> tuple[list[Side
     device = process.ask("device", spec=dataclasses.asdict(spec))
     dtype = device["dtype"]
     peers = parse_peers(_PEERS.value, dtype, spec.quantize)
+    if peers and device["platform"] != "cpu":
+        computes = f"--peers run on the CPU, and phi3_jax computes on the {device['platform']}"
+        raise ValueError(f"{computes}: set JAX_PLATFORMS=cpu, or leave --peers out")
     _say("loading phi3_jax")
     reply = device | process.ask("load", spec=dataclasses.asdict(spec), cache_dtype=common.CACHE_DTYPE.value)
     config = Phi3Config.from_hf(reply["config"])

@@ -346,6 +346,14 @@ def test_an_accelerator_is_left_to_the_process_that_computes(tmp_path, capsys, m
     assert figures["cases"][1]["sides"][0]["of_limit"]["median"] == pytest.approx(least / 0.5)
 
 
+def test_peers_on_the_cpu_are_not_compared_with_an_accelerator(monkeypatch, scripted):
+    stand_in(monkeypatch, replies("tpu", "TPU v4"), scripted())
+    with flagsaver.flagsaver():
+        flags.FLAGS(["phi3-benchmark", "--random=phi-4", "--peers=llama_cpp"])
+        with pytest.raises(ValueError, match="computes on the tpu: set JAX_PLATFORMS=cpu, or leave --peers out"):
+            benchmark_main.main()
+
+
 @pytest.mark.parametrize(
     ("kind", "rate", "bytes_per_second"),
     [
