@@ -232,7 +232,10 @@ def test_our_process_answers(tmp_path):
     phi3_jax.save(random_checkpoint(CONFIG, "float32"), folder)
     spec = {"checkpoint": str(folder), "dtype": "float32"}
     with ours() as process:
+        device = process.ask("device", spec=spec)
+        assert (device["platform"], device["dtype"]) == ("cpu", "float32")
         about = process.ask("load", spec=spec)
+        assert about["free_bytes"] is None
         weights = sum(leaf.nbytes for leaf in random_weights())
         assert about["weight_bytes"] == weights - 101 * 32 * 4
         assert phi3_jax.Phi3Config.from_hf(about["config"]) == CONFIG
