@@ -232,8 +232,8 @@ def test_our_process_answers(tmp_path):
     phi3_jax.save(random_checkpoint(CONFIG, "float32"), folder)
     spec = {"checkpoint": str(folder), "dtype": "float32"}
     with ours() as process:
-        device = process.ask("device", spec=spec)
-        assert (device["platform"], device["dtype"]) == ("cpu", "float32")
+        where = process.ask("platform", spec=spec)
+        assert (where["platform"], where["dtype"]) == ("cpu", "float32")
         about = process.ask("load", spec=spec)
         assert about["free_bytes"] is None
         weights = sum(leaf.nbytes for leaf in random_weights())
@@ -254,8 +254,9 @@ def replies(platform: str, device: str) -> dict:
     """What our process says of itself."""
     load = {"weight_bytes": 1e5, "cache_bytes": 2.0, "config": CONFIG.to_hf(), "status": {"linear": "xla"}}
     return {
-        "device": {"platform": platform, "device": device, "dtype": "float32"},
-        "load": load | {"free_bytes": None if platform == "cpu" else 3e4, "seconds": 0.25, "versions": {}},
+        "platform": {"platform": platform, "dtype": "float32"},
+        "load": load
+        | {"device": device, "free_bytes": None if platform == "cpu" else 3e4, "seconds": 0.25, "versions": {}},
         "memory": {"peak_bytes": 5e8},
     }
 
