@@ -28,10 +28,9 @@ from .peer_process import Reply, Rows, peak_memory, serve
 class Ours:
     """The `Side` that runs phi3_jax."""
 
-    def device(self, spec: dict[str, Any]) -> Reply:
-        """What computes, and the dtype of the weights; only this process looks, as an accelerator is one process's."""
-        dtype = ModelSpec(**spec).resolved_dtype()
-        return {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "dtype": dtype}
+    def platform(self, spec: dict[str, Any]) -> Reply:
+        """Where it computes, and the weights' dtype there; only this process looks, as an accelerator is one's own."""
+        return {"platform": jax.default_backend(), "dtype": ModelSpec(**spec).resolved_dtype()}
 
     def load(self, spec: dict[str, Any], cache_dtype: str | None = None) -> Reply:
         """spec: the fields of a ModelSpec. The reply also has the config, and what runs each operation.
@@ -46,9 +45,10 @@ class Ours:
         return {
             "versions": {"jax": jax.__version__},
             "weight_bytes": _size(model.params) - skipped,
+            "free_bytes": stats["bytes_limit"] - stats["bytes_in_use"] if (stats := _memory_stats()) else None,
             "cache_bytes": float(self._cache_dtype.itemsize),
             "config": model.config.to_hf(),
-            "free_bytes": stats["bytes_limit"] - stats["bytes_in_use"] if (stats := _memory_stats()) else None,
+            "device": jax.devices()[0].device_kind,
             "status": phi3_jax.kernels.status(model.params, self._cache_dtype, model.config.head_dim),
         }
 

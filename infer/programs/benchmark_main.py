@@ -126,11 +126,14 @@ def _open_sides(spec: ModelSpec, stack: contextlib.ExitStack) -> tuple[list[Side
     folder.mkdir(parents=True, exist_ok=True)
     # This process asks no more of jax: it would take an accelerator's memory from the one that computes.
     process = stack.enter_context(processes.ours())
-    device = process.ask("device", spec=dataclasses.asdict(spec))
-    dtype = device["dtype"]
+    where = process.ask("platform", spec=dataclasses.asdict(spec))
+    dtype = where["dtype"]
     peers = parse_peers(_PEERS.value, dtype, spec.quantize)
+    if peers and where["platform"] != "cpu":
+        computes = f"--peers run on the CPU, and phi3_jax computes on the {where['platform']}"
+        raise ValueError(f"{computes}: set JAX_PLATFORMS=cpu, or leave --peers out")
     _say("loading phi3_jax")
-    reply = device | process.ask("load", spec=dataclasses.asdict(spec), cache_dtype=common.CACHE_DTYPE.value)
+    reply = where | process.ask("load", spec=dataclasses.asdict(spec), cache_dtype=common.CACHE_DTYPE.value)
     config = Phi3Config.from_hf(reply["config"])
     name = f"phi3_jax {spec.quantize or dtype}"
     sides = [Side(name, process, reply["weight_bytes"], rate_of(dtype, spec.quantize), reply["cache_bytes"])]
@@ -142,10 +145,10 @@ def _open_sides(spec: ModelSpec, stack: contextlib.ExitStack) -> tuple[list[Side
     return sides, about, config
 
 
-def _limits(device: dict[str, Any]) -> Machine | Published | None:
-    """What computes at best: measured on the CPU, published of an accelerator; None if neither is to be had."""
-    if device["platform"] != "cpu":
-        return Published.of(device["device"])
+def _limits(about: dict[str, Any]) -> Machine | Published | None:
+    """What limits our side: measured on the CPU, published of an accelerator; None if neither is to be had."""
+    if about["platform"] != "cpu":
+        return Published.of(about["device"])
     return None if why_unavailable() else Machine(library())
 
 

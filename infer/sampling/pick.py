@@ -39,6 +39,7 @@ def pick(
     likely tokens a greedy row takes the one with the smallest id. -1 for a row that has none to take: all tokens are
     forbidden, or the largest number is NaN or infinite. Arguments as in `process`.
     """
+    logits = jax.lax.stop_gradient(logits)  # a choice has none
     if params.plain:
         return _argmax(logits)
     adjusted = _adjust(logits, params, history, lengths, prompt_lengths, end_ids)

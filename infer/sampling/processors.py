@@ -116,7 +116,7 @@ def forbid_early_end(logits: jax.Array, minimum: jax.Array, generated: jax.Array
 
 def force(logits: jax.Array, token: jax.Array) -> jax.Array:
     """Leaves only `token` (int32 [B]; -1 is off), whatever its logit was."""
-    forced = _set(jnp.full_like(logits, -jnp.inf), token[:, None], jnp.float32(0))
+    forced = jnp.where(jnp.arange(logits.shape[1]) == token[:, None], jnp.float32(0), -jnp.inf)
     return jnp.where(token[:, None] < 0, logits, forced)
 
 

@@ -232,7 +232,10 @@ def test_our_process_answers(tmp_path):
     phi3_jax.save(random_checkpoint(CONFIG, "float32"), folder)
     spec = {"checkpoint": str(folder), "dtype": "float32"}
     with ours() as process:
+        where = process.ask("platform", spec=spec)
+        assert (where["platform"], where["dtype"]) == ("cpu", "float32")
         about = process.ask("load", spec=spec)
+        assert about["free_bytes"] is None
         weights = sum(leaf.nbytes for leaf in random_weights())
         assert about["weight_bytes"] == weights - 101 * 32 * 4
         assert phi3_jax.Phi3Config.from_hf(about["config"]) == CONFIG
@@ -251,8 +254,9 @@ def replies(platform: str, device: str) -> dict:
     """What our process says of itself."""
     load = {"weight_bytes": 1e5, "cache_bytes": 2.0, "config": CONFIG.to_hf(), "status": {"linear": "xla"}}
     return {
-        "device": {"platform": platform, "device": device, "dtype": "float32"},
-        "load": load | {"free_bytes": None if platform == "cpu" else 3e4, "seconds": 0.25, "versions": {}},
+        "platform": {"platform": platform, "dtype": "float32"},
+        "load": load
+        | {"device": device, "free_bytes": None if platform == "cpu" else 3e4, "seconds": 0.25, "versions": {}},
         "memory": {"peak_bytes": 5e8},
     }
 
@@ -344,6 +348,14 @@ def test_an_accelerator_is_left_to_the_process_that_computes(tmp_path, capsys, m
     assert figures["machine"]["operations_per_second"]["bfloat16"] == 989e12
     least = decode_work(CONFIG, 20, 1, 4, 1e5, 2.0).bytes / 3.35e12
     assert figures["cases"][1]["sides"][0]["of_limit"]["median"] == pytest.approx(least / 0.5)
+
+
+def test_peers_on_the_cpu_are_not_compared_with_an_accelerator(monkeypatch, scripted):
+    stand_in(monkeypatch, replies("tpu", "TPU v4"), scripted())
+    with flagsaver.flagsaver():
+        flags.FLAGS(["phi3-benchmark", "--random=phi-4", "--peers=llama_cpp"])
+        with pytest.raises(ValueError, match="computes on the tpu: set JAX_PLATFORMS=cpu, or leave --peers out"):
+            benchmark_main.main()
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,24 @@ def test_greedy_rows_alone_take_nothing_but_the_largest(gpu):
 
 
 @pytest.mark.parametrize(
+    "row", [Sampling(), pytest.param(Sampling(1.0, top_k=40, no_repeat_ngram_size=3), marks=pytest.mark.slow)]
+)
+def test_derivatives_and_maps_pass_by(row, gpu):
+    """As in a policy gradient, where the log-probability of what was picked is differentiated."""
+    params, none = SamplingArrays.of([row] * 2, V), jnp.zeros(2, jnp.int32)
+
+    def total(logits):
+        picks = sampling.pick(logits, params, none[:, None], none, none, none[:1])
+        return jnp.take_along_axis(logits, picks[:, None], axis=1).sum()
+
+    logits = jnp.asarray(TENSORS["logits"][:2])
+    gradients = jax.jit(jax.grad(total))(logits)
+    assert gradients.sum() == 2
+    assert (gradients.max(axis=1) == 1).all()
+    assert jnp.allclose(jax.jit(jax.vmap(total))(jnp.stack([logits, logits])), total(logits))
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"temperature": 0.5},
