@@ -27,6 +27,7 @@ HANDLERS = (
     "phi3_cuda_linear",
     "phi3_cuda_attention",
     "phi3_cuda_cache_write",
+    "phi3_cuda_attend_new",
 )  # each under the name by which a program calls it
 _OLDEST = 80  # compute capability 8.0, Ampere: bfloat16 on tensor cores, and copies that nobody waits for
 
