@@ -17,6 +17,7 @@ HEAD_DIMS = (64, 96, 128)
 _BLOCKS = 512  # of threads, that keep a card's memory busy: 4 for each of an A100's or H100's multiprocessors
 _SLOTS = 128  # that are worth a block
 _LARGEST_SPLIT = 64
+_FEW_ROWS = 8  # attention.h: kFewRows
 
 
 def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
@@ -24,9 +25,9 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     if (reason := why_not_types(kv.k.dtype, q.shape[-1])) is not None:
         raise ValueError(reason)
     library()  # raises Unavailable
-    (B, T, N, H), (K, S) = q.shape, kv.k.shape[-3:-1]
+    B, T, N, H = q.shape
     given = q if q.dtype in (jnp.float32, jnp.bfloat16) else q.astype(jnp.bfloat16)
-    parts = splits(B, T, N, K, S)
+    parts = splits(q, kv.k)
     partials = (B * N * T, parts, H + 2) if parts > 1 else (0,)
     call = jax.ffi.ffi_call(
         "phi3_cuda_attention",
@@ -46,11 +47,17 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     return out.astype(q.dtype)
 
 
-def splits(B: int, T: int, N: int, K: int, S: int) -> int:  # noqa: N803
-    """Into how many parts the slots are split, so that a few queries keep a card busy."""
+def splits(q: jax.ShapeDtypeStruct | jax.Array, k: jax.ShapeDtypeStruct | jax.Array) -> int:
+    """Into how many parts the slots are split, so that a few queries [B, T, N, H] keep a card busy; k as in KeysValues.
+
+    On tensor cores, which take over beyond some rows, a block has more of them.
+    """
+    (B, T, N, _), (K, S) = q.shape, k.shape[-3:-1]
     rows = T * (N // K)
-    tiles = B * K * -(-rows // 4)
-    return max(1, min(_BLOCKS // max(tiles, 1), -(-S // _SLOTS), _LARGEST_SPLIT))
+    many = rows > _FEW_ROWS and k.dtype != jnp.float32
+    blocks = B * K * -(-rows // (64 if many else 4))
+    wanted, slots = (_BLOCKS // 2, 2 * _SLOTS) if many else (_BLOCKS, _SLOTS)
+    return max(1, min(wanted // max(blocks, 1), -(-S // slots), _LARGEST_SPLIT))
 
 
 def why_not_types(dtype: jax.typing.DTypeLike, head_dim: int) -> str | None:

@@ -39,9 +39,10 @@ ffi::Error check_cache(const std::string& who, const Any& k, const Any& v, const
   if (shape.size() != 5 || !std::equal(shape.begin(), shape.end(), v.dimensions().begin(), v.dimensions().end()))
     return invalid(who + "k has shape " + text(shape) + " and v " + text(v.dimensions()) +
                    ", expected [L, B, K, S, H] twice");
-  if (shape[1] > 65535 || shape[2] > 4096 || shape[3] > 1 << 30)
-    return invalid(who + "k has shape " + text(shape) + ", but at most 65535 rows, 4096 heads and 2^30 slots are known");
-  if (shape[4] % 16) return invalid(who + "k has shape " + text(shape) + "; heads are read in sixteens");
+  if (shape[1] > 65535 || shape[2] > 4096 || shape[3] > 1 << 20)
+    return invalid(who + "k has shape " + text(shape) + ", but at most 65535 rows, 4096 heads and 2^20 slots are known");
+  if (shape[4] % 16)
+    return invalid(who + "k has shape " + text(shape) + "; heads are read in sixteens");
   for (const auto& [name, scales] : {std::pair("k_scale", &k_scale), std::pair("v_scale", &v_scale)}) {
     ffi::Error error = k.element_type() == ffi::S8
                            ? check_shape(who, name, scales->dimensions(), {shape[0], shape[1], shape[2], shape[3]})
@@ -102,11 +103,13 @@ ffi::Error attention(Stream stream, Any q, Any k, Any v, Floats k_scale, Floats 
                                static_cast<int>(window),
                                static_cast<int>(splits),
                                q.element_type() == ffi::BF16};
-  const int64_t together = rows < 3 ? rows : 4, tiles = (rows + together - 1) / together;
-  if (tiles * K > 65535) return invalid(who + "q has shape " + text(shape) + ", which is too many tokens at once");
-  const std::string kernel = std::string("attend_few_") + type_name(k) + "_" + std::to_string(H) + "_";
-  const Grid grid = {static_cast<unsigned>(splits), static_cast<unsigned>(tiles * K), static_cast<unsigned>(B)};
-  ffi::Error error = launch(stream, (kernel + std::to_string(together)).c_str(), grid, kFewThreads, 0, o);
+  const bool few = rows <= kFewRows || k.element_type() == ffi::F32;
+  const int64_t together = !few ? kBlockRows : rows < 3 ? rows : 4, tiles = (rows + together - 1) / together;
+  const Grid grid = {static_cast<unsigned>(tiles * K), static_cast<unsigned>(splits), static_cast<unsigned>(B)};
+  std::string kernel = std::string(few ? "attend_few_" : "attend_block_") + type_name(k) + "_" + std::to_string(H);
+  if (few) kernel += "_" + std::to_string(together);
+  const unsigned shared = few ? 0 : static_cast<unsigned>(PHI3_BLOCK_SHARED(H, S));
+  ffi::Error error = launch(stream, kernel.c_str(), grid, few ? kFewThreads : kBlockThreads, shared, o);
   if (splits == 1 || error.failure()) return error;
   return launch(stream, "attend_merge", {static_cast<unsigned>(B * K * rows)}, kMergeThreads, 0, o,
                 static_cast<int>(H));

@@ -23,7 +23,14 @@ struct AttentionOperands {
 
 constexpr int kFewThreads = 128;
 constexpr int kFewKeys = 32;  // a warp looks at so many slots at once
+constexpr int kFewRows = 8;    // more of them go to tensor cores, unless the cache is float32
 constexpr int kMergeThreads = 128;
+
+constexpr int kBlockThreads = 128;
+constexpr int kBlockRows = 64;  // query rows of a block
+constexpr int kBlockKeys = 64;
+#define PHI3_BLOCK_SHARED(H, S) /* bytes: keys, values, their scales, and two bits for each group of keys */ \
+  (2 * kBlockKeys * ((H) + 8) * 2 + 2 * kBlockKeys * 4 + 2 * (((S) + 32 * kBlockKeys - 1) / (32 * kBlockKeys)) * 4)
 
 // Storing new keys and values, and rotating them and the queries before, if there are cos and sin.
 struct WriteOperands {

@@ -125,8 +125,8 @@ PHI3_DEVICE void merge_lanes(FewSums<H, R>& sums) {
 template <class C, int H, int R>
 PHI3_DEVICE void attend_few(const AttentionOperands& o) {
   PHI3_SHARED(float, merged, [kWarps][R][H + 2]);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.x;
-  const int head = blockIdx.y % o.K, first_row = blockIdx.y / o.K * R, b = blockIdx.z;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.y;
+  const int head = blockIdx.x % o.K, first_row = blockIdx.x / o.K * R, b = blockIdx.z;
   const int64 row_of_cache = ((static_cast<int64>(*o.layer) * o.B + b) * o.K + head) * o.S;
   const C* const k = static_cast<const C*>(o.k) + row_of_cache * o.row_length;
   const C* const v = static_cast<const C*>(o.v) + row_of_cache * o.row_length;

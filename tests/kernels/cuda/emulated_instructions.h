@@ -16,6 +16,7 @@ inline int __float2int_rn(float x) {  // NaN gives 0, and what is too large the 
   return std::isnan(x) ? 0 : static_cast<int>(std::nearbyint(std::clamp(x, -2147483648.f, 2147483520.f)));
 }
 inline float __expf(float x) { return std::exp(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 template <class T>

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -59,6 +60,8 @@ def operands(case):
     q = 2 * random.standard_normal((B, case.T, case.N, case.H))
     shape = (3, B, case.K, case.S, case.H)
     unseen = ~mask.any(axis=1)[None, :, None]  # [1, B, 1, S]
+    if case.segments and case.T > 8:  # there only what no position admits is kept away
+        unseen = ~np.asarray(attention_mask(q_positions, k_positions, case.window)).any(axis=1)[None, :, None]
     if case.dtype == "int8":
         k, v = (random.integers(-127, 128, shape).astype(np.int8) for _ in range(2))
         scales = [np.where(unseen, np.nan, random.random(shape[:-1]) / 60 + 0.002).astype(np.float32) for _ in range(2)]
@@ -68,6 +71,12 @@ def operands(case):
         scales = [None, None]
     q = q.astype(ml_dtypes.bfloat16 if case.q_dtype == "bfloat16" else np.float32)
     return q, (k, v, *scales), (q_positions, k_positions, q_segments, k_segments), mask
+
+
+def shapes(case):
+    B = len(case.lengths)
+    q, k = (B, case.T, case.N, case.H), (B, case.K, case.S, case.H)
+    return jax.ShapeDtypeStruct(q, case.q_dtype), jax.ShapeDtypeStruct(k, case.dtype)
 
 
 def exact(q, cache, mask):
@@ -134,10 +143,42 @@ def test_splits(segments, monkeypatch):
     for S, lengths in [(600, (600, 599, 33, 0)), (385, (385, 1000)), (128, (97,))]:
         for dtype in ("float32", "int8"):
             case = Case(S=S, lengths=lengths, dtype=dtype, q_dtype="float32", segments=segments, window=380)
-            assert cuda.splits(len(lengths), 1, 2, 1, S) > 2
+            assert cuda.splits(*shapes(case)) > 2
             check(case)
 
 
 def test_segments():
     for T, dtype in [(1, "bfloat16"), (3, "int8")]:
         check(Case(T=T, segments=True, dtype=dtype, lengths=(77, 60), q_dtype="float32"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("H", [64, 96, 128])
+def test_many_queries(H, dtype):  # noqa: N803
+    """On tensor cores: rows at the borders of a block, prompts that are shorter, some of them empty."""
+    check(Case(T=65, S=130, N=1, H=H, dtype=dtype, lengths=(130, 40, 0), q_dtype="float32"))
+    check(Case(T=17, S=96, N=4, K=2, H=H, dtype=dtype, lengths=(96, 17), seed=1))
+
+
+@pytest.mark.parametrize("window", [1, 40, 64, 65])
+def test_many_queries_over_a_ring(window):
+    check(Case(T=33, S=160, N=2, lengths=(300, 161, 64), window=window, dtype="int8"))
+    check(Case(T=11, S=75, N=2, K=2, lengths=(150, 75), window=window, seed=1))
+
+
+def test_many_queries_in_segments():
+    check(Case(T=37, S=100, N=1, lengths=(100, 60), segments=True))
+    check(Case(T=9, S=70, N=3, lengths=(100, 70), segments=True, dtype="int8", window=30))
+
+
+def test_many_queries_over_split_slots(monkeypatch):
+    """A few guesses of a few rows over many slots; groups of slots that nobody sees lie between others."""
+    monkeypatch.setattr(cuda, "_SLOTS", 32)
+    for dtype in ("bfloat16", "int8"):
+        case = Case(T=9, S=500, N=2, lengths=(500, 130, 0, 900), dtype=dtype, window=300)
+        assert cuda.splits(*shapes(case)) > 2
+        check(case)
+
+
+def test_many_queries_in_float32_are_exact():
+    check(Case(T=17, S=96, N=2, dtype="float32", lengths=(96, 17), q_dtype="float32"))
