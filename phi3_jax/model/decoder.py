@@ -23,7 +23,7 @@ from phi3_jax.kernels import has_packed
 from phi3_jax.kernels.attention import training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
-from phi3_jax.kernels.linear import linear, rows
+from phi3_jax.kernels.linear import gated, linear, rows
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.rope import cos_sin, rotate
 
@@ -138,9 +138,8 @@ class MLP(nn.Module):
 
     def __call__(self, x: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> (output [B, T, D], the gated features [B, T, F])."""
-        gate, up = jnp.split(linear(x, self.gate_up_proj(), layer), 2, axis=-1)
-        gated = up * jax.nn.silu(gate)
-        return linear(gated, self.down_proj(), layer), gated
+        features = gated(x, self.gate_up_proj(), layer)
+        return linear(features, self.down_proj(), layer), features
 
 
 class DecoderLayer(nn.Module):

@@ -23,12 +23,8 @@ from phi3_jax.kernels.native import compiler
 from phi3_jax.kernels.native.compiler import Unavailable
 
 SOURCES = Path(__file__).parent
-HANDLERS = (
-    "phi3_cuda_linear",
-    "phi3_cuda_attention",
-    "phi3_cuda_cache_write",
-    "phi3_cuda_attend_new",
-)  # each under the name by which a program calls it
+# Functions of XLA's foreign function interface, each under the name by which a program calls it.
+HANDLERS = ("phi3_cuda_linear", "phi3_cuda_attention", "phi3_cuda_cache_write", "phi3_cuda_attend_new")
 _OLDEST = 80  # compute capability 8.0, Ampere: bfloat16 on tensor cores, and copies that nobody waits for
 
 

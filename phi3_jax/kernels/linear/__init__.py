@@ -54,6 +54,20 @@ def linear(
     return by_platform(reference, cpu=by_cpu, cuda=by_cuda)(x, weight, layer)
 
 
+def gated(x: jax.Array, weight: Weight, layer: jax.Array | None = None) -> jax.Array:
+    """up * silu(gate) -> [..., F], where gate and up are the halves of x @ weight.T; weight is [2 F, in] or a stack.
+
+    The kernels for NVIDIA cards compute it at once where the weight is integers.
+    """
+
+    def reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
+        gate, up = jnp.split(linear(x, weight, layer), 2, axis=-1)
+        return up * jax.nn.silu(gate)
+
+    by_cuda = functools.partial(cuda.linear, dtype=None, gated=True) if cuda.why_not(weight, True) is None else None
+    return by_platform(reference, cuda=by_cuda)(x, weight, layer)
+
+
 def rows(table: Weight, ids: jax.Array, fixed: jax.Array | bool = False) -> jax.Array:
     """The rows `ids` (int [...]) of an embedding [V, D] -> [..., D]; an id out of range gives NaN.
 

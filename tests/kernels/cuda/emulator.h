@@ -151,16 +151,23 @@ inline void run_block(unsigned threads, bool descending) {
   block.warps.assign(threads / 32, {});
   std::fill(block.dynamic.begin(), block.dynamic.end(), 0xff);
   for (auto& [key, bytes] : block.statics) std::fill(bytes.begin(), bytes.end(), 0xff);
+  // A warp goes on as far as it can before the next one begins: what it must not read yet is not there.
+  const auto run_warp = [&](unsigned first) {
+    bool moved = false;
+    do
+      for (unsigned i = 0; i < 32; ++i) {
+        const unsigned thread = first + (descending ? 31 - i : i);
+        if (block.fibers[thread].at != At::kRunning) continue;
+        resume(thread);
+        moved = true;
+        if (!block.failure.empty()) throw std::runtime_error(std::exchange(block.failure, ""));
+      }
+    while (release(first, first + 32, At::kWarp));
+    return moved;
+  };
   for (bool moved = true; moved;) {
     moved = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned thread = descending ? threads - 1 - i : i;
-      if (block.fibers[thread].at != At::kRunning) continue;
-      resume(thread);
-      moved = true;
-      if (!block.failure.empty()) throw std::runtime_error(std::exchange(block.failure, ""));
-    }
-    for (unsigned i = 0; i < threads; i += 32) moved |= release(i, i + 32, At::kWarp);
+    for (unsigned i = 0; i < threads; i += 32) moved |= run_warp(descending ? threads - 32 - i : i);
     moved |= release(0, threads, At::kBlock);
   }
   for (unsigned i = 1; i < threads; ++i)
