@@ -137,6 +137,24 @@ def test_few_queries(T):  # noqa: N803
     check(Case(T=T, N=1, K=1, S=40, lengths=(39, 1), window=7, seed=1))
 
 
+def test_every_warp_goes_round_more_than_once(monkeypatch):
+    monkeypatch.setattr(cuda, "_SLOTS", 1000)
+    case = Case(S=290, N=1, lengths=(290, 128, 97), q_dtype="float32")
+    assert cuda.splits(*shapes(case)) == 1
+    check(case)
+
+
+def test_a_token_that_is_not_a_number_does_not_reach_the_guesses_before_it():
+    case = Case(T=3, S=40, N=1, lengths=(40,), q_dtype="float32")
+    q, (k, v, *_), (q_positions, k_positions, *_), mask = operands(case)
+    expected = exact(q, (k, v, None, None), mask)[:, :2]
+    k[1, 0, :, -1], v[1, 0, :, -1] = np.nan, np.nan
+    kv = KeysValues(jnp.asarray(k), jnp.asarray(v), layer=jnp.int32(1))
+    found = cuda.attention(jnp.asarray(q), kv, Visibility(jnp.asarray(q_positions), jnp.asarray(k_positions)))
+    np.testing.assert_allclose(found[:, :2], expected, atol=2e-5)
+    assert np.isnan(found[:, 2]).all()
+
+
 @pytest.mark.parametrize("segments", [False, True])
 def test_splits(segments, monkeypatch):
     """The slots of a row in several parts, whose last has the newest key; in some parts nobody sees any."""
