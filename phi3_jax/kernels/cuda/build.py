@@ -24,7 +24,7 @@ from phi3_jax.kernels.native.compiler import Unavailable
 
 SOURCES = Path(__file__).parent
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
-HANDLERS = ("phi3_cuda_linear", "phi3_cuda_attention", "phi3_cuda_cache_write")
+HANDLERS = ("phi3_cuda_linear", "phi3_cuda_attention", "phi3_cuda_cache_write", "phi3_cuda_attend_new")
 _OLDEST = 80  # compute capability 8.0, Ampere: bfloat16 on tensor cores, and copies that nobody waits for
 
 
