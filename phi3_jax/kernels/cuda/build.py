@@ -67,12 +67,12 @@ def cubins(capability: int) -> list[Path]:
     def one(source: Path) -> Path:
         # A folder of their own each, since one process builds in a folder at a time.
         folder = user_cache.private_cache_folder("kernels", f"{key}-{source.stem}", told=native.note)
+
+        def make(path: Path) -> None:
+            path.write_bytes(nvrtc.compile_cubin(source, headers, architecture)[0])
+
         what = f"the kernels of {source.name} for cards of compute capability {capability / 10}, once"
-        return native.made(
-            folder / f"sm_{architecture}.cubin",
-            lambda path: path.write_bytes(nvrtc.compile_cubin(source, headers, architecture)[0]) and None,
-            what,
-        )
+        return native.made(folder / f"sm_{architecture}.cubin", make, what)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(one, sorted(SOURCES.glob("*.cu"))))
