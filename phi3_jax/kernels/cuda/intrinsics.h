@@ -22,7 +22,8 @@ struct half {
 #if defined(PHI3_EMULATED)
 #include "emulator.h"
 #else
-#define PHI3_KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+// One block may fill a multiprocessor: or else the assembler stores registers in memory for the sake of a second one.
+#define PHI3_KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
 #define PHI3_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define PHI3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif

@@ -8,20 +8,32 @@
 namespace phi3 {
 namespace few {
 
-// Copies the integers of 16 rows at inputs [step * kStep, ...) of a warp to shared memory; zeros beyond the matrix.
+// What a lane copies of each step of its warp: 16 bytes of `copies` rows. Rows beyond the outputs are the last one again,
+// and nobody stores what becomes of them.
 template <int bits>
-PHI3_DEVICE void copy_step(const Product& p, unsigned char* stage, int output, int step, int lane) {
-  constexpr int chunks = row_bytes(bits) / 16;
-  const int row_size = p.inputs / 8 * bits;
+struct Copier {
+  static constexpr int chunks = row_bytes(bits) / 16, copies = kTile * chunks / 32;
+  const unsigned char* from[copies];
+  int to, begin, row_size;
+
+  PHI3_DEVICE Copier(const Product& p, int output, int warp, int lane)
+      : to(lane / chunks * stride(bits) + lane % chunks * 16),
+        begin(warp * row_bytes(bits) + lane % chunks * 16),
+        row_size(p.inputs / 8 * bits) {
 #pragma unroll
-  for (int i = 0; i < kTile * chunks / 32; ++i) {
-    const int row = (32 * i + lane) / chunks, column = (32 * i + lane) % chunks * 16;
-    const int from = step * row_bytes(bits) + column, o = output_of(p, output, row);
-    const bool valid = o < p.outputs && from < row_size;
-    const unsigned char* global = valid ? p.values + static_cast<int64>(row_of(p, o, row)) * row_size + from : p.values;
-    copy16_async(stage + row * stride(bits) + column, global, valid);
+    for (int i = 0; i < copies; ++i) {
+      const int row = 32 / chunks * i + lane / chunks, o = min(output_of(p, output, row), p.outputs - 1);
+      from[i] = p.values + static_cast<int64>(row_of(p, o, row)) * row_size + begin;
+    }
   }
-}
+  // Copies the warp's turn `turn`.
+  PHI3_DEVICE void copy(unsigned char* stage, int turn) const {
+    const int offset = turn * kWarps * row_bytes(bits);
+    if (begin + offset >= row_size) return;
+#pragma unroll
+    for (int i = 0; i < copies; ++i) copy16_async(stage + to + 32 / chunks * i * stride(bits), from[i] + offset);
+  }
+};
 
 // Copies the scales (or mins) of 16 rows, which are neighbours in memory; gated, twice eight are.
 PHI3_DEVICE void copy_scales(const Product& p, const unsigned short* scales, unsigned short* shared, int output) {
@@ -36,6 +48,7 @@ PHI3_DEVICE void copy_scales(const Product& p, const unsigned short* scales, uns
 
 template <int bits, int tiles, bool offsets>
 PHI3_DEVICE void product(const Product& p) {
+  constexpr bool early = tiles <= 2;  // x fits into registers before the integers have come
   PHI3_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
   const int output = blockIdx.x * (p.gated ? 8 : kTile), groups = p.inputs >> p.group_bits;
@@ -47,60 +60,70 @@ PHI3_DEVICE void product(const Product& p) {
   copy_scales(p, p.scales, scales, output);
   if (offsets) copy_scales(p, p.mins, mins, output);
   commit_copies();
+  const Copier<bits> copier(p, output, warp, lane);
+#pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    if (i < mine) copy_step<bits>(p, stages + i * stage_bytes(bits), output, warp + i * kWarps, lane);
+    copier.copy(stages + i * stage_bytes(bits), i);
     commit_copies();
   }
   wait_copies<kStages>();
   __syncthreads();
 
+  const unsigned short* x_rows[tiles];  // beyond the last row it is read again, and nobody stores what becomes of it
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile)
+    x_rows[tile] = p.x + static_cast<int64>(min(8 * tile + row, p.rows - 1)) * p.inputs + 8 * part;
+  unsigned mask = Eight<bits>::mask;
+  int first_scale = row * groups;
+  in_register(mask), in_register(first_scale);
   float sums[tiles][4] = {};
-  for (int i = 0; i < mine; ++i) {
+  for (int i = 0, stage = 0; i < mine; ++i, stage = stage == kStages - 1 ? 0 : stage + 1) {
     const int begin = (warp + i * kWarps) * kStep;
-    uint4 x[tiles][4];
+    uint4 x[tiles][early ? 4 : 1];
+    if (early)
 #pragma unroll
-    for (int tile = 0; tile < tiles; ++tile)
+      for (int j = 0; j < 4; ++j)
+        if (begin + 32 * j < p.inputs)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int from = begin + 32 * j + 8 * part, r = 8 * tile + row;
-        x[tile][j] = r < p.rows && from < p.inputs ? load16(p.x + static_cast<int64>(r) * p.inputs + from) : uint4{};
-      }
+          for (int tile = 0; tile < tiles; ++tile) x[tile][j] = load16(x_rows[tile] + begin + 32 * j);
     wait_copies<kStages - 1>();
     warp_barrier();
-    const unsigned char* stage = stages + i % kStages * stage_bytes(bits) + row * stride(bits) + part * bits;
+    const unsigned char* const integers = stages + stage * stage_bytes(bits) + row * stride(bits) + part * bits;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int input = begin + 32 * j;
       if (input >= p.inputs) break;
+      if (!early)
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile) x[tile][0] = load16(x_rows[tile] + input);
       unsigned upper[4], lower[4];
-      Eight<bits>::load(upper, stage + j * 4 * bits);
-      Eight<bits>::load(lower, stage + j * 4 * bits + 8 * stride(bits));
-      const int at = row * groups + (input >> p.group_bits);
+      Eight<bits>::load(upper, integers + j * 4 * bits, mask);
+      Eight<bits>::load(lower, integers + j * 4 * bits + 8 * stride(bits), mask);
+      const int at = first_scale + (input >> p.group_bits);
       const float scale[2] = {to_float(half{scales[at]}), to_float(half{scales[at + 8 * groups]})};
+      float min[2];
+      if (offsets)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) min[k] = to_float(half{mins[at + 8 * k * groups]}) + Eight<bits>::zero * scale[k];
 #pragma unroll
       for (int tile = 0; tile < tiles; ++tile) {
         unsigned pairs[4];
-        Eight<bits>::of_x(pairs, x[tile][j]);
+        Eight<bits>::of_x(pairs, x[tile][early ? j : 0]);
         float found[4] = {};
         multiply_add(found, {upper[0], lower[0], upper[1], lower[1]}, pairs[0], pairs[1]);
         multiply_add(found, {upper[2], lower[2], upper[3], lower[3]}, pairs[2], pairs[3]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) sums[tile][k] += scale[k / 2] * found[k];
         if (offsets) {
-          constexpr unsigned one = 0x3f803f80;
-          const float min[2] = {to_float(half{mins[at]}) + Eight<bits>::zero * scale[0],
-                                to_float(half{mins[at + 8 * groups]}) + Eight<bits>::zero * scale[1]};
-          float of_x[4] = {};  // the sums of x
-          multiply_add(of_x, {one, one, one, one}, pairs[0], pairs[1]);
-          multiply_add(of_x, {one, one, one, one}, pairs[2], pairs[3]);
+          float of_x[4] = {};
+          sum_of_x(of_x, pairs);
 #pragma unroll
           for (int k = 0; k < 4; ++k) sums[tile][k] += min[k / 2] * of_x[k];
         }
       }
     }
     warp_barrier();
-    if (i + kStages < mine)
-      copy_step<bits>(p, stages + i % kStages * stage_bytes(bits), output, warp + (i + kStages) * kWarps, lane);
+    copier.copy(stages + stage * stage_bytes(bits), i + kStages);
     commit_copies();
   }
 
