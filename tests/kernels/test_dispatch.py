@@ -32,6 +32,7 @@ def elsewhere(request, monkeypatch):
         monkeypatch.setattr(module, "why_unavailable", fails)
     for name in ("library", "_load_once", "_build"):
         monkeypatch.setattr(build, name, fails)
+    monkeypatch.setattr(report.cuda, "_load_once", lambda: "this is a test")
     for name in ("find", "compile_library", "compiler_key"):
         monkeypatch.setattr(compiler, name, fails)
     return request.param
