@@ -12,8 +12,7 @@ import phi3_jax
 from phi3_jax.checkpoint import assemble, placement, quantized_files
 from phi3_jax.infer.benchmark.model import random_checkpoint
 from phi3_jax.infer.engine.buckets import own_cache_dtype
-from phi3_jax.kernels import PerLayer, report, status
-from phi3_jax.kernels.linear.per_layer import stack_layers
+from phi3_jax.kernels import PerLayer, report, stack_layers, status
 from phi3_jax.kernels.native import build
 
 MATRIX = 2 * 1024 * 512  # weights of gate_up_proj in one layer of `large`

@@ -15,8 +15,7 @@ from phi3_jax.adapters import LoraConfig, attach, merge
 from phi3_jax.checkpoint import as_floats, kind_of_weights
 from phi3_jax.infer import Options
 from phi3_jax.infer.engine.prompt_cache import fingerprint
-from phi3_jax.kernels import LoraTensor, PerLayer, QuantizedTensor, has_per_layer
-from phi3_jax.kernels.linear.per_layer import split_layers, stack_layers
+from phi3_jax.kernels import LoraTensor, PerLayer, QuantizedTensor, has_per_layer, split_layers, stack_layers
 from phi3_jax.model import KVCache
 from phi3_jax.quantization import quantize_params
 from phi3_jax.train.evaluation.score import Request, score
