@@ -6,6 +6,7 @@ Axis letters: L layer, B batch, T new token, S slot, K key-value heads, H head d
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.attention import cpu, cuda, why_not_cpu
-from phi3_jax.kernels.attention.arguments import KeysValues
+from phi3_jax.kernels.attention import attention, cpu, cuda, why_not_cpu
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.dispatch import by_platform
+from phi3_jax.model.rope import rotate
 
 _INT8_MAX = 127
 _TPU_LANES = 128
@@ -122,9 +124,30 @@ class KVCache:
             v_scale=v_scale,
         )
 
+    def attend(
+        self, layer: jax.Array, qkv: jax.Array, cos: jax.Array, sin: jax.Array, visible: Visibility, kernels: bool
+    ) -> tuple[jax.Array, KVCache]:
+        """Rotates one layer's new queries and keys, stores keys and values, and attends to all of them.
+
+        Args:
+          qkv: [B, T, N + 2K, H]: the heads of queries, keys and values.
+          cos, sin: [B, T, R] of rope.py.
+          visible: with the positions of the new tokens, whose slots are claimed.
+          kernels: False forbids our kernels, whose derivatives would compute twice.
+
+        Returns:
+          ([B, T, N, H], the cache).
+        """
+        by_cuda = _attend_by_cuda if kernels and cuda.why_not(self.k.dtype, qkv.shape[-1]) is None else None
+        in_steps = functools.partial(_attend_in_steps, implementation=None if kernels else "xla")
+        return by_platform(in_steps, cuda=by_cuda)(self, layer, qkv, cos, sin, visible)
+
     def keys_values(self, layer: jax.Array) -> KeysValues:
         """One layer's keys and values, for `attention`; nothing is copied."""
         return KeysValues(self.k, self.v, self.k_scale, self.v_scale, layer)
+
+    def _with(self, kv: KeysValues) -> KVCache:
+        return dataclasses.replace(self, k=kv.k, v=kv.v, k_scale=kv.k_scale, v_scale=kv.v_scale)
 
     def _slots(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jnp.arange(positions.shape[0])[:, None]
@@ -133,11 +156,30 @@ class KVCache:
 
 
 def _writes_by(kernel: Callable[..., KeysValues]) -> Callable[..., KVCache]:
-    def write(cache: KVCache, layer: jax.Array, *new: jax.Array) -> KVCache:
-        kv = kernel(cache.keys_values(layer), *new)
-        return dataclasses.replace(cache, k=kv.k, v=kv.v, k_scale=kv.k_scale, v_scale=kv.v_scale)
+    return lambda cache, layer, *new: cache._with(kernel(cache.keys_values(layer), *new))
 
-    return write
+
+def _attend_by_cuda(
+    cache: KVCache, layer: jax.Array, qkv: jax.Array, cos: jax.Array, sin: jax.Array, visible: Visibility
+) -> tuple[jax.Array, KVCache]:
+    out, kv = cuda.attend_new(qkv, cos, sin, cache.keys_values(layer), visible)
+    return out, cache._with(kv)
+
+
+def _attend_in_steps(
+    cache: KVCache,
+    layer: jax.Array,
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    visible: Visibility,
+    implementation: Literal["xla"] | None,
+) -> tuple[jax.Array, KVCache]:
+    K = cache.k.shape[2]
+    q, k, v = jnp.split(qkv, [qkv.shape[2] - 2 * K, qkv.shape[2] - K], axis=2)  # [B, T, N | K | K, H]
+    q, k = (rotate(each, cos, sin) for each in (q, k))
+    cache = cache.write(layer, visible.q_positions, k, v, implementation)
+    return attention(q, cache.keys_values(layer), visible, implementation), cache
 
 
 def slots_needed(config: Phi3Config, tokens: int, chunk: int) -> int:

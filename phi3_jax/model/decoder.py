@@ -22,7 +22,7 @@ import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import PerLayer, has_packed, has_per_layer
-from phi3_jax.kernels.attention import attention, training, xla
+from phi3_jax.kernels.attention import training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
 from phi3_jax.kernels.linear import gated, linear, rows
@@ -113,20 +113,22 @@ class Attention(nn.Module):
         implementation: Literal["xla"] | None = "xla" if layer is None else None
         qkv = linear(x, self.qkv_proj(), layer)
         qkv = qkv.reshape(*x.shape[:2], N + 2 * K, self.config.head_dim)
-        q, k, v = jnp.split(qkv, [N, N + K], axis=2)  # [B, T, N | K | K, H]
-        q, k = (rotate(each, shared.cos, shared.sin) for each in (q, k))
-        if cache is None:
-            kv = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        else:
-            cache = cache.write(number, shared.visible.q_positions, k, v, implementation)
-            kv = cache.keys_values(number)
         probs = None
-        if self.wants_probs:
-            out, probs = xla.attention(q, kv, shared.visible)
-        elif cache is None:
-            out = training.attention(q, kv, shared.visible)
+        if cache is not None and not self.wants_probs:
+            kernels = implementation is None
+            out, cache = cache.attend(number, qkv, shared.cos, shared.sin, shared.visible, kernels)
         else:
-            out = attention(q, kv, shared.visible, implementation)
+            q, k, v = jnp.split(qkv, [N, N + K], axis=2)  # [B, T, N | K | K, H]
+            q, k = (rotate(each, shared.cos, shared.sin) for each in (q, k))
+            if cache is None:
+                kv = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            else:
+                cache = cache.write(number, shared.visible.q_positions, k, v, implementation)
+                kv = cache.keys_values(number)
+            if self.wants_probs:
+                out, probs = xla.attention(q, kv, shared.visible)
+            else:
+                out = training.attention(q, kv, shared.visible)
         heads = out.reshape(*x.shape[:2], -1)
         return linear(heads, self.o_proj(), layer), cache, heads, probs
 

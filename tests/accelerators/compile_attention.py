@@ -86,7 +86,7 @@ def main() -> None:
             result[name] = {
                 "temporaries": program.memory_analysis().temp_size_in_bytes,
                 "layer": layer,
-                "kernels": len(re.findall(r'custom_call_target="phi3_cuda_(?:attention|cache_write)"', text)),
+                "kernels": len(re.findall(r'custom_call_target="phi3_cuda_attend_new"', text)),
                 "written": written(text, PROGRAMS[name][3], layer),
             }
     print(json.dumps(result))

@@ -6,8 +6,13 @@ into them, of which there must be none.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +56,20 @@ def test_no_kernel_spills(compiled: dict[tuple[int, str], str]) -> None:
     print("\nregisters for compute capability", *(f"{each / 10}" for each in ARCHITECTURES))
     for name, registers in sorted(found.items()):
         print(name, *(registers[each] for each in ARCHITECTURES))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax_cuda13_plugin is not installed: make test-accelerators has an environment with it",
+)
+def test_products_with_integers_write_no_weight() -> None:
+    """XLA alone writes the whole matrix as floats (96 MiB in bfloat16) for more than one row."""
+    script = Path(__file__).parent / "compile_products.py"
+    run = subprocess.run([sys.executable, script, "h100"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == 16
+    for case, (temporaries, calls) in found.items():
+        rows = int(case.split()[-2])
+        assert calls == ["phi3_cuda_linear"], case
+        assert temporaries <= rows * 16384 * 2 + 4096, case  # the product itself, before 1 is added

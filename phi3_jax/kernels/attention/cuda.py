@@ -13,6 +13,7 @@ from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.cpu import CACHE_DTYPES, index, segments, stacked
 from phi3_jax.kernels.cuda.build import library, why_unavailable
 
+Array = jax.Array | jax.ShapeDtypeStruct
 HEAD_DIMS = (64, 96, 128)
 _BLOCKS = 512  # of threads, that keep a card's memory busy: 4 for each of an A100's or H100's multiprocessors
 _SLOTS = 128  # that are worth a block
@@ -25,29 +26,66 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     if (reason := why_not_types(kv.k.dtype, q.shape[-1])) is not None:
         raise ValueError(reason)
     library()  # raises Unavailable
-    B, T, N, H = q.shape
     given = q if q.dtype in (jnp.float32, jnp.bfloat16) else q.astype(jnp.bfloat16)
-    parts = splits(q, kv.k)
-    partials = (B * N * T, parts, H + 2) if parts > 1 else (0,)
     call = jax.ffi.ffi_call(
         "phi3_cuda_attention",
-        [jax.ShapeDtypeStruct(q.shape, given.dtype), jax.ShapeDtypeStruct(partials, jnp.float32)],
+        [jax.ShapeDtypeStruct(q.shape, given.dtype), *_scratch(q, kv.k)],
         vmap_method="sequential",
     )
-    out, _ = call(
-        given,
-        *stacked(kv),
-        visible.q_positions,
-        visible.k_positions,
-        *segments(visible),
-        index(kv.layer),
-        window=np.int64(visible.window or 0),
-        splits=np.int64(parts),
-    )
+    out, *_ = call(given, *stacked(kv), *_sight(visible), index(kv.layer), **_attributes(q, kv, visible))
     return out.astype(q.dtype)
 
 
-def splits(q: jax.ShapeDtypeStruct | jax.Array, k: jax.ShapeDtypeStruct | jax.Array) -> int:
+def attend_new(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, kv: KeysValues, visible: Visibility
+) -> tuple[jax.Array, KeysValues]:
+    """Rotates new queries and keys, stores the keys and values in place, and attends: two launches.
+
+    Args:
+      qkv: [B, T, N + 2K, H]: the heads of queries, of keys and of values, not rotated yet.
+      cos, sin: [B, T, R] as for `model.rope.rotate`.
+      kv: the cache, a stack indexed by `layer`.
+      visible: `q_positions` say where the new keys are stored, as in `write`; `k_positions` have them already.
+
+    Returns:
+      ([B, T, N, H] in qkv's dtype, the cache).
+    """
+    library()  # raises Unavailable
+    B, T, heads, H = qkv.shape
+    dtype = qkv.dtype if qkv.dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((B, T, heads - 2 * kv.k.shape[-3], H), dtype)
+    stacks = stacked(kv)
+    call = jax.ffi.ffi_call(
+        "phi3_cuda_attend_new",
+        [*(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in stacks), q, q, *_scratch(q, kv.k)],
+        input_output_aliases={i: i for i in range(len(stacks))},
+        vmap_method="sequential",
+    )
+    new = [each.astype(dtype) for each in (qkv, cos, sin)]
+    k, v, k_scale, v_scale, out, *_ = call(
+        *stacks, *new, *_sight(visible), index(kv.layer), **_attributes(q, kv, visible)
+    )
+    scales = (None, None) if kv.k_scale is None else (k_scale, v_scale)
+    return out.astype(qkv.dtype), KeysValues(k, v, *scales, kv.layer)
+
+
+def _sight(visible: Visibility) -> list[jax.Array]:
+    return [visible.q_positions, visible.k_positions, *segments(visible)]
+
+
+def _attributes(q: Array, kv: KeysValues, visible: Visibility) -> dict[str, np.int64]:
+    return {"window": np.int64(visible.window or 0), "splits": np.int64(splits(q, kv.k))}
+
+
+def _scratch(q: Array, k: Array) -> list[jax.ShapeDtypeStruct]:
+    """Results that only the kernels use: what each part of the slots has found, and which of them are done."""
+    B, T, N, H = q.shape
+    parts = splits(q, k)
+    partials = (B * N * T, parts, H + 2) if parts > 1 else (0,)
+    return [jax.ShapeDtypeStruct(partials, jnp.float32), jax.ShapeDtypeStruct(partials[:1], jnp.int32)]
+
+
+def splits(q: Array, k: Array) -> int:
     """Into how many parts the slots are split, so that a few queries [B, T, N, H] keep a card busy; k as in KeysValues.
 
     On tensor cores, which take over beyond some rows, a block has more of them.

@@ -18,13 +18,13 @@ struct AttentionOperands {
   const int *q_segments, *k_segments;    // the same shapes, or both nullptr
   const int* layer;
   float* partials;  // [B * K * T * G, splits, H + 2]: sums of p * v, the largest score, the sum of p; if splits > 1
+  unsigned* done;   // for each block of rows, how many of its parts have written theirs; zeros at the start
   int B, T, N, K, S, row_length, window, splits, q_is_bf16;
 };
 
 constexpr int kFewThreads = 128;
 constexpr int kFewKeys = 32;  // a warp looks at so many slots at once
 constexpr int kFewRows = 8;    // more of them go to tensor cores, unless the cache is float32
-constexpr int kMergeThreads = 128;
 
 constexpr int kBlockThreads = 128;
 constexpr int kBlockRows = 64;  // query rows of a block
@@ -32,7 +32,7 @@ constexpr int kBlockKeys = 64;
 #define PHI3_BLOCK_SHARED(H, S) /* bytes: keys, values, their scales, and two bits for each group of keys */ \
   (2 * kBlockKeys * ((H) + 8) * 2 + 2 * kBlockKeys * 4 + 2 * (((S) + 32 * kBlockKeys - 1) / (32 * kBlockKeys)) * 4)
 
-// Storing new keys and values, and rotating them and the queries before, if there are cos and sin.
+// Storing new keys and values, and rotating these keys and the queries before, if there are queries.
 struct WriteOperands {
   void *k, *v;                             // [L, B, K, S, row_length]
   float *k_scale, *v_scale;                // [L, B, K, S], for int8
@@ -41,10 +41,12 @@ struct WriteOperands {
   const void *cos, *sin;                   // [B, T, R], of the same type as what is new
   const int* positions;                    // [B, T]
   const int* layer;
+  unsigned* zeros;  // so many numbers are set to 0 for a kernel that comes afterwards
+  int zeros_count;
   int B, T, N, K, S, H, R, row_length, token_stride, new_is_bf16;  // N = 0 if queries are left alone
 };
 
-constexpr int kWriteThreads = 256;
+constexpr int kWriteThreads = 256;  // of a kernel that only clears, too
 constexpr int kLargestHead = 128;
 
 }  // namespace phi3

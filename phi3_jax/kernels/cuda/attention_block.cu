@@ -315,6 +315,7 @@ PHI3_DEVICE void attend_block(const AttentionOperands& o) {
     add_values<H>(scores, values, sums);
   }
   write_rows<H>(o, b, head, row, split, sums, most, total);
+  if (o.splits > 1) merge_parts<H>(o, b, head, first_row, kBlockRows);
 }
 
 }  // namespace

@@ -203,6 +203,7 @@ PHI3_DEVICE void attend_few(const AttentionOperands& o) {
     partial[h] = sum;
     if (h == 0) partial[H] = most, partial[H + 1] = total;
   }
+  if (o.splits > 1) merge_parts<H>(o, b, head, first_row, R);
 }
 
 }  // namespace
@@ -214,21 +215,5 @@ PHI3_DEVICE void attend_few(const AttentionOperands& o) {
 PHI3_FEW_HEADS(float)
 PHI3_FEW_HEADS(bf16)
 PHI3_FEW_HEADS(int8)
-
-// Merges the parts of the slots; a block for each query row.
-PHI3_KERNEL(kMergeThreads, attend_merge, AttentionOperands o, int H) {
-  const int G = o.N / o.K, h = threadIdx.x, row = blockIdx.x % (o.T * G), head = blockIdx.x / (o.T * G) % o.K;
-  const int b = blockIdx.x / (o.T * G) / o.K;
-  if (h >= H) return;
-  const float* const partials = o.partials + static_cast<int64>(blockIdx.x) * o.splits * (H + 2);
-  float most = kLowest, total = 0, sum = 0;
-  for (int i = 0; i < o.splits; ++i) most = fmaxf(most, partials[i * (H + 2) + H]);
-  for (int i = 0; i < o.splits; ++i) {
-    const float weight = fast_exp2(partials[i * (H + 2) + H] - most);
-    total += weight * partials[i * (H + 2) + H + 1];
-    sum += weight * partials[i * (H + 2) + h];
-  }
-  write_output(o, place(o, b, head, row) * H + h, total == 0 ? 0.f : sum / total);
-}
 
 }  // namespace phi3

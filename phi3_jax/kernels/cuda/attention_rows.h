@@ -74,4 +74,32 @@ PHI3_DEVICE Sight sight(const AttentionOperands& o, int b, int row) {
   return s;
 }
 
+// Merges the parts of the slots, of all query rows [first_row, first_row + count) of a block, in that block which is the
+// last to get here.
+template <int H>
+PHI3_DEVICE void merge_parts(const AttentionOperands& o, int b, int head, int first_row, int count) {
+  PHI3_SHARED(bool, is_last);
+  __threadfence();  // others see what this thread has written, if they see that it is done
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(o.done + b * gridDim.x + blockIdx.x, 1u) + 1 == o.splits;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  const int rows_of_head = o.T * (o.N / o.K);
+  for (int i = threadIdx.x; i < count * H; i += blockDim.x) {
+    const int row = first_row + i / H, h = i % H;
+    if (row >= rows_of_head) break;
+    const int64 number = (static_cast<int64>(b) * o.K + head) * rows_of_head + row;
+    const float* const parts = o.partials + number * o.splits * (H + 2);
+    float most = kLowest, total = 0, sum = 0;
+    for (int j = 0; j < o.splits; ++j) most = fmaxf(most, __ldcg(parts + j * (H + 2) + H));
+    for (int j = 0; j < o.splits; ++j) {
+      const float weight = fast_exp2(__ldcg(parts + j * (H + 2) + H) - most);
+      total += weight * __ldcg(parts + j * (H + 2) + H + 1);
+      sum += weight * __ldcg(parts + j * (H + 2) + h);
+    }
+    write_output(o, place(o, b, head, row) * H + h, total == 0 ? 0.f : sum / total);
+  }
+}
+
 }  // namespace phi3

@@ -24,7 +24,7 @@ from phi3_jax.kernels.native.compiler import Unavailable
 
 SOURCES = Path(__file__).parent
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
-HANDLERS = ("phi3_cuda_linear", "phi3_cuda_attention", "phi3_cuda_cache_write")
+HANDLERS = ("phi3_cuda_linear", "phi3_cuda_attention", "phi3_cuda_cache_write", "phi3_cuda_attend_new")
 _OLDEST = 80  # compute capability 8.0, Ampere: bfloat16 on tensor cores, and copies that nobody waits for
 
 
@@ -67,12 +67,12 @@ def cubins(capability: int) -> list[Path]:
     def one(source: Path) -> Path:
         # A folder of their own each, since one process builds in a folder at a time.
         folder = user_cache.private_cache_folder("kernels", f"{key}-{source.stem}", told=native.note)
+
+        def make(path: Path) -> None:
+            path.write_bytes(nvrtc.compile_cubin(source, headers, architecture)[0])
+
         what = f"the kernels of {source.name} for cards of compute capability {capability / 10}, once"
-        return native.made(
-            folder / f"sm_{architecture}.cubin",
-            lambda path: path.write_bytes(nvrtc.compile_cubin(source, headers, architecture)[0]) and None,
-            what,
-        )
+        return native.made(folder / f"sm_{architecture}.cubin", make, what)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(one, sorted(SOURCES.glob("*.cu"))))

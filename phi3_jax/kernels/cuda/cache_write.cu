@@ -54,6 +54,8 @@ PHI3_DEVICE void store_head(const WriteOperands& o, const float (&x)[kOfLane], C
 
 template <class C>
 PHI3_DEVICE void write_token(const WriteOperands& o) {
+  if (blockIdx.x == 0 && blockIdx.y == 0)
+    for (int i = threadIdx.x; i < o.zeros_count; i += kWriteThreads) o.zeros[i] = 0;
   const int t = blockIdx.x, b = blockIdx.y, lane = threadIdx.x % 32;
   const int64 token = static_cast<int64>(b) * o.T + t;
   const int position = o.positions[token];
@@ -70,7 +72,7 @@ PHI3_DEVICE void write_token(const WriteOperands& o) {
     const int head = is_query ? i : (i - o.N) % o.K;
     if (!is_query && !stored) continue;
     const void* const from = is_query ? o.new_q : is_key ? o.new_k : o.new_v;
-    load_head(o, from, token * o.token_stride + head * o.H, token * o.R, is_query || is_key, x);
+    load_head(o, from, token * o.token_stride + head * o.H, token * o.R, is_query || (is_key && o.N > 0), x);
     const int64 slot = ((static_cast<int64>(*o.layer) * o.B + b) * o.K + head) * o.S + position % o.S;
     if (is_key) store_head(o, x, static_cast<C*>(o.k), o.k_scale, slot);
     if (!is_query && !is_key) store_head(o, x, static_cast<C*>(o.v), o.v_scale, slot);
@@ -95,5 +97,9 @@ PHI3_DEVICE void write_token(const WriteOperands& o) {
 PHI3_WRITE(float)
 PHI3_WRITE(bf16)
 PHI3_WRITE(int8)
+
+PHI3_KERNEL(kWriteThreads, attend_clear, unsigned* numbers, int count) {
+  for (int i = threadIdx.x; i < count; i += kWriteThreads) numbers[i] = 0;
+}
 
 }  // namespace phi3

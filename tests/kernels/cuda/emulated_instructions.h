@@ -34,6 +34,10 @@ T atomicAdd(T* p, T x) {
   return before;
 }
 inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
 
 namespace phi3 {
 
@@ -106,18 +110,18 @@ inline void store16(void* p, uint4 x) {
 inline void copy16_async(void* shared, const void* global, bool valid = true) {
   emulated::aligned(shared);
   if (valid) emulated::aligned(global);
-  emulated::block.fibers[emulated::block.current].copies.back().push_back({shared, valid ? global : nullptr});
+  const emulated::Fiber::Copy copy = {shared, valid ? global : nullptr};
+  if (emulated::block.eager)
+    copy.run();
+  else
+    emulated::block.fibers[emulated::block.current].copies.back().push_back(copy);
 }
 inline void commit_copies() { emulated::block.fibers[emulated::block.current].copies.emplace_back(); }
 template <int newest>
 void wait_copies() {
   auto& groups = emulated::block.fibers[emulated::block.current].copies;
   for (; groups.size() > newest + 1; groups.pop_front())
-    for (const auto& copy : groups.front())
-      if (copy.from)
-        std::memcpy(copy.to, copy.from, 16);
-      else
-        std::memset(copy.to, 0, 16);
+    for (const auto& copy : groups.front()) copy.run();
 }
 
 inline void load_matrices(unsigned (&r)[4], const void* row, PHI3_LINE) {

@@ -3,8 +3,8 @@
 // Blocks run one after another, a block's threads as fibers that change at barriers and at what a warp does together.
 // What is an error on a card, or would hang there, throws: threads that wait in different places, or for one that has
 // ended; addresses that are not aligned. Shared memory holds NaNs (all bits set) until it is written; asynchronous
-// copies arrive when they are waited for, not before; every other block runs its threads in descending order, so that a
-// missing barrier shows. Out-of-bounds accesses are for the sanitizer to find.
+// copies arrive when they are waited for, not before; every other block runs its threads in descending order, and copies
+// at once, so that a missing barrier shows. Out-of-bounds accesses are for the sanitizer to find.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -74,6 +74,12 @@ struct Fiber {
   struct Copy {
     void* to;
     const void* from;  // nullptr for zeros
+    void run() const {
+      if (from)
+        std::memcpy(to, from, 16);
+      else
+        std::memset(to, 0, 16);
+    }
   };
   std::deque<std::vector<Copy>> copies = std::deque<std::vector<Copy>>(1);  // committed groups, then the open one
 };
@@ -86,6 +92,7 @@ struct Block {
   std::map<const void*, std::vector<unsigned char>> statics;
   std::vector<Warp> warps;
   std::deque<Fiber> fibers;  // their stacks are kept from block to block
+  bool eager = false;        // copies at once
   std::vector<bool> any;     // by turn, what block_any's threads have said together
   unsigned current = 0;
   void* scheduler[5];
@@ -147,20 +154,27 @@ inline std::string where(unsigned thread) {
 inline void run_block(unsigned threads, bool descending) {
   while (block.fibers.size() < threads) block.fibers.emplace_back();
   for (Fiber& fiber : block.fibers) fiber.begun = false, fiber.at = At::kRunning, fiber.asked = 0, fiber.copies.assign(1, {});
-  block.any.clear();
+  block.any.clear(), block.eager = descending;
   block.warps.assign(threads / 32, {});
   std::fill(block.dynamic.begin(), block.dynamic.end(), 0xff);
   for (auto& [key, bytes] : block.statics) std::fill(bytes.begin(), bytes.end(), 0xff);
+  // A warp goes on as far as it can before the next one begins: what it must not read yet is not there.
+  const auto run_warp = [&](unsigned first) {
+    bool moved = false;
+    do
+      for (unsigned i = 0; i < 32; ++i) {
+        const unsigned thread = first + (descending ? 31 - i : i);
+        if (block.fibers[thread].at != At::kRunning) continue;
+        resume(thread);
+        moved = true;
+        if (!block.failure.empty()) throw std::runtime_error(std::exchange(block.failure, ""));
+      }
+    while (release(first, first + 32, At::kWarp));
+    return moved;
+  };
   for (bool moved = true; moved;) {
     moved = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned thread = descending ? threads - 1 - i : i;
-      if (block.fibers[thread].at != At::kRunning) continue;
-      resume(thread);
-      moved = true;
-      if (!block.failure.empty()) throw std::runtime_error(std::exchange(block.failure, ""));
-    }
-    for (unsigned i = 0; i < threads; i += 32) moved |= release(i, i + 32, At::kWarp);
+    for (unsigned i = 0; i < threads; i += 32) moved |= run_warp(descending ? threads - 32 - i : i);
     moved |= release(0, threads, At::kBlock);
   }
   for (unsigned i = 1; i < threads; ++i)

@@ -78,6 +78,19 @@ PHI3_KERNEL(64, no_barrier, float* out) {  // either direction shows in one of t
   values[threadIdx.x] = 1;
   out[blockIdx.x * 64 + threadIdx.x] = values[threadIdx.x ^ 1];
 }
+PHI3_KERNEL(64, a_warp_ahead, float* out) {  // one waits for itself, and not for the other
+  PHI3_SHARED(float, values, [64]);
+  values[threadIdx.x] = 1;
+  warp_barrier();
+  out[blockIdx.x * 64 + threadIdx.x] = values[threadIdx.x ^ 32];
+}
+PHI3_KERNEL(64, copied_too_early, const float* x, float* out) {  // over what the other warp has yet to read
+  PHI3_SHARED(float, values, [64]);
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[blockIdx.x * 64 + threadIdx.x] = values[threadIdx.x ^ 32];
+  if (threadIdx.x >= 48) copy16_async(values + 4 * (threadIdx.x - 48), x);
+}
 PHI3_KERNEL(32, beyond, float* out) { out[threadIdx.x + 1] = 0; }
 PHI3_KERNEL(64, votes, int* out) {
   const bool some = block_any(threadIdx.x == 40), none = block_any(threadIdx.x == 64);
@@ -143,6 +156,10 @@ int main(int argc, char**) {
   check(launched("not_waited_for", 1, 32, 0, x.data(), out.data()).empty() && std::isnan(out[5]), "no wait");
   check(launched("no_barrier", 2, 64, 0, out.data()).empty(), "no_barrier runs");
   check(std::isnan(out[0]) && std::isnan(out[65]), "no barrier");
+  check(launched("copied_too_early", 2, 64, 0, x.data(), out.data()).empty(), "copied_too_early runs");
+  check(out[64 + 5] == x[1], "copied too early");
+  check(launched("a_warp_ahead", 2, 64, 0, out.data()).empty(), "a_warp_ahead runs");
+  check(std::isnan(out[0]) && std::isnan(out[127]), "a warp ahead");
 
   for (unsigned i = 0; i < 65536; ++i) {
     const phi3::half h{static_cast<unsigned short>(i)};

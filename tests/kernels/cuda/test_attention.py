@@ -11,6 +11,7 @@ import pytest
 from phi3_jax.kernels.attention import cuda
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import attention_mask
+from phi3_jax.model.rope import rotate
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -182,3 +183,33 @@ def test_many_queries_over_split_slots(monkeypatch):
 
 def test_many_queries_in_float32_are_exact():
     check(Case(T=17, S=96, N=2, dtype="float32", lengths=(96, 17), q_dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("T", "slots", "dtype"), [(1, 300, "int8"), (1, 70, "float32"), (3, 40, "bfloat16"), (18, 60, "int8")]
+)
+def test_new_tokens_are_rotated_stored_and_attended_to(T, slots, dtype, monkeypatch):  # noqa: N803
+    """Two launches give what rotation, writing and attention give one after another; a part of each head is rotated."""
+    monkeypatch.setattr(cuda, "_SLOTS", 32)
+    case = Case(
+        T=T, S=slots, N=4, K=2, lengths=(slots, slots + 30, 11), window=slots - T, dtype=dtype, q_dtype="float32"
+    )
+    q, arrays, who, _ = operands(case)
+    random = np.random.default_rng(9)
+    qkv = jnp.asarray(random.standard_normal((len(case.lengths), T, 8, case.H)), jnp.float32)
+    cos, sin = (jnp.asarray(random.standard_normal((len(case.lengths), T, 24)), jnp.float32) for _ in range(2))
+    kv = KeysValues(*(None if each is None else jnp.asarray(each) for each in arrays), layer=jnp.int32(1))
+    visible = Visibility(*(None if each is None else jnp.asarray(each) for each in who), window=case.window)
+    out, stored = cuda.attend_new(qkv, cos, sin, kv, visible)
+    q, k, v = jnp.split(qkv, [4, 6], axis=2)
+    expected = cuda.write(kv, visible.q_positions, rotate(k, cos, sin), v)
+    for found, wanted in zip(jax.tree.leaves(stored), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=1e-2 if dtype == "bfloat16" else 1e-5
+        )
+    cache = tuple(
+        None if each is None else np.asarray(each) for each in (stored.k, stored.v, stored.k_scale, stored.v_scale)
+    )
+    mask = np.asarray(visible.mask())
+    difference = np.abs(np.asarray(out) - exact(np.asarray(rotate(q, cos, sin)), cache, mask))
+    assert difference.max() < (2e-5 if T < 5 else 0.02)

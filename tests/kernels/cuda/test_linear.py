@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from phi3_jax.kernels import QuantizedTensor
-from phi3_jax.kernels.linear import cuda
+from phi3_jax.kernels import LoraTensor, QuantizedTensor
+from phi3_jax.kernels.linear import cuda, gated, linear
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -82,3 +82,36 @@ def test_products(rows, outputs, inputs):
     for i, (bits, group, symmetric) in enumerate(KINDS):
         if rows <= 32 or i % 3 == rows % 3:
             check(rows, outputs, inputs, bits, group, symmetric, jnp.dtype((jnp.float32, jnp.bfloat16)[i % 2]))
+
+
+@pytest.fixture
+def traced_for_a_gpu(monkeypatch):
+    """Programs are traced as on a GPU; here they run the reference, which is in them, too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize("function", [linear, gated])
+def test_programs_for_a_gpu_call_the_kernel_and_derivatives_are_the_references(traced_for_a_gpu, function):
+    weight, x = integers(32, 64, 4, 32, False), jnp.asarray(np.random.default_rng(1).standard_normal((3, 64)))
+    adapter = [jnp.full((2, 64), 0.1), jnp.full((32, 2), 0.2)]
+    floats = weight.dequantize()
+
+    def loss(x, a, b, base):
+        return (function(x, LoraTensor(base, a, b, None, None, 2.0, 0.0)) ** 2).sum()
+
+    assert "phi3_cuda_linear" in str(jax.make_jaxpr(function)(x, weight))
+    assert "phi3_cuda_linear" in str(jax.make_jaxpr(loss)(x, *adapter, weight))  # the base's product
+    assert "phi3_cuda_linear" not in str(jax.make_jaxpr(function)(x, floats))
+    found = jax.grad(loss, (0, 1, 2))(x, *adapter, weight)
+    for one, expected in zip(found, jax.grad(loss, (0, 1, 2))(x, *adapter, floats), strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_of_a_stack():
+    layers = [integers(20, 96, 8, 32, True, seed) for seed in range(3)]
+    stack = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 96)), jnp.bfloat16)
+    found = linear(x, stack, jnp.int32(1), jnp.float32, implementation="cuda")
+    np.testing.assert_allclose(found, exact(x, layers[1]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="multiply integers only"):
+        linear(x, jnp.zeros((20, 96)), implementation="cuda")
