@@ -24,7 +24,7 @@ from phi3_jax.train.step import start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LORA = LoraConfig(rank=2, alpha=3, dora=True)
+LORA, DORA = (LoraConfig(rank=2, alpha=3, dora=dora) for dora in (False, True))
 KINDS = [{"dtype": "bfloat16"}, {"quantize": "int8"}]
 SLOW_KINDS = [{}, {"quantize": "int4-g64-asymmetric"}]
 
@@ -69,10 +69,10 @@ def run(model, params, rows, walk=None):
     [(1, "floats"), (3, "adapted integers"), pytest.param(64, "adapted integers", marks=pytest.mark.slow)],
 )
 def test_numbers_are_those_of_the_stack(model, rows, form):
-    params = model.params
+    params, apart = model.params, split_layers(model.params)
     if form != "floats":
-        params = attach(quantize_params(params, "int8"), random_adapter(model.config, LORA), LORA)
-    apart = split_layers(params)
+        integers, adapter = quantize_params(params, "int8"), random_adapter(model.config, LORA)
+        params, apart = (attach(each, adapter, LORA) for each in (integers, split_layers(integers)))
     assert has_per_layer(apart)
     assert not has_per_layer(params)
     theirs, ours = run(model, params, rows, "index"), run(model, apart, rows)
@@ -82,20 +82,21 @@ def test_numbers_are_those_of_the_stack(model, rows, form):
         jax.tree.map(np.testing.assert_array_equal, run(model, params, rows, "unroll"), ours)
 
 
+@pytest.mark.slow
 def test_adapters_go_onto_each_layer(model):
     """Attached to, and merged into, what is apart: as with stacks."""
-    adapter = random_adapter(model.config, LORA)
-    stack, apart = attach(model.params, adapter, LORA), attach(split_layers(model.params), adapter, LORA)
+    adapter = random_adapter(model.config, DORA)
+    stack, apart = attach(model.params, adapter, DORA), attach(split_layers(model.params), adapter, DORA)
     leaf = apart["layers"]["mlp"]["down_proj"]["weight"]
     assert isinstance(leaf, PerLayer)
     assert isinstance(leaf[2], LoraTensor)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stack_layers(apart), stack)
     close = {"rtol": 1e-5, "atol": 1e-6}
-    merged = merge(split_layers(model.params), adapter, LORA)
+    merged = merge(split_layers(model.params), adapter, DORA)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, **close),
         stack_layers(merged),
-        merge(model.params, adapter, LORA),
+        merge(model.params, adapter, DORA),
     )
     floats = as_floats(apart, "float32")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), floats, stack_layers(merged))
