@@ -226,7 +226,8 @@ def _samples(leaves: Sequence[jax.Array]) -> list[np.ndarray]:
     where = [np.unravel_index(np.arange(0, x.size, step), x.shape) for x, step in zip(leaves, strides, strict=True)]
     if all(map(_on_host, leaves)):
         return [np.asarray(leaf)[index] for leaf, index in zip(leaves, where, strict=True)]  # of views, not of copies
-    return jax.device_get(_gather(leaves, where))
+    # A program for each shape: a weight in a buffer per layer has as many leaves as layers.
+    return jax.device_get([_gather(leaf, index) for leaf, index in zip(leaves, where, strict=True)])
 
 
 def _on_host(leaf: jax.Array | np.ndarray) -> bool:
@@ -234,8 +235,8 @@ def _on_host(leaf: jax.Array | np.ndarray) -> bool:
 
 
 @jax.jit
-def _gather(leaves: Sequence[jax.Array], where: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
-    return [leaf[index] for leaf, index in zip(leaves, where, strict=True)]
+def _gather(leaf: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
+    return leaf[where]
 
 
 def _newest_run(positions: np.ndarray) -> np.ndarray:

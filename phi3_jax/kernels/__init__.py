@@ -11,6 +11,8 @@ from phi3_jax.kernels.linear.packed import PackedTensor as PackedTensor
 from phi3_jax.kernels.linear.packed import has_packed as has_packed
 from phi3_jax.kernels.linear.per_layer import PerLayer as PerLayer
 from phi3_jax.kernels.linear.per_layer import has_per_layer as has_per_layer
+from phi3_jax.kernels.linear.per_layer import split_layers as split_layers
+from phi3_jax.kernels.linear.per_layer import stack_layers as stack_layers
 from phi3_jax.kernels.linear.quantized import QuantizedTensor as QuantizedTensor
 from phi3_jax.kernels.native.build import why_unavailable as why_unavailable
 from phi3_jax.kernels.native.compiler import Unavailable as Unavailable

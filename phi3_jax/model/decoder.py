@@ -30,7 +30,6 @@ from phi3_jax.model.cache import KVCache
 from phi3_jax.model.rope import cos_sin, rotate
 
 Walk = Literal["slice", "index", "unroll"]
-Number = jax.Array | np.int32  # of a layer: in an unrolled loop it is known when the program is traced
 Capture = Literal["hidden_states", "attention"]
 LayerCapture = Capture | Literal["matrix_inputs"]
 Remat = Literal["none", "dots", "full"]
@@ -51,19 +50,20 @@ class Shared:
     visible: Visibility
 
 
-def rms_norm(x: jax.Array, weight: jax.Array | PerLayer, eps: float, layer: Number | None = None) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array | PerLayer, eps: float, layer: jax.Array | None = None) -> jax.Array:
     """RMSNorm (arXiv:1910.07467) of x [..., D]: normalised in float32, cast back, scaled -> in x's dtype.
 
     weight is [D], or a stack [L, D] that is indexed by `layer`.
     """
+    own: Any = weight
     if isinstance(weight, PerLayer):
-        weight = weight[layer]
+        own = weight[layer]
     elif layer is not None:
-        weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+        own = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + float(eps))
     # Weights may be wider than x: beside integers, those of a file stay as they are.
-    return (weight * normed.astype(x.dtype)).astype(x.dtype)
+    return (own * normed.astype(x.dtype)).astype(x.dtype)
 
 
 class Weight(nn.Module):
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.o_proj = matrix(c, c.hidden_size, c.num_attention_heads * c.head_dim)
 
     def __call__(
-        self, x: jax.Array, shared: Shared, cache: KVCache | None, number: Number, layer: Number | None
+        self, x: jax.Array, shared: Shared, cache: KVCache | None, number: jax.Array, layer: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None, jax.Array, jax.Array | None]:
         """x [B, T, D] -> (output [B, T, D], cache, the heads' outputs [B, T, N * H], probabilities if wanted).
 
@@ -142,7 +142,7 @@ class MLP(nn.Module):
         self.gate_up_proj = matrix(self.config, 2 * self.config.intermediate_size, self.config.hidden_size)
         self.down_proj = matrix(self.config, self.config.hidden_size, self.config.intermediate_size)
 
-    def __call__(self, x: jax.Array, layer: Number | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> (output [B, T, D], the gated features [B, T, F])."""
         features = gated(x, self.gate_up_proj(), layer)
         return linear(features, self.down_proj(), layer), features
@@ -166,7 +166,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(self.config)
 
     def __call__(
-        self, carry: tuple[jax.Array, KVCache | None], number: Number, shared: Shared
+        self, carry: tuple[jax.Array, KVCache | None], number: jax.Array, shared: Shared
     ) -> tuple[tuple[jax.Array, KVCache | None], dict[str, Any]]:
         """One step of the loop over layers: carry = (residual stream [B, T, D], cache), number = the layer's index."""
         x, cache = carry
@@ -300,11 +300,11 @@ class Phi3(nn.Module):
         """A function (carry, shared) -> (carry, captured values): all decoder layers, one after another."""
         walk, numbers = self._walk(cache), np.arange(self.config.num_hidden_layers, dtype=np.int32)
         if walk == "unroll":
-            one = DecoderLayer(self.config, walk, capture, name="layers")
+            one: Any = DecoderLayer(self.config, walk, capture, name="layers")
 
             def unrolled(carry: Any, shared: Shared) -> Any:
                 captured = []
-                for number in numbers:
+                for number in numbers:  # NumPy's, which are known when the program is traced
                     carry, seen = one(carry, number, shared)
                     captured.append(seen)
                 return carry, jax.tree.map(lambda *each: jnp.stack(each), *captured)

@@ -15,8 +15,7 @@ from phi3_jax.adapters import LoraConfig, attach, merge
 from phi3_jax.checkpoint import as_floats, kind_of_weights
 from phi3_jax.infer import Options
 from phi3_jax.infer.engine.prompt_cache import fingerprint
-from phi3_jax.kernels import LoraTensor, PerLayer, QuantizedTensor, has_per_layer
-from phi3_jax.kernels.linear.per_layer import split_layers, stack_layers
+from phi3_jax.kernels import LoraTensor, PerLayer, QuantizedTensor, has_per_layer, split_layers, stack_layers
 from phi3_jax.model import KVCache
 from phi3_jax.quantization import quantize_params
 from phi3_jax.train.evaluation.score import Request, score
@@ -25,8 +24,9 @@ from phi3_jax.train.step import start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LORA = LoraConfig(rank=2, alpha=3, dora=True)
-KINDS = [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4-g64-asymmetric"}]
+LORA, DORA = (LoraConfig(rank=2, alpha=3, dora=dora) for dora in (False, True))
+KINDS = [{"dtype": "bfloat16"}, {"quantize": "int8"}]
+SLOW_KINDS = [{}, {"quantize": "int4-g64-asymmetric"}]
 
 
 @pytest.fixture(scope="module")
@@ -69,41 +69,41 @@ def run(model, params, rows, walk=None):
     [(1, "floats"), (3, "adapted integers"), pytest.param(64, "adapted integers", marks=pytest.mark.slow)],
 )
 def test_numbers_are_those_of_the_stack(model, rows, form):
-    params = model.params
+    params, apart = model.params, split_layers(model.params)
     if form != "floats":
-        params = attach(quantize_params(params, "int8"), random_adapter(model.config, LORA), LORA)
-    apart = split_layers(params)
+        integers, adapter = quantize_params(params, "int8"), random_adapter(model.config, LORA)
+        params, apart = (attach(each, adapter, LORA) for each in (integers, split_layers(integers)))
     assert has_per_layer(apart)
     assert not has_per_layer(params)
     theirs, ours = run(model, params, rows, "index"), run(model, apart, rows)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, theirs)
     jax.tree.map(np.testing.assert_array_equal, stack_layers(apart), params)
-    if rows == 1:  # stacks can be unrolled, too; and the other walks are about stacks
+    if rows == 1:  # stacks can be unrolled, too
         jax.tree.map(np.testing.assert_array_equal, run(model, params, rows, "unroll"), ours)
-        jax.tree.map(np.testing.assert_array_equal, run(model, apart, rows, "slice"), ours)
 
 
+@pytest.mark.slow
 def test_adapters_go_onto_each_layer(model):
     """Attached to, and merged into, what is apart: as with stacks."""
-    adapter = random_adapter(model.config, LORA)
-    stack, apart = attach(model.params, adapter, LORA), attach(split_layers(model.params), adapter, LORA)
+    adapter = random_adapter(model.config, DORA)
+    stack, apart = attach(model.params, adapter, DORA), attach(split_layers(model.params), adapter, DORA)
     leaf = apart["layers"]["mlp"]["down_proj"]["weight"]
     assert isinstance(leaf, PerLayer)
     assert isinstance(leaf[2], LoraTensor)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stack_layers(apart), stack)
     close = {"rtol": 1e-5, "atol": 1e-6}
-    merged = merge(split_layers(model.params), adapter, LORA)
+    merged = merge(split_layers(model.params), adapter, DORA)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, **close),
         stack_layers(merged),
-        merge(model.params, adapter, LORA),
+        merge(model.params, adapter, DORA),
     )
     floats = as_floats(apart, "float32")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), floats, stack_layers(merged))
     assert kind_of_weights(split_layers(quantize_params(model.params, "int4"))) == "int4"
 
 
-@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("how", [*KINDS, *(pytest.param(how, marks=pytest.mark.slow) for how in SLOW_KINDS)])
 def test_files_are_those_of_the_stack(folder, tmp_path, how):
     stack, apart = (phi3_jax.load(folder, **how, layout=layout) for layout in ("rows", "layers"))
     wanted = QuantizedTensor if "quantize" in how else jax.Array
@@ -129,6 +129,7 @@ def test_an_adapter_is_loaded_onto_the_integers_of_each_layer(model, folder, tmp
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stack_layers(apart), stack)
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_stack(model):
     """Greedily, and scored."""
     apart, prompts = split(model), [[5, 1, 7], [20, 33, 2, 9, 11]]
@@ -146,6 +147,7 @@ def test_text_is_that_of_the_stack(model):
 
 def test_what_needs_stacks_says_so(model):
     apart, tokens = split(model), jnp.asarray([[5, 1, 7]])
+    jax.eval_shape(phi3_jax.Phi3(model.config, "slice").apply, {"params": apart.params}, tokens)  # is about stacks
     with pytest.raises(ValueError, match=r"remat='full' is for training, .* load with layout='rows'"):
         phi3_jax.Phi3(model.config, remat="full").apply({"params": apart.params}, tokens)
     with pytest.raises(

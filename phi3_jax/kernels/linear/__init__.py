@@ -17,12 +17,12 @@ from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu", "cuda"]
-Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor | PerLayer
+Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
 
 
 def linear(
     x: jax.Array,
-    weight: Weight,
+    weight: Weight | PerLayer,
     layer: jax.Array | None = None,
     dtype: Any = None,
     implementation: Implementation | None = None,
@@ -58,11 +58,13 @@ def linear(
     return by_platform(reference, cpu=by_cpu, cuda=by_cuda)(x, weight, layer)
 
 
-def gated(x: jax.Array, weight: Weight, layer: jax.Array | None = None) -> jax.Array:
+def gated(x: jax.Array, weight: Weight | PerLayer, layer: jax.Array | None = None) -> jax.Array:
     """up * silu(gate) -> [..., F], where gate and up are the halves of x @ weight.T; weight is [2 F, in] or a stack.
 
     The kernels for NVIDIA cards compute it at once where the weight is integers.
     """
+    if isinstance(weight, PerLayer):
+        return gated(x, weight[layer])
 
     def reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
         gate, up = jnp.split(linear(x, weight, layer), 2, axis=-1)
