@@ -51,7 +51,15 @@ def linear(
         return reference(x, weight, layer)
     on_cpu = isinstance(weight, PackedTensor) and jax.default_backend() == "cpu" and why_unavailable() is None
     by_cpu = functools.partial(cpu.linear, dtype=dtype) if on_cpu else None
-    return by_platform(reference, cpu=by_cpu)(x, weight, layer)
+    by_column = isinstance(weight, QuantizedTensor) and weight.by_column
+    by_tpu = functools.partial(_by_tpu, dtype=dtype) if by_column else None
+    return by_platform(reference, cpu=by_cpu, tpu=by_tpu)(x, weight, layer)
+
+
+def _by_tpu(x: jax.Array, weight: QuantizedTensor, layer: jax.Array | None, dtype: Any) -> jax.Array:
+    from phi3_jax.kernels.linear import tpu  # Pallas: the other platforms' programs need not wait for its import
+
+    return tpu.linear(x, weight, layer, dtype)
 
 
 def rows(table: Weight, ids: jax.Array, fixed: jax.Array | bool = False) -> jax.Array:
