@@ -43,7 +43,7 @@ class Ours:
             "cache_bytes": float(self._cache_dtype.itemsize),
             "config": model.config.to_hf(),
             "device": jax.devices()[0].device_kind,
-            "status": phi3_jax.kernels.status(model.params, self._cache_dtype),
+            "status": phi3_jax.kernels.status(model.params, self._cache_dtype, model.config.head_dim),
         }
 
     def export(self, spec: dict[str, Any], path: str, kind: str) -> Reply:

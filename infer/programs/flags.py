@@ -162,7 +162,8 @@ def _load(path: str, dtype: str, quantize: str | None, adapter: str | None) -> p
     with progress_bar("loading") as on_progress:
         checkpoint = phi3_jax.load(path, dtype, quantize=quantize, adapter=adapter, on_progress=on_progress)
     if VERBOSE.value:
-        for operation, answer in status(checkpoint.params, CACHE_DTYPE.value or own_cache_dtype(checkpoint)).items():
+        cache_dtype = CACHE_DTYPE.value or own_cache_dtype(checkpoint)
+        for operation, answer in status(checkpoint.params, cache_dtype, checkpoint.config.head_dim).items():
             print(f"{operation}: {answer}", file=sys.stderr)
     return checkpoint
 

@@ -7,22 +7,29 @@ from typing import Any
 
 import jax
 
+from phi3_jax.kernels.attention import cuda as cuda_attention
 from phi3_jax.kernels.attention import why_not_cpu
+from phi3_jax.kernels.cuda import build as cuda
 from phi3_jax.kernels.linear.packed import PackedTensor
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import library, why_unavailable
 
 
-def status(params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32") -> dict[str, str]:
+def status(
+    params: Any = None, cache_dtype: jax.typing.DTypeLike = "float32", head_dim: int | None = None
+) -> dict[str, str]:
     """Which implementation "linear" and "attention" (the keys) use on this machine, and why not another.
 
     Args:
       params: the parameter tree that `linear` is used with; None assumes packed weights.
       cache_dtype: the dtype of the key-value cache that `attention` is used with.
+      head_dim: the model's; None assumes one that kernels are made for.
     """
     platform = jax.default_backend()
     if platform == "tpu":
         return {"linear": _on_tpu(params), "attention": "tpu kernel (Pallas)"}
+    if platform == "gpu":
+        return {"linear": _linear_on_gpu(params), "attention": _attention_on_gpu(cache_dtype, head_dim)}
     if platform != "cpu":
         return dict.fromkeys(("linear", "attention"), f"xla, because there are no kernels for platform {platform} yet")
     if (reason := why_unavailable()) is not None:
@@ -50,6 +57,22 @@ def _on_tpu(params: Any) -> str:
     if integers and not all(integers):
         return "xla, because integers lie by rows, which takes memory for floats: load them with layout='columns'"
     return "tpu kernel (Pallas)" if integers else "xla, which reads floats where they lie"
+
+
+def _linear_on_gpu(params: Any) -> str:
+    if (reason := cuda.why_unavailable()) is not None:
+        return f"xla, because the kernels for NVIDIA cards cannot be used: {reason}"
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+    if params is None or any(isinstance(leaf, QuantizedTensor) for leaf in leaves):
+        return "cuda kernels"
+    return "xla, because no weights are integers in rows: that takes quantize=, and layout='rows'"
+
+
+def _attention_on_gpu(cache_dtype: jax.typing.DTypeLike, head_dim: int | None) -> str:
+    if (reason := cuda.why_unavailable()) is not None:
+        return f"xla, because the kernels for NVIDIA cards cannot be used: {reason}"
+    problem = cuda_attention.why_not_types(cache_dtype, head_dim or cuda_attention.HEAD_DIMS[0])
+    return "cuda kernels" if problem is None else f"xla, because {problem}"
 
 
 def isa() -> str | None:

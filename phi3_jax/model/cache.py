@@ -6,13 +6,14 @@ Axis letters: L layer, B batch, T new token, S slot, K key-value heads, H head d
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.attention import cpu, why_not_cpu
+from phi3_jax.kernels.attention import cpu, cuda, why_not_cpu
 from phi3_jax.kernels.attention.arguments import KeysValues
 from phi3_jax.kernels.dispatch import by_platform
 
@@ -93,12 +94,13 @@ class KVCache:
     ) -> KVCache:
         """Stores one layer's new keys and values, each [B, T, K, H], in the slots of their positions.
 
-        The CPU kernels do it where a program is compiled for the CPU and they can be used; "xla" forbids them.
+        The kernels of the platform that a program is compiled for do it, if they can be used; "xla" forbids them.
         """
         if implementation == "xla":
             return self._scatter(layer, positions, k, v)
-        by_cpu = _write_by_kernel if why_not_cpu(self.k.dtype) is None else None
-        return by_platform(KVCache._scatter, cpu=by_cpu)(self, layer, positions, k, v)
+        by_cpu = _writes_by(cpu.write) if why_not_cpu(self.k.dtype) is None else None
+        by_cuda = _writes_by(cuda.write) if cuda.why_not(self.k.dtype, k.shape[-1]) is None else None
+        return by_platform(KVCache._scatter, cpu=by_cpu, cuda=by_cuda)(self, layer, positions, k, v)
 
     def _scatter(self, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
         rows, slots = self._slots(positions)
@@ -130,9 +132,12 @@ class KVCache:
         return rows, jnp.where(positions >= 0, positions % self.capacity, self.capacity)
 
 
-def _write_by_kernel(cache: KVCache, layer: jax.Array, *new: jax.Array) -> KVCache:
-    kv = cpu.write(cache.keys_values(layer), *new)
-    return dataclasses.replace(cache, k=kv.k, v=kv.v, k_scale=kv.k_scale, v_scale=kv.v_scale)
+def _writes_by(kernel: Callable[..., KeysValues]) -> Callable[..., KVCache]:
+    def write(cache: KVCache, layer: jax.Array, *new: jax.Array) -> KVCache:
+        kv = kernel(cache.keys_values(layer), *new)
+        return dataclasses.replace(cache, k=kv.k, v=kv.v, k_scale=kv.k_scale, v_scale=kv.v_scale)
+
+    return write
 
 
 def slots_needed(config: Phi3Config, tokens: int, chunk: int) -> int:

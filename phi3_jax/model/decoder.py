@@ -25,7 +25,7 @@ from phi3_jax.kernels import PerLayer, has_packed, has_per_layer
 from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
-from phi3_jax.kernels.linear import linear, rows
+from phi3_jax.kernels.linear import gated, linear, rows
 from phi3_jax.model.cache import KVCache
 from phi3_jax.model.rope import cos_sin, rotate
 
@@ -142,9 +142,8 @@ class MLP(nn.Module):
 
     def __call__(self, x: jax.Array, layer: Number | None) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> (output [B, T, D], the gated features [B, T, F])."""
-        gate, up = jnp.split(linear(x, self.gate_up_proj(), layer), 2, axis=-1)
-        gated = up * jax.nn.silu(gate)
-        return linear(gated, self.down_proj(), layer), gated
+        features = gated(x, self.gate_up_proj(), layer)
+        return linear(features, self.down_proj(), layer), features
 
 
 class DecoderLayer(nn.Module):

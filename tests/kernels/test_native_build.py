@@ -43,6 +43,23 @@ def test_a_library_is_made_once_and_again_when_a_source_changes(one_source, caps
     assert {path.name for path in first.parent.iterdir()} == names
 
 
+def test_a_library_is_named_after_every_file_that_may_be_included_and_jaxlib(one_source, monkeypatch):
+    keys = [compiler.source_key()]
+    for name in ("one.inc", "ffi/table.inc", "header.h", "ffi/more.hpp"):
+        (one_source.parents[1] / name).write_text("// new\n")
+        keys.append(compiler.source_key())
+        (one_source.parents[1] / name).write_text("// other\n")
+        keys.append(compiler.source_key())
+    (one_source.parents[1] / "table.inc").write_text("// other\n")  # the same content at another place
+    (one_source.parents[1] / "ffi" / "table.inc").unlink()
+    keys.append(compiler.source_key())
+    monkeypatch.setattr(compiler.jaxlib.version, "__version__", "99.0")  # its headers are in all libraries
+    keys.append(compiler.source_key())
+    assert len(set(keys)) == len(keys)
+    (one_source.parent / "build.py").write_text("Python is compiled by others\n")
+    assert compiler.source_key() == keys[-1]
+
+
 @needs_kernels
 def test_two_processes_at_once_make_one_library(one_source, tmp_path):
     script = (
@@ -77,7 +94,7 @@ def test_a_library_for_another_version_of_the_interface_is_not_registered(one_so
     import ctypes
 
     with pytest.raises(Unavailable, match="compiled for version"):
-        build._check_version(ctypes.CDLL(str(build._build())))
+        build.check_version(ctypes.CDLL(str(build._build())))
 
 
 def run(tmp_path, **variables):

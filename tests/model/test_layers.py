@@ -26,7 +26,8 @@ from phi3_jax.train.step import start
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LORA = LoraConfig(rank=2, alpha=3, dora=True)
-KINDS = [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4-g64-asymmetric"}]
+KINDS = [{"dtype": "bfloat16"}, {"quantize": "int8"}]
+SLOW_KINDS = [{}, {"quantize": "int4-g64-asymmetric"}]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,8 @@ def test_numbers_are_those_of_the_stack(model, rows, form):
     theirs, ours = run(model, params, rows, "index"), run(model, apart, rows)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, theirs)
     jax.tree.map(np.testing.assert_array_equal, stack_layers(apart), params)
-    if rows == 1:  # stacks can be unrolled, too; and the other walks are about stacks
+    if rows == 1:  # stacks can be unrolled, too
         jax.tree.map(np.testing.assert_array_equal, run(model, params, rows, "unroll"), ours)
-        jax.tree.map(np.testing.assert_array_equal, run(model, apart, rows, "slice"), ours)
 
 
 def test_adapters_go_onto_each_layer(model):
@@ -103,7 +103,7 @@ def test_adapters_go_onto_each_layer(model):
     assert kind_of_weights(split_layers(quantize_params(model.params, "int4"))) == "int4"
 
 
-@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("how", [*KINDS, *(pytest.param(how, marks=pytest.mark.slow) for how in SLOW_KINDS)])
 def test_files_are_those_of_the_stack(folder, tmp_path, how):
     stack, apart = (phi3_jax.load(folder, **how, layout=layout) for layout in ("rows", "layers"))
     wanted = QuantizedTensor if "quantize" in how else jax.Array
@@ -129,6 +129,7 @@ def test_an_adapter_is_loaded_onto_the_integers_of_each_layer(model, folder, tmp
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stack_layers(apart), stack)
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_stack(model):
     """Greedily, and scored."""
     apart, prompts = split(model), [[5, 1, 7], [20, 33, 2, 9, 11]]
@@ -146,6 +147,7 @@ def test_text_is_that_of_the_stack(model):
 
 def test_what_needs_stacks_says_so(model):
     apart, tokens = split(model), jnp.asarray([[5, 1, 7]])
+    jax.eval_shape(phi3_jax.Phi3(model.config, "slice").apply, {"params": apart.params}, tokens)  # is about stacks
     with pytest.raises(ValueError, match=r"remat='full' is for training, .* load with layout='rows'"):
         phi3_jax.Phi3(model.config, remat="full").apply({"params": apart.params}, tokens)
     with pytest.raises(

@@ -9,12 +9,12 @@ from typing import Literal
 
 import jax
 
-from phi3_jax.kernels.attention import cpu, xla
+from phi3_jax.kernels.attention import cpu, cuda, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.native.build import why_unavailable
 
-Implementation = Literal["xla", "cpu", "tpu"]
+Implementation = Literal["xla", "cpu", "cuda", "tpu"]
 
 
 def attention(
@@ -26,25 +26,28 @@ def attention(
       q: [B, T, N, H].
       kv: the keys and values.
       visible: which keys each query may see. The output of a query that sees none (padding) is finite but meaningless.
-      implementation: "cpu" and "tpu" are the kernels for these platforms; "xla" runs everywhere, and can be
-        differentiated. None takes the kernel of the platform that a program is compiled for, if there is one that can
-        be used, else XLA (see `kernels.status`).
+      implementation: "cpu", "cuda" and "tpu" are the kernels of a platform; "xla" runs everywhere, and can be
+        differentiated. None takes the kernels of the platform that a program is compiled for, if they can be used,
+        else XLA (see `kernels.status`).
 
     Returns:
       [B, T, N, H] in q's dtype.
 
     Raises:
-      ValueError: `implementation` is "cpu" and the keys are of a type that the kernels do not read.
-      Unavailable: `implementation` is "cpu" and the kernels cannot be used here.
+      ValueError: `implementation` names kernels, which do not read keys of this type or size.
+      Unavailable: `implementation` names kernels, which cannot be used here.
     """
     if implementation == "cpu":
         return cpu.attention(q, kv, visible)
+    if implementation == "cuda":
+        return cuda.attention(q, kv, visible)
     if implementation == "tpu":
         return _by_tpu(q, kv, visible)
     if implementation == "xla":
         return _reference(q, kv, visible)
     by_cpu = cpu.attention if why_not_cpu(kv.k.dtype) is None else None
-    return by_platform(_reference, cpu=by_cpu, tpu=_by_tpu)(q, kv, visible)
+    by_cuda = cuda.attention if cuda.why_not(kv.k.dtype, q.shape[-1]) is None else None
+    return by_platform(_reference, cpu=by_cpu, cuda=by_cuda, tpu=_by_tpu)(q, kv, visible)
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:

@@ -23,11 +23,11 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     call = jax.ffi.ffi_call("phi3_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
     out = call(
         q.astype(jnp.float32),
-        *_stacked(kv),
+        *stacked(kv),
         visible.q_positions,
         visible.k_positions,
-        *_segments(visible),
-        _index(kv.layer),
+        *segments(visible),
+        index(kv.layer),
         window=np.int64(visible.window or 0),
     )
     return out.astype(q.dtype)
@@ -44,30 +44,32 @@ def write(kv: KeysValues, positions: jax.Array, k: jax.Array, v: jax.Array) -> K
 
     The token at position p goes to slot p mod S; tokens at negative positions (padding) are not stored.
     """
-    stacked = _stacked(kv)
+    stacks = stacked(kv)
     call = jax.ffi.ffi_call(
         "phi3_cache_write",
-        [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in stacked],
-        input_output_aliases={i: i for i in range(len(stacked))},
+        [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in stacks],
+        input_output_aliases={i: i for i in range(len(stacks))},
         vmap_method="sequential",
     )
     new = (k.astype(jnp.float32), v.astype(jnp.float32))
-    k, v, k_scale, v_scale = call(*stacked, *new, positions, _index(kv.layer))
+    k, v, k_scale, v_scale = call(*stacks, *new, positions, index(kv.layer))
     if kv.k_scale is None:
         return KeysValues(k, v, layer=kv.layer)
     return KeysValues(k, v, k_scale, v_scale, kv.layer)
 
 
-def _stacked(kv: KeysValues) -> list[jax.Array]:
+def stacked(kv: KeysValues) -> list[jax.Array]:
     """Keys, values and their scales as stacks over layers; missing scales become empty arrays."""
     scales = [jnp.zeros(0, jnp.float32) if each is None else each for each in (kv.k_scale, kv.v_scale)]
     leaves = [kv.k, kv.v, *scales]
     return [leaf[None] for leaf in leaves] if kv.layer is None else leaves
 
 
-def _segments(visible: Visibility) -> list[jax.Array]:
+def segments(visible: Visibility) -> list[jax.Array]:
+    """The segments of queries and keys; missing ones become empty arrays."""
     return [jnp.zeros(0, jnp.int32) if each is None else each for each in (visible.q_segments, visible.k_segments)]
 
 
-def _index(layer: jax.Array | None) -> jax.Array:
+def index(layer: jax.Array | None) -> jax.Array:
+    """The layer of a stack, int32; 0 where there is none."""
     return jnp.int32(0) if layer is None else layer.astype(jnp.int32)

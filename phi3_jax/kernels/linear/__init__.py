@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.kernels.dispatch import by_platform
-from phi3_jax.kernels.linear import cpu, lora, xla
+from phi3_jax.kernels.linear import cpu, cuda, lora, xla
 from phi3_jax.kernels.linear.lora import LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor
 from phi3_jax.kernels.linear.per_layer import PerLayer
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import why_unavailable
 
-Implementation = Literal["xla", "cpu"]
+Implementation = Literal["xla", "cpu", "cuda", "tpu"]
 Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor | PerLayer
 
 
@@ -32,12 +32,14 @@ def linear(
     Args:
       layer: int32 scalar; of a `PerLayer` a number that is known when the program is traced.
       dtype: of the result; by default x's.
-      implementation: "cpu" is the compiled kernels, which need packed weights; "xla" takes all weights, on every
-        platform. None takes the kernels where a program is compiled for the CPU and they can be used, else XLA.
+      implementation: "cpu" is the compiled kernels for it, which need packed weights; "cuda" those for NVIDIA cards,
+        which need integers as they are stored; "tpu" that for TPUs, which needs them by columns; "xla" takes all
+        weights, on every platform. None takes the kernels of the platform that a program is compiled for, where they
+        can be used, else XLA.
 
     Raises:
-      ValueError: `implementation` is "cpu" and the weight is not packed.
-      Unavailable: `implementation` is "cpu" and the kernels cannot be used here.
+      ValueError: `implementation` is "cpu", "cuda" or "tpu", and its kernels do not take this weight.
+      Unavailable: `implementation` is "cpu" or "cuda" and its kernels cannot be used here.
     """
     if isinstance(weight, PerLayer):
         return linear(x, weight[layer], None, dtype, implementation)
@@ -46,17 +48,38 @@ def linear(
         return lora.linear(x, weight, layer, product)
     if implementation == "cpu":
         return cpu.linear(x, weight, layer, dtype)
+    if implementation == "cuda":
+        return cuda.linear(x, weight, layer, dtype)
+    if implementation == "tpu":
+        return _by_tpu(x, weight, layer, dtype)
     reference = functools.partial(xla.linear, dtype=dtype)
     if implementation == "xla":
         return reference(x, weight, layer)
     on_cpu = isinstance(weight, PackedTensor) and jax.default_backend() == "cpu" and why_unavailable() is None
     by_cpu = functools.partial(cpu.linear, dtype=dtype) if on_cpu else None
+    by_cuda = functools.partial(cuda.linear, dtype=dtype) if cuda.why_not(weight) is None else None
     by_column = isinstance(weight, QuantizedTensor) and weight.by_column
     by_tpu = functools.partial(_by_tpu, dtype=dtype) if by_column else None
-    return by_platform(reference, cpu=by_cpu, tpu=by_tpu)(x, weight, layer)
+    return by_platform(reference, cpu=by_cpu, cuda=by_cuda, tpu=by_tpu)(x, weight, layer)
 
 
-def _by_tpu(x: jax.Array, weight: QuantizedTensor, layer: jax.Array | None, dtype: Any) -> jax.Array:
+def gated(x: jax.Array, weight: Weight, layer: jax.Array | None = None) -> jax.Array:
+    """up * silu(gate) -> [..., F], where gate and up are the halves of x @ weight.T; weight is [2 F, in] or a stack.
+
+    The kernels for NVIDIA cards compute it at once where the weight is integers.
+    """
+    if isinstance(weight, PerLayer):
+        return gated(x, weight[layer])
+
+    def reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
+        gate, up = jnp.split(linear(x, weight, layer), 2, axis=-1)
+        return up * jax.nn.silu(gate)
+
+    by_cuda = functools.partial(cuda.linear, dtype=None, gated=True) if cuda.why_not(weight, True) is None else None
+    return by_platform(reference, cuda=by_cuda)(x, weight, layer)
+
+
+def _by_tpu(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
     from phi3_jax.kernels.linear import tpu  # Pallas: the other platforms' programs need not wait for its import
 
     return tpu.linear(x, weight, layer, dtype)

@@ -25,10 +25,10 @@ _STEP = 1024  # inputs whose weights become floats at a time
 _VMEM = 64 * 2**20
 
 
-def linear(
-    x: jax.Array, weight: QuantizedTensor, layer: jax.Array | None, dtype: Any = None, interpret: Any = False
-) -> jax.Array:
+def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any = None, interpret: Any = False) -> jax.Array:
     """See `kernels.linear`; the integers are by columns, and `interpret` is pallas_call's, for tests elsewhere."""
+    if not isinstance(weight, QuantizedTensor) or not weight.by_column:
+        raise ValueError("the TPU kernel multiplies integers by columns only: load them with layout='columns'")
     J, O = weight.values.shape[-2], weight.shape[-2]  # noqa: E741
     rows = x.reshape(-1, x.shape[-1])
     rows = jnp.pad(rows, [(0, 0), (0, J - x.shape[-1])])

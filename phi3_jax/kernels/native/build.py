@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,6 +25,7 @@ from phi3_jax.kernels.native.compiler import Refused, Unavailable
 
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
 _HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_attention", "phi3_cache_write")
+SWITCHED_OFF = "switched off by PHI3_JAX_NATIVE=0"
 
 
 def library() -> ctypes.CDLL:
@@ -45,11 +46,11 @@ def why_unavailable() -> str | None:
 def _load_once() -> ctypes.CDLL | str:
     """The library, or the reason why there is none, which is also printed to standard error."""
     try:
-        loaded = _open(_build())
-        _check_version(loaded)
+        loaded = open_library(_build())
+        check_version(loaded)
         handlers = {name: jax.ffi.pycapsule(getattr(loaded, name)) for name in _HANDLERS}
     except (Unavailable, AttributeError) as error:  # a name that is not there is an AttributeError
-        _note(f"the compiled CPU kernels cannot be used, and XLA alone is slower: {error}")
+        note(f"the compiled CPU kernels cannot be used, and XLA alone is slower: {error}")
         return str(error)
     for name, handler in handlers.items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
@@ -59,18 +60,21 @@ def _load_once() -> ctypes.CDLL | str:
 def _build() -> Path:
     """The checked library for this machine, which is made if it is not there."""
     if os.environ.get("PHI3_JAX_NATIVE") == "0":
-        raise Unavailable("switched off by PHI3_JAX_NATIVE=0")
+        raise Unavailable(SWITCHED_OFF)
     if os.name != "posix":
         raise Unavailable(f"they are compiled on Linux and macOS only, not on {platform.system()}")
     command, sources = compiler.find(), compiler.source_key()
     try:
-        kernels = user_cache.private_cache_folder("kernels", told=_note)
+        kernels = user_cache.private_cache_folder("kernels", told=note)
         if command is None:
             return _made_before(kernels, sources)
         name = f"{sources}-{compiler.compiler_key(command)}"
-        folder = user_cache.private_cache_folder("kernels", name, told=_note)
-        isa = _choose(_made(folder / "isa.so", command, [compiler.SOURCES / "isa.cpp"], ()))
-        return _made(folder / f"{isa}.so", command, compiler.sources(), compiler.INSTRUCTION_SETS[isa])
+        folder = user_cache.private_cache_folder("kernels", name, told=note)
+        probe = [compiler.SOURCES / "isa.cpp"]
+        isa = _choose(made(folder / "isa.so", lambda path: compiler.compile_library(command, probe, (), path), None))
+        files, flags = compiler.sources(), compiler.INSTRUCTION_SETS[isa]
+        what = f"the CPU kernels for this machine ({isa}), once (about ten seconds)"
+        return made(folder / f"{isa}.so", lambda path: compiler.compile_library(command, files, flags, path), what)
     except user_cache.UntrustedError as error:
         raise Unavailable(str(error)) from None
     except OSError as error:
@@ -80,7 +84,7 @@ def _build() -> Path:
 def _made_before(kernels: Path, sources: str) -> Path:
     """A library that some compiler has made from these sources: there is none here any more, as in many a container."""
     for folder in sorted(kernels.glob(f"{sources}-*")):
-        user_cache.private_cache_folder("kernels", folder.name, told=_note)
+        user_cache.private_cache_folder("kernels", folder.name, told=note)
         if stored.problem(folder / "isa.so") is None:
             library = folder / f"{_choose(folder / 'isa.so')}.so"
             if stored.problem(library) is None:
@@ -88,26 +92,30 @@ def _made_before(kernels: Path, sources: str) -> Path:
     raise Unavailable("there is no C++ compiler; install one, for instance with: apt install g++")
 
 
-def _made(target: Path, command: Sequence[str], files: Sequence[Path], flags: Sequence[str]) -> Path:
-    """The library, which is made if it is not there or damaged; by one process, if several come at the same time."""
+def made(target: Path, make: Callable[[Path], None], what: str | None) -> Path:
+    """The file `target`, which is made if it is not there or damaged; by one process, if several come at the same time.
+
+    Args:
+      make: compiles it, at the path that it is given; it raises Refused if trying again would not help.
+      what: what is compiled, for those who wait; None if it takes no time.
+    """
     if _is_whole(target):
         return target
-    with stored.locked(target.parent, _note):
+    with stored.locked(target.parent, note):
         if _is_whole(target):  # another process was first
             return target
         user_cache.close_to_others(target.parent)
         if (problem := stored.problem(target)) != stored.MISSING:
-            _note(f"{target} {problem}: compiling it again")
-        elif target.name != "isa.so":
-            _note(f"compiling the CPU kernels for this machine ({target.stem}), once (about ten seconds)")
+            note(f"{target} {problem}: compiling it again")
+        elif what is not None:
+            note(f"compiling {what}")
         with stored.scratch(target.parent) as scratch:
-            made = scratch / target.name
             try:
-                compiler.compile_library(command, files, flags, made)
+                make(scratch / target.name)
             except Refused as error:
                 stored.remember_failure(target, str(error))
                 raise Unavailable(stored.failure(target) or str(error)) from None
-            stored.keep(made, target)
+            stored.keep(scratch / target.name, target)
     return target
 
 
@@ -120,7 +128,8 @@ def _is_whole(library: Path) -> bool:
     return False
 
 
-def _open(library: Path) -> ctypes.CDLL:
+def open_library(library: Path) -> ctypes.CDLL:
+    """Loads a library. Raises Unavailable, with a remedy, if that fails."""
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:  # for instance in a folder of which nothing may be executed
@@ -129,7 +138,7 @@ def _open(library: Path) -> ctypes.CDLL:
 
 def _choose(probe: Path) -> str:
     """The instruction set that PHI3_JAX_ISA names, or the best one of this processor; `probe` is isa.cpp, compiled."""
-    loaded = _open(probe)
+    loaded = open_library(probe)
     loaded.phi3_best_isa.restype = ctypes.c_char_p
     wanted = os.environ.get("PHI3_JAX_ISA")
     if not wanted:
@@ -140,8 +149,11 @@ def _choose(probe: Path) -> str:
     return wanted
 
 
-def _check_version(loaded: ctypes.CDLL) -> None:
-    """XLA refuses a handler of another version, and then its whole CPU backend does not start: so look first."""
+def check_version(loaded: ctypes.CDLL) -> None:
+    """Raises Unavailable if a library was compiled for another version of XLA's interface.
+
+    XLA refuses a handler of another version, and then its whole CPU backend does not start: so look first.
+    """
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text(encoding="utf-8")
     wanted = tuple(
         int(match[1]) if (match := re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)) else -1
@@ -152,6 +164,7 @@ def _check_version(loaded: ctypes.CDLL) -> None:
         raise Unavailable(f"they were compiled for version {made} of XLA's interface, but jaxlib has {wanted}")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Tells the user about something that takes time, or that is not as it should be."""
     # A library should not print; but ten silent seconds, or a run that is many times slower, would be worse.
     print(f"phi3_jax: {text}", file=sys.stderr, flush=True)

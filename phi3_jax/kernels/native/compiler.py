@@ -68,14 +68,21 @@ def find() -> list[str] | None:
     return [found] if found else None
 
 
-def source_key() -> str:
-    """What a library is made from, in letters: all sources, the flags, jaxlib's headers, the kind of processor."""
+def source_key(*folders: Path) -> str:
+    """What a library is made from, in letters: all sources, the flags, jaxlib's headers, the kind of processor.
+
+    Args:
+      folders: where the sources are, besides those of the CPU kernels.
+    """
     texts = (jaxlib.version.__version__, platform.machine(), repr(FLAGS), repr(INSTRUCTION_SETS))
-    files = sorted(path for end in ("cpp", "h") for path in SOURCES.rglob(f"*.{end}"))
-    return _digest(
-        [*(text.encode() for text in texts)]
-        + [part for path in files for part in (str(path.relative_to(SOURCES)).encode(), path.read_bytes())]
-    )
+    return digest([*(text.encode() for text in texts), *contents(SOURCES, *folders)])
+
+
+def contents(*folders: Path) -> list[bytes]:
+    """Names and contents of all that a compiler may read in these folders: whatever is not Python's."""
+    files = sorted((folder, path) for folder in folders for path in folder.rglob("*") if path.is_file())
+    ours = [(folder, path) for folder, path in files if path.suffix not in (".py", ".pyc")]
+    return [part for folder, path in ours for part in (str(path.relative_to(folder)).encode(), path.read_bytes())]
 
 
 def compiler_key(compiler: Sequence[str]) -> str:
@@ -89,7 +96,7 @@ def compiler_key(compiler: Sequence[str]) -> str:
         raise Unavailable(f"{shlex.join(command)} does not answer; set CXX to another compiler") from None
     except OSError as error:
         raise _not_run(command, error) from None
-    return _digest([*(word.encode() for word in compiler), version])
+    return digest([*(word.encode() for word in compiler), version])
 
 
 def sources() -> list[Path]:
@@ -180,8 +187,9 @@ def _printable(line: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in line.strip())[:400]
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
+def digest(parts: Iterable[bytes]) -> str:
+    """20 letters of the SHA-256 of these parts."""
+    found = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:20]
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()[:20]

@@ -59,8 +59,8 @@ def _make_library(folder: Path, _: int) -> None:
 
 def _read_library(folder: Path, _: int) -> Read:
     try:
-        loaded = build._open(_library(folder))
-        build._check_version(loaded)
+        loaded = build.open_library(_library(folder))
+        build.check_version(loaded)
     except build.Unavailable as error:  # which programs show in a line, and go on without
         raise ValueError(str(error)) from error
     return {"weights": [loaded.phi3_ffi_api_major(), loaded.phi3_ffi_api_minor()]}

@@ -1,0 +1,1 @@
+"""CUDA C++ of the kernels for NVIDIA cards from Ampere on."""

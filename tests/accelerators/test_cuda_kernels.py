@@ -1,0 +1,53 @@
+"""Our kernels for NVIDIA cards, compiled by NVRTC for every generation from Ampere on: `make test-accelerators`.
+
+Nothing runs. What the assembler says of each kernel is printed with `pytest -s`: registers, and bytes that did not fit
+into them, of which there must be none.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from phi3_jax.kernels import Unavailable
+from phi3_jax.kernels.cuda import build, nvrtc
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # A100; RTX 30; L4 and RTX 40; H100; B200; RTX 50
+REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.S,
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[int, str], str]:
+    """What the assembler says, by architecture and file."""
+    try:
+        nvrtc.version()
+    except Unavailable as reason:
+        pytest.skip(f"{reason}: make test-accelerators has an environment with it")
+    headers = sorted(build.SOURCES.glob("*.h"))
+    wanted = [(each, source) for source in sorted(build.SOURCES.glob("*.cu")) for each in ARCHITECTURES]
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda one: nvrtc.compile_cubin(one[1], headers, one[0]), wanted))
+    assert all(cubin.startswith(b"\x7fELF") for cubin, _ in made)
+    return {(each, source.name): log for (each, source), (_, log) in zip(wanted, made, strict=True)}
+
+
+def test_no_kernel_spills(compiled: dict[tuple[int, str], str]) -> None:
+    found: dict[str, dict[int, str]] = {}
+    for (architecture, file), log in compiled.items():
+        kernels = list(REPORT.finditer(log))
+        assert kernels, file
+        for kernel in kernels:
+            found.setdefault(kernel["name"], {})[architecture] = kernel["registers"]
+            told = (kernel["stack"], kernel["stores"], kernel["loads"])
+            assert told == ("0", "0", "0"), f"{kernel['name']} for {architecture}"
+    names = {f"{each} {log.count('warning')}": log for each, log in compiled.items() if "warning" in log}
+    assert not names
+    print("\nregisters for compute capability", *(f"{each / 10}" for each in ARCHITECTURES))
+    for name, registers in sorted(found.items()):
+        print(name, *(registers[each] for each in ARCHITECTURES))

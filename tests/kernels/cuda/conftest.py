@@ -1,0 +1,34 @@
+"""The kernels for NVIDIA cards on this CPU: compiled for the emulator once, and called by XLA as on a card."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from phi3_jax.kernels.cuda import build
+from phi3_jax.kernels.native import compiler
+
+FLAGS = ("-x", "c++", "-DPHI3_EMULATED", "-O1", "-Wno-clobbered", "-Wno-unknown-pragmas", f"-I{Path(__file__).parent}")
+
+
+@pytest.fixture(scope="session")
+def emulated_library():
+    """What starts kernels, with the emulator in place of the driver; in the user's cache, as it takes some seconds."""
+    if (command := compiler.find()) is None:
+        pytest.skip("there is no C++ compiler: apt install g++")
+    sources = compiler.contents(build.SOURCES, compiler.SOURCES, Path(__file__).parent)
+    key = compiler.digest([*sources, repr((FLAGS, command)).encode()])
+    folder = build.user_cache.private_cache_folder("kernels", f"emulated-{key}", told=print)
+    files = sorted(build.SOURCES.glob("*.cu"))
+    path = build.native.made(
+        folder / "emulated.so", lambda made: build.launcher(command, files, FLAGS, made), "kernels for the emulator"
+    )
+    loaded = ctypes.CDLL(str(path))
+    build.register(loaded, "cpu")
+    return loaded
+
+
+@pytest.fixture
+def emulated(emulated_library, monkeypatch):
+    """The kernels' Python calls run on this CPU."""
+    monkeypatch.setattr(build, "_load_once", lambda: emulated_library)
