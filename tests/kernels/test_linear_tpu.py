@@ -76,6 +76,15 @@ def test_products_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(got, xla.linear(x.astype(jnp.float32), weight, None, None), atol=6e-3)
 
 
+def test_one_row_of_floats() -> None:
+    """Which gets a second one, and loses it again."""
+    random = np.random.default_rng(2)
+    x, weight = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((1, 1, 37), (2, 19, 37)))
+    got = tpu.one_row(x, weight, jnp.int32(1), jnp.float32)
+    assert got.shape == (1, 1, 19)
+    np.testing.assert_allclose(got, xla.linear(x, weight, jnp.int32(1), None), rtol=1e-5, atol=1e-5)
+
+
 def test_the_platform_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the reference multiplies them; derivatives are its, too."""
     weight = stack(FORMS[1]).by_columns()

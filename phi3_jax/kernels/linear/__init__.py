@@ -59,7 +59,8 @@ def linear(
     by_cpu = functools.partial(cpu.linear, dtype=dtype) if on_cpu else None
     by_cuda = functools.partial(cuda.linear, dtype=dtype) if cuda.why_not(weight) is None else None
     by_column = isinstance(weight, QuantizedTensor) and weight.by_column
-    by_tpu = functools.partial(_by_tpu, dtype=dtype) if by_column else None
+    is_one_row = isinstance(weight, jax.Array) and x.size == x.shape[-1]
+    by_tpu = functools.partial(_by_tpu, dtype=dtype) if by_column or is_one_row else None
     return by_platform(reference, cpu=by_cpu, cuda=by_cuda, tpu=by_tpu)(x, weight, layer)
 
 
@@ -82,7 +83,7 @@ def gated(x: jax.Array, weight: Weight, layer: jax.Array | None = None) -> jax.A
 def _by_tpu(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
     from phi3_jax.kernels.linear import tpu  # Pallas: the other platforms' programs need not wait for its import
 
-    return tpu.linear(x, weight, layer, dtype)
+    return (tpu.one_row if isinstance(weight, jax.Array) else tpu.linear)(x, weight, layer, dtype)
 
 
 def rows(table: Weight, ids: jax.Array, fixed: jax.Array | bool = False) -> jax.Array:
