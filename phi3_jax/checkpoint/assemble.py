@@ -22,7 +22,7 @@ from phi3_jax.checkpoint.parameter_builders import (
     PackedFloatBuilder,
     ParameterBuilder,
 )
-from phi3_jax.checkpoint.placement import Device, Layout, Put, compute_dtype, put_function
+from phi3_jax.checkpoint.placement import TABLE, Device, Layout, Put, compute_dtype, put_function
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.config import SIZES, Phi3Config
 from phi3_jax.kernels import PackedTensor, PerLayer
@@ -82,7 +82,8 @@ def assemble(
         types Q8_0, Q4_0, Q4_1 and Q4_K, leaves 16-bit floats as floats, and rounds the rest to 8 bits; None makes
         floats.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; "rows"
-        is Hugging Face's order; "layers" is, too, with a buffer for each layer.
+        is Hugging Face's order; "layers" is, too, with a buffer for each layer; "columns" is "rows" for floats, and
+        what the TPU kernel reads for integers (`QuantizedTensor`).
       device: where the parameters are put, see placement.py.
 
     Raises:
@@ -163,6 +164,7 @@ def builder_of(
       device: where its arrays are put, see placement.py; it is asked for the shapes of a layer with "layers".
     """
     put, is_stack = put_function(device, path), path.startswith("layers/")
+    by_column = layout == "columns" and path != TABLE
     if layout == "layers" and is_stack:
         return LayersBuilder(shape[0], lambda: _builder(shape[1:], dtype, form, put, device))
     if layout == "packed" and form is not None:
@@ -170,15 +172,15 @@ def builder_of(
     if layout == "packed" and dtype == DTYPES["bfloat16"]:
         is_matrix = len(shape) - is_stack == 2
         return PackedFloatBuilder(shape, put) if is_matrix else FloatBuilder(shape, DTYPES["float32"], put)
-    return _builder(shape, dtype, form, put, device)
+    return _builder(shape, dtype, form, put, device, by_column)
 
 
 def _builder(
-    shape: tuple[int, ...], dtype: np.dtype, form: Format | None, put: Put, device: Device
+    shape: tuple[int, ...], dtype: np.dtype, form: Format | None, put: Put, device: Device, by_column: bool = False
 ) -> ParameterBuilder:
     if form is None:
         return FloatBuilder(shape, dtype, put)
-    return IntegerBuilder(shape, form, False, put, compute_dtype(dtype.name, device))
+    return IntegerBuilder(shape, form, False, put, compute_dtype(dtype.name, device), by_column)
 
 
 def named_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:

@@ -103,8 +103,9 @@ def load(
         become integers instead; "stored" keeps the integers of a GGUF file.
       layout: "packed" puts matrices of bfloat16 or integers into the order in which the CPU kernels read them; others
         stay as they are. "layers" gives each layer buffers of its own (`kernels.PerLayer`), which a GPU multiplies
-        where they lie. "rows" is for everything else, such as training. "auto" is "packed" for a single CPU with
-        kernels, "layers" for a single GPU, else "rows". A file that is packed already stays so.
+        where they lie; "columns" lays integers as the TPU kernel reads them. "rows" is for everything else, such as
+        training. "auto" is "packed" for a single CPU with kernels, "layers" for a single GPU, "columns" for a single
+        TPU, else "rows". A file that is packed already stays so.
       adapter: a folder or hub id of a PEFT adapter. It is added to weights that are floats, in float32 (peft/), before
         they are converted as `dtype` says. Integers, by `quantize` or in the file, stay, and it is attached to them
         (peft/on_integers.py), as where it was trained on them.

@@ -105,9 +105,11 @@ class IntegerBuilder:
         packed: bool,
         to_device: Put = jax.device_put,
         compute: str = "float32",
+        by_column: bool = False,
     ) -> None:
-        """Allocates memory for a parameter of this shape; `compute` is QuantizedTensor's."""
+        """Allocates memory for a parameter of this shape; `compute` and `by_column` are QuantizedTensor's."""
         self._form, self._shape, self._to_device, self._compute = form, shape, to_device, compute
+        self._by_column = by_column
         self._packing = (
             Packing(shape, "int8" if form.bits == 8 else "int4", form.group, form.symmetric) if packed else None
         )
@@ -115,9 +117,9 @@ class IntegerBuilder:
             return
         *outputs, inputs = shape
         groups = -(-inputs // form.group)
-        self._values = aligned_empty((*outputs, groups * form.group * form.bits // 8), np.dtype(np.uint8))
-        self._scales = aligned_empty((*outputs, groups), np.dtype(np.float16))
-        self._mins = None if form.symmetric else aligned_empty((*outputs, groups), np.dtype(np.float16))
+        values = aligned_empty((*outputs, groups * form.group * form.bits // 8), np.dtype(np.uint8))
+        scales, mins = (aligned_empty((*outputs, groups), np.dtype(np.float16)) for _ in range(2))
+        self._arrays: Any = values, scales, None if form.symmetric else mins
 
     def put(self, layer: int | None, source: TensorSource) -> None:
         """See `ParameterBuilder`."""
@@ -129,7 +131,7 @@ class IntegerBuilder:
         if self._packing is not None:
             self._packing.put_integers(layer or 0, rows.values, rows.scales, rows.mins)
             return
-        for ours, theirs in zip((self._values, self._scales, self._mins), rows[:3], strict=True):
+        for ours, theirs in zip(self._arrays, rows[:3], strict=True):
             if ours is not None and theirs is not None:
                 (ours if layer is None else ours[layer])[...] = theirs
 
@@ -137,10 +139,10 @@ class IntegerBuilder:
         """See `ParameterBuilder`."""
         if self._packing is not None:
             return self._packing.finish(self._to_device)
-        values, scales = self._to_device(self._values), self._to_device(self._scales)
-        mins = None if self._mins is None else self._to_device(self._mins)
-        del self._values, self._scales, self._mins
-        return QuantizedTensor(values, scales, mins, self._form.bits, self._shape[-1], self._compute)
+        values, scales, mins = self._arrays
+        tensor = QuantizedTensor(values, scales, mins, self._form.bits, self._shape[-1], self._compute)
+        del self._arrays, values, scales, mins
+        return jax.tree.map(self._to_device, tensor.by_columns() if self._by_column else tensor)
 
     def _stored(self, source: TensorSource) -> IntegerRows | None:
         """The file's own integers if they have the wanted format, else None."""

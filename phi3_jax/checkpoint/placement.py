@@ -12,7 +12,8 @@ from jax.sharding import Sharding
 
 from phi3_jax.kernels import why_unavailable
 
-Layout = Literal["rows", "packed", "layers"]
+Layout = Literal["rows", "packed", "layers", "columns"]
+TABLE = "embed_tokens/weight"  # it stays by rows in every layout but "packed", because rows of it are looked up
 Place: TypeAlias = jax.Device | Sharding
 # One place for all arrays, or a function of a parameter's path and the shape of its array; None: JAX's default device.
 Device: TypeAlias = Place | Callable[[str, tuple[int, ...]], Place] | None
@@ -52,12 +53,14 @@ def compute_dtype(floats: str, device: Device = None) -> str:
 
 
 def fastest_layout(device: Device = None) -> Layout:
-    """ "packed" for a single CPU with kernels that read it; "layers" for a single GPU; else "rows"."""
+    """ "packed" for a single CPU with kernels that read it; "layers" for a GPU; "columns" for a TPU; else "rows"."""
     kind = platform(device)
     if callable(device) or (device is not None and len(_devices(device)) > 1):
         return "rows"
     if kind == "gpu":
         return "layers"
+    if kind == "tpu":
+        return "columns"
     # Where another platform computes, the compiler of the CPU kernels is not even looked for.
     is_cpu = kind == jax.default_backend() == "cpu"
     return "packed" if is_cpu and why_unavailable() is None else "rows"
@@ -66,7 +69,7 @@ def fastest_layout(device: Device = None) -> Layout:
 def known_layout(layout: str, device: Device = None) -> Layout:
     """The layout of this name; "auto" is the fastest one. Raises ValueError if there is none."""
     if layout not in ("auto", *typing.get_args(Layout)):
-        raise ValueError(f"layout={layout!r} is not 'auto', 'rows', 'packed' or 'layers'")
+        raise ValueError(f"layout={layout!r} is not 'auto', 'rows', 'packed', 'layers' or 'columns'")
     return fastest_layout(device) if layout == "auto" else typing.cast(Layout, layout)
 
 

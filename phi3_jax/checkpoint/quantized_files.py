@@ -18,7 +18,7 @@ import numpy as np
 
 from phi3_jax.checkpoint import safetensors_files
 from phi3_jax.checkpoint.assemble import require_room
-from phi3_jax.checkpoint.placement import Device, Layout, Put, put_function
+from phi3_jax.checkpoint.placement import TABLE, Device, Layout, Put, put_function
 from phi3_jax.config import Phi3Config
 from phi3_jax.json_files import shown
 from phi3_jax.kernels import PackedTensor, PerLayer, QuantizedTensor
@@ -80,7 +80,7 @@ def read(
     Args:
       described: what `describe` said.
       layout: "packed" puts integers that are not packed yet into the order in which the CPU kernels read them; with
-        "layers" each layer gets buffers of its own, except of weights that are packed.
+        "layers" each layer gets buffers of its own, except of weights that are packed; "columns" is for integers.
       device: where the arrays are put, see placement.py.
       compute: of the QuantizedTensors.
 
@@ -145,6 +145,8 @@ def _arrays(params: Params) -> Iterator[tuple[str, np.ndarray]]:
         leaf = stacked(jax.tree.map(np.asarray, leaf)) if isinstance(leaf, PerLayer) else leaf
         found = {"floats": leaf}
         if isinstance(leaf, QuantizedTensor | PackedTensor):
+            leaf = jax.tree.map(np.asarray, leaf)
+            leaf = leaf.by_rows() if isinstance(leaf, QuantizedTensor) else leaf
             names = ("values", "data", "scales", "mins")
             found = {name: getattr(leaf, name) for name in names if getattr(leaf, name, None) is not None}
         for name, array in found.items():
@@ -209,13 +211,15 @@ def _leaf(
         return packing.finish(put)
 
     def weight(arrays: dict[str, np.ndarray]) -> Any:
+        if "values" in arrays:
+            values, scales, mins = (arrays.get(name) for name in ("values", "scales", "mins"))
+            tensor: Any = QuantizedTensor(values, scales, mins, BITS[form.kind], shape[-1], compute)  # type: ignore[arg-type]
+            by_column = layout == "columns" and name != TABLE
+            return jax.tree.map(put, tensor.by_columns() if by_column else tensor)
         found = {name: put(array) for name, array in arrays.items()}
         if "floats" in found:
             return found["floats"]
-        mins = found.get("mins")
-        if "values" in found:
-            return QuantizedTensor(found["values"], found["scales"], mins, BITS[form.kind], shape[-1], compute)
-        return PackedTensor(found["data"], found.get("scales"), mins, form.kind, shape)
+        return PackedTensor(found["data"], found.get("scales"), found.get("mins"), form.kind, shape)
 
     if layout == "layers" and name.startswith("layers/") and not form.packed:
         layers = ({name: array[i] for name, array in mapped.items()} for i in range(shape[0]))

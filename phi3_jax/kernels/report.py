@@ -26,13 +26,10 @@ def status(
       head_dim: the model's; None assumes one that kernels are made for.
     """
     platform = jax.default_backend()
+    if platform == "tpu":
+        return {"linear": _on_tpu(params), "attention": "tpu kernel (Pallas)"}
     if platform == "gpu":
         return {"linear": _linear_on_gpu(params), "attention": _attention_on_gpu(cache_dtype, head_dim)}
-    if platform == "tpu":
-        return {
-            "linear": "xla, because on a TPU it reads all kinds of weights in place",
-            "attention": "tpu kernel (Pallas)",
-        }
     if platform != "cpu":
         return dict.fromkeys(("linear", "attention"), f"xla, because there are no kernels for platform {platform} yet")
     if (reason := why_unavailable()) is not None:
@@ -47,6 +44,19 @@ def status(
         else "xla, because no weights are packed: that takes bfloat16 or integers, and layout='packed'",
         "attention": kernels if problem is None else f"xla, because {problem}",
     }
+
+
+def _on_tpu(params: Any) -> str:
+    """What "linear" uses there; a table of rows that are looked up is no matrix of a product."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+    integers = [
+        leaf.by_column
+        for path, leaf in leaves
+        if isinstance(leaf, QuantizedTensor) and "embed_tokens" not in jax.tree_util.keystr(path)
+    ]
+    if integers and not all(integers):
+        return "xla, because integers lie by rows, which takes memory for floats: load them with layout='columns'"
+    return "tpu kernel (Pallas)" if integers else "xla, which reads floats where they lie"
 
 
 def _linear_on_gpu(params: Any) -> str:

@@ -120,12 +120,13 @@ def test_segments() -> None:
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 200])
 def test_only_blocks_that_are_seen_are_read(window: int | None) -> None:
     """Everything else is NaN, which one multiplication with 0 would spread: other layers, rows' rests, padding rows."""
-    lengths, S, size = [257, 1000, 384], 640, 128
+    lengths, S, size = [257, 1000, 384, 327], 640, 128
     q, kv, q_positions, k_positions = example(lengths, (1, S, 2, 64))
     visible = Visibility(jnp.asarray(q_positions), jnp.asarray(k_positions), window=window)
     needed = np.asarray(visible.mask())[:, 0].reshape(len(lengths), -1, size).any(axis=-1)  # [B, blocks]
-    # 257 tokens: blocks 0 to 2, or from 57 on; a ring of the newest 640 of 1000, or 200 of them; exactly 3 blocks.
-    assert needed.sum(axis=-1).tolist() == ([3, 5, 3] if window is None else [3, 2, 2])
+    # 257 tokens: blocks 0 to 2, or from 57 on; a ring of the newest 640 of 1000, or 200 of them; exactly 3 blocks; the
+    # window's oldest key is the last of block 0.
+    assert needed.sum(axis=-1).tolist() == ([3, 5, 3, 3] if window is None else [3, 2, 2, 3])
     kept = np.repeat(needed, size, axis=1)[:, None, :, None] & (np.arange(L) == 1)[:, None, None, None, None]
     kv = KeysValues(*(jnp.where(kept, each, jnp.nan) for each in (kv.k, kv.v)), layer=kv.layer)
     got, _ = both(q, kv, visible)

@@ -16,7 +16,7 @@ from phi3_jax.kernels.linear.per_layer import PerLayer
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import why_unavailable
 
-Implementation = Literal["xla", "cpu", "cuda"]
+Implementation = Literal["xla", "cpu", "cuda", "tpu"]
 Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
 
 
@@ -33,11 +33,12 @@ def linear(
       layer: int32 scalar; of a `PerLayer` a number that is known when the program is traced.
       dtype: of the result; by default x's.
       implementation: "cpu" is the compiled kernels for it, which need packed weights; "cuda" those for NVIDIA cards,
-        which need integers as they are stored; "xla" takes all weights, on every platform. None takes the kernels of
-        the platform that a program is compiled for, where they can be used, else XLA.
+        which need integers as they are stored; "tpu" that for TPUs, which needs them by columns; "xla" takes all
+        weights, on every platform. None takes the kernels of the platform that a program is compiled for, where they
+        can be used, else XLA.
 
     Raises:
-      ValueError: `implementation` is "cpu" or "cuda" and its kernels do not take this weight.
+      ValueError: `implementation` is "cpu", "cuda" or "tpu", and its kernels do not take this weight.
       Unavailable: `implementation` is "cpu" or "cuda" and its kernels cannot be used here.
     """
     if isinstance(weight, PerLayer):
@@ -49,13 +50,18 @@ def linear(
         return cpu.linear(x, weight, layer, dtype)
     if implementation == "cuda":
         return cuda.linear(x, weight, layer, dtype)
+    if implementation == "tpu":
+        return _by_tpu(x, weight, layer, dtype)
     reference = functools.partial(xla.linear, dtype=dtype)
     if implementation == "xla":
         return reference(x, weight, layer)
     on_cpu = isinstance(weight, PackedTensor) and jax.default_backend() == "cpu" and why_unavailable() is None
     by_cpu = functools.partial(cpu.linear, dtype=dtype) if on_cpu else None
     by_cuda = functools.partial(cuda.linear, dtype=dtype) if cuda.why_not(weight) is None else None
-    return by_platform(reference, cpu=by_cpu, cuda=by_cuda)(x, weight, layer)
+    by_column = isinstance(weight, QuantizedTensor) and weight.by_column
+    is_one_row = isinstance(weight, jax.Array) and x.size == x.shape[-1]
+    by_tpu = functools.partial(_by_tpu, dtype=dtype) if by_column or is_one_row else None
+    return by_platform(reference, cpu=by_cpu, cuda=by_cuda, tpu=by_tpu)(x, weight, layer)
 
 
 def gated(x: jax.Array, weight: Weight | PerLayer, layer: jax.Array | None = None) -> jax.Array:
@@ -72,6 +78,12 @@ def gated(x: jax.Array, weight: Weight | PerLayer, layer: jax.Array | None = Non
 
     by_cuda = functools.partial(cuda.linear, dtype=None, gated=True) if cuda.why_not(weight, True) is None else None
     return by_platform(reference, cuda=by_cuda)(x, weight, layer)
+
+
+def _by_tpu(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any) -> jax.Array:
+    from phi3_jax.kernels.linear import tpu  # Pallas: the other platforms' programs need not wait for its import
+
+    return (tpu.one_row if isinstance(weight, jax.Array) else tpu.linear)(x, weight, layer, dtype)
 
 
 def rows(table: Weight, ids: jax.Array, fixed: jax.Array | bool = False) -> jax.Array:

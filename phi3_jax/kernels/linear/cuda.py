@@ -41,6 +41,8 @@ def why_not(weight: Any, gated: bool = False) -> str | None:
         return "this process does not compute on a GPU"
     if not isinstance(weight, QuantizedTensor):
         return "they multiply integers only"
+    if weight.by_column:
+        return "its integers lie by columns, as a TPU reads them"
     if weight.group not in GROUPS:
         return f"{weight.group} inputs share a scale, not one of {GROUPS}"
     if gated and weight.shape[-2] % 16:

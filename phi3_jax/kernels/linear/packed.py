@@ -99,6 +99,7 @@ def pack(params: Any) -> Any:
             return leaf
         stacked = jax.tree_util.keystr(path, simple=True, separator="/").startswith("layers/")
         if isinstance(leaf, QuantizedTensor):
+            leaf = leaf.by_rows()
             packing = Packing(leaf.shape, "int8" if leaf.bits == 8 else "int4", leaf.group, leaf.mins is None)
             arrays = [None if each is None else np.asarray(each) for each in (leaf.values, leaf.scales, leaf.mins)]
             for i in range(leaf.shape[0] if stacked else 1):
