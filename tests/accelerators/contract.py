@@ -32,7 +32,7 @@ def facts(
       "writes": the instructions that write as much as the smallest matrix of a layer, or a layer of the cache;
       "scores": those that write an array of a prompt's queries and keys;
       "conditionals", "open_loops": those that a GPU's host waits for;
-      "read", "written", "launches": bytes and kernels of one token of each row, or of a chunk of the prompts;
+      "read", "written", "kernels": bytes of one token of each row, or of a chunk of the prompts; of each kernel, too;
       "needed", "logits": the bytes of weights and used cache, and of the logits.
     """
     program = hlo.parse(text)
@@ -49,7 +49,7 @@ def facts(
         "open_loops": hlo.open_loops(program),
         "read": one.read,
         "written": one.written,
-        "launches": one.launches,
+        "kernels": one.kernels,
         "needed": needed(config, params, cache, has_logits),
         "logits": 4 * batch * config.vocab_size,
     }
