@@ -5,8 +5,8 @@
 
 It takes the environment of `make test-accelerators`. Nothing is executed: all figures are computed. The time is the sum
 over the kernels of a token, each of which takes as long as its bytes need at the maker's bandwidth, but no less than
-starting it takes; the limit is the time of weights and used cache alone. Programs of 2 and of 4 layers are compiled, and
-all that is told of 32 is theirs and 14 times their difference.
+starting it takes; the limit is the time of weights and used cache alone. Programs of 2 and of 4 layers are compiled,
+and what is told of 32 is a line through both.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ BANDWIDTH = {"h100": 3.35e12, "a100": 2.04e12, "l4": 0.3e12, "v5e": 0.819e12, "v
 START = {"h100": 2e-6, "a100": 2e-6, "l4": 2e-6, "v5e": 0.0, "v6e": 0.0}
 LAYERS = 32  # of Phi-3-mini
 WEIGHTS, BATCHES = ("bfloat16", "int8", "int4"), (1, 8, 64)
+COLUMNS = ("weights", "batch", "needed, GB", "moved, GB", "kernels", "a layer", "limit, ms", "bytes, ms")
+COLUMNS += ("expected, ms", "of limit", "tokens/s")
 MODELS = {
     "Phi-3-mini-4k": "phi-3-mini-4k",
     "Phi-3-mini-128k": "phi-3-mini-128k",
@@ -123,6 +125,7 @@ def _memory(report: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def main() -> None:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["time", "memory"])
     parser.add_argument("targets", nargs="+", choices=list(BANDWIDTH))

@@ -122,7 +122,7 @@ class Cost:
 
     Attributes:
       read, written: bytes of the main memory.
-      kernels: the bytes that each instruction moves which runs by itself: on a GPU, kernels and copies that are started.
+      kernels: the bytes of each instruction that runs by itself: on a GPU, of each kernel or copy that is started.
     """
 
     read: float = 0
