@@ -51,10 +51,7 @@ def times(target: str) -> None:
     print(
         f"\n{target}: {BANDWIDTH[target] / 1e12:.3g} TB/s, {START[target] * 1e6:.0f} us to start a kernel; computed\n"
     )
-    print(
-        "| weights | batch | needed, GB | moved, GB | kernels | a layer | limit, ms | bytes, ms | expected, ms | of limit | tokens/s |"
-    )
-    print("|" + "---|" * 11)
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for (weights, batch), few, more in zip(keys, found[::2], found[1::2], strict=True):
         if "error" in few or "error" in more:
             print(f"| {weights} | {batch} | {(few.get('error') or more['error'])[:80]} |")
