@@ -37,12 +37,13 @@ import phi3_jax
 from phi3_jax import adapters
 from phi3_jax.checkpoint import placement
 from phi3_jax.infer import Options, Run, Sampling
-from phi3_jax.infer.engine import decoding
+from phi3_jax.infer.engine import buckets, decoding
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import KVCache, parameter_shapes
 from phi3_jax.quantization import quantized_shapes
 
 PLATFORMS = {"v5e": "tpu", "v6e": "tpu", "h100": "gpu", "a100": "gpu", "l4": "gpu", "rtx4090": "gpu"}
+MEMORY = {"v5e": 16, "v6e": 32, "h100": 80, "a100": 80, "l4": 24, "rtx4090": 24}  # GB
 Program = tuple[Any, tuple[Any, ...]]  # a jitted function and the shapes of its arguments
 
 
@@ -219,6 +220,7 @@ def report(case: Case, sharding: NamedSharding) -> dict[str, Any]:
 def main(target: str, *cases: str) -> None:
     """Prints a line of JSON for each case, for the usual one if none is given."""
     jax.default_backend = lambda: PLATFORMS[target]  # what kernels and the cache's shape depend on
+    buckets._memory = lambda: MEMORY[target] * 750_000_000  # and the room: by default JAX takes three quarters
     sharding = NamedSharding(Mesh(np.asarray(topology(target).devices), ("x",)), PartitionSpec())
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         for case in cases or ("",):
