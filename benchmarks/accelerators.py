@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -109,13 +108,14 @@ def _memory(report: dict[str, Any]) -> tuple[float, float, float]:
     """Weights, cache and temporaries, in GB, of the model with all of its layers."""
     sys.path.insert(0, str(FOLDER))
     import compile_target
+    import contract
 
     import phi3_jax
 
     case = report["case"]
     layers = phi3_jax.PRESETS[case["preset"]].num_hidden_layers
     params = compile_target.params_like(compile_target.Case(**(case | {"layers": 0})))
-    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in compile_target.jax.tree.leaves(params))
+    weights = contract.size(params)
     cache = report["cache"] * layers / (case["layers"] or layers)
     temporaries = max(size["temporaries"] for size in report["sizes"].values())
     return weights / 1e9, cache / 1e9, temporaries / 1e9

@@ -127,18 +127,13 @@ def params_like(case: Case) -> Any:
     """The parameters that a load gives on the platform, as shapes."""
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in parameter_shapes(case.config).items()}
     leaves = shapes if case.weights == "bfloat16" else quantized_shapes(case.weights, shapes)
-    if hasattr(placement, "compute_dtype"):
-        compute = placement.compute_dtype("bfloat16")
-        is_integers = {path: isinstance(leaf, QuantizedTensor) for path, leaf in leaves.items()}
-        leaves = {
-            path: dataclasses.replace(leaf, compute=compute) if is_integers[path] else leaf
-            for path, leaf in leaves.items()
-        }
+    layout = placement.fastest_layout()
+    leaves = {path: _as_loaded(path, leaf, layout) for path, leaf in leaves.items()}
     params = flax.traverse_util.unflatten_dict(leaves, sep="/")
-    if placement.fastest_layout() == "layers":
-        from phi3_jax.kernels.linear.per_layer import split_layers
+    if layout == "layers":
+        from phi3_jax.kernels.linear import per_layer
 
-        params = jax.eval_shape(split_layers, params)
+        params = jax.eval_shape(per_layer.split_layers, params)
     if not case.adapter:
         return params
     lora = adapters.LoraConfig(case.adapter, 2.0 * case.adapter)
@@ -147,6 +142,13 @@ def params_like(case: Case) -> Any:
         return adapters.attach(params, adapters.init_adapter(case.config, lora, jax.random.key(0)), lora)
 
     return jax.eval_shape(attached, params)
+
+
+def _as_loaded(path: str, leaf: Any, layout: str) -> Any:
+    if not isinstance(leaf, QuantizedTensor) or not hasattr(placement, "compute_dtype"):
+        return leaf
+    leaf = dataclasses.replace(leaf, compute=placement.compute_dtype("bfloat16"))
+    return jax.eval_shape(QuantizedTensor.by_columns, leaf) if layout == "columns" and path != placement.TABLE else leaf
 
 
 def recorded_programs(case: Case) -> dict[str, list[Program]]:

@@ -5,11 +5,11 @@ Axis letters: L layer, B batch, T prompt chunk, S slot, K key-value heads, H hea
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import hlo
 import jax
+import jax.numpy as jnp
 import traffic
 
 from phi3_jax.config import Phi3Config
@@ -59,7 +59,7 @@ def needed(config: Phi3Config, params: Any, cache: Any, has_logits: bool) -> flo
     """The bytes that a token takes at least: the layers' weights, the head's, and the used cache."""
     head = "lm_head" if "lm_head" in params else "embed_tokens"  # of the embedding, only one row is read
     weights = {"layers": params["layers"]} | ({"head": params[head]} if has_logits else {})
-    return _bytes(weights) + USED * _bytes([cache.k, cache.v, cache.k_scale, cache.v_scale])
+    return size(weights) + USED * size([cache.k, cache.v, cache.k_scale, cache.v_scale])
 
 
 def smallest_matrix(config: Phi3Config, params: Any) -> int:
@@ -95,5 +95,11 @@ def _shares(config: Phi3Config, params: Any, cache: Any) -> dict[tuple[int, ...]
     return found
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def size(tree: Any) -> int:
+    """The bytes of a tree of arrays in a device's memory."""
+    return sum(leaf.size * _bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+
+
+def _bits(dtype: Any) -> int:
+    # Two integers of 4 bits are a byte in the device's memory, but not in NumPy's.
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
