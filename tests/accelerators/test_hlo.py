@@ -76,6 +76,14 @@ def test_an_update_of_another_array_than_a_parameter_writes_it_all() -> None:
     )
 
 
+def test_an_update_without_a_fusion_is_in_place_too() -> None:
+    fused = "fusion(%cache, %new, %number), kind=kLoop, calls=%fused_update"
+    text = LOOP.replace(fused, "dynamic-update-slice(%cache, %new, %number)")
+    assert text != LOOP
+    assert len(traffic.large_writes(hlo.parse(text), 3 * 8 * 16)) == 1  # the copied layer
+    assert traffic.cost(hlo.parse(text)).read == traffic.cost(hlo.parse(LOOP)).read
+
+
 def test_fast_memory_does_not_count() -> None:
     """A TPU's compiler copies weights ahead into fast memory: that is a read, not a write."""
     text = LOOP.replace("%layer = bf16[64,32]{1,0} fusion", "%layer = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} fusion")
