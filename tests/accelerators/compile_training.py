@@ -3,7 +3,7 @@
     python compile_training.py h100 phi-3-mini-4k lora_phi3_mini remat=none quantize=int4
 
 The arguments are a target of compile_target.py, a preset, a recipe or "-" for the defaults, and changes of its
-settings; layers=2 among them takes fewer layers of the preset.
+settings.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from __future__ import annotations
 from compile_target import PLATFORMS, topology  # before jax: it sets what jax reads when it is imported
 
 # isort: on
-import dataclasses
 import importlib
 import json
 import sys
 import time
 
-import hlo
 import jax
 import numpy as np
-import traffic
 from jax.sharding import Mesh
 
 import phi3_jax
@@ -33,23 +30,16 @@ from phi3_jax.train.settings import Settings, change, resolved
 def main(target: str, preset: str, recipe: str, *changes: str) -> None:
     """Prints one line of JSON."""
     known = Settings() if recipe == "-" else importlib.import_module(f"phi3_jax.train.recipes.{recipe}").SETTINGS
-    layers = [int(each.removeprefix("layers=")) for each in changes if each.startswith("layers=")]
-    settings = resolved(change(known, [each for each in changes if not each.startswith("layers=")]))
-    config = phi3_jax.PRESETS[preset]
-    config = dataclasses.replace(config, num_hidden_layers=layers[0]) if layers else config
+    settings, config = resolved(change(known, changes)), phi3_jax.PRESETS[preset]
     jax.default_backend = lambda: PLATFORMS[target]
     mesh = Mesh(np.asarray(topology(target).devices), ("devices",))
     sharding.make_mesh = lambda: mesh
     begin = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         params = ahead.params_like(config, settings.dtype, settings.quantize)
-        compiled = ahead.compile_step(settings, config, params)
-    found = compiled.memory
+        found = ahead.compile_step(settings, config, params).memory
     assert found is not None
-    assert compiled.step is not None
-    T = settings.sequence_length
-    sizes: dict[str, object] = {"scores": traffic.scores(hlo.parse(compiled.step.as_text()), T, T)}
-    sizes |= {"needed": found.needed - found.saving, "state": found.state, "frozen": found.frozen}
+    sizes = {"needed": found.needed - found.saving, "state": found.state, "frozen": found.frozen}
     print(json.dumps(sizes | {"working": found.working, "seconds": time.perf_counter() - begin}))
 
 
