@@ -8,33 +8,38 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from compiled import ADAPTED, CASES, GIB, LOOPS, MIB, READS, TURNS, WHOLE, WHOLE_INTEGERS, report
+from compiled import ADAPTED, BATCHES, CASES, GIB, LOOPS, MIB, READS, WEIGHTS, WHOLE, WHOLE_INTEGERS, report, turn
 
 BYTES = 1.15  # times weights and used cache
 
 targets = pytest.mark.parametrize("target", list(CASES))
 turns = pytest.mark.parametrize(
     ("batch", "weights", "program"),
-    [(*key, name) for key in TURNS for name in (["step", "decode"] if key in LOOPS else ["step"])],
+    [
+        (batch, weights, program)
+        for batch in BATCHES
+        for weights in WEIGHTS
+        for program in (["step", "decode"] if (batch, weights) in LOOPS else ["step"])
+    ],
 )
 
 
 @targets
 @turns
 def test_a_token_copies_neither_weights_nor_cache(target: str, batch: int, weights: str, program: str) -> None:
-    _copies_nothing(_program(target, TURNS[batch, weights], program))
+    _copies_nothing(_program(target, turn(target, batch, weights), program))
 
 
 @targets
 @turns
 def test_a_token_takes_little_memory(target: str, batch: int, weights: str, program: str) -> None:
-    _is_small(_program(target, TURNS[batch, weights], program))
+    _is_small(_program(target, turn(target, batch, weights), program))
 
 
 @targets
 @turns
 def test_a_token_reads_weights_and_used_cache_once(target: str, batch: int, weights: str, program: str) -> None:
-    _moves_little(_program(target, TURNS[batch, weights], program))
+    _moves_little(_program(target, turn(target, batch, weights), program))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,7 @@ def test_a_prompt_makes_no_scores_and_copies_nothing(target: str, case: str) -> 
 @pytest.mark.parametrize(("batch", "weights"), sorted(LOOPS))
 def test_a_gpu_waits_for_no_host(target: str, batch: int, weights: str) -> None:
     """No branch in the loop over tokens, and no loop but that one whose turns only the device knows."""
-    facts = _program(target, TURNS[batch, weights], "decode")
+    facts = _program(target, turn(target, batch, weights), "decode")
     assert not facts["conditionals"], _lines(facts["conditionals"])
     assert len(facts["open_loops"]) <= 1, _lines(facts["open_loops"])
 
