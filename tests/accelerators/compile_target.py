@@ -60,6 +60,7 @@ class Case:
       slots: for how many tokens a row has memory; 0: what prompt and answer need.
       cache: the dtype of the cache; "": the usual one.
       adapter: the rank of a LoRA adapter that is attached to all matrices; 0: none.
+      drawn: 1 for the programs of rows that draw with all settings, 0 for those of greedy rows.
       programs: which, with + between them; "": all.
       hlo: a folder for the compiled programs' text; "": none.
     """
@@ -74,6 +75,7 @@ class Case:
     slots: int = 0
     cache: str = ""
     adapter: int = 0
+    drawn: int = 0
     programs: str = ""
     hlo: str = ""
 
@@ -209,7 +211,8 @@ def report(case: Case, sharding: NamedSharding) -> dict[str, Any]:
     programs["step"] = [(decoding.step, (config, params, state))]
     found: dict[str, Any] = {}
     for name in case.programs.split("+") if case.programs else programs:
-        sizes, text = compiled(programs[name][0], sharding)
+        # Greedy rows are recorded first; where they have no program of their own, there is one.
+        sizes, text = compiled(programs[name][min(case.drawn, len(programs[name]) - 1)], sharding)
         tokens, has_logits = case.chunk if name == "read" else 1, name in ("answer", "decode")
         found[name] = sizes | contract.facts(text, config, params, state.cache, case.batch, tokens, has_logits)
         if case.hlo:

@@ -22,6 +22,7 @@ BATCHES, WEIGHTS = (1, 8, 64), ("bfloat16", "int8", "int4")
 WHOLE = ""  # Phi-3-mini with all of its layers, one row, bfloat16
 WHOLE_INTEGERS = "batch=8,weights=int4,programs=decode"
 LOOPS = {(1, "int4"), (8, "bfloat16"), (64, "int8")}  # where the loop over tokens is compiled, too; else one step
+DRAWN = "layers=2,batch=8,drawn=1,programs=decode+answer"
 ADAPTED = [f"layers=2,batch=8,weights={weights},adapter=16,programs=step" for weights in ("bfloat16", "int4")]
 READS = [
     "layers=2,prompt=3900,answer=100,chunk=4096,programs=read",
@@ -44,7 +45,7 @@ def turn(target: str, batch: int, weights: str) -> str:
 def _cases(target: str) -> list[str]:
     whole = [WHOLE] if target != "a100" else []
     turns = [turn(target, batch, weights) for batch in BATCHES for weights in WEIGHTS]
-    return [*whole, *([WHOLE_INTEGERS] if target == "h100" else []), *turns, *ADAPTED, *READS]
+    return [*whole, *([WHOLE_INTEGERS, DRAWN] if target == "h100" else []), *turns, *ADAPTED, *READS]
 
 
 CASES = {target: _cases(target) for target in MEMORY}

@@ -32,7 +32,8 @@ def facts(
       "writes": the instructions that write as much as the smallest matrix of a layer, or a layer of the cache;
       "scores": those that write an array of a prompt's queries and keys;
       "conditionals", "open_loops": those that a GPU's host waits for;
-      "read", "written", "kernels": bytes of one token of each row, or of a chunk of the prompts; of each kernel, too;
+      "read", "written", "kernels": bytes of one token of each row, or of a chunk of the prompts; of each kernel, too,
+      whose number is "launches";
       "needed", "logits": the bytes of weights and used cache, and of the logits.
     """
     program = hlo.parse(text)
@@ -50,6 +51,7 @@ def facts(
         "read": one.read,
         "written": one.written,
         "kernels": one.kernels,
+        "launches": len(one.kernels),
         "needed": needed(config, params, cache, has_logits),
         "logits": 4 * batch * config.vocab_size,
     }

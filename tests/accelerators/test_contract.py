@@ -8,7 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from compiled import ADAPTED, BATCHES, CASES, GIB, LOOPS, MIB, READS, WEIGHTS, WHOLE, WHOLE_INTEGERS, report, turn
+from compiled import (
+    ADAPTED,
+    BATCHES,
+    CASES,
+    DRAWN,
+    GIB,
+    LOOPS,
+    MIB,
+    READS,
+    WEIGHTS,
+    WHOLE,
+    WHOLE_INTEGERS,
+    report,
+    turn,
+)
 
 BYTES = 1.15  # times weights and used cache
 
@@ -79,6 +93,17 @@ def test_a_gpu_waits_for_no_host(target: str, batch: int, weights: str) -> None:
     facts = _program(target, turn(target, batch, weights), "decode")
     assert not facts["conditionals"], _lines(facts["conditionals"])
     assert len(facts["open_loops"]) <= 1, _lines(facts["open_loops"])
+
+
+def test_drawing_waits_for_no_host_either() -> None:
+    """All settings are in one program, which takes some 130 kernels more and reads the logits some 70 times."""
+    greedy, drawn = (_program("h100", case, "decode") for case in (turn("h100", 8, "bfloat16"), DRAWN))
+    for facts, loops in ((drawn, 1), (_program("h100", DRAWN, "answer"), 0)):
+        assert not facts["conditionals"], _lines(facts["conditionals"])
+        assert len(facts["open_loops"]) == loops, _lines(facts["open_loops"])
+    assert greedy["launches"] < drawn["launches"] <= greedy["launches"] + 140
+    assert drawn["read"] - greedy["read"] < 100 * drawn["logits"]
+    assert drawn["temporaries"] < greedy["temporaries"] + 8 * drawn["logits"]
 
 
 def _program(target: str, case: str, name: str) -> dict[str, Any]:
