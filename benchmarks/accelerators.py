@@ -81,9 +81,9 @@ def _figures(target: str, facts: dict[str, Any]) -> dict[str, float]:
 
 
 def memory(target: str) -> None:
-    """Prints the table of memory: weights and cache by arithmetic, temporaries from programs of two layers."""
+    """Prints the table of memory: weights and cache by arithmetic, temporaries of the prefill from two layers."""
     cases = [
-        f"preset={preset},layers=2,weights={weights},prompt=3900,answer=100,programs=read+decode"
+        f"preset={preset},layers=2,weights={weights},prompt=3900,answer=100,programs=read"
         for preset in MODELS.values()
         for weights in WEIGHTS
     ]
