@@ -38,6 +38,12 @@ turns = pytest.mark.parametrize(
 )
 
 
+def _each(cases: list[str]) -> pytest.MarkDecorator:
+    """The targets that these cases are compiled for, with each of them."""
+    pairs = [(target, case) for target in CASES for case in cases if case in CASES[target]]
+    return pytest.mark.parametrize(("target", "case"), pairs)
+
+
 @targets
 @turns
 def test_a_token_copies_neither_weights_nor_cache(target: str, batch: int, weights: str, program: str) -> None:
@@ -56,10 +62,7 @@ def test_a_token_reads_weights_and_used_cache_once(target: str, batch: int, weig
     _moves_little(_program(target, turn(target, batch, weights), program))
 
 
-@pytest.mark.parametrize(
-    ("target", "case"),
-    [(target, case) for target in CASES for case in (WHOLE, WHOLE_INTEGERS) if case in CASES[target]],
-)
+@_each([WHOLE, WHOLE_INTEGERS])
 def test_all_layers_are_as_few_of_them(target: str, case: str) -> None:
     facts = _program(target, case, "decode")
     assert facts["layers"] == 32
@@ -68,8 +71,7 @@ def test_all_layers_are_as_few_of_them(target: str, case: str) -> None:
     _moves_little(facts)
 
 
-@targets
-@pytest.mark.parametrize("case", ADAPTED)
+@_each(ADAPTED)
 def test_an_adapter_copies_no_base(target: str, case: str) -> None:
     facts = _program(target, case, "step")
     _copies_nothing(facts)
@@ -77,8 +79,7 @@ def test_an_adapter_copies_no_base(target: str, case: str) -> None:
     _moves_little(facts)
 
 
-@targets
-@pytest.mark.parametrize("case", READS)
+@_each(READS)
 def test_a_prompt_makes_no_scores_and_copies_nothing(target: str, case: str) -> None:
     facts = _program(target, case, "read")
     assert not facts["scores"], _lines(facts["scores"])
