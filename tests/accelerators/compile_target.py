@@ -242,7 +242,7 @@ def main(target: str, *cases: str) -> None:
 
 def _cache_like(create: Any) -> Any:
     """KVCache.create that makes shapes: a whole cache of a large batch would not fit into this machine."""
-    return lambda *args: jax.eval_shape(lambda: create(*args))
+    return lambda *args, **options: jax.eval_shape(lambda: create(*args, **options))
 
 
 def _abstract(leaf: Any) -> Any:
