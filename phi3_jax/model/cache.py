@@ -54,6 +54,9 @@ class KVCache:
         # A TPU keeps the last axis in rows of 128. Shorter heads would be stored transposed, and every call would copy
         # the cache into such rows and back.
         head_dim = -(-config.head_dim // _TPU_LANES) * _TPU_LANES if jax.default_backend() == "tpu" else config.head_dim
+        if jax.default_backend() == "tpu":
+            # The last axis but one is cut into tiles, too: with a part of one at its end, every write copies the cache.
+            capacity = -(-capacity // _TPU_LANES) * _TPU_LANES
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim)
         empty = jnp.full((batch, capacity), -1, jnp.int32)
         # k and v do not share their scales' array: buffers that are donated together must be distinct.

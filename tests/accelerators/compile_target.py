@@ -37,12 +37,13 @@ import phi3_jax
 from phi3_jax import adapters
 from phi3_jax.checkpoint import placement
 from phi3_jax.infer import Options, Run, Sampling
-from phi3_jax.infer.engine import decoding
+from phi3_jax.infer.engine import buckets, decoding
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.model import KVCache, parameter_shapes
 from phi3_jax.quantization import quantized_shapes
 
 PLATFORMS = {"v5e": "tpu", "v6e": "tpu", "h100": "gpu", "a100": "gpu", "l4": "gpu", "rtx4090": "gpu"}
+MEMORY = {"v5e": 16, "v6e": 32, "h100": 80, "a100": 80, "l4": 24, "rtx4090": 24}  # GB
 Program = tuple[Any, tuple[Any, ...]]  # a jitted function and the shapes of its arguments
 
 
@@ -128,18 +129,13 @@ def params_like(case: Case) -> Any:
     """The parameters that a load gives on the platform, as shapes."""
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in parameter_shapes(case.config).items()}
     leaves = shapes if case.weights == "bfloat16" else quantized_shapes(case.weights, shapes)
-    if hasattr(placement, "compute_dtype"):
-        compute = placement.compute_dtype("bfloat16")
-        is_integers = {path: isinstance(leaf, QuantizedTensor) for path, leaf in leaves.items()}
-        leaves = {
-            path: dataclasses.replace(leaf, compute=compute) if is_integers[path] else leaf
-            for path, leaf in leaves.items()
-        }
+    layout = placement.fastest_layout()
+    leaves = {path: _as_loaded(path, leaf, layout) for path, leaf in leaves.items()}
     params = flax.traverse_util.unflatten_dict(leaves, sep="/")
-    if placement.fastest_layout() == "layers":
-        from phi3_jax.kernels.linear.per_layer import split_layers
+    if layout == "layers":
+        from phi3_jax.kernels.linear import per_layer
 
-        params = jax.eval_shape(split_layers, params)
+        params = jax.eval_shape(per_layer.split_layers, params)
     if not case.adapter:
         return params
     lora = adapters.LoraConfig(case.adapter, 2.0 * case.adapter)
@@ -148,6 +144,13 @@ def params_like(case: Case) -> Any:
         return adapters.attach(params, adapters.init_adapter(case.config, lora, jax.random.key(0)), lora)
 
     return jax.eval_shape(attached, params)
+
+
+def _as_loaded(path: str, leaf: Any, layout: str) -> Any:
+    if not isinstance(leaf, QuantizedTensor) or not hasattr(placement, "compute_dtype"):
+        return leaf
+    leaf = dataclasses.replace(leaf, compute=placement.compute_dtype("bfloat16"))
+    return jax.eval_shape(QuantizedTensor.by_columns, leaf) if layout == "columns" and path != placement.TABLE else leaf
 
 
 def recorded_programs(case: Case) -> dict[str, list[Program]]:
@@ -222,6 +225,7 @@ def report(case: Case, sharding: NamedSharding) -> dict[str, Any]:
 def main(target: str, *cases: str) -> None:
     """Prints a line of JSON for each case, for the usual one if none is given."""
     jax.default_backend = lambda: PLATFORMS[target]  # what kernels and the cache's shape depend on
+    buckets._memory = lambda: MEMORY[target] * 750_000_000  # and the room: by default JAX takes three quarters
     sharding = NamedSharding(Mesh(np.asarray(topology(target).devices), ("x",)), PartitionSpec())
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         for case in cases or ("",):
@@ -238,7 +242,7 @@ def main(target: str, *cases: str) -> None:
 
 def _cache_like(create: Any) -> Any:
     """KVCache.create that makes shapes: a whole cache of a large batch would not fit into this machine."""
-    return lambda *args: jax.eval_shape(lambda: create(*args))
+    return lambda *args, **options: jax.eval_shape(lambda: create(*args, **options))
 
 
 def _abstract(leaf: Any) -> Any:

@@ -5,11 +5,11 @@ Axis letters: L layer, B batch, T prompt chunk, S slot, K key-value heads, H hea
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import hlo
 import jax
+import jax.numpy as jnp
 import traffic
 
 from phi3_jax.config import Phi3Config
@@ -32,7 +32,8 @@ def facts(
       "writes": the instructions that write as much as the smallest matrix of a layer, or a layer of the cache;
       "scores": those that write an array of a prompt's queries and keys;
       "conditionals", "open_loops": those that a GPU's host waits for;
-      "read", "written", "launches": bytes and kernels of one token of each row, or of a chunk of the prompts;
+      "read", "written", "kernels": bytes of one token of each row, or of a chunk of the prompts; of each kernel, too,
+      whose number is "launches";
       "needed", "logits": the bytes of weights and used cache, and of the logits.
     """
     program = hlo.parse(text)
@@ -49,7 +50,8 @@ def facts(
         "open_loops": hlo.open_loops(program),
         "read": one.read,
         "written": one.written,
-        "launches": one.launches,
+        "kernels": one.kernels,
+        "launches": len(one.kernels),
         "needed": needed(config, params, cache, has_logits),
         "logits": 4 * batch * config.vocab_size,
     }
@@ -59,7 +61,7 @@ def needed(config: Phi3Config, params: Any, cache: Any, has_logits: bool) -> flo
     """The bytes that a token takes at least: the layers' weights, the head's, and the used cache."""
     head = "lm_head" if "lm_head" in params else "embed_tokens"  # of the embedding, only one row is read
     weights = {"layers": params["layers"]} | ({"head": params[head]} if has_logits else {})
-    return _bytes(weights) + USED * _bytes([cache.k, cache.v, cache.k_scale, cache.v_scale])
+    return size(weights) + USED * size([cache.k, cache.v, cache.k_scale, cache.v_scale])
 
 
 def smallest_matrix(config: Phi3Config, params: Any) -> int:
@@ -95,5 +97,11 @@ def _shares(config: Phi3Config, params: Any, cache: Any) -> dict[tuple[int, ...]
     return found
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def size(tree: Any) -> int:
+    """The bytes of a tree of arrays in a device's memory."""
+    return sum(leaf.size * _bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+
+
+def _bits(dtype: Any) -> int:
+    # Two integers of 4 bits are a byte in the device's memory, but not in NumPy's.
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize

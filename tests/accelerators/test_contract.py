@@ -8,39 +8,61 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from compiled import ADAPTED, CASES, DRAWN, GIB, LOOPS, MIB, READS, TURNS, WHOLE, WHOLE_INTEGERS, report
+from compiled import (
+    ADAPTED,
+    BATCHES,
+    CASES,
+    DRAWN,
+    GIB,
+    LOOPS,
+    MIB,
+    READS,
+    WEIGHTS,
+    WHOLE,
+    WHOLE_INTEGERS,
+    report,
+    turn,
+)
 
 BYTES = 1.15  # times weights and used cache
 
 targets = pytest.mark.parametrize("target", list(CASES))
 turns = pytest.mark.parametrize(
     ("batch", "weights", "program"),
-    [(*key, name) for key in TURNS for name in (["step", "decode"] if key in LOOPS else ["step"])],
+    [
+        (batch, weights, program)
+        for batch in BATCHES
+        for weights in WEIGHTS
+        for program in (["step", "decode"] if (batch, weights) in LOOPS else ["step"])
+    ],
 )
+
+
+def _each(cases: list[str]) -> pytest.MarkDecorator:
+    """The targets that these cases are compiled for, with each of them."""
+    pairs = [(target, case) for target in CASES for case in cases if case in CASES[target]]
+    return pytest.mark.parametrize(("target", "case"), pairs)
 
 
 @targets
 @turns
 def test_a_token_copies_neither_weights_nor_cache(target: str, batch: int, weights: str, program: str) -> None:
-    _copies_nothing(_program(target, TURNS[batch, weights], program))
+    _copies_nothing(_program(target, turn(target, batch, weights), program))
 
 
 @targets
 @turns
 def test_a_token_takes_little_memory(target: str, batch: int, weights: str, program: str) -> None:
-    _is_small(_program(target, TURNS[batch, weights], program))
+    _is_small(_program(target, turn(target, batch, weights), program))
 
 
 @targets
 @turns
 def test_a_token_reads_weights_and_used_cache_once(target: str, batch: int, weights: str, program: str) -> None:
-    _moves_little(_program(target, TURNS[batch, weights], program))
+    _moves_little(_program(target, turn(target, batch, weights), program))
 
 
-@pytest.mark.parametrize(
-    ("target", "case"),
-    [(target, case) for target in CASES for case in (WHOLE, WHOLE_INTEGERS) if case in CASES[target]],
-)
+@_each([WHOLE, WHOLE_INTEGERS])
 def test_all_layers_are_as_few_of_them(target: str, case: str) -> None:
     facts = _program(target, case, "decode")
     assert facts["layers"] == 32
@@ -49,8 +71,7 @@ def test_all_layers_are_as_few_of_them(target: str, case: str) -> None:
     _moves_little(facts)
 
 
-@targets
-@pytest.mark.parametrize("case", ADAPTED)
+@_each(ADAPTED)
 def test_an_adapter_copies_no_base(target: str, case: str) -> None:
     facts = _program(target, case, "step")
     _copies_nothing(facts)
@@ -58,8 +79,7 @@ def test_an_adapter_copies_no_base(target: str, case: str) -> None:
     _moves_little(facts)
 
 
-@targets
-@pytest.mark.parametrize("case", READS)
+@_each(READS)
 def test_a_prompt_makes_no_scores_and_copies_nothing(target: str, case: str) -> None:
     facts = _program(target, case, "read")
     assert not facts["scores"], _lines(facts["scores"])
@@ -71,14 +91,14 @@ def test_a_prompt_makes_no_scores_and_copies_nothing(target: str, case: str) -> 
 @pytest.mark.parametrize(("batch", "weights"), sorted(LOOPS))
 def test_a_gpu_waits_for_no_host(target: str, batch: int, weights: str) -> None:
     """No branch in the loop over tokens, and no loop but that one whose turns only the device knows."""
-    facts = _program(target, TURNS[batch, weights], "decode")
+    facts = _program(target, turn(target, batch, weights), "decode")
     assert not facts["conditionals"], _lines(facts["conditionals"])
     assert len(facts["open_loops"]) <= 1, _lines(facts["open_loops"])
 
 
 def test_drawing_waits_for_no_host_either() -> None:
     """All settings are in one program, which takes some 130 kernels more and reads the logits some 70 times."""
-    greedy, drawn = (_program("h100", case, "decode") for case in (TURNS[8, "bfloat16"], DRAWN))
+    greedy, drawn = (_program("h100", case, "decode") for case in (turn("h100", 8, "bfloat16"), DRAWN))
     for facts, loops in ((drawn, 1), (_program("h100", DRAWN, "answer"), 0)):
         assert not facts["conditionals"], _lines(facts["conditionals"])
         assert len(facts["open_loops"]) == loops, _lines(facts["open_loops"])

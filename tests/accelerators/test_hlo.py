@@ -20,17 +20,20 @@ def test_a_copied_layer_is_found_and_nothing_else() -> None:
     assert not traffic.large_writes(hlo.parse(LOOP), 3 * 8 * 16, rows=[64])
 
 
-def test_bytes_and_launches_of_a_loop() -> None:
+def test_bytes_and_kernels_of_a_loop() -> None:
     program = hlo.parse(LOOP)
     (loop, turns, body) = hlo.loops(program)[0]
     assert (loop.name, turns) == ("loop", 3)
-    # slice, gemm, broadcast, update, attention, add
     turn = traffic.cost(program, body, {(3, 8, 16): 0.25})
-    read = (LAYER + 4) + (X + LAYER) + 4 + (NEW + 4) + (0.25 * CACHE + X) + 8
-    assert turn == traffic.Cost(read, LAYER + (2 * 64 * 4 + 128) + NEW + NEW + X + 4, 6)
+    slice_, gemm, new = (LAYER + 4, LAYER), (X + LAYER, 2 * 64 * 4 + 128), (4, NEW)
+    update, attention, add = (NEW + 4, NEW), (0.25 * CACHE + X, X), (8, 4)
+    kernels = [slice_, gemm, new, update, attention, add]
+    assert turn == traffic.Cost(*map(sum, zip(*kernels, strict=True)), tuple(map(sum, kernels)))
     whole = traffic.cost(program, shares={(3, 8, 16): 0.25})
     # In each turn the condition's comparison, too, and before the loop a copy of its first number.
-    assert whole == traffic.Cost(3 * (turn.read + 8) + 4, 3 * (turn.written + 1) + 4, 3 * (turn.launches + 1) + 1)
+    expected = traffic.Cost(4, 4, (8,)) + (turn + traffic.Cost(8, 1, (9,))).times(3)
+    assert (whole.read, whole.written) == (expected.read, expected.written)
+    assert sorted(whole.kernels) == sorted(expected.kernels)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,14 @@ def test_an_update_of_another_array_than_a_parameter_writes_it_all() -> None:
     assert any(
         write.startswith("bf16[3,8,16] by written") for write in traffic.large_writes(hlo.parse(text), 3 * 8 * 16)
     )
+
+
+def test_an_update_without_a_fusion_is_in_place_too() -> None:
+    fused = "fusion(%cache, %new, %number), kind=kLoop, calls=%fused_update"
+    text = LOOP.replace(fused, "dynamic-update-slice(%cache, %new, %number)")
+    assert text != LOOP
+    assert len(traffic.large_writes(hlo.parse(text), 3 * 8 * 16)) == 1  # the copied layer
+    assert traffic.cost(hlo.parse(text)).read == traffic.cost(hlo.parse(LOOP)).read
 
 
 def test_fast_memory_does_not_count() -> None:

@@ -122,15 +122,19 @@ class Cost:
 
     Attributes:
       read, written: bytes of the main memory.
-      launches: instructions that run by themselves: on a GPU, kernels and copies that are started.
+      kernels: the bytes of each instruction that runs by itself: on a GPU, of each kernel or copy that is started.
     """
 
-    read: float
-    written: float
-    launches: int
+    read: float = 0
+    written: float = 0
+    kernels: tuple[float, ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.read + other.read, self.written + other.written, self.launches + other.launches)
+        return Cost(self.read + other.read, self.written + other.written, self.kernels + other.kernels)
+
+    def times(self, turns: int) -> Cost:
+        """What this many turns of it take."""
+        return Cost(turns * self.read, turns * self.written, turns * self.kernels)
 
 
 def cost(
@@ -141,7 +145,7 @@ def cost(
     Of loops whose number of turns only the device knows, one turn is counted. `shares` is that of `read`.
     """
     computation = start or program.entry
-    total = Cost(0, 0, 0)
+    total = Cost()
     for each in computation.instructions.values():
         inside = [cost(program, program.computations[name], shares) for name in each.called if each.opcode in NESTING]
         if each.opcode == "conditional":
@@ -149,11 +153,11 @@ def cost(
         elif each.opcode in NESTING:
             turns = program.turns(each, computation) or 1 if each.opcode == "while" else 1
             for part in inside:
-                total += Cost(turns * part.read, turns * part.written, turns * part.launches)
+                total += part.times(turns)
         elif runs(each):
             step = Step(each, computation)
-            new = sum(array.bytes for array in written(program, step))
-            total += Cost(read(program, step, shares), new, 1)
+            old, new = read(program, step, shares), sum(array.bytes for array in written(program, step))
+            total += Cost(old, new, (old + new,))
     return total
 
 

@@ -130,12 +130,12 @@ def test_decoding_updates_the_cache_in_place(tiny, drafter):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
-def test_heads_padded_for_a_tpu_change_no_number(tiny, monkeypatch, dtype):
+def test_heads_and_slots_padded_for_a_tpu_change_no_number(tiny, monkeypatch, dtype):
     def logits(platform):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda: platform)
             cache = phi3_jax.KVCache.create(tiny.config, 2, 23, dtype)
-        head_dims.append(cache.k.shape[-1])
+        sizes.append((cache.capacity, *cache.k.shape[-2:]))
         model, all_ = phi3_jax.Phi3(tiny.config), []
         for piece in jnp.split(tokens, [7, 11], axis=1):
             part, cache = model.apply({"params": tiny.params}, piece, cache=cache)
@@ -143,10 +143,10 @@ def test_heads_padded_for_a_tpu_change_no_number(tiny, monkeypatch, dtype):
         return jnp.concatenate(all_, axis=1)
 
     tokens = jnp.asarray(np.random.default_rng(5).integers(4, 97, (2, 13)), jnp.int32)
-    head_dims = []
+    sizes = []
     expected = logits("cpu")
     np.testing.assert_allclose(logits("tpu"), expected, rtol=1e-5, atol=1e-5)
-    assert head_dims == [tiny.config.head_dim, 128]
+    assert sizes == [(23, 23, tiny.config.head_dim), (128, 128, 128)]
 
 
 @pytest.mark.usefixtures("quick_compilation")
