@@ -48,7 +48,7 @@ def room_rung(tokens: int) -> int:
 
 
 def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, dtype: Any) -> tuple[int, int]:
-    """(B, M) of a run: the coarsest rungs whose cache takes at most half of the memory beside the weights.
+    """(B, M) of a run: the coarsest rungs that take at most half of the memory beside the weights.
 
     Args:
       tokens: the most tokens, prompt and answer together, of a row.
@@ -64,7 +64,7 @@ def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, 
     for batch in (batch_rung(rows), _power_of_two(rows)):
         for room in rooms:
             slots = slots_needed(config, room, most_at_once(options))
-            if batch * slots * _slot_bytes(config, dtype) <= spare:
+            if batch * (slots * _slot_bytes(config, dtype) + _read_bytes(config, options)) <= spare:
                 return batch, room
     return rows, rooms[-1]
 
@@ -118,6 +118,12 @@ def _slot_bytes(config: Phi3Config, dtype: Any) -> int:
     """Bytes of a row's slot, in all layers: keys, values, and with int8 their scales."""
     head = config.head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+
+
+def _read_bytes(config: Phi3Config, options: Options) -> int:
+    """About what reading a chunk takes for each row: one layer's activations, and with `echo` the logits."""
+    numbers = 4 * config.hidden_size + 3 * config.intermediate_size + (config.vocab_size if options.echo else 0)
+    return options.prefill_chunk * numbers * 4
 
 
 def _size(params: Any) -> int:

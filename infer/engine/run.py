@@ -150,8 +150,9 @@ class Run:
         else:
             asked = self.options.speculation
             draft_params = asked.checkpoint.params if isinstance(asked, DraftModel) else None
-            number = self._numbers.setdefault(steps, jnp.int32(steps))
-            args = state, self._settings, number, self._drafter, draft_params
+            if steps not in self._numbers:
+                self._numbers[steps] = jnp.int32(steps)
+            args = state, self._settings, self._numbers[steps], self._drafter, draft_params
             self._state, self._drafter = self._timed("decode", decoding.decode, *args)
         return self._new_tokens(self._state)
 

@@ -1,7 +1,9 @@
 """The sizes of arrays: any work runs on few programs, and a row's answer does not depend on the rows beside it."""
 
+import dataclasses
 import random
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from phi3_jax.infer import Options, Run, Sampling, generate
 from phi3_jax.infer.engine import buckets, decoding
 
 PROGRAMS = (decoding.read, decoding.answer, decoding.decode)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -46,40 +49,117 @@ def work(model: phi3_jax.Checkpoint, rows: int, rng: random.Random, longest: int
     generate(model, prompts, limits, sampling=sampling, options=options)
 
 
-@pytest.mark.parametrize(("backend", "batches", "most"), [("gpu", (1, 3, 8, 9, 64), 12), ("cpu", (3, 4), 5)])
-def test_any_work_runs_on_few_programs(long, monkeypatch, backend, batches, most, quick_compilation):
-    """Ragged lengths up to 4096, in any order: reads in chunks, short last ones, rings, restarts, conversations."""
-    monkeypatch.setattr(buckets, "_platform", lambda: backend)
+def on(monkeypatch: pytest.MonkeyPatch, platform: str, gigabytes: float = 1000) -> None:
+    monkeypatch.setattr(buckets, "_platform", lambda: platform)
+    monkeypatch.setattr(buckets, "_memory", lambda: int(gigabytes * 2**30))
+
+
+@pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 2), ("tpu", 3, 2), ("cpu", 7, 3)])
+def test_the_ladder_has_few_rungs(long, monkeypatch, platform, batches, reads):
+    """Up to 64 rows of 4096 tokens: 12 programs, on the CPU 35. One more room has as many again."""
+    on(monkeypatch, platform)
+    config = dataclasses.replace(long.config, max_position_embeddings=1 << 17)
+    model, options = dataclasses.replace(long, config=config), Options()
+    lengths = [*range(1, 600, 7), 1000, 2047, 2048, 4000, 4096]
+    sizes = {buckets.sizes_for(model, rows, n, options, jnp.float32) for rows in range(1, 65) for n in lengths}
+    assert sizes == {(batch, 4096) for batch, _ in sizes}
+    assert len(sizes) == batches
+    assert buckets.sizes_for(model, 64, 4097, options, jnp.float32) == (64, 8192)
+    pieces = {buckets.piece_length(n, options.prefill_chunk, 4096) for n in lengths}
+    assert len(pieces) == reads
+    for n in lengths:
+        read = calls = 0
+        while read < n:
+            read += buckets.piece_length(n - read, 512, 4096)
+            calls += 1
+        assert n <= read <= max(1.6 * n, 128 if platform != "cpu" else 16, -(-n // 512) * 512)
+        assert calls <= n // 512 + 8
+
+
+def test_a_rung_takes_no_memory_that_would_be_missed(long, monkeypatch):
+    config = dataclasses.replace(phi3_jax.PRESETS["phi-3-mini-4k"], sliding_window=None)
+    model = dataclasses.replace(long, config=config)  # 0.4 MB a token
+
+    def sizes(gigabytes, rows, tokens, platform="gpu", dtype="bfloat16"):
+        on(monkeypatch, platform, gigabytes)
+        return buckets.sizes_for(model, rows, tokens, Options(), jnp.dtype(dtype))
+
+    assert sizes(70, 1, 300) == (1, 4096)
+    assert sizes(70, 64, 300) == (64, 512)
+    assert sizes(70, 9, 4000) == (16, 4096)
+    assert sizes(20, 9, 300) == (16, 512)
+    assert sizes(20, 9, 1025) == (16, 1152)
+    assert sizes(8, 9, 1025) == (9, 1152)
+    assert sizes(70, 8, 300, "cpu", "float16") == (8, 512)  # the kernels do not know it: XLA reads every slot
+
+
+def test_any_work_of_a_batch_size_runs_on_five_programs(long):
+    """Ragged lengths up to 4096, in any order: whole and short chunks, rings, restarts, prompt caches."""
     for program in PROGRAMS:
         program.clear_cache()
     rng = random.Random(1)
-    for rows in batches:
-        for longest in (5, 80, 200, 700) if rows < 9 else (100,):
-            work(long, rows, rng, longest, Options())
-    work(long, 1, rng, 4095, Options())
-    text = [1, 2, 3]
-    run = None
-    for _ in range(5):  # a conversation
-        run = Run(long, [text], [30], options=Options(prompt_cache=run and run.prompt_cache()))
+    for longest, rows in ((5, 4), (700, 3), (80, 3), (2, 4), (4090, 3)):
+        work(long, rows, rng, longest, Options(rows=4))
+    text, run = [1, 2, 3], None
+    for _ in range(4):  # a conversation
+        run = Run(long, [text], [30], options=Options(prompt_cache=run and run.prompt_cache(), rows=4))
         while not run.is_over:
             text += run.advance(32)[0].token_ids
         text += [4, 5, 6]
     assert run.reused > 0
-    assert min(compiled()) > 0
-    assert sum(compiled()) <= most + (5 if backend == "cpu" else 0)  # a row alone is another batch
+    assert compiled() == [3, 1, 1]
 
 
-def test_each_row_gives_what_its_prompt_gives_alone(long):
-    """Three rows run as four; seeds are the rows' own."""
-    rng = np.random.default_rng(3)
+def test_each_row_draws_what_its_prompt_draws_alone(long):
+    """Three rows run as four; the seeds of the rows are 5, 6 and 7."""
+    rng, options = np.random.default_rng(3), Options(rows=4)
     prompts = [rng.integers(0, 60, length).tolist() for length in (9, 30, 66)]
-    for options in (Options(logprobs=2), Options(logprobs=2, echo=True), Options(logprobs=2, rows=20)):
-        together = generate(long, prompts, 12, temperature=1.0, seed=5, options=options)
-        assert len(together) == 3
-        for row, prompt in enumerate(prompts):
-            (alone,) = generate(long, prompt, 12, temperature=1.0, seed=5 + row, options=options)
-            assert together[row].token_ids == alone.token_ids
-            for name in ("logprobs", "prompt_logprobs") if options.echo else ("logprobs",):
-                ours, expected = ([entry.logprob for entry in getattr(each, name)] for each in (together[row], alone))
-                np.testing.assert_allclose(np.array(ours[1:]), np.array(expected[1:]), atol=1e-4)
-    assert len({tuple(each.token_ids) for each in generate(long, [prompts[0]] * 3, 12, temperature=1.0)}) == 3
+    together = generate(long, prompts, 12, temperature=1.0, seed=5, options=options)
+    assert len(together) == 3
+    for row, prompt in enumerate(prompts):
+        (alone,) = generate(long, prompt, 12, temperature=1.0, seed=5 + row, options=options)
+        assert together[row].token_ids == alone.token_ids
+    same = generate(long, [prompts[0]] * 3, 12, temperature=1.0, options=options)
+    assert len({tuple(each.token_ids) for each in same}) == 3
+
+
+def test_rows_share_no_more_of_a_prompt_cache_than_all_begin_with(long):
+    rng, options = np.random.default_rng(4), Options(rows=4)
+    prefix, other = rng.integers(0, 30, 31).tolist(), rng.integers(30, 60, 31).tolist()
+    run = Run(long, [prefix], [1], options=options)
+    run.advance()
+    cache = run.prompt_cache()
+    prompts = [prefix + other[:5], prefix[:12] + other, prefix[:20] + other[:3]]
+    for rows in (prompts, prompts[::-1], prompts[1:]):
+        run = Run(long, rows, [9] * len(rows), options=dataclasses.replace(options, prompt_cache=cache))
+        assert run.reused == 12
+        found = [new.token_ids for new in run.advance()]
+        while not run.is_over:
+            found = [old + new.token_ids for old, new in zip(found, run.advance(32), strict=True)]
+        assert found == [each.token_ids for each in generate(long, rows, 9, options=options)]
+
+
+@pytest.mark.slow
+def test_any_work_runs_on_twelve_programs(long, monkeypatch):
+    """On the ladder of an accelerator: batches of 1 to 64."""
+    on(monkeypatch, "gpu")
+    for program in PROGRAMS:
+        program.clear_cache()
+    rng = random.Random(2)
+    for rows, longest in ((64, 100), (1, 700), (3, 150), (9, 20), (8, 4095), (1, 3), (33, 600)):
+        work(long, rows, rng, longest, Options())
+    assert compiled() == [6, 3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [Options(logprobs=2), Options(logprobs=2, echo=True)])
+def test_rows_without_a_prompt_change_nothing(long, options):
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 60, length).tolist() for length in (9, 30, 66)]
+    padded = generate(long, prompts, 12, temperature=1.0, options=dataclasses.replace(options, rows=8))
+    for row, (prompt, ours) in enumerate(zip(prompts, padded, strict=True)):
+        (alone,) = generate(long, prompt, 12, temperature=1.0, seed=row, options=options)
+        assert ours.token_ids == alone.token_ids
+        for name in ("logprobs", "prompt_logprobs") if options.echo else ("logprobs",):
+            found, expected = ([entry.logprob for entry in getattr(each, name)] for each in (ours, alone))
+            np.testing.assert_allclose(found[1:], expected[1:], atol=1e-4)
