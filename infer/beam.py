@@ -303,8 +303,8 @@ def _begin(
     """Reads the prompts, once for all their beams -> (search, last [R, D])."""
     config = checkpoint.config
     # Not the large rooms of other runs: every step copies the cache.
-    tokens = max(options.room, *map(sum, zip(map(len, prompts), limits, strict=True)))
-    room = min(room_rung(tokens), max(tokens, config.max_position_embeddings))
+    most = max(options.room, *(len(prompt) + n for prompt, n in zip(prompts, limits, strict=True)))
+    room = min(room_rung(most), max(most, config.max_position_embeddings))
     tokens = np.zeros((len(prompts), room), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt

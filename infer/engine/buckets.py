@@ -2,7 +2,7 @@
 
     B, rows             1, 8, 64, ...; on the CPU, where a row more takes time, 1, 2, 4, 8, ...
     M, tokens of a row  4096, 8192, 16384, ...; at most the model's context
-    T, tokens of a read 128 and Options.prefill_chunk; on the CPU 16, 64 and prefill_chunk
+    T, tokens of a read 128 and Options.prefill_chunk; on the CPU 16, 32, 64, 128 and prefill_chunk
 
 Attention reads only the slots that are used, so a large cache costs memory alone. Where it would take too much of that,
 or where attention reads every slot, M is the next power of two, or if that is too much as well, a multiple of 128; and
@@ -30,7 +30,7 @@ _SMALLEST_ROOM = 128  # tokens: of rooms that are chosen finely, and their unit 
 
 # The lengths, beside a whole chunk, that prompts are read in; and how many tokens could be read in the time that a call
 # takes beside that for its tokens, which is mostly that for reading all weights.
-_CPU_PIECES, _CPU_CALL = (16, 64), 32
+_CPU_PIECES, _CPU_CALL = (16, 32, 64, 128), 32
 _PIECES, _CALL = (128,), 256
 
 

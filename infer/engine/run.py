@@ -88,7 +88,7 @@ class Run:
             for n, prompt in zip(max_new_tokens, prompts, strict=True)
         ]
         self._lengths = [len(prompt) for prompt in prompts]
-        tokens = max(map(sum, zip(self._lengths, limits, strict=True)), default=1)
+        tokens = max((length + n for length, n in zip(self._lengths, limits, strict=True)), default=1)
         self._rows, self._room = sizes_for(checkpoint, len(prompts), tokens, options, self._cache_dtype())
         unused = [0] * (self._rows - len(prompts))  # rows without a prompt, done from the start
         self._settings = decoding.Settings(

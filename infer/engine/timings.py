@@ -39,10 +39,10 @@ class _Thread(threading.local):
     spans: list[tuple[float, float]] | None = None
 
 
-def _note(event: str, seconds: float, **_: object) -> None:
+def _note(event: str, duration_secs: float, **_: str | int) -> None:
     if _thread.spans is not None and event.startswith(_COMPILING):
         end = time.perf_counter()
-        _thread.spans.append((end - seconds, end))
+        _thread.spans.append((end - duration_secs, end))
 
 
 def _union(spans: list[tuple[float, float]] | None) -> float:

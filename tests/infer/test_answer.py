@@ -82,9 +82,9 @@ def test_the_tokens_that_may_complete_a_stop_string(small):
 
 
 def test_no_step_is_taken_after_a_stop_string(small, monkeypatch):
-    """Calls of 32 steps end with the token after which the host has to look; without that, 24 steps were in vain."""
+    """Calls of 32 steps end with the token after which the host has to look; without that, 26 steps were in vain."""
     cat = small.tokenizer.encode("cat")
-    row = Sampling(forced_tokens=[*cat, *in_bytes("\n"), *cat * 2])
+    row = Sampling(forced_tokens=[*cat * 3, *in_bytes("\n"), *cat * 2])
     watched = watched_tokens(["\n"], small.tokenizer, small.config.vocab_size)
     wasted = []
     monkeypatch.setattr(answers, "_CALL_SECONDS", 1e6)
@@ -92,9 +92,9 @@ def test_no_step_is_taken_after_a_stop_string(small, monkeypatch):
         run, answer = Run(small, [[5]] * 3, [30, 1, 1], [row] * 3, watched=mask), Answer(small, stop=["\n"])
         others = [Answer(small, 1), Answer(small, 2)]  # over after one token
         list(write_answers(run, [answer, *others], 32))
-        assert (answer.finish().text, answer.finish_reason) == ("cat", "stop")
+        assert (answer.finish().text, answer.finish_reason) == (small.tokenizer.decode(cat * 3), "stop")
         wasted.append(int(run._state.lengths[0]) - 1 - len(answer.finish().token_ids))
-    assert wasted == [0, 30 - len(cat) - 1]
+    assert wasted == [0, 30 - 3 * len(cat) - 1]
 
 
 class FakeRun:

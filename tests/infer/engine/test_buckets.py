@@ -54,9 +54,9 @@ def on(monkeypatch: pytest.MonkeyPatch, platform: str, gigabytes: float = 1000) 
     monkeypatch.setattr(buckets, "_memory", lambda: int(gigabytes * 2**30))
 
 
-@pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 2), ("tpu", 3, 2), ("cpu", 7, 3)])
+@pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 2), ("tpu", 3, 2), ("cpu", 7, 5)])
 def test_the_ladder_has_few_rungs(long, monkeypatch, platform, batches, reads):
-    """Up to 64 rows of 4096 tokens: 12 programs, on the CPU 35. One more room has as many again."""
+    """Up to 64 rows of 4096 tokens: 12 programs, on the CPU 49. One more room has as many again."""
     on(monkeypatch, platform)
     config = dataclasses.replace(long.config, max_position_embeddings=1 << 17)
     model, options = dataclasses.replace(long, config=config), Options()
@@ -93,12 +93,12 @@ def test_a_rung_takes_no_memory_that_would_be_missed(long, monkeypatch):
     assert sizes(70, 8, 300, "cpu", "float16") == (8, 512)  # the kernels do not know it: XLA reads every slot
 
 
-def test_any_work_of_a_batch_size_runs_on_five_programs(long):
+def test_any_work_of_a_batch_size_runs_on_seven_programs(long):
     """Ragged lengths up to 4096, in any order: whole and short chunks, rings, restarts, prompt caches."""
     for program in PROGRAMS:
         program.clear_cache()
     rng = random.Random(1)
-    for longest, rows in ((5, 4), (700, 3), (80, 3), (2, 4), (4090, 3)):
+    for longest, rows in ((5, 4), (700, 3), (80, 3), (30, 4), (4090, 3)):
         work(long, rows, rng, longest, Options(rows=4))
     text, run = [1, 2, 3], None
     for _ in range(4):  # a conversation
@@ -107,7 +107,7 @@ def test_any_work_of_a_batch_size_runs_on_five_programs(long):
             text += run.advance(32)[0].token_ids
         text += [4, 5, 6]
     assert run.reused > 0
-    assert compiled() == [3, 1, 1]
+    assert compiled() == [5, 1, 1]
 
 
 def test_each_row_draws_what_its_prompt_draws_alone(long):
@@ -121,6 +121,17 @@ def test_each_row_draws_what_its_prompt_draws_alone(long):
         assert together[row].token_ids == alone.token_ids
     same = generate(long, [prompts[0]] * 3, 12, temperature=1.0, options=options)
     assert len({tuple(each.token_ids) for each in same}) == 3
+
+
+def test_rows_without_a_prompt_are_done_from_the_start(long):
+    run = Run(long, [[5] * 9] * 3, [3, 2, 3], options=Options(rows=4))
+    assert [len(new.token_ids) for new in run.advance()] == [1] * 3
+    assert run._state.done.tolist() == [False, False, False, True]
+    run.advance(32)
+    assert run.done == [True] * 3
+    assert run._state.lengths.tolist()[3] == 0
+    with pytest.raises(ValueError, match="row 3 is not one of the run's 3 rows"):
+        run.prompt_cache(3)
 
 
 def test_rows_share_no_more_of_a_prompt_cache_than_all_begin_with(long):
