@@ -17,8 +17,9 @@ from .sampling import StopWatch, TokenLogprob
 
 FinishReason = Literal["stop", "length", "deadline", "interrupt", "error"]
 
-# With a deadline a call of the compiled loop takes about this long: so much later may an answer end.
-_CALL_SECONDS = 0.05
+# A call of the compiled loop takes about this long at most: so much later is an interrupt seen, or a deadline met.
+_CALL_SECONDS = 0.25
+_CALL_SECONDS_BY_DEADLINE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +128,17 @@ def write_answers(
 
     Args:
       answers: one for each row.
-      steps: how many tokens are generated at most between two calls of `interrupt`. With a deadline they are fewer if
-        they would take longer than a twentieth of a second, or the time that is left.
-      interrupt: True ends all answers as they are.
+      steps: how many tokens are generated at most by a call of the compiled loop. They are fewer if they would take
+        longer than a quarter of a second; with a deadline a twentieth, or the time that is left.
+      interrupt: called between such calls; True ends all answers as they are.
     """
     begin, deadline = time.monotonic(), run.options.deadline
     per_turn: float | None = None
     while not run.is_over:
-        turns, decoded = steps, run.timings.decode
+        decoded, seconds = run.timings.decode, _CALL_SECONDS
         if deadline is not None:
-            turns = _turns(min(_CALL_SECONDS, begin + deadline - time.monotonic()), per_turn, steps)
+            seconds = min(_CALL_SECONDS_BY_DEADLINE, begin + deadline - time.monotonic())
+        turns = _turns(seconds, per_turn, steps)
         new, done = run.advance(turns), run.done
         if written := max(len(row.token_ids) for row in new):
             # With guesses a turn writes up to so many tokens: at least so many turns were taken.

@@ -31,10 +31,9 @@ from phi3_jax.model import KVCache, Params, Phi3, slots_needed
 
 from .answer import Answer
 from .engine import NewTokens, Options, decoding
-from .engine.buckets import own_cache_dtype, room_for
+from .engine.buckets import own_cache_dtype, room_rung
 from .engine.decoding import DecodeState, Settings
 from .engine.failures import NOT_FINITE, explain, is_finite
-from .engine.kept import keep_programs_for
 from .engine.prefill import Prefill
 from .prompts import Prompt, as_list, check_batch, encode_prompt, for_each
 from .sampling import Sampling, SamplingArrays
@@ -108,8 +107,6 @@ def beam_search(
     rules = Rules(
         _settings(checkpoint, ids, limits, beams, options), jnp.float32(length_penalty), jnp.asarray(early_stopping)
     )
-    sizes = max(map(len, ids)), max(limits, default=1)
-    keep_programs_for((checkpoint.config, len(ids), beams, room_for(*sizes, options)))
     found = _run(checkpoint, ids, limits, beams, rules, options)
     tokens, lengths, scores = (np.asarray(part) for part in (found.tokens, found.lengths, found.scores))
     failed, reached = (np.asarray(part)[::beams].tolist() for part in (found.rows.failed, found.rows.lengths))
@@ -305,7 +302,9 @@ def _begin(
 ) -> tuple[Search, jax.Array]:
     """Reads the prompts, once for all their beams -> (search, last [R, D])."""
     config = checkpoint.config
-    room = room_for(max(map(len, prompts)), max(limits), options)
+    # Not the large rooms of other runs: every step copies the cache.
+    most = max(options.room, *(len(prompt) + n for prompt, n in zip(prompts, limits, strict=True)))
+    room = min(room_rung(most), max(most, config.max_position_embeddings))
     tokens = np.zeros((len(prompts), room), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt

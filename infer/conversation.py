@@ -26,10 +26,7 @@ from phi3_jax.text import Message, Tool, ToolCall, ToolCallParser, encode_chat
 
 from .answer import Answer, Generation, Piece, write_answers
 from .engine import Options, PromptCache, Run
-from .engine.buckets import room_for
 from .sampling import Grammar, Sampling, stop_strings
-
-_SMALLEST_ROOM = 512  # tokens
 
 
 class ContextFullError(ValueError):
@@ -209,16 +206,8 @@ class Conversation:
                 f"in the model's context of {context}"
             )
         sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + self._answered) % 2**32)
-        options = dataclasses.replace(self._options, prompt_cache=self._cache, room=self._room(len(prompt_ids)))
+        options = dataclasses.replace(self._options, prompt_cache=self._cache)
         return Run(self._checkpoint, [prompt_ids], [self._max_new_tokens], [sampling], options, [self._grammar])
-
-    def _room(self, prompt_tokens: int) -> int:
-        """How many tokens to make memory for; it grows by doubling, so that turns share compiled programs."""
-        needed = room_for(prompt_tokens, self._max_new_tokens, Options(self._options.prefill_chunk))
-        room = _SMALLEST_ROOM
-        while room < needed:
-            room *= 2
-        return max(self._options.room, min(room, self._checkpoint.config.max_position_embeddings))
 
 
 def save_messages(path: str | os.PathLike[str], messages: Sequence[Message]) -> None:

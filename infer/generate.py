@@ -49,7 +49,7 @@ def generate(
       grammar: what the answers must match, one for all rows or one for each.
       options: how the run is carried out: memory, LongRoPE, log-probabilities, deadline, speculation, prompt cache.
       on_piece: called with every piece of an answer as it comes.
-      interrupt: called between the calls of the compiled loop; True ends all answers as they are.
+      interrupt: called at least each quarter of a second, or step; True ends all answers as they are.
 
     Returns:
       one `Generation` for each prompt, in order. A row that cannot go on ends with finish_reason "error" and says why
@@ -60,8 +60,7 @@ def generate(
         the checkpoint has no tokenizer; a number makes no sense.
       ImportError: a grammar was given, but the extra `grammar` is not installed.
     """
-    # One token at a time if the caller watches or may interrupt; otherwise fewer calls from the host.
-    steps = 1 if on_piece or interrupt else _STEPS
+    steps = 1 if on_piece else _STEPS
     batch = _Batch(checkpoint, prompts, max_new_tokens, temperature, seed, sampling, stop, grammar, options, steps)
     for piece in batch.pieces(interrupt):
         if on_piece is not None:

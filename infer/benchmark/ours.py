@@ -18,7 +18,7 @@ import phi3_jax
 from phi3_jax.model import slots_needed
 
 from ..engine import Options, decoding
-from ..engine.buckets import own_cache_dtype, room_for
+from ..engine.buckets import most_at_once, own_cache_dtype, sizes_for
 from ..engine.prefill import Prefill
 from ..sampling import Sampling, SamplingArrays
 from .model import ModelSpec, load_model
@@ -103,8 +103,8 @@ class Case:
         self._model, self._context, self._new_tokens = model, len(rows[0]), new_tokens
         self.compile_seconds, self._compiled = 0.0, set[tuple[Any, ...]]()
         config, options, batch = model.config, Options(), len(rows)
-        room = room_for(self._context, new_tokens + 1, options)
-        self._chunk, capacity = options.prefill_chunk, slots_needed(config, room, max(options.prefill_chunk, 2))
+        _, room = sizes_for(model, batch, self._context + new_tokens + 1, options, cache_dtype)
+        self._chunk, capacity = options.prefill_chunk, slots_needed(config, room, most_at_once(options))
         if config.sliding_window and config.sliding_window + new_tokens > capacity and capacity < room:
             # The new tokens would overwrite keys that are needed again when `_go_back` removes these tokens.
             raise ValueError(f"{new_tokens} new tokens are more than a cache of a window can go back: ask for fewer")

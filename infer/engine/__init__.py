@@ -2,14 +2,14 @@
 
 decoding.py has the compiled functions; prefill.py and run.py call them for a batch, as options.py says; speculation.py
 guesses tokens ahead, prompt_cache.py keeps the keys and values of a prefix, failures.py says why a row cannot go on,
-kept.py drops compiled programs before they are too many. Other packages use the names below, `decoding`, `prefill`,
-`failures`, `kept`, and `buckets` for the sizes of arrays.
+news.py what a call has done, timings.py where the time went. Other packages use the names below, `decoding`, `prefill`,
+`failures`, and `buckets` for the sizes of arrays.
 """
 
 from .options import Options as Options
 from .prompt_cache import PromptCache as PromptCache
 from .run import NewTokens as NewTokens
 from .run import Run as Run
-from .run import Timings as Timings
 from .speculation import DraftModel as DraftModel
 from .speculation import PromptLookup as PromptLookup
+from .timings import Timings as Timings

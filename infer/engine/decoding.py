@@ -27,6 +27,7 @@ from ..sampling.grammar import unpack
 from ..sampling.logprobs import LogprobRecord
 from ..sampling.pick import pick_places
 from .failures import NOT_FINITE, failures, is_finite
+from .news import has_watched, news, no_news
 
 RopePolicy = Literal["length", "capacity", "batch"]
 
@@ -76,6 +77,7 @@ class DecodeState:
       rope_lengths: int32 [B]: the numbers of tokens that decided the LongRoPE factors of the keys in the cache.
       offered, taken: int32 [B]: how many guesses of a drafter were tried, and how many of them kept.
       failed: int32 [B]: 0, or why a row is done that could not go on: a flag of failures.py.
+      news: int32 [B, ...]: what the last call did, for the host (news.py).
       logprobs: the tokens' log-probabilities, if they are wanted.
     """
 
@@ -87,6 +89,7 @@ class DecodeState:
     offered: jax.Array
     taken: jax.Array
     failed: jax.Array
+    news: jax.Array
     logprobs: LogprobRecord | None = None
 
 
@@ -116,20 +119,20 @@ def begin(
     capacity: int,
     dtype: Any,
     logprobs: int | None = None,
+    unset: bool = False,
 ) -> DecodeState:
     """The state before anything is read.
 
     Args:
       tokens: int32 [B, M]: the prompts, with room for the answers on the right.
-      capacity: S, slots of the cache (`cache.slots_needed`).
-      dtype: of the cache: a float type or int8.
+      capacity: S, slots of the cache (`cache.slots_needed`); dtype and `unset`: see `KVCache.create`.
       logprobs: how many of the most likely tokens are recorded with each token; None records nothing.
     """
     lengths = settings.prompt_lengths
     record = None if logprobs is None else LogprobRecord.create(len(tokens), tokens.shape[1], logprobs)
     # + 0 makes copies, because the state is donated.
     return DecodeState(
-        cache=KVCache.create(config, len(tokens), capacity, dtype),
+        cache=KVCache.create(config, len(tokens), capacity, dtype, unset),
         tokens=tokens,
         lengths=lengths + 0,
         done=settings.limits <= 0,
@@ -137,6 +140,7 @@ def begin(
         offered=jnp.zeros_like(lengths),
         taken=jnp.zeros_like(lengths),
         failed=jnp.zeros_like(lengths),
+        news=no_news(len(tokens)),
         logprobs=record,
     )
 
@@ -158,14 +162,11 @@ def read(
     size: int,
     echo: bool = False,
 ) -> tuple[DecodeState, jax.Array]:
-    """Reads `size` tokens of every row, from place `begin` (int32 scalar) on, into the cache.
+    """Reads `size` tokens of every row, from place `begin` (int32 scalar) on, into the cache -> (state, last).
 
     Args:
       last: [B, D], the model's output at the last token of the rows whose last token has been read; others are unset.
       echo: record the log-probabilities of these tokens' successors, which takes B x T x V floats of memory.
-
-    Returns:
-      (state, last), updated.
     """
     places = begin + jnp.arange(size)
     positions = jnp.where(places < state.lengths[:, None], places, -1)
@@ -187,7 +188,8 @@ def read(
     at_last = jnp.take_along_axis(x, is_last.argmax(axis=1)[:, None, None], axis=1)[:, 0]
     last = jnp.where(is_last.any(axis=1)[:, None], at_last, last)
     done = state.done | (failed > 0)
-    return dataclasses.replace(state, cache=cache, done=done, failed=failed, logprobs=record), last
+    told = news(state.tokens, state.lengths, state.lengths, done, failed, jnp.asarray(False))
+    return dataclasses.replace(state, cache=cache, done=done, failed=failed, logprobs=record, news=told), last
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -204,7 +206,9 @@ def answer(
     Args:
       allowed: uint32 [B, V / 32 rounded up], a bit for each token that may be taken (`grammar.unpack`); None for all.
     """
-    return _accept(config, params, state, last[:, None], _no_guesses(state), settings, allowed)
+    before = state.lengths
+    state = _accept(config, params, state, last[:, None], _no_guesses(state), settings, allowed)
+    return _tell(config, before, state, settings)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -245,11 +249,13 @@ def decode(
         return ((propose(loop)[1] >= 0) & ~loop[1].done[:, None]).any()
 
     def turn(loop: _Loop, guesses: jax.Array) -> _Loop:
-        count, before, drafter = loop
-        state, x = _forward(config, params, before, guesses)
+        count, old, drafter = loop
+        state, x = _forward(config, params, old, guesses)
         state = _accept(config, params, state, x, guesses, settings)
-        is_last = _has_watched(state, before.lengths, x.shape[1], settings)
-        return jnp.where(is_last, steps, count + 1), state, drafter
+        if settings.watched is not None:
+            is_last = has_watched(state.tokens, old.lengths, state.lengths, x.shape[1], settings.watched)
+            count = jnp.where(is_last, steps, count)
+        return count + 1, state, drafter
 
     def guessed_turn(loop: _Loop) -> _Loop:
         drafter, guesses = propose(loop)
@@ -262,9 +268,9 @@ def decode(
         )
         return jax.lax.while_loop(lambda loop: more(loop) & has_guesses(loop), guessed_turn, loop)
 
-    one_kind = drafter is None or drafter.always_guesses
+    one_kind, before = drafter is None or drafter.always_guesses, state.lengths
     _, state, drafter = jax.lax.while_loop(more, guessed_turn if one_kind else turns, (jnp.int32(0), state, drafter))
-    return state, drafter
+    return _tell(config, before, state, settings), drafter
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"))
@@ -299,16 +305,10 @@ def must_restart(config: Phi3Config, state: DecodeState, settings: Settings) -> 
     return (~state.done & (state.rope_lengths <= border) & (settings.rope_lengths(state.lengths) > border)).any()
 
 
-def _has_watched(state: DecodeState, before: jax.Array, most: int, settings: Settings) -> jax.Array:
-    """Whether a token after lengths `before`, of which a row has at most `most`, may complete a stop string: bool."""
-    if settings.watched is None:
-        return jnp.asarray(False)
-    places = before[:, None] - 1 + jnp.arange(most + 1)  # of the new tokens, and the one before them
-    tokens = jnp.take_along_axis(state.tokens, jnp.minimum(places, state.tokens.shape[1] - 1), axis=1)
-    marks = settings.watched[tokens]
-    new, previous = marks[:, 1:], marks[:, :-1]
-    is_watched = (new & 1 > 0) | ((new & 2 > 0) & (previous & 4 > 0))
-    return (is_watched & (places[:, 1:] < state.lengths[:, None])).any()
+def _tell(config: Phi3Config, before: jax.Array, state: DecodeState, settings: Settings) -> DecodeState:
+    """The state with the news of a call before which rows had lengths `before`."""
+    restart = must_restart(config, state, settings)
+    return dataclasses.replace(state, news=news(state.tokens, before, state.lengths, state.done, state.failed, restart))
 
 
 def _no_guesses(state: DecodeState) -> jax.Array:

@@ -10,6 +10,7 @@ from .prompt_cache import PromptCache
 from .speculation import DraftModel, PromptLookup
 
 MOST_TOKENS = 1 << 20  # of a chunk or of room: beyond every context of these models
+MOST_ROWS = 1 << 16
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -33,8 +34,10 @@ class Options:
         twentieth of a second (or step, if that is longer) while answers are written.
       speculation: guess several tokens at a time, which changes no token: `PromptLookup()` or `DraftModel(...)`.
       prompt_cache: the keys and values of a prefix; the part of it that all prompts begin with is not read again.
-      room: make memory for at least this many tokens, prompt and answer together. Runs with the same room share their
-        compiled programs.
+      room: make memory for at least this many tokens, prompt and answer together. Runs whose memory is rounded to the
+        same room (buckets.py) share their compiled programs.
+      rows: run at least so many rows, prompts that are not there included, so that batches that are not full share the
+        programs of those that are.
     """
 
     prefill_chunk: int = 512
@@ -46,6 +49,7 @@ class Options:
     speculation: PromptLookup | DraftModel | None = None
     prompt_cache: PromptCache | None = None
     room: int = 0
+    rows: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.prefill_chunk <= MOST_TOKENS:
@@ -66,6 +70,8 @@ class Options:
             raise ValueError(f"deadline={self.deadline} must be a number of seconds above 0")
         if not 0 <= self.room <= MOST_TOKENS:
             raise ValueError(f"room={self.room} must be at least 0 and at most {MOST_TOKENS}")
+        if not 0 <= self.rows <= MOST_ROWS:
+            raise ValueError(f"rows={self.rows} must be at least 0 and at most {MOST_ROWS}")
         if self.speculation is not None and self.rope_policy == "batch":
             raise ValueError(
                 "rope_policy='batch' depends on the neighbours' lengths, which guessing changes: leave one out"

@@ -106,7 +106,7 @@ class PromptCache:
         converted between float dtypes.
 
         Args:
-          cache: its contents are lost, and its memory is donated to the result.
+          cache: its tokens are lost, and its memory is donated to the result.
 
         Raises:
           ValueError: there are not so many tokens, the cache is another model's, or only one of the two is int8.
@@ -126,7 +126,10 @@ class PromptCache:
                 f"the prompt cache's keys {list(ours.shape)} do not fit into a cache of {list(theirs.shape)}: layers, "
                 "key-value heads or head dim differ; make it again with the model that is running"
             )
-        return _place(cache, self.cache, jnp.int32(count), head_dim)
+        # Without a wrap only the slots around the tokens are written: the others may never need memory.
+        size = min(self.cache.capacity, cache.capacity) if count <= cache.capacity else cache.capacity
+        begin = max(0, min(count, cache.capacity) - size)
+        return _place(cache, self.cache, jnp.int32(count), jnp.int32(begin), size, head_dim)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically, which only its owner can read.
@@ -276,11 +279,11 @@ def _pick(cache: KVCache, row: jax.typing.ArrayLike, slots: jax.Array) -> KVCach
     return KVCache(positions=cache.positions[row, slots][None], **jax.tree.map(of, _arrays(cache)))
 
 
-@functools.partial(jax.jit, static_argnames="head_dim", donate_argnames="target")
-def _place(target: KVCache, source: KVCache, count: jax.Array, head_dim: int) -> KVCache:
-    """`PromptCache.place`, for every slot of the target at once: what it should hold, and where that comes from."""
-    S = target.capacity
-    wanted = count - 1 - (count - 1 - jnp.arange(S)) % S  # the newest position below count whose slot this is
+@functools.partial(jax.jit, static_argnames=("size", "head_dim"), donate_argnames="target")
+def _place(target: KVCache, source: KVCache, count: jax.Array, begin: jax.Array, size: int, head_dim: int) -> KVCache:
+    """`PromptCache.place`, for `size` slots of the target from `begin` on: what they hold, and where it comes from."""
+    S, slots = target.capacity, begin + jnp.arange(size)
+    wanted = count - 1 - (count - 1 - slots) % S  # the newest position below count whose slot this is
     origin = wanted % source.capacity
     found = (wanted >= 0) & (source.positions[0, origin] == wanted)
 
@@ -292,12 +295,13 @@ def _place(target: KVCache, source: KVCache, count: jax.Array, head_dim: int) ->
             part = part if old.ndim == 4 else part[..., :head_dim]
             part = jnp.where(mask, jnp.take(part, origin, axis=3, mode="clip"), 0).astype(old.dtype)
             part = jnp.broadcast_to(part, (1, old.shape[1], *part.shape[2:]))
-            return jax.lax.dynamic_update_slice(old, part, (layer, *[0] * (old.ndim - 1)))
+            return jax.lax.dynamic_update_slice(old, part, (layer, 0, 0, begin, *[0] * (old.ndim - 4)))
 
         # Layer by layer: a scatter of all layers at once would first write the copies for all rows to other memory.
         return jax.lax.fori_loop(0, len(old), one, old)
 
-    positions = jnp.broadcast_to(jnp.where(found, wanted, -1), target.positions.shape)
+    held = jnp.broadcast_to(jnp.where(found, wanted, -1), (len(target.positions), size))
+    positions = jax.lax.dynamic_update_slice(jnp.full_like(target.positions, -1), held, (0, begin))
     return KVCache(positions=positions, **jax.tree.map(put, _arrays(target), _arrays(source)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,22 +18,14 @@ from ..prompts import check_batch
 from ..sampling import Grammar, Sampling, SamplingArrays, TokenLogprob
 from ..sampling.grammar import GrammarMasks
 from . import decoding
-from .buckets import own_cache_dtype, padded_length, room_for
+from .buckets import most_at_once, own_cache_dtype, sizes_for
 from .failures import NO_TOKEN, explain
-from .kept import keep_programs_for
+from .news import News
 from .options import Options
 from .prefill import Prefill
 from .prompt_cache import PromptCache, fingerprint
 from .speculation import DraftModel, LookupDrafter, ModelDrafter, PromptLookup
-
-
-@dataclasses.dataclass
-class Timings:
-    """Seconds spent by a run, filled in while it goes on: compiling, reading the prompts, writing the answers."""
-
-    compile: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
+from .timings import Timings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +87,20 @@ class Run:
             min(n, config.max_position_embeddings - len(prompt))
             for n, prompt in zip(max_new_tokens, prompts, strict=True)
         ]
+        self._lengths = [len(prompt) for prompt in prompts]
+        tokens = max((length + n for length, n in zip(self._lengths, limits, strict=True)), default=1)
+        self._rows, self._room = sizes_for(checkpoint, len(prompts), tokens, options, self._cache_dtype())
+        unused = [0] * (self._rows - len(prompts))  # rows without a prompt, done from the start
         self._settings = decoding.Settings(
-            limits=jnp.asarray(limits, jnp.int32),
+            limits=jnp.asarray([*limits, *unused], jnp.int32),
             end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),
-            sampling=SamplingArrays.of(sampling or [Sampling()] * len(prompts), config.vocab_size),
-            prompt_lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
+            sampling=SamplingArrays.of(
+                [*(sampling or [Sampling()] * len(prompts)), *(Sampling() for _ in unused)], config.vocab_size
+            ),
+            prompt_lengths=jnp.asarray([*self._lengths, *unused], jnp.int32),
             rope_policy=options.rope_policy,
             watched=jnp.asarray(np.zeros(config.vocab_size, np.uint8) if watched is None else watched),
         )
-        self._lengths = [len(prompt) for prompt in prompts]
-        self._room = room_for(max(self._lengths, default=1), max(limits, default=1), options)
         self._masks = _grammar_masks(checkpoint, grammars, options)
         self._fingerprint: str | None = None
         self._state: decoding.DecodeState | None = None  # made by the first call of `advance`
@@ -113,13 +108,12 @@ class Run:
         self._phase = "prefill"  # the timing that reading counts to: "decode" if rows are read again
         self._drafter: Any = None
         self._done = np.zeros(len(prompts), bool)
-        self._compiled: set[Any] = set()
+        self._must_restart = False
+        self._numbers: dict[int, jax.Array] = {}  # on the device, so that they are sent there once
         self._errors: list[str | None] = [None] * len(prompts)
         self.timings = Timings()
         self.reused = 0
         self._place_prompt_cache()
-        longest = padded_length(max(self._lengths, default=1), options.prefill_chunk)
-        keep_programs_for((config, len(prompts), longest, self._room, options.guesses, options.logprobs))
 
     @property
     def is_over(self) -> bool:
@@ -146,7 +140,7 @@ class Run:
         state = self._first_state() if self._state is None else self._state
         if self._state is None:
             self._prefill = self._start_prefill(self._checkpoint, self.reused, self.options.echo)
-        elif self._prefill is None and bool(decoding.must_restart(self._checkpoint.config, state, self._settings)):
+        elif self._prefill is None and self._must_restart:
             state = decoding.restart(state, self._settings)
             self._prefill, self._phase = self._start_prefill(self._checkpoint), "decode"
         if self._prefill is not None:
@@ -156,7 +150,9 @@ class Run:
         else:
             asked = self.options.speculation
             draft_params = asked.checkpoint.params if isinstance(asked, DraftModel) else None
-            args = state, self._settings, jnp.int32(steps), self._drafter, draft_params
+            if steps not in self._numbers:
+                self._numbers[steps] = jnp.int32(steps)
+            args = state, self._settings, self._numbers[steps], self._drafter, draft_params
             self._state, self._drafter = self._timed("decode", decoding.decode, *args)
         return self._new_tokens(self._state)
 
@@ -168,9 +164,11 @@ class Run:
 
     def end(self, rows: Sequence[int]) -> None:
         """Ends rows from outside, between two calls of `advance`."""
+        if all(self._done[row] for row in rows):
+            return
         self._done[list(rows)] = True
         if self._state is not None:
-            self._state = dataclasses.replace(self._state, done=jnp.array(self._done))
+            self._state = dataclasses.replace(self._state, done=self._padded_done())
 
     def prompt_logprobs(self, row: int) -> list[TokenLogprob]:
         """A prompt's log-probabilities, once `advance` has read it. Raises ValueError without `Options.echo`.
@@ -185,25 +183,31 @@ class Run:
         """A row's keys and values so far, for `Options.prompt_cache` of another run.
 
         Raises:
-          ValueError: nothing was read, or some of them are not finite numbers.
+          ValueError: there is no such row, nothing was read, or some of them are not finite numbers.
         """
         if self._state is None:
             raise ValueError("nothing has been read yet: call `advance` first")
+        if not 0 <= row < len(self._prompts):
+            raise ValueError(f"row {row} is not one of the run's {len(self._prompts)} rows")
         tokens = np.asarray(self._state.tokens[row])[: self._lengths[row]].tolist()
         is_long = self._is_long(int(self._state.rope_lengths[row]))
         return PromptCache.take(self._state.cache, row, tokens, is_long, self._model_fingerprint())
 
     def _first_state(self) -> decoding.DecodeState:
-        tokens, capacity = np.zeros((len(self._prompts), self._room), np.int32), self._capacity(self._checkpoint.config)
-        for row, prompt in zip(tokens, self._prompts, strict=True):
-            row[: len(prompt)] = prompt
+        tokens, capacity = np.zeros((self._rows, self._room), np.int32), self._capacity(self._checkpoint.config)
+        for row, prompt in enumerate(self._prompts):
+            tokens[row, : len(prompt)] = prompt
         dtype, logprobs = self._cache_dtype(), self.options.logprobs
         state = decoding.begin(
-            self._checkpoint.config, self._settings, jnp.asarray(tokens), capacity, dtype, logprobs=logprobs
+            self._checkpoint.config, self._settings, jnp.asarray(tokens), capacity, dtype, logprobs, unset=True
         )
         if self.options.prompt_cache is not None and self.reused:
             state = dataclasses.replace(state, cache=self.options.prompt_cache.place(state.cache, self.reused))
-        return dataclasses.replace(state, done=state.done | jnp.array(self._done))
+        return dataclasses.replace(state, done=state.done | self._padded_done()) if self._done.any() else state
+
+    def _padded_done(self) -> jax.Array:
+        """`done` for the device: rows without a prompt are done."""
+        return jnp.asarray(np.pad(self._done, (0, self._rows - len(self._done)), constant_values=True))
 
     def _place_prompt_cache(self) -> None:
         """Finds out how many tokens of the prompts need not be read."""
@@ -212,16 +216,14 @@ class Run:
             return
         if cache.fingerprint != self._model_fingerprint():
             raise ValueError("the prompt cache was made with another model: make it again with this one")
-        lengths = np.asarray(self._settings.rope_lengths(self._settings.prompt_lengths)).tolist()
+        lengths = np.asarray(self._settings.rope_lengths(self._settings.prompt_lengths))[: len(self._prompts)].tolist()
         self.reused = min(
             cache.usable(self._checkpoint.config, prompt, self._is_long(length))
             for prompt, length in zip(self._prompts, lengths, strict=True)
         )
 
     def _start_prefill(self, model: Checkpoint, place: int = 0, echo: bool = False) -> Prefill:
-        return Prefill.start(
-            model.params, len(self._lengths), max(self._lengths), self.options.prefill_chunk, place, echo
-        )
+        return Prefill.start(model.params, self._rows, max(self._lengths), self.options.prefill_chunk, place, echo)
 
     def _read_on(self, state: decoding.DecodeState, prefill: Prefill) -> decoding.DecodeState:
         """Reads the next chunk of every row; after the last one takes the next token of each."""
@@ -243,7 +245,7 @@ class Run:
             return None
         model, settings = asked.checkpoint, dataclasses.replace(self._settings, rope_policy="capacity")
         capacity, dtype = self._capacity(model.config), own_cache_dtype(model)
-        state = decoding.begin(model.config, settings, tokens + 0, capacity, dtype)
+        state = decoding.begin(model.config, settings, tokens + 0, capacity, dtype, unset=True)
         read = functools.partial(self._timed, "prefill", decoding.read, model=model)
         state = self._start_prefill(model).read_all(read, state)
         return ModelDrafter(model.config, asked.guesses, state.cache, state.rope_lengths)
@@ -257,7 +259,7 @@ class Run:
         """The grammars' masks; a row whose grammar is at a dead end gets one that allows nothing, which ends it."""
         if self._masks is None:
             return None
-        allowed = np.full((len(self._prompts), self._masks.words), 0xFFFFFFFF, np.uint32)
+        allowed = np.full((self._rows, self._masks.words), 0xFFFFFFFF, np.uint32)
         for row in np.flatnonzero(~self._done).tolist():
             try:
                 allowed[row] = self._masks.mask(row)
@@ -266,11 +268,12 @@ class Run:
         return jnp.asarray(allowed)
 
     def _new_tokens(self, state: decoding.DecodeState) -> list[NewTokens]:
-        new = []
-        tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths).tolist()
-        failed = np.where(self._done, 0, state.failed).tolist()  # those that are new
-        for row, (begin, end) in enumerate(zip(self._lengths, lengths, strict=True)):
-            ids = tokens[row, begin:end].tolist()
+        news, new = News.read(state.news, len(self._prompts)), []
+        whole = np.asarray(state.tokens) if max(news.counts, default=0) > news.tokens.shape[1] else None
+        failed = np.where(self._done, 0, news.failed).tolist()  # those that are new
+        for row, (begin, count) in enumerate(zip(self._lengths, news.counts, strict=True)):
+            end = begin + count
+            ids = (news.tokens[row, :count] if whole is None else whole[row, begin:end]).tolist()
             if self._masks is not None:
                 for token in ids:
                     self._masks.push(row, token)
@@ -281,30 +284,20 @@ class Run:
                 error = self._errors[row] = own or explain(failed[row], end - len(self._prompts[row]))
             logprobs = None if state.logprobs is None else state.logprobs.read(row, ids, begin)
             new.append(NewTokens(ids, logprobs, error))
-        self._lengths, self._done = lengths, np.array(state.done)
+            self._lengths[row] = end
+        self._done, self._must_restart = self._done | news.done, news.restart
         return new
 
     def _timed(self, phase: str, function: Any, *args: Any, model: Checkpoint | None = None, wait: bool = True) -> Any:
         """Calls a jitted function of a model's config, weights and `args`; times compilation and run separately."""
         model = model or self._checkpoint
-        begin = time.perf_counter()
-        # Compiles if that has not happened yet; the call below then finds the program. Asking takes its time, too.
-        leaves, structure = jax.tree.flatten(args)
-        program = id(function), id(model), structure, tuple(map(_kind, leaves))
-        if program not in self._compiled:
-            function.lower(model.config, model.params, *args).compile()
-            self._compiled.add(program)
-        compiled = time.perf_counter()
-        result = function(model.config, model.params, *args)
-        if wait:
-            jax.block_until_ready(result)
-        self.timings.compile += compiled - begin
-        setattr(self.timings, phase, getattr(self.timings, phase) + time.perf_counter() - compiled)
-        return result
+        with self.timings.of(phase):
+            result = function(model.config, model.params, *args)
+            return jax.block_until_ready(result) if wait else result
 
     def _capacity(self, config: Any) -> int:
         """Slots of a row's cache, with room for the most tokens that this run writes to it at once."""
-        return slots_needed(config, self._room, max(self.options.prefill_chunk, self.options.guesses + 2))
+        return slots_needed(config, self._room, most_at_once(self.options))
 
     def _cache_dtype(self) -> Any:
         if self.options.cache_dtype is not None:
@@ -345,10 +338,3 @@ def _check_options(checkpoint: Checkpoint, options: Options) -> None:
             f"the draft model has a vocabulary of {draft.checkpoint.config.vocab_size} tokens, the model one of "
             f"{config.vocab_size}: take a draft model of the same family"
         )
-
-
-def _kind(leaf: Any) -> Any:
-    """What a compiled function is made for: an array's shape and dtype, or another value itself."""
-    if isinstance(leaf, jax.Array):
-        return leaf.aval
-    return (leaf.shape, leaf.dtype.name) if isinstance(leaf, np.ndarray) else leaf

@@ -166,6 +166,9 @@ def answer_file(input_: Path, output: Path) -> int:
     checkpoint = common.load_checkpoint()
     prompts = [_request_ids(checkpoint, request, f"{input_}:{request.line}") for request in requests]
     options = dataclasses.replace(common.options(checkpoint), logprobs=_LOGPROBS.value, echo=_ECHO.value)
+    if _BEAMS.value == 1:
+        # The last batch may be short: it runs the others' programs.
+        options = dataclasses.replace(options, rows=min(_BATCH_SIZE.value, len(requests)))
     own = {flag.name: flag.value for flag in (_CHAT, _PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS, _LENGTH_PENALTY)}
     shared = {name: value for name, value in common.settings().items() if name not in _ONLY_SPEED}
     if (tools := common.tools()) is not None:

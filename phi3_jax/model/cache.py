@@ -48,9 +48,20 @@ class KVCache:
 
     @classmethod
     def create(
-        cls, config: Phi3Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32
+        cls,
+        config: Phi3Config,
+        batch: int,
+        capacity: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        unset: bool = False,
     ) -> KVCache:
-        """An empty cache for `batch` rows of `capacity` slots each; dtype is a float type or int8."""
+        """An empty cache for `batch` rows of `capacity` slots each.
+
+        Args:
+          dtype: a float type or int8.
+          unset: where the CPU kernels write and read the cache, leave its memory as it came: slots that are never used
+            then take neither time nor memory. It must not be read by XLA, for instance for a derivative.
+        """
         # A TPU keeps the last axis in rows of 128. Shorter heads would be stored transposed, and every call would copy
         # the cache into such rows and back.
         head_dim = -(-config.head_dim // _TPU_LANES) * _TPU_LANES if jax.default_backend() == "tpu" else config.head_dim
@@ -60,8 +71,9 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim)
         empty = jnp.full((batch, capacity), -1, jnp.int32)
         # k and v do not share their scales' array: buffers that are donated together must be distinct.
-        scales = [jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None for _ in range(2)]
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, *scales)
+        make = cpu.reserve if unset and jax.default_backend() == "cpu" and why_not_cpu(dtype) is None else jnp.zeros
+        scales = [make(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None for _ in range(2)]
+        return cls(make(shape, dtype), make(shape, dtype), empty, *scales)
 
     @property
     def capacity(self) -> int:

@@ -1,6 +1,7 @@
 """When answers end: stop strings, also in byte tokens, and deadlines; no step is taken in vain."""
 
 import dataclasses
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -80,19 +81,20 @@ def test_the_tokens_that_may_complete_a_stop_string(small):
     assert not watched_tokens([], small.tokenizer, size).any()
 
 
-def test_no_step_is_taken_after_a_stop_string(small):
-    """Calls of 32 steps end with the token after which the host has to look; without that, 24 steps were in vain."""
+def test_no_step_is_taken_after_a_stop_string(small, monkeypatch):
+    """Calls of 32 steps end with the token after which the host has to look; without that, 26 steps were in vain."""
     cat = small.tokenizer.encode("cat")
-    row = Sampling(forced_tokens=[*cat, *in_bytes("\n"), *cat * 2])
+    row = Sampling(forced_tokens=[*cat * 3, *in_bytes("\n"), *cat * 2])
     watched = watched_tokens(["\n"], small.tokenizer, small.config.vocab_size)
     wasted = []
+    monkeypatch.setattr(answers, "_CALL_SECONDS", 1e6)
     for mask in (watched, None):
         run, answer = Run(small, [[5]] * 3, [30, 1, 1], [row] * 3, watched=mask), Answer(small, stop=["\n"])
         others = [Answer(small, 1), Answer(small, 2)]  # over after one token
         list(write_answers(run, [answer, *others], 32))
-        assert (answer.finish().text, answer.finish_reason) == ("cat", "stop")
+        assert (answer.finish().text, answer.finish_reason) == (small.tokenizer.decode(cat * 3), "stop")
         wasted.append(int(run._state.lengths[0]) - 1 - len(answer.finish().token_ids))
-    assert wasted == [0, 30 - len(cat) - 1]
+    assert wasted == [0, 30 - 3 * len(cat) - 1]
 
 
 class FakeRun:
@@ -127,3 +129,18 @@ def test_a_deadline_is_kept_within_a_step(tiny, monkeypatch, deadline):
     assert answer.finish_reason == "deadline"
     assert 0 <= run.clock - 100 - deadline <= (0.1 if deadline < 0.1 else 0.0121)
     assert max(run.calls) == (1 if deadline < 0.1 else 4)  # a twentieth of a second
+
+
+def test_an_interrupt_is_seen_within_a_quarter_of_a_second(tiny, monkeypatch):
+    run, asked = FakeRun(None), []
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: run.clock))
+    answer = Answer(dataclasses.replace(tiny, tokenizer=None))
+
+    def interrupt():
+        asked.append(run.clock)
+        return len(asked) == 9
+
+    list(write_answers(run, [answer], 32, interrupt))
+    assert answer.finish_reason == "interrupt"
+    assert run.calls == [1, 1, *[20] * 7]  # how long a step takes is known after the first
+    assert max(after - before for before, after in itertools.pairwise(asked)) <= 0.25

@@ -5,6 +5,9 @@ Axis letters: L layer, B batch, T new token, S slot, K key-value heads, H head d
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +59,17 @@ def write(kv: KeysValues, positions: jax.Array, k: jax.Array, v: jax.Array) -> K
     if kv.k_scale is None:
         return KeysValues(k, v, layer=kv.layer)
     return KeysValues(k, v, k_scale, v_scale, kv.layer)
+
+
+def reserve(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """An array whose memory is left as it came; for caches, of which the kernels read no slot without a token."""
+    library()  # raises Unavailable
+    return _reserve(shape, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _reserve(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.ffi.ffi_call("phi3_reserve", jax.ShapeDtypeStruct(shape, dtype))()
 
 
 def stacked(kv: KeysValues) -> list[jax.Array]:

@@ -1,9 +1,11 @@
 """phi3-generate, in this process where only its answers matter, and started as a program where that does."""
 
+import dataclasses
 import json
 import math
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
@@ -286,6 +288,32 @@ def test_answers_that_end_with_an_error(tiny, program, monkeypatch, tmp_path, ca
 def run_program(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "phi3_jax.infer.programs.generate_main", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_a_file_of_mixed_prompts_compiles_seven_programs(tiny, tmp_path, monkeypatch):
+    """A hundred ragged lines, drawn and greedy, with a stop string; the last batch is short."""
+    small, rng = with_bytes(tiny, tmp_path), random.Random(3)
+    config = dataclasses.replace(small.config, max_position_embeddings=4096, num_hidden_layers=1)
+    small = dataclasses.replace(small, config=config, params=phi3_jax.random_params(config))
+    phi3_jax.save(small, tmp_path / "model")
+    lines = [
+        {
+            "prompt": "".join(rng.choices("abcdefgh ", k=min(2000, int(rng.lognormvariate(4, 1.7)) + 1))),
+            "max_new_tokens": min(500, int(rng.lognormvariate(3, 1.3)) + 1),
+            "temperature": rng.choice((0, 0.8)),
+        }
+        for _ in range(100)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--batch_size", "8"]
+    done = run_program("--checkpoint", str(tmp_path / "model"), *files, "--stop", "\n", "--cache_dtype", "float32")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(lines_of(tmp_path / "out.jsonl")) == 100
+    counts = {name: done.stderr.count(f"Compiling jit({name})") for name in ("read", "answer", "decode")}
+    assert counts["answer"] == counts["decode"] == 1
+    assert 3 <= counts["read"] <= 5
 
 
 @pytest.mark.slow
