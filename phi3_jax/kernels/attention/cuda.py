@@ -65,8 +65,9 @@ def attend_new(
     k, v, k_scale, v_scale, out, *_ = call(
         *stacks, *new, *_sight(visible), index(kv.layer), **_attributes(q, kv, visible)
     )
-    scales = (None, None) if kv.k_scale is None else (k_scale, v_scale)
-    return out.astype(qkv.dtype), KeysValues(k, v, *scales, kv.layer)
+    if kv.k_scale is None:
+        k_scale = v_scale = None
+    return out.astype(qkv.dtype), KeysValues(k, v, k_scale, v_scale, kv.layer)
 
 
 def _sight(visible: Visibility) -> list[jax.Array]:

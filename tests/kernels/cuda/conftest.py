@@ -1,6 +1,7 @@
 """The kernels for NVIDIA cards on this CPU: compiled for the emulator once, and called by XLA as on a card."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from phi3_jax.kernels.cuda import build
 from phi3_jax.kernels.native import compiler
 
 FLAGS = ("-x", "c++", "-DPHI3_EMULATED", "-O1", "-Wno-clobbered", "-Wno-unknown-pragmas", f"-I{Path(__file__).parent}")
+FLAGS += tuple(os.environ.get("PHI3_EMULATOR_FLAGS", "").split())  # test_emulator.py: a sanitizer's
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,24 @@ def test_few_queries(T):  # noqa: N803
     check(Case(T=T, N=1, K=1, S=40, lengths=(39, 1), window=7, seed=1))
 
 
+def test_every_warp_goes_round_more_than_once(monkeypatch):
+    monkeypatch.setattr(cuda, "_SLOTS", 1000)
+    case = Case(S=290, N=1, lengths=(290, 128, 97), q_dtype="float32")
+    assert cuda.splits(*shapes(case)) == 1
+    check(case)
+
+
+def test_a_token_that_is_not_a_number_does_not_reach_the_guesses_before_it():
+    case = Case(T=3, S=40, N=1, lengths=(40,), q_dtype="float32")
+    q, (k, v, *_), (q_positions, k_positions, *_), mask = operands(case)
+    expected = exact(q, (k, v, None, None), mask)[:, :2]
+    k[1, 0, :, -1], v[1, 0, :, -1] = np.nan, np.nan
+    kv = KeysValues(jnp.asarray(k), jnp.asarray(v), layer=jnp.int32(1))
+    found = cuda.attention(jnp.asarray(q), kv, Visibility(jnp.asarray(q_positions), jnp.asarray(k_positions)))
+    np.testing.assert_allclose(found[:, :2], expected, atol=2e-5)
+    assert np.isnan(found[:, 2]).all()
+
+
 @pytest.mark.parametrize("segments", [False, True])
 def test_splits(segments, monkeypatch):
     """The slots of a row in several parts, whose last has the newest key; in some parts nobody sees any."""
@@ -167,6 +185,14 @@ def test_many_queries_over_a_ring(window):
     check(Case(T=11, S=75, N=2, K=2, lengths=(150, 75), window=window, seed=1))
 
 
+def test_groups_of_slots_that_all_but_one_query_see():
+    """The first slot of a group is out of the last query's window; the last slot comes after the first query."""
+    for window in (134, 135, 136):
+        check(Case(T=11, S=200, N=1, lengths=(200,), window=window))
+    for length in (201, 202, 203):
+        check(Case(T=11, S=256, N=1, lengths=(length,), dtype="int8"))
+
+
 def test_many_queries_in_segments():
     check(Case(T=37, S=100, N=1, lengths=(100, 60), segments=True))
     check(Case(T=9, S=70, N=3, lengths=(100, 70), segments=True, dtype="int8", window=30))
@@ -186,7 +212,13 @@ def test_many_queries_in_float32_are_exact():
 
 
 @pytest.mark.parametrize(
-    ("T", "slots", "dtype"), [(1, 300, "int8"), (1, 70, "float32"), (3, 40, "bfloat16"), (18, 60, "int8")]
+    ("T", "slots", "dtype"),
+    [
+        (1, 300, "int8"),
+        (18, 60, "int8"),
+        pytest.param(1, 70, "float32", marks=pytest.mark.slow),
+        pytest.param(3, 40, "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_new_tokens_are_rotated_stored_and_attended_to(T, slots, dtype, monkeypatch):  # noqa: N803
     """Two launches give what rotation, writing and attention give one after another; a part of each head is rotated."""

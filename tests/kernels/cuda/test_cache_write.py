@@ -27,34 +27,40 @@ def empty(dtype, S, H=96):  # noqa: N803
     return KVCache.create(config, 2, S, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("new", ["float32", "bfloat16"])
-def test_write(dtype, new):
+RING = [[5, 6, 7, 8], [-1, -1, 0, 1]]  # past the end of 7 slots; padding
+
+
+@pytest.mark.parametrize(
+    ("dtype", "new", "H", "S", "positions"),
+    [
+        pytest.param("float32", "float32", 96, 7, RING, marks=pytest.mark.slow),
+        pytest.param("bfloat16", "float32", 64, 7, RING, marks=pytest.mark.slow),
+        ("bfloat16", "bfloat16", 128, 4, [[0, 1, 2, 3], [3, 4, 5, 6]]),
+        ("int8", "float32", 96, 7, RING),
+        pytest.param("int8", "bfloat16", 128, 9, [[2, -1, 3, 4], [8, 9, 10, 11]], marks=pytest.mark.slow),
+    ],
+)
+def test_write(dtype, new, H, S, positions):  # noqa: N803
     random = np.random.default_rng(0)
-    for H, S, positions in [
-        (96, 7, [[5, 6, 7, 8], [-1, -1, 0, 1]]),  # past the end of a ring; padding
-        (64, 4, [[0, 1, 2, 3], [3, 4, 5, 6]]),
-        (128, 9, [[2, -1, 3, 4], [8, 9, 10, 11]]),
-    ]:
-        cache = empty(dtype, S, H)
-        positions = jnp.asarray(positions, jnp.int32)
-        k, v = (jnp.asarray(random.standard_normal((2, 4, 3, H)) * 3, new) for _ in range(2))
-        k = k.at[0, 0, 0].set(0)
-        expected = cache.write(jnp.int32(1), positions, k, v, "xla")
-        kv = cuda.write(cache.keys_values(jnp.int32(1)), positions, k, v)
-        for found, scale, new_ones, wanted in [(kv.k, kv.k_scale, k, expected.k), (kv.v, kv.v_scale, v, expected.v)]:
-            found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
-            if scale is None:
-                np.testing.assert_array_equal(found, wanted)
-                continue
-            assert np.abs(found - wanted).max() <= 1  # XLA multiplies with 1/127
-            assert (found != wanted).mean() < 1e-3
-            most = np.abs(np.asarray(new_ones, np.float32)).max(axis=-1)
-            for b, t in np.ndindex(positions.shape):
-                slot = int(positions[b, t]) % S
-                if positions[b, t] >= 0 and (positions[b] % S == slot).sum() == 1:
-                    np.testing.assert_array_equal(scale[1, b, :, slot], most[b, t] / np.float32(127))
-            assert np.count_nonzero(scale[0]) == np.count_nonzero(scale[2]) == 0
+    cache = empty(dtype, S, H)
+    positions = jnp.asarray(positions, jnp.int32)
+    k, v = (jnp.asarray(random.standard_normal((2, 4, 3, H)) * 3, new) for _ in range(2))
+    k = k.at[0, 0, 0].set(0)
+    expected = cache.write(jnp.int32(1), positions, k, v, "xla")
+    kv = cuda.write(cache.keys_values(jnp.int32(1)), positions, k, v)
+    for found, scale, new_ones, wanted in [(kv.k, kv.k_scale, k, expected.k), (kv.v, kv.v_scale, v, expected.v)]:
+        found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+        if scale is None:
+            np.testing.assert_array_equal(found, wanted)
+            continue
+        assert np.abs(found - wanted).max() <= 1  # XLA multiplies with 1/127
+        assert (found != wanted).mean() < 1e-3
+        most = np.abs(np.asarray(new_ones, np.float32)).max(axis=-1)
+        for b, t in np.ndindex(positions.shape):
+            slot = int(positions[b, t]) % S
+            if positions[b, t] >= 0 and (positions[b] % S == slot).sum() == 1:
+                np.testing.assert_array_equal(scale[1, b, :, slot], most[b, t] / np.float32(127))
+        assert np.count_nonzero(scale[0]) == np.count_nonzero(scale[2]) == 0
 
 
 def test_of_two_tokens_in_a_slot_the_later_position_stays():
