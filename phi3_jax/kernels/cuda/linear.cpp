@@ -63,10 +63,10 @@ ffi::Error linear(Stream stream, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::U8> 
   if (ffi::Error error = check(x, values, scales, mins, *y, bits_given, gated, &p); error.failure()) return error;
   const int bits = static_cast<int>(bits_given);
   const std::string end = "_" + std::to_string(bits) + "_", with = p.mins ? "_mins" : "";
-  if (p.rows <= 32) {
+  const int integers = kWarps * few::kStages * few::stage_bytes(bits);
+  const int shared = few::scale_bytes(p) * (p.mins ? 2 : 1) + integers;
+  if (p.rows <= 32 && shared <= few::kMost) {  // with some twenty thousand inputs the scales are too many
     const int tiles = p.rows <= 8 ? 1 : p.rows <= 16 ? 2 : 4;
-    const int integers = kWarps * few::kStages * few::stage_bytes(bits);
-    const int shared = few::scale_bytes(p) * (p.mins ? 2 : 1) + integers;
     const Grid grid = {p.rows ? blocks(p.outputs, gated ? 8 : kTile) : 0};
     return launch(stream, ("phi3_linear_few" + end + std::to_string(tiles) + with).c_str(), grid, kThreads,
                   static_cast<unsigned>(std::max(shared, few::sum_bytes(tiles))), p);

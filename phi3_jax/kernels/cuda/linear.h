@@ -24,6 +24,7 @@ constexpr int kStep = 128, kStages = 3;  // inputs that a warp copies at a time,
 constexpr int row_bytes(int bits) { return kStep * bits / 8; }
 constexpr int stride(int bits) { return bits == 4 ? row_bytes(4) + 16 : row_bytes(8) + 32; }  // no bank is asked twice
 constexpr int stage_bytes(int bits) { return kTile * stride(bits); }
+constexpr int kMost = 99 << 10;  // bytes of shared memory that every card from Ampere on has
 inline int scale_bytes(const Product& p) { return kTile * 2 * (p.inputs >> p.group_bits); }
 constexpr int sum_bytes(int tiles) { return kWarps * kTile * 8 * tiles * 4; }
 }  // namespace few

@@ -213,6 +213,7 @@ inline void launch(const std::string& name, dim3 grid, dim3 threads, size_t shar
     throw std::runtime_error(name + ": blocks of " + std::to_string(count) + " threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error(name + ": a grid that a card refuses");
+  if (shared_bytes > 99 << 10) throw std::runtime_error(name + ": more shared memory than every card has");
   gridDim = grid, blockDim = threads;
   block.dynamic = std::vector<unsigned char>(shared_bytes);
   block.statics.clear();

@@ -56,6 +56,10 @@ SHAPES = [(1, 37, 160), (2, 16, 1200), (7, 33, 128), (8, 17, 97), (9, 15, 3000),
 SHAPES += [(32, 9, 64), (33, 129, 95), (65, 130, 224), (129, 7, 320)]
 
 
+def test_more_scales_than_fit_into_shared_memory():
+    check(1, 3, 20032, 8, 32, False, jnp.dtype(jnp.float32))
+
+
 @pytest.mark.parametrize(("rows", "outputs"), [(1, 8), (9, 24), (32, 40), (33, 72), (70, 136)])
 def test_gated_features(rows, outputs):
     """up * silu(gate), with outputs that fill no block."""
