@@ -42,7 +42,7 @@ class _Arrays(NamedTuple):
     Attributes:
       q: [B * I, K, rows, H], where a row is a query and a head of the group.
       q_positions, q_segments: int32 [B * I, rows, 1].
-      k_positions, k_segments: int32 [B, 1, S].
+      k_positions, k_segments: int32 [B, 1, S rounded up to whole blocks].
       k, v: [L, B, K, S, H].
       k_scale, v_scale: float32 [L, B, K, S].
     """
@@ -73,7 +73,10 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility, interpret: Any 
         return None if x is None else jnp.repeat(by_block(x, -1), G, axis=1)[..., None]
 
     def by_slot(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else x[:, None]
+        if x is None:
+            return None
+        # Past the end of an array a block holds anything, a position that is seen, for instance.
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % blocks.slots)], constant_values=-1)[:, None]
 
     def stacked(x: jax.Array | None) -> jax.Array | None:
         return x[None] if x is not None and kv.layer is None else x
