@@ -14,6 +14,7 @@ from compiled import (
     CASES,
     DRAWN,
     GIB,
+    INTEGER_CACHE,
     LOOPS,
     MIB,
     READS,
@@ -71,8 +72,8 @@ def test_all_layers_are_as_few_of_them(target: str, case: str) -> None:
     _moves_little(facts)
 
 
-@_each(ADAPTED)
-def test_an_adapter_copies_no_base(target: str, case: str) -> None:
+@_each([*ADAPTED, INTEGER_CACHE])
+def test_an_adapter_copies_no_base_and_integers_in_the_cache_stay_integers(target: str, case: str) -> None:
     facts = _program(target, case, "step")
     _copies_nothing(facts)
     _is_small(facts)

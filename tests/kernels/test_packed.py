@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.kernels import PackedTensor, QuantizedTensor, Unavailable
-from phi3_jax.kernels.linear import linear
+from phi3_jax.kernels.linear import gated, linear
 from phi3_jax.kernels.linear.packed import Packing, pack
 from phi3_jax.kernels.native import build
 from phi3_jax.model import decoder
@@ -168,7 +169,11 @@ def test_a_packed_model_gives_the_logits_of_its_weights(tiny, monkeypatch):
     def rounded(leaf):
         return leaf.astype(jnp.bfloat16).astype(jnp.float32)
 
-    monkeypatch.setattr(decoder, "linear", lambda x, *rest, **named: linear(rounded(x), *rest, **named))
+    for function in (linear, gated):
+        of_rounded = functools.partial(
+            lambda function, x, *rest, **named: function(rounded(x), *rest, **named), function
+        )
+        monkeypatch.setattr(decoder, function.__name__, of_rounded)
     weights = jax.tree.map(
         lambda leaf: rounded(leaf) if leaf.shape[-2:] != (3, 24) and leaf.ndim > 1 else leaf, tiny.params
     )

@@ -65,9 +65,8 @@ def attend_new(
     k, v, k_scale, v_scale, out, *_ = call(
         *stacks, *new, *_sight(visible), index(kv.layer), **_attributes(q, kv, visible)
     )
-    if kv.k_scale is None:
-        k_scale = v_scale = None
-    return out.astype(qkv.dtype), KeysValues(k, v, k_scale, v_scale, kv.layer)
+    scales = {} if kv.k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
+    return out.astype(qkv.dtype), KeysValues(k, v, layer=kv.layer, **scales)
 
 
 def _sight(visible: Visibility) -> list[jax.Array]:
