@@ -2,7 +2,7 @@
 
     B, rows             1, 8, 64, ...; on the CPU, where a row more takes time, 1, 2, 4, 8, ...
     M, tokens of a row  4096, 8192, 16384, ...; at most the model's context
-    T, tokens of a read 128 and Options.prefill_chunk; on the CPU 16, 32, 64, 128 and prefill_chunk
+    T, tokens of a read 128, and of a row alone Options.prefill_chunk; on the CPU 16, 32, 64, 128 and prefill_chunk
 
 Attention reads only the slots that are used, so a large cache costs memory alone. Where it would take too much of that,
 or where attention reads every slot, M is the next power of two, or if that is too much as well, a multiple of 128; and
@@ -64,7 +64,7 @@ def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, 
     for batch in (batch_rung(rows), _power_of_two(rows)):
         for room in rooms:
             slots = slots_needed(config, room, most_at_once(options))
-            if batch * (slots * _slot_bytes(config, dtype) + _read_bytes(config, options)) <= spare:
+            if batch * (slots * _slot_bytes(config, dtype) + _read_bytes(config, batch, options)) <= spare:
                 return batch, room
     return rows, rooms[-1]
 
@@ -74,16 +74,21 @@ def most_at_once(options: Options) -> int:
     return max(options.prefill_chunk, options.guesses + 2)
 
 
-def piece_length(tokens: int, chunk: int, capacity: int) -> int:
+def piece_length(tokens: int, rows: int, chunk: int, capacity: int) -> int:
     """The length of the next piece to read when `tokens` are still to be read; longer if that saves calls and time."""
     is_cpu = _platform() == "cpu"
-    most, call = min(chunk, capacity), _CPU_CALL if is_cpu else _CALL
+    most, call = min(most_to_read(rows, chunk), capacity), _CPU_CALL if is_cpu else _CALL
     pieces = [*(piece for piece in (_CPU_PIECES if is_cpu else _PIECES) if piece < most), most]
     if tokens <= pieces[0] or tokens >= most:
         return pieces[0] if tokens <= pieces[0] else most
     longer = next(i for i, piece in enumerate(pieces) if piece > tokens)
     short, long = pieces[longer - 1], pieces[longer]
     return long if call + long <= -(-tokens // short) * (call + short) else short
+
+
+def most_to_read(rows: int, chunk: int) -> int:
+    """The most tokens of a row that are read at a time: on accelerators several rows have enough in few of each."""
+    return chunk if rows == 1 or _platform() == "cpu" else min(chunk, _PIECES[-1])
 
 
 def reads_used_slots(dtype: Any) -> bool:
@@ -120,10 +125,10 @@ def _slot_bytes(config: Phi3Config, dtype: Any) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head
 
 
-def _read_bytes(config: Phi3Config, options: Options) -> int:
+def _read_bytes(config: Phi3Config, rows: int, options: Options) -> int:
     """About what reading a chunk takes for each row: one layer's activations, and with `echo` the logits."""
     numbers = 4 * config.hidden_size + 3 * config.intermediate_size + (config.vocab_size if options.echo else 0)
-    return options.prefill_chunk * numbers * 4
+    return most_to_read(rows, options.prefill_chunk) * numbers * 4
 
 
 def _size(params: Any) -> int:

@@ -49,7 +49,7 @@ class Prefill:
 
     def read_chunk(self, read: Callable[..., Any], state: DecodeState) -> DecodeState:
         """Reads the next chunk of every row; `read` is `decoding.read` of a model's config and weights."""
-        size = piece_length(self.length - self.place, self.chunk, state.cache.capacity)
+        size = piece_length(self.length - self.place, len(self.last), self.chunk, state.cache.capacity)
         state, self.last = read(state, self.last, jnp.int32(self.place), size, self.echo)
         self.place += size
         return state

@@ -101,6 +101,8 @@ class Run:
             rope_policy=options.rope_policy,
             watched=jnp.asarray(np.zeros(config.vocab_size, np.uint8) if watched is None else watched),
         )
+        # Not worth a program of its own for greedy rows, as the loop has on accelerators.
+        self._answering = dataclasses.replace(self._settings, sampling=self._settings.sampling.for_any())
         self._masks = _grammar_masks(checkpoint, grammars, options)
         self._fingerprint: str | None = None
         self._state: decoding.DecodeState | None = None  # made by the first call of `advance`
@@ -231,7 +233,7 @@ class Run:
         if not prefill.is_over:
             return state
         self._prefill = None
-        state = self._timed(self._phase, decoding.answer, state, prefill.last, self._settings, self._allowed())
+        state = self._timed(self._phase, decoding.answer, state, prefill.last, self._answering, self._allowed())
         if self._phase == "prefill":
             self._drafter = self._start_drafter(state.tokens)
         return state
@@ -253,7 +255,7 @@ class Run:
     def _step_by_grammar(self, state: decoding.DecodeState) -> decoding.DecodeState:
         """One token of each row; the host finds out which ones are allowed while the device runs the model."""
         state, last = self._timed("decode", decoding.step, state, wait=False)
-        return self._timed("decode", decoding.answer, state, last, self._settings, self._allowed())
+        return self._timed("decode", decoding.answer, state, last, self._answering, self._allowed())
 
     def _allowed(self) -> jax.Array | None:
         """The grammars' masks; a row whose grammar is at a dead end gets one that allows nothing, which ends it."""

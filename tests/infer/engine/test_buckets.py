@@ -10,6 +10,7 @@ import pytest
 import phi3_jax
 from phi3_jax.infer import Options, Run, Sampling, generate
 from phi3_jax.infer.engine import buckets, decoding
+from phi3_jax.infer.sampling import params
 
 PROGRAMS = (decoding.read, decoding.answer, decoding.decode)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,9 +55,9 @@ def on(monkeypatch: pytest.MonkeyPatch, platform: str, gigabytes: float = 1000) 
     monkeypatch.setattr(buckets, "_memory", lambda: int(gigabytes * 2**30))
 
 
-@pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 2), ("tpu", 3, 2), ("cpu", 7, 5)])
+@pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 4), ("tpu", 3, 4), ("cpu", 7, 35)])
 def test_the_ladder_has_few_rungs(long, monkeypatch, platform, batches, reads):
-    """Up to 64 rows of 4096 tokens: 12 programs, on the CPU 49. One more room has as many again."""
+    """Up to 64 rows of 4096 tokens: 4 reads, 3 first tokens, 5 loops; on the CPU 35, 7, 7. A room more has as many."""
     on(monkeypatch, platform)
     config = dataclasses.replace(long.config, max_position_embeddings=1 << 17)
     model, options = dataclasses.replace(long, config=config), Options()
@@ -65,12 +66,12 @@ def test_the_ladder_has_few_rungs(long, monkeypatch, platform, batches, reads):
     assert sizes == {(batch, 4096) for batch, _ in sizes}
     assert len(sizes) == batches
     assert buckets.sizes_for(model, 64, 4097, options, jnp.float32) == (64, 8192)
-    pieces = {buckets.piece_length(n, options.prefill_chunk, 4096) for n in lengths}
+    pieces = {(b, buckets.piece_length(n, b, options.prefill_chunk, 4096)) for n in lengths for b, _ in sizes}
     assert len(pieces) == reads
     for n in lengths:
         read = calls = 0
         while read < n:
-            read += buckets.piece_length(n - read, 512, 4096)
+            read += buckets.piece_length(n - read, 1, 512, 4096)
             calls += 1
         assert n <= read <= max(1.6 * n, 128 if platform != "cpu" else 16, -(-n // 512) * 512)
         assert calls <= n // 512 + 8
@@ -152,14 +153,16 @@ def test_rows_share_no_more_of_a_prompt_cache_than_all_begin_with(long):
 
 @pytest.mark.slow
 def test_any_work_runs_on_twelve_programs(long, monkeypatch):
-    """On the ladder of an accelerator: batches of 1 to 64."""
+    """On the ladder of an accelerator: batches of 1 to 64, greedy ones and others."""
     on(monkeypatch, "gpu")
+    monkeypatch.setattr(params.jax, "default_backend", lambda: "gpu")
     for program in PROGRAMS:
         program.clear_cache()
     rng = random.Random(2)
     for rows, longest in ((64, 100), (1, 700), (3, 150), (9, 20), (8, 4095), (1, 3), (33, 600)):
         work(long, rows, rng, longest, Options())
-    assert compiled() == [6, 3, 3]
+        generate(long, [[rng.randrange(60) for _ in range(longest)]] * rows, 3)
+    assert compiled() == [4, 3, 5]
 
 
 @pytest.mark.slow
