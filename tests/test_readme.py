@@ -26,7 +26,7 @@ def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
 
 
 def test_the_files_that_the_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "train/README.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "train/README.md", "phi3_jax/kernels/README.md"):
         path = ROOT / document
         for name in re.findall(r"\]\(([\w/.]+)\)", path.read_text()):
             assert (path.parent / name).exists(), (document, name)
