@@ -166,7 +166,7 @@ def _answer_cases(rehearse: bool) -> Iterator[tuple[str, float]]:
                 for row, new in enumerate(run.advance(8)):
                     tokens[row] += new.token_ids
                     logprobs[row] += [each.logprob for each in new.logprobs or []]
-            exact = _logprobs(config, models.checkpoint(config, form).params, prompts, tokens)
+            exact = _logprobs(config, models.stacked(config, form), prompts, tokens)
             errors = [np.abs(np.subtract(a, b)).max() for a, b in zip(logprobs, exact, strict=True)]
             yield f"{form}, cache {cache}", float(max(errors)) / _NEAR
 
