@@ -166,7 +166,10 @@ def recorded_programs(case: Case) -> dict[str, list[Program]]:
     for shorter, sampling in [(0, Sampling()), (7, Sampling(0.7, top_p=0.9))]:
         prompts, limits = [[1] * (case.prompt - shorter)] * case.batch, [case.answer - shorter] * case.batch
         run = Run(checkpoint, prompts, limits, [sampling] * case.batch, options)
-        for _ in range(-(-case.prompt // case.chunk) + 2):  # all chunks of the prompt, and the loop twice
+        run.advance(32)
+        while run.reading[0] < run.reading[1]:
+            run.advance(32)
+        for _ in range(2):  # the loop
             run.advance(32)
     KVCache.create = create  # type: ignore[method-assign]
     for name, function in jitted.items():

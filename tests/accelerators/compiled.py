@@ -24,7 +24,7 @@ WHOLE_INTEGERS = "batch=8,weights=int4,programs=decode"
 LOOPS = {(1, "int4"), (8, "bfloat16"), (64, "int8")}  # where the loop over tokens is compiled, too; else one step
 DRAWN = "layers=2,batch=8,drawn=1,programs=decode+answer"
 ADAPTED = [f"layers=2,batch=8,weights={weights},adapter=16,programs=step" for weights in ("bfloat16", "int4")]
-INTEGER_CACHE = "layers=2,batch=8,cache=int8,programs=step"
+INTEGER_CACHE = "batch=8,weights=int4,cache=int8,programs=step"
 READS = [
     "layers=2,prompt=3900,answer=100,chunk=4096,programs=read",
     "layers=2,prompt=3900,answer=100,chunk=4096,weights=int4,programs=read",
