@@ -99,7 +99,10 @@ def _device(report: Report, _: bool) -> None:
         report.add("nvidia-smi", subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         report.add("nvidia-smi", "there is none")
-    report.add("kernels", phi3_jax.kernels.status(cache_dtype="bfloat16"))
+    kernels = phi3_jax.kernels.status(cache_dtype="bfloat16")
+    report.add("kernels", kernels)
+    if device.platform == "gpu" and any(each.startswith("xla") for each in kernels.values()):
+        report.fault("kernels in use", "what follows tells nothing of them")
     report.add("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 
 

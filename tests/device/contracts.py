@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -18,19 +18,23 @@ from phi3_jax.infer import Options, Run, Sampling
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.attention import attention
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
-from phi3_jax.kernels.linear import linear
+from phi3_jax.kernels.linear import gated, linear
+from phi3_jax.model import KVCache
 from phi3_jax.quantization import Format, quantize
 
 _BFLOAT16 = 2.0**-8  # the largest relative error of rounding to it
 _Case = tuple[int, tuple[int, int], str, int, bool]  # H, (N, K), the cache's dtype, T, whether it is a ring
 _NAMES = "H {}, heads {}, {}, {} queries, ring {}"
 _SMALL = 1e-3  # beside values of size 1
+_TIMES = 8  # that a kernel is run, each as soon as the one before: where threads race, one result is another
 _NEAR = 0.15  # of log-probabilities of a model in bfloat16, whose layers have random weights
 
 
 def check(report: Any, rehearse: bool) -> None:
     """Adds how many cases of each kind were right; a fault for each that was not. A rehearsal has fewer."""
-    for kind, make in (("linear", _linear_cases), ("attention", _attention_cases), ("answers", _answer_cases)):
+    kinds = {"linear": _linear_cases, "gated": _gated_cases, "attention": _attention_cases}
+    kinds |= {"new tokens": _new_token_cases, "answers": _answer_cases}
+    for kind, make in kinds.items():
         cases = make(rehearse)
         count, worst = 0, 0.0
         for name, error in cases:
@@ -38,6 +42,17 @@ def check(report: Any, rehearse: bool) -> None:
             if not error <= 1:  # NaN, too
                 report.fault(f"contract {kind} {name}", f"{error:.2f} times the error that rounding explains")
         report.add(f"contract {kind}", {"cases": count, "largest error, of what rounding explains": worst})
+
+
+def _always(function: Callable[..., jax.Array], *arguments: Any, **options: Any) -> np.ndarray:
+    """What the function gives, in float64; NaN if it gives something else another time."""
+    found = [np.asarray(each) for each in [function(*arguments, **options) for _ in range(_TIMES)]]
+    same = all(each.tobytes() == found[0].tobytes() for each in found)
+    return found[0].astype(np.float64) if same else np.full(found[0].shape, np.nan)
+
+
+def _once(function: Callable[..., jax.Array], *arguments: Any, **options: Any) -> np.ndarray:
+    return np.asarray(function(*arguments, **options), np.float64)
 
 
 # ---------------------------------------------------------------- products
@@ -54,8 +69,24 @@ def _linear_cases(rehearse: bool) -> Iterator[tuple[str, float]]:
         tensor = weight if form is None else quantize(weight.astype(jnp.float32), form)
         exact = _floats(tensor)
         for dtype in (jnp.bfloat16, jnp.float32) if rows == 8 else (jnp.bfloat16,):
-            found = np.asarray(product(x, tensor, dtype=dtype), np.float64)
+            # A library's product of floats may add in another order each time.
+            found = (_once if form is None else _always)(product, x, tensor, dtype=dtype)
             yield f"{form or 'bfloat16'}, {rows} rows, {jnp.dtype(dtype)}", _of_product(found, np.float64(x), exact)
+
+
+def _gated_cases(rehearse: bool) -> Iterator[tuple[str, float]]:
+    """up * silu(gate), which one kernel may compute at once."""
+    rng = np.random.default_rng(3)
+    product = jax.jit(gated)
+    for bits, symmetric, rows in itertools.product((4,) if rehearse else (4, 8), (True, False), (1, 32, 130)):
+        tensor = quantize(jnp.asarray(rng.normal(size=(2 * 104, 352)) * 0.05, jnp.float32), Format(bits, 32, symmetric))
+        x = jnp.asarray(rng.normal(size=(rows, 352)), jnp.bfloat16)
+        found, weight = _always(product, x, tensor), _floats(tensor)
+        gate, up = np.split(np.float64(x) @ weight.T, 2, axis=-1)
+        gate_error, up_error = np.split(_allowed(np.float64(x), weight), 2, axis=-1)
+        silu = gate / (1 + np.exp(-gate))  # whose slope is below 1.1
+        allowed = 1.1 * np.abs(up) * gate_error + np.abs(silu) * up_error + 3 * _BFLOAT16 * np.abs(up * silu) + 1e-6
+        yield f"{bits} bits, symmetric {symmetric}, {rows} rows", float((np.abs(found - up * silu) / allowed).max())
 
 
 def _floats(tensor: Any) -> np.ndarray:
@@ -75,9 +106,11 @@ def _floats(tensor: Any) -> np.ndarray:
 
 def _of_product(found: np.ndarray, x: np.ndarray, weight: np.ndarray) -> float:
     """The largest error, of what rounding each weight and the result to bfloat16 explains (six deviations)."""
-    exact = x @ weight.T
-    allowed = 6 * _BFLOAT16 / 2 * np.sqrt((x * x) @ (weight * weight).T) + _BFLOAT16 * np.abs(exact)
-    return float((np.abs(found - exact) / allowed).max())
+    return float((np.abs(found - x @ weight.T) / _allowed(x, weight)).max())
+
+
+def _allowed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return 6 * _BFLOAT16 / 2 * np.sqrt((x * x) @ (weight * weight).T) + _BFLOAT16 * np.abs(x @ weight.T)
 
 
 # ---------------------------------------------------------------- attention over the cache
@@ -90,7 +123,7 @@ def _attention_cases(rehearse: bool) -> Iterator[tuple[str, float]]:
         (96,) if rehearse else (64, 96, 128), ((4, 4), (6, 2)), ("bfloat16", "int8"), (1, 5, 150), (False, True)
     ):
         q, kv, visible = _attention_arguments(rng, case)
-        found = np.asarray(compiled(q, kv, visible), np.float64)
+        found = _always(compiled, q, kv, visible)
         exact, spread = _attended(np.float64(q), kv, visible)
         errors = np.abs(found - exact) / (4 * _BFLOAT16 * spread)
         yield _NAMES.format(*case), float(errors.max())
@@ -145,6 +178,44 @@ def _attended(q: np.ndarray, kv: KeysValues, visible: Visibility) -> tuple[np.nd
         # One value that is 0 has no size, and so no error; but the bound must not be 0.
         spread[b, t, n] = np.sqrt(weights @ (values * values)) + np.abs(out[b, t, n]) + _SMALL
     return out, spread
+
+
+def _new_token_cases(rehearse: bool) -> Iterator[tuple[str, float]]:
+    """Rotated, stored and attended to: by kernels as by XLA, the rest of the cache untouched."""
+    rng = np.random.default_rng(4)
+    attend = jax.jit(KVCache.attend, static_argnames="kernels")
+    kinds = (("int8", 4, 4), ("bfloat16", 6, 2))[: 1 if rehearse else 2]
+    for (dtype, N, K), T in itertools.product(kinds, (1, 5, 70)):
+        config = dataclasses.replace(models.config(True), num_attention_heads=N, num_key_value_heads=K, head_dim=96)
+        q_at = np.stack([np.arange(T) + first for first in (0, 300, 777)]).astype(np.int32)
+        q_at[1, T // 2 + 1 :] = -1  # padding
+        cache = KVCache.create(config, len(q_at), 400, dtype)
+        for first in (0, 377):  # the oldest are overwritten
+            filled = jnp.broadcast_to(first + jnp.arange(400), (len(q_at), 400))
+            cache = cache.claim(jnp.where(filled < q_at[:, :1], filled, -1))
+        kept = [jnp.asarray(rng.integers(1, 99, each.shape), each.dtype) / 64 for each in (cache.k, cache.v)]
+        if cache.k_scale is not None:
+            kept = [jnp.asarray(rng.integers(-127, 128, each.shape), jnp.int8) for each in kept]
+            scales = [jnp.full(each.shape, 0.02, jnp.float32) for each in (cache.k_scale, cache.v_scale)]
+            cache = dataclasses.replace(cache, k_scale=scales[0], v_scale=scales[1])
+        cache = dataclasses.replace(cache, k=kept[0], v=kept[1]).claim(jnp.asarray(q_at))
+        qkv = jnp.asarray(rng.normal(size=(len(q_at), T, N + 2 * K, 96)), jnp.bfloat16)
+        angles = rng.uniform(-3, 3, (len(q_at), T, 40))
+        cos, sin = jnp.asarray(np.cos(angles), jnp.bfloat16), jnp.asarray(np.sin(angles), jnp.bfloat16)
+        seen = Visibility(jnp.asarray(q_at), cache.positions, window=300)
+        found, exact = (attend(cache, jnp.int32(1), qkv, cos, sin, seen, kernels=each) for each in (True, False))
+        yield f"{dtype}, heads {N, K}, {T} tokens", _of_cache(found, exact, q_at >= 0)
+
+
+def _of_cache(found: Any, exact: Any, is_token: np.ndarray) -> float:
+    """The largest difference of outputs and caches, of what two roundings explain."""
+    (out, kept), (wanted_out, wanted) = found, exact
+    errors = [(np.float64(out) - np.float64(wanted_out))[is_token] / (8 * _BFLOAT16)]
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(wanted), strict=True):
+        size = 4 if one.dtype == jnp.bfloat16 else 0  # of the products whose difference a rotated element is
+        allowed = 3 if one.dtype == jnp.int8 else 3 * _BFLOAT16 * (np.abs(np.float64(other)) + size) + 1e-6
+        errors.append((np.float64(one) - np.float64(other)) / allowed)
+    return float(np.max([np.abs(each).max() for each in errors]))
 
 
 # ---------------------------------------------------------------- whole answers

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -23,23 +24,41 @@ def device_scripts(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", ["a product", "attention"])
+@pytest.mark.parametrize("mistake", ["a product", "gated", "attention", "new tokens"])
 def test_a_wrong_kernel_is_told(device_scripts, monkeypatch, mistake):
     import contracts
 
-    kept = {"linear": contracts.linear, "attention": contracts.attention}
+    kept = {name: getattr(contracts, name) for name in ("linear", "gated", "attention")}
+    attend = contracts.KVCache.attend
     if mistake == "a product":  # one input of 384 is left out
         monkeypatch.setattr(contracts, "linear", lambda x, *a, **k: kept["linear"](x.at[:, 57].set(0), *a, **k))
+    elif mistake == "gated":  # one input of 352 is wrong
+        monkeypatch.setattr(contracts, "gated", lambda x, *a: kept["gated"](x.at[:, 57].add(1), *a))
+    elif mistake == "new tokens":  # one number of a head is rotated by another angle
+
+        def turned(cache, layer, qkv, cos, sin, seen, kernels):
+            return attend(cache, layer, qkv, cos.at[..., 7].multiply(-1) if kernels else cos, sin, seen, kernels)
+
+        monkeypatch.setattr(contracts.KVCache, "attend", turned)
     else:  # the newest key is not seen
 
         def wrong(q, kv, seen):
             return kept["attention"](q, kv, dataclasses.replace(seen, q_positions=seen.q_positions - 1))
 
         monkeypatch.setattr(contracts, "attention", wrong)
-    for kind in ("linear", "attention"):
+    for kind in ("linear", "gated", "attention", "new_token"):
         cases = itertools.islice(getattr(contracts, f"_{kind}_cases")(True), 2)
         is_wrong = [not error <= 1 for _, error in cases]
-        assert all(is_wrong) if kind == {"a product": "linear"}.get(mistake, mistake) else not any(is_wrong)
+        is_meant = kind == {"a product": "linear", "new tokens": "new_token"}.get(mistake, mistake)
+        assert all(is_wrong) if is_meant else not any(is_wrong)
+
+
+def test_a_kernel_whose_threads_race_is_told(device_scripts):
+    import contracts
+
+    results = iter([*[np.ones(3)] * 7, np.nextafter(np.ones(3), 2)])
+    assert np.isnan(contracts._always(lambda: next(results))).all()
+    assert (contracts._always(lambda: np.ones(3)) == 1).all()
 
 
 @pytest.mark.slow

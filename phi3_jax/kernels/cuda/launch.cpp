@@ -28,6 +28,7 @@ xla::ffi::Error launch(Stream, const char* kernel, Grid grid, unsigned threads, 
 
 #include <dlfcn.h>
 
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -42,6 +43,7 @@ using Code = int;      // 0 is success
 constexpr int kMajor = 75, kMinor = 76;          // attributes of a device
 constexpr int kDynamicShared = 8;                // an attribute of a function
 constexpr int kRelaxed = 2;                      // a mode of capturing
+constexpr Code kNotFound = 500;
 constexpr unsigned kSharedWithoutAsking = 48 << 10;  // bytes
 
 // The driver's functions, by their names in libcuda.
@@ -96,6 +98,7 @@ struct Function {
 };
 struct Context {  // a card's
   std::vector<Handle> modules;
+  bool is_loaded = false;  // all of them
   std::map<std::string, Function> functions;
 };
 
@@ -120,12 +123,14 @@ std::string load(Context* context) {
   if (first == last)
     return "they were not compiled for a card of compute capability " + std::to_string(major) + "." +
            std::to_string(minor) + ", which was not there when the program was traced";
-  for (auto image = first; image != last; ++image) {
+  // Where one fails, as memory may be short, the next launch goes on with it.
+  for (auto image = std::next(first, context->modules.size()); image != last; ++image) {
     Handle module = nullptr;
     if (Code code = driver().cuModuleLoadData(&module, image->second.data()))
       return driver().explain("cuModuleLoadData", code);
     context->modules.push_back(module);
   }
+  context->is_loaded = true;
   return "";
 }
 
@@ -139,10 +144,13 @@ std::string find(const char* kernel, unsigned shared_bytes, Handle* handle) {
   Function& function = context.functions[kernel];
   if (!function.handle || function.shared_bytes < shared_bytes) {
     const Relaxed relaxed;
-    if (context.modules.empty())
+    if (!context.is_loaded)
       if (std::string problem = load(&context); !problem.empty()) return problem;
     for (size_t i = 0; i < context.modules.size() && !function.handle; ++i)
-      if (driver().cuModuleGetFunction(&function.handle, context.modules[i], kernel)) function.handle = nullptr;
+      if (Code code = driver().cuModuleGetFunction(&function.handle, context.modules[i], kernel)) {
+        function.handle = nullptr;
+        if (code != kNotFound) return driver().explain("cuModuleGetFunction", code);  // it may load the kernel now
+      }
     if (!function.handle) return "no module has this kernel";
     if (function.shared_bytes < shared_bytes) {
       if (Code code = driver().cuFuncSetAttribute(function.handle, kDynamicShared, static_cast<int>(shared_bytes)))

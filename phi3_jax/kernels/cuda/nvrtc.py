@@ -12,7 +12,7 @@ from phi3_jax.kernels.native.compiler import Refused, Unavailable
 
 FLAGS = ("--std=c++17", "--device-as-default-execution-space", "--restrict", "--ptxas-options=-v")
 _MISSING = "NVRTC is not installed, which jax's CUDA wheels bring along: pip install 'jax[cuda13]'"
-_OUT_OF_MEMORY = 1
+_NOT_TAKEN = (5, 6)  # codes: options, or a file, that NVRTC does not know; others may pass, as where memory is short
 
 
 def compile_cubin(source: Path, headers: Sequence[Path], architecture: int) -> tuple[bytes, str]:
@@ -37,10 +37,10 @@ def compile_cubin(source: Path, headers: Sequence[Path], architecture: int) -> t
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         code = nvrtc.nvrtcCompileProgram(program, len(options), given)
         log = _bytes(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
-        if code == _OUT_OF_MEMORY:
-            raise Unavailable(f"NVRTC failed ({_explain(code)}); the next start tries again")
         if code:
             line = next((line for line in log.splitlines() if "error" in line), _explain(code))
+            if code not in _NOT_TAKEN:
+                raise Unavailable(f"NVRTC failed ({line}); the next start tries again")
             raise Refused(f"NVRTC {'.'.join(map(str, version()))} does not compile {source.name}: {line}")
         return _bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log
     finally:
@@ -77,10 +77,13 @@ def architecture(capability: int) -> int:
 def _library() -> ctypes.CDLL:
     """The library of NVIDIA's wheel for CUDA 13 or 12, else the one that the system's loader finds."""
     spec = importlib.util.find_spec("nvidia")
-    places = [Path(place) for place in (spec.submodule_search_locations or ()) if spec] if spec else []
-    folders = [place / folder / "lib" for folder in ("cu13", "cuda_nvrtc") for place in places]
+    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    releases = [("cu13", "13"), ("cuda_nvrtc", "12")]
+    if importlib.util.find_spec("jax_cuda12_plugin"):  # the driver may be as old, and load nothing that 13 has made
+        releases.reverse()
+    folders = [place / folder / "lib" for folder, _ in releases for place in places]
     files = [str(path) for folder in folders for path in sorted(folder.glob("libnvrtc.so.*"))]
-    for name in (*files, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
+    for name in (*files, *(f"libnvrtc.so.{number}" for _, number in releases), "libnvrtc.so"):
         try:
             library = ctypes.CDLL(name)
         except OSError:

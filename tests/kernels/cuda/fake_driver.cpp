@@ -7,6 +7,7 @@ extern "C" {
 
 void* fake_context = reinterpret_cast<void*>(1);
 int fake_minor = 0, fake_failing = 0;  // compute capability 9.minor; a launch fails
+int fake_short = 0;  // memory is short: for the second module (1), or for a kernel (2)
 char fake_calls[10000];
 
 static void note(const std::string& call) { std::strcat(fake_calls, (call + "\n").c_str()); }
@@ -26,11 +27,13 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
 }
 int cuModuleLoadData(void** module, const void* image) {
   note(std::string("load ") + static_cast<const char*>(image));
+  if (fake_short == 1 && !std::strcmp(static_cast<const char*>(image), "second")) return 2;
   *module = const_cast<void*>(image);
   return 0;
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (std::strcmp(static_cast<const char*>(module), "second") || std::strcmp(name, "kernel")) return 500;
+  if (fake_short == 2) return 2;
   *function = module;
   return 0;
 }
@@ -48,5 +51,5 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
   note(text);
   return fake_failing;
 }
-int cuGetErrorString(int code, const char** text) { return *text = code == 719 ? "launch failure" : "no", 0; }
+int cuGetErrorString(int code, const char** text) { return *text = code == 719 ? "launch failure" : code == 2 ? "out of memory" : "no", 0; }
 }

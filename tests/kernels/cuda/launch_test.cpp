@@ -7,7 +7,7 @@
 
 extern "C" void phi3_cuda_add(int, const char*, size_t);
 extern "C" void* fake_context;
-extern "C" int fake_minor, fake_failing;
+extern "C" int fake_minor, fake_failing, fake_short;
 extern "C" char fake_calls[];
 
 namespace {
@@ -61,6 +61,14 @@ int main() {
   fake_context = reinterpret_cast<void*>(3), fake_minor = 1;
   expect(launched("kernel", 4, 0), who + "they were not compiled for a card of compute capability 9.1, which was not " +
                                        "there when the program was traced");
+  fake_context = reinterpret_cast<void*>(4), fake_minor = 0, fake_short = 1;
+  calls();
+  expect(launched("kernel", 4, 0), who + "cuModuleLoadData failed: out of memory (2)");
+  fake_short = 2;  // what is loaded stays, and the rest is tried again
+  expect(launched("kernel", 4, 0), who + "cuModuleGetFunction failed: out of memory (2)");
+  fake_short = 0;
+  expect(launched_and_calls("kernel", 4, 0), load + "mode 1\nmode 2\nload second\nmode 1\nmode 2\nmode 1\n" + launch +
+                                                 "0" + arguments);
   if (!failures) std::printf("ok\n");
   return failures != 0;
 }

@@ -154,6 +154,57 @@ def test_without_nvrtc_the_reason_says_what_to_install(monkeypatch):
     nvrtc._library.cache_clear()
 
 
+@pytest.mark.parametrize(("plugin", "first"), [("jax_cuda12_plugin", "12"), ("jax_cuda13_plugin", "13")])
+def test_nvrtc_is_of_the_cuda_that_jax_has(tmp_path, monkeypatch, plugin, first):
+    """Another package may have brought the other one along, whose code an older driver does not load."""
+    for folder, number in (("cu13", "13"), ("cuda_nvrtc", "12")):
+        (tmp_path / folder / "lib").mkdir(parents=True)
+        (tmp_path / folder / "lib" / f"libnvrtc.so.{number}").touch()
+    specs = {"nvidia": types.SimpleNamespace(submodule_search_locations=[str(tmp_path)]), plugin: True}
+    tried = []
+
+    def not_there(name):
+        tried.append(name.rpartition(".")[2])
+        raise OSError(name)
+
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", specs.get)
+    monkeypatch.setattr(ctypes, "CDLL", not_there)
+    nvrtc._library.cache_clear()
+    with pytest.raises(Unavailable, match="NVRTC is not installed"):
+        nvrtc.version()
+    nvrtc._library.cache_clear()
+    other = {"12": "13", "13": "12"}[first]
+    assert tried == [first, other, first, other, "so"]
+
+
+@pytest.mark.parametrize(("code", "passes"), [(1, True), (5, False), (6, False), (7, True), (11, True)])
+def test_what_nvrtc_lacks_may_be_there_the_next_time(tmp_path, monkeypatch, code, passes):
+    """Among others, NVRTC's second library (code 7)."""
+    log = b"a.cu(1): warning: odd\nnvrtc: error: failed to open libnvrtc-builtins.so.13.0\n\0"
+
+    class Library:
+        def __getattr__(self, name):
+            return lambda *given: 0
+
+        def nvrtcCompileProgram(self, *given):  # noqa: N802 - NVRTC's name
+            return code
+
+        def nvrtcGetErrorString(self, code):  # noqa: N802
+            return b"unknown"
+
+        def nvrtcGetProgramLogSize(self, program, size):  # noqa: N802
+            size._obj.value = len(log)
+
+        def nvrtcGetProgramLog(self, program, buffer):  # noqa: N802
+            buffer.raw = log
+
+    monkeypatch.setattr(nvrtc, "_library", Library)
+    (tmp_path / "a.cu").touch()
+    with pytest.raises(Unavailable, match=r"nvrtc: error: failed to open libnvrtc-builtins\.so\.13\.0") as told:
+        nvrtc.compile_cubin(tmp_path / "a.cu", [], 90)
+    assert isinstance(told.value, Refused) is not passes
+
+
 def test_an_architecture_that_the_card_runs_is_taken(monkeypatch):
     known = (75, 80, 86, 90, 100, 120)
 
