@@ -14,7 +14,7 @@ from phi3_jax.infer import PromptLookup, Sampling
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.engine.speculation import LookupDrafter
 from phi3_jax.infer.sampling import SamplingArrays
-from phi3_jax.kernels.attention import why_not_cpu
+from phi3_jax.kernels.attention import cpu, why_not_cpu
 from phi3_jax.model import slots_needed
 
 LENGTH, WINDOW = 5000, 2047
@@ -205,3 +205,10 @@ def test_memory_that_is_left_as_it_came_gets_no_huge_pages(tiny):
     for array in (cache.k, cache.v):
         middle = array.unsafe_buffer_pointer() + array.nbytes // 2
         assert "nh" in next(found for part, found in flags.items() if middle in part)
+
+
+def test_who_looks_for_nan_gets_a_cache_of_zeros(tiny, monkeypatch):
+    monkeypatch.setattr(cpu, "reserve", None)
+    with jax.debug_nans(True):
+        cache = phi3_jax.KVCache.create(tiny.config, 2, 64, unset=True)
+    assert not cache.k.any()
