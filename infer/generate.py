@@ -49,7 +49,8 @@ def generate(
       grammar: what the answers must match, one for all rows or one for each.
       options: how the run is carried out: memory, LongRoPE, log-probabilities, deadline, speculation, prompt cache.
       on_piece: called with every piece of an answer as it comes.
-      interrupt: called at least each quarter of a second, or step; True ends all answers as they are.
+      interrupt: called after each piece of the prompts is read, and then at least each quarter of a second, or step;
+        True ends all answers as they are.
 
     Returns:
       one `Generation` for each prompt, in order. A row that cannot go on ends with finish_reason "error" and says why

@@ -42,7 +42,7 @@ class PromptCache:
 
     Attributes:
       tokens: the prefix. Keys and values of all of them were computed; a ring buffer may have lost the oldest.
-      cache: one row (B = 1), with the token at position p in slot p mod S, as in every cache.
+      cache: one row (B = 1), with the token at position p in slot p mod S, as in every cache; zeros in empty slots.
       is_long: whether LongRoPE's long factors were used; False for a model without LongRoPE.
       fingerprint: of the model, see `fingerprint`.
     """
@@ -75,8 +75,7 @@ class PromptCache:
             raise ValueError(f"row {row} of the cache has keys of {length} tokens, but {len(tokens)} token ids came")
         # A power of two, so that caches of many lengths are taken and placed by few compiled programs.
         held = _in_slot_order(run, min(1 << (len(run) - 1).bit_length(), cache.capacity))
-        own = _pick(cache, row, held % cache.capacity)
-        own = dataclasses.replace(own, positions=jnp.asarray(held[None], jnp.int32))
+        own = _pick(cache, row, np.where(held < 0, -1, held % cache.capacity))
         if not bool(_is_finite(own)):
             raise ValueError(f"row {row} of the cache holds numbers that are not finite: {NOT_FINITE_ADVICE}")
         return cls(tuple(int(token) for token in tokens[:length]), own, bool(is_long), fingerprint)
@@ -263,20 +262,22 @@ def _arrays(cache: KVCache) -> dict[str, jax.Array]:
 
 @jax.jit
 def _is_finite(cache: KVCache) -> jax.Array:
-    """Whether the keys and values of tokens, in slots with a position, are all finite: bool scalar."""
-    free = cache.positions[:, None, :] < 0  # [B, 1, S], for [L, B, K, S] or [L, B, K, S, H]
-    parts = [jnp.isfinite(array) | (free if array.ndim == 4 else free[..., None]) for array in _arrays(cache).values()]
-    return jnp.stack([part.all() for part in parts]).all()
+    """Whether all keys and values are finite: bool scalar."""
+    return jnp.stack([jnp.isfinite(array).all() for array in _arrays(cache).values()]).all()
 
 
 @jax.jit
 def _pick(cache: KVCache, row: jax.typing.ArrayLike, slots: jax.Array) -> KVCache:
-    """Some slots [P] of one row, in that order: a cache of one row, with memory of its own."""
+    """Some slots [P] of one row, in that order, -1 for an empty one: a cache of one row, with memory of its own."""
+    is_there = slots >= 0
 
     def of(array: jax.Array) -> jax.Array:  # [L, B, K, S, ...] -> [L, 1, K, P, ...]
-        return jnp.take(jax.lax.dynamic_index_in_dim(array, row, axis=1), slots, axis=3, mode="clip")
+        taken = jnp.take(jax.lax.dynamic_index_in_dim(array, row, axis=1), slots, axis=3, mode="clip")
+        # Zeros, as there may be anything in a slot that holds no token.
+        return jnp.where(is_there if array.ndim == 4 else is_there[:, None], taken, 0)
 
-    return KVCache(positions=cache.positions[row, slots][None], **jax.tree.map(of, _arrays(cache)))
+    positions = jnp.where(is_there, cache.positions[row, slots], -1)
+    return KVCache(positions=positions[None], **jax.tree.map(of, _arrays(cache)))
 
 
 @functools.partial(jax.jit, static_argnames=("size", "head_dim"), donate_argnames="target")

@@ -29,12 +29,13 @@ class Timings:
             yield
         finally:
             seconds, compiling = time.perf_counter() - begin, _union(_thread.spans)
+            _thread.spans = None
             self.compile += compiling
             setattr(self, phase, getattr(self, phase) + seconds - compiling)
 
 
 class _Thread(threading.local):
-    """What this thread has compiled: begins and ends."""
+    """What this thread compiles inside of `Timings.of`: begins and ends; None outside."""
 
     spans: list[tuple[float, float]] | None = None
 

@@ -71,7 +71,9 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim)
         empty = jnp.full((batch, capacity), -1, jnp.int32)
         # k and v do not share their scales' array: buffers that are donated together must be distinct.
-        make = cpu.reserve if unset and jax.default_backend() == "cpu" and why_not_cpu(dtype) is None else jnp.zeros
+        # jax_debug_nans looks at all that a program returns: memory that was left as it came would be a false alarm.
+        unset = unset and jax.default_backend() == "cpu" and not jax.debug_nans.value
+        make = cpu.reserve if unset and why_not_cpu(dtype) is None else jnp.zeros
         scales = [make(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None for _ in range(2)]
         return cls(make(shape, dtype), make(shape, dtype), empty, *scales)
 

@@ -139,8 +139,8 @@ def test_each_row_has_its_own_limit(tiny, greedy):
 
 
 def test_an_interrupt_keeps_what_there_is(tiny, greedy):
-    asked = itertools.count()
-    results = generate(tiny, PROMPTS, [24, 24, 3], interrupt=lambda: next(asked) == 6)
+    asked, pieces = itertools.count(), []  # with pieces a call takes one step
+    results = generate(tiny, PROMPTS, [24, 24, 3], on_piece=pieces.append, interrupt=lambda: next(asked) == 6)
     assert [result.finish_reason for result in results] == ["interrupt", "interrupt", "length"]
     assert [result.token_ids for result in results] == [greedy[0][:7], greedy[1][:7], greedy[2][:3]]
 

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from phi3_jax.infer import PromptLookup, Sampling
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.engine.speculation import LookupDrafter
 from phi3_jax.infer.sampling import SamplingArrays
+from phi3_jax.kernels.attention import cpu, why_not_cpu
 from phi3_jax.model import slots_needed
 
 LENGTH, WINDOW = 5000, 2047
@@ -187,3 +189,26 @@ def test_a_cache_that_is_too_small_gives_no_number(tiny, window, capacity, piece
             ValueError, match=f"positions up to {total - 1} do not fit into a cache of {capacity} slots"
         ):
             model.apply({"params": params}, piece, positions, cache=before)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="there are no huge pages")
+@pytest.mark.skipif(why_not_cpu("float32") is not None, reason="no kernels")
+def test_memory_that_is_left_as_it_came_gets_no_huge_pages(tiny):
+    """Or a first token would make all of it, where the system gives them unasked."""
+    cache = phi3_jax.KVCache.create(tiny.config, 2, 40000, unset=True)
+    flags = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if limits := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(each, 16) for each in limits.groups())
+        elif line.startswith("VmFlags:"):
+            flags[range(begin, end)] = line.split()
+    for array in (cache.k, cache.v):
+        middle = array.unsafe_buffer_pointer() + array.nbytes // 2
+        assert "nh" in next(found for part, found in flags.items() if middle in part)
+
+
+def test_who_looks_for_nan_gets_a_cache_of_zeros(tiny, monkeypatch):
+    monkeypatch.setattr(cpu, "reserve", None)
+    with jax.debug_nans(True):
+        cache = phi3_jax.KVCache.create(tiny.config, 2, 64, unset=True)
+    assert not cache.k.any()

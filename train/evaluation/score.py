@@ -120,12 +120,11 @@ def _exact(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, lengt
 
 def _generation(checkpoint: Checkpoint, requests: Sequence[Request], rows: int, length: int) -> list[Score]:
     prompts = [list(request.ids) for request in requests]
-    prompts += [[0]] * (rows - len(prompts))  # so that all batches run the same programs
     # A prompt leaves room for a token: where a text fills the context, its last one is what the answer begins with.
     last = [prompt.pop() if len(prompt) == checkpoint.config.max_position_embeddings else None for prompt in prompts]
     forced = [Sampling(forced_tokens=() if token is None else (token,)) for token in last]
-    options = Options(logprobs=1, echo=True, room=length + 1)
-    run = Run(checkpoint, prompts, [1] * rows, forced, options)
+    options = Options(logprobs=1, echo=True, room=length + 1, rows=rows)  # all batches run the same programs
+    run = Run(checkpoint, prompts, [1] * len(prompts), forced, options)
     new = run.advance()
     while run.reading[0] < run.reading[1]:
         new = run.advance()

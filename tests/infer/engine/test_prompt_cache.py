@@ -130,6 +130,18 @@ def test_what_is_taken_outlives_the_running_cache(tiny):
     np.testing.assert_array_equal(prompt.cache.k, before)
 
 
+def test_nothing_of_empty_slots_is_taken(tiny):
+    """Their memory may be left as it came."""
+    cache = read_prefix(tiny.config, tiny.params, ids(9, 5), 5, 17)
+    is_free = cache.positions[0, :, None] < 0
+    k, v = (jnp.where(is_free, jnp.nan, each) for each in (cache.k, cache.v))
+    prompt = PromptCache.take(dataclasses.replace(cache, k=k, v=v), 0, ids(9, 5), False, "model")
+    assert prompt.cache.positions.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1]]
+    for ours, expected in ((prompt.cache.k, k), (prompt.cache.v, v)):
+        np.testing.assert_array_equal(ours[:, :, :, :5], expected[:, :, :, :5])
+        assert not ours[:, :, :, 5:].any()
+
+
 def test_placing_needs_room_for_a_layer_and_not_for_a_second_cache(tiny):
     config = dataclasses.replace(tiny.config, num_hidden_layers=31)
     source, target = KVCache.create(config, 1, 401), KVCache.create(config, 5, 503)
@@ -158,8 +170,11 @@ def test_heads_padded_for_a_tpu_come_and_go(tiny, monkeypatch, tmp_path, take_on
     for one in (prompt, loaded):
         placed = one.place(KVCache.create(tiny.config, 2, 31, dtype), 13)
         assert placed.k.shape[-1] == (128 if place_on == "tpu" else 8)
+        for ours, taken in ((placed.k, one.cache.k), (placed.v, one.cache.v)):
+            np.testing.assert_array_equal(ours[:, 1, :, :13, :8], taken[:, 0, :, :13, :8])
         logits, _ = read(tiny.config, tiny.params, question, placed, 16)
-        np.testing.assert_allclose(logits, expected[[1, 1]], atol=ROUNDING)
+        # The CPU kernels, which read the expected ones, are off from XLA with int8 as both are from float32.
+        np.testing.assert_allclose(logits, expected[[1, 1]], atol=0.1 if dtype == "int8" else ROUNDING)
 
 
 def test_usable_is_what_an_obvious_check_says(tiny):

@@ -1,14 +1,18 @@
 """Rows of a batch have seeds of their own, and log-probabilities are the model's own: mistakes that results hide."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import without_cache
 
-from phi3_jax.infer import Options, PromptLookup, Sampling, generate
+from phi3_jax.infer import DraftModel, Options, PromptLookup, Run, Sampling, generate
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.sampling import SamplingArrays
+from phi3_jax.kernels.attention import cpu, why_not_cpu
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # The first two are the same; the last two repeat themselves, so that a lookup guesses.
@@ -58,3 +62,46 @@ def test_logprobs_are_those_of_the_model_whatever_may_be_taken(tiny):
         chosen = np.take_along_axis(expected, np.asarray(text[-2:])[:, None], axis=1)[:, 0]
         np.testing.assert_allclose(state.logprobs.chosen[row, places], chosen, atol=2e-5)
         np.testing.assert_allclose(state.logprobs.top[row, places], -np.sort(-expected, axis=1)[:, :4], atol=2e-5)
+
+
+needs_kernels = pytest.mark.skipif(why_not_cpu("float32") is not None, reason="no kernels")
+
+
+def left(garbage: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Memory that is left as it came holds NaN, or as int8 a number -> the shapes that are asked for from now on."""
+    shapes = []
+
+    def reserve(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        shapes.append(shape)
+        return jnp.full(shape, garbage if jnp.dtype(dtype) == jnp.int8 else jnp.nan, dtype)
+
+    monkeypatch.setattr(cpu, "reserve", reserve)
+    return shapes
+
+
+@needs_kernels
+def test_what_the_memory_of_a_cache_holds_is_never_read(tiny, monkeypatch):
+    given = {"temperature": 1.3, "seed": LAST_SEED - 1, "options": Options(room=24)}
+    expected, shapes = generate(tiny, PROMPTS, 7, **given), left(0, monkeypatch)
+    assert generate(tiny, PROMPTS, 7, **given) == expected
+    assert len(shapes) == 2
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "has_draft"), [("float32", False), ("int8", False), ("float32", True)])
+def test_nor_across_the_border_nor_from_a_prompt_cache_nor_by_a_draft_model(tiny, monkeypatch, dtype, has_draft):
+    options = Options(cache_dtype=dtype, logprobs=2, echo=True, speculation=DraftModel(tiny, 2) if has_draft else None)
+
+    def answers() -> list[Any]:
+        run = Run(tiny, PROMPTS, [9, 15, 12, 3], options=options)
+        found = run.advance()
+        first = run.prompt_cache(2)
+        while not run.is_over:
+            found += run.advance(5)
+        again = generate(tiny, PROMPTS[2:], 12, options=dataclasses.replace(options, prompt_cache=first, echo=False))
+        return [found, [run.prompt_logprobs(row) for row in range(4)], again]
+
+    expected, shapes = answers(), left(127, monkeypatch)
+    assert answers() == expected
+    assert len(shapes) == {"float32": 4, "int8": 8}[dtype] * (1 + has_draft)
