@@ -41,8 +41,8 @@ def test_the_defaults_are_what_is_right_and_fast_on_the_cpu(tiny, tiny_folder):
         assert packed.kind == kind
         expected = rows.dequantize() if isinstance(rows, QuantizedTensor) else rows.astype(jnp.float32)
         np.testing.assert_array_equal(packed.dequantize(jnp.int32(2)), expected[2])
-    with pytest.raises(ValueError, match="layout='columns' is not 'auto', 'rows', 'packed' or 'layers'"):
-        phi3_jax.load(tiny_folder, layout="columns")
+    with pytest.raises(ValueError, match="layout='stacks' is not"):
+        phi3_jax.load(tiny_folder, layout="stacks")
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32", "float8_e4m3fn"])

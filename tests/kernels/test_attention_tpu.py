@@ -117,7 +117,8 @@ def test_segments() -> None:
     compare(q, kv, Visibility(positions, positions, segments, segments))
 
 
-@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 200])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 200])
 def test_only_blocks_that_are_seen_are_read(window: int | None) -> None:
     """Everything else is NaN, which one multiplication with 0 would spread: other layers, rows' rests, padding rows."""
     lengths, S, size = [257, 1000, 384, 327], 640, 128

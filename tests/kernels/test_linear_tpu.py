@@ -35,7 +35,9 @@ def product(x: jax.Array, weight: QuantizedTensor, layer: jax.Array | None, dtyp
     return tpu.linear(x, weight, layer, dtype, interpret=True)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(
+    "form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])], ids=str
+)
 def test_the_same_weight_by_columns(form: Format) -> None:
     rows = stack(form)
     for weight in (rows, jax.tree.map(np.asarray, rows)):
@@ -100,7 +102,8 @@ def test_the_platform_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "layout='columns'" in said[False]
 
 
-@pytest.mark.parametrize("policy", [None, pytest.param("int8-asymmetric", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [None, "int8-asymmetric"])
 def test_checkpoints(policy: str | None, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Mapped, or quantised while loading: the same integers by columns, but for the table; saved, they are by rows."""
     path = request.getfixturevalue("int4_folder" if policy is None else "tiny_folder")

@@ -66,7 +66,7 @@ def run(model, params, rows, walk=None):
 
 @pytest.mark.parametrize(
     ("rows", "form"),
-    [(1, "floats"), (3, "adapted integers"), pytest.param(64, "adapted integers", marks=pytest.mark.slow)],
+    [(1, "floats"), *(pytest.param(rows, "adapted integers", marks=pytest.mark.slow) for rows in (3, 64))],
 )
 def test_numbers_are_those_of_the_stack(model, rows, form):
     params, apart = model.params, split_layers(model.params)

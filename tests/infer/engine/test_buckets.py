@@ -94,6 +94,7 @@ def test_a_rung_takes_no_memory_that_would_be_missed(long, monkeypatch):
     assert sizes(70, 8, 300, "cpu", "float16") == (8, 512)  # the kernels do not know it: XLA reads every slot
 
 
+@pytest.mark.slow
 def test_any_work_of_a_batch_size_runs_on_seven_programs(long):
     """Ragged lengths up to 4096, in any order: whole and short chunks, rings, restarts, prompt caches."""
     for program in PROGRAMS:

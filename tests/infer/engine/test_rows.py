@@ -20,7 +20,8 @@ PROMPTS = [[90, 4, 77], [90, 4, 77], [11, 2, 31, 8, 11, 2, 31, 8], [5, 1, 7, 5, 
 LAST_SEED = 2**32 - 1
 
 
-@pytest.mark.parametrize("speculation", [None, pytest.param(PromptLookup(3, 2, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("speculation", [None, PromptLookup(3, 2, 1)])
 def test_each_row_draws_as_its_prompt_does_alone(tiny, speculation):
     options, seeds = Options(room=24, speculation=speculation), [LAST_SEED - 1, LAST_SEED, 0, 1]
     alone = [
@@ -37,6 +38,7 @@ def test_each_row_draws_as_its_prompt_does_alone(tiny, speculation):
         assert [result.token_ids for result in together] == alone
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_model_whatever_may_be_taken(tiny):
     """Not those of what a grammar, a ban or a temperature leaves."""
     config, prompts = tiny.config, PROMPTS[1:]

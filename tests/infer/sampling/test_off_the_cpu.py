@@ -83,7 +83,8 @@ def on_the_cpu() -> Results:
 
 
 # To the bit, whether the searches look at many places at once or at few.
-@pytest.mark.parametrize("few", [pytest.param(1 << 19, id="many places"), pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("few", [1 << 19, 0], ids=["many places", "few places"])
 def test_all_settings_give_what_they_give_on_the_cpu(few, monkeypatch):
     all_expected = on_the_cpu()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

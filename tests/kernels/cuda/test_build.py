@@ -225,6 +225,7 @@ def test_an_architecture_that_the_card_runs_is_taken(monkeypatch):
             nvrtc.architecture(card)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler.find() is None, reason="there is no C++ compiler: apt install g++")
 def test_a_kernel_without_a_driver_is_an_error(tmp_path):
     """What starts kernels compiles and loads where there is neither a card nor its driver."""
