@@ -225,6 +225,7 @@ def test_fewer_answers_are_the_first_ones(model, searched):
     same(beam_search(model, PROMPTS, NEW, W), [beams[:1] for beams in searched])
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy(model):
     greedy = generate(model, PROMPTS, NEW)
     assert {answer.finish_reason for answer in greedy} == {"stop", "length"}

@@ -75,7 +75,7 @@ def test_a_second_answer_depends_on_the_first_turn_which_is_not_read_again(demo,
     assert read_sizes == [16]
 
 
-@pytest.mark.parametrize("chunk", [512, 5])
+@pytest.mark.parametrize("chunk", [pytest.param(512, marks=pytest.mark.slow), 5])
 def test_crossing_the_long_rope_border_changes_nothing(small, chunk):
     """In the middle of the second answer; with chunks of 5 the cache is a ring, and the window of 19 is passed, too."""
     conversation = Conversation(small, sampling=PLAIN, max_new_tokens=4, options=Options(prefill_chunk=chunk))

@@ -61,6 +61,7 @@ def test_a_prompt_that_is_already_long(tiny):
     assert generate(tiny, prompt, max_new_tokens=7)[0].token_ids == without_cache.greedy(tiny, prompt, 7)
 
 
+@pytest.mark.slow
 def test_a_row_that_has_outgrown_its_padding_is_read_again(tiny):
     """20 tokens are padded to 32, and the cache has 160 slots; at the border, 141 tokens must not be padded to 256."""
     rope = dataclasses.replace(tiny.config.long_rope, original_max_position_embeddings=140)
@@ -251,6 +252,7 @@ def test_stop_strings_however_the_text_is_cut(stops):
 # The demo's real weights.
 
 
+@pytest.mark.slow
 def test_a_stop_string_across_tokens_is_trimmed(demo):
     (whole,) = generate(demo, "The capital of France is", max_new_tokens=16)
     stop = whole.text[3:10]

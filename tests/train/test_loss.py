@@ -103,7 +103,7 @@ def test_there_is_no_loss_across_a_seam_or_of_padding_whatever_the_weights_say()
     np.testing.assert_array_equal(sums.weight, [28, 11 + 8, 2 + 3 + 4])
 
 
-@pytest.mark.parametrize("chunk", [0, 20])
+@pytest.mark.parametrize("chunk", [pytest.param(0, marks=pytest.mark.slow), 20])
 def test_packed_texts_have_the_loss_and_gradients_of_texts_in_rows_of_their_own(tiny, chunk):
     """LongRoPE's border is 16 and the window 19: texts of 5 and 7 are short, those of 17 and 21 long."""
     batch = rows([[5, 7], [17, 6], [21]], 24, 97)

@@ -90,6 +90,7 @@ def test_gradients_of_unrolled_steps_are_those_of_the_whole_text(short):
         np.testing.assert_allclose(one, another, atol=1e-4 * float(jnp.abs(another).max()))
 
 
+@pytest.mark.slow
 def test_unrolling_across_longropes_border_is_refused(tiny):
     settings = settings_of(jnp.zeros(3, jnp.uint32))
     with pytest.raises(ValueError, match="rope_policy='length'"):

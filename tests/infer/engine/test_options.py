@@ -15,6 +15,7 @@ def token_ids(results):
     return [result.token_ids for result in results]
 
 
+@pytest.mark.slow
 def test_capacity_decides_by_what_a_row_may_grow_to(tiny, monkeypatch):
     """Rows of 3 + 9, 8 + 9 and 13 + 9 tokens: the first stays short, the others are long from the first token on."""
     expected = [greedy(tiny, p, 9, lambda n, p=p: len(p) + 9) for p in PROMPTS]
@@ -25,6 +26,7 @@ def test_capacity_decides_by_what_a_row_may_grow_to(tiny, monkeypatch):
     assert token_ids(generate(tiny, PROMPTS, 9, options=Options(rope_policy="capacity"))) == expected
 
 
+@pytest.mark.slow
 def test_batch_decides_by_the_longest_row(tiny):
     """Of 13 tokens the longest crosses at its fourth step, and takes the others along."""
     together = generate(tiny, PROMPTS, 9, options=Options(rope_policy="batch"))

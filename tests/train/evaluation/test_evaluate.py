@@ -304,6 +304,7 @@ def test_files(tmp_path):
         read_texts(tmp_path / "t.txt")
 
 
+@pytest.mark.slow
 def test_the_program(model, tmp_path):
     folder = write_model(tmp_path / "model")
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")

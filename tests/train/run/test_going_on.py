@@ -195,6 +195,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     return found
 
 
+@pytest.mark.slow
 def test_an_early_end(copied, losses, tmp_path):
     """Also in parts; and with more patience it goes on."""
     losses |= dict(enumerate([3.0, 2.0, 2.5, math.nan, 2.0, 1.5, 1.7]))
@@ -248,6 +249,7 @@ def test_losses_that_are_no_numbers_end_a_run_early_too(six, losses, tmp_path, p
     )
 
 
+@pytest.mark.slow
 def test_a_best_one_that_is_not_kept(copied, six, losses, tmp_path):
     """It is not written, and does not replace a better one of before whose checkpoint is not there any more."""
     losses |= {9: 1.0, 10: 2.0, 12: 3.0}
@@ -319,6 +321,7 @@ def other_norm(content: bytes) -> bytes:
     return safetensors.numpy.save(tensors | {"model.norm.weight": -tensors["model.norm.weight"]})
 
 
+@pytest.mark.slow
 def test_another_base_of_the_same_name(tmp_path):
     model = tmp_path / "model"
     settings = write_run(tmp_path, steps=1, schedule="constant")

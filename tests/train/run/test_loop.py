@@ -103,6 +103,7 @@ def test_evaluation_is_what_single_tokens_give(whole):
     assert last["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_is_the_whole(whole, tmp_path):
     expected, heard = whole
     settings = write_run(tmp_path, log_every=5)
