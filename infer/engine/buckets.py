@@ -2,7 +2,7 @@
 
     B, rows             1, 8, 64, ...; on the CPU, where a row more takes time, 1, 2, 4, 8, ...
     M, tokens of a row  4096, 8192, 16384, ...; at most the model's context
-    T, tokens of a read 128, and of a row alone Options.prefill_chunk; on the CPU 16, 32, 64, 128 and prefill_chunk
+    T, tokens of a read Options.prefill_chunk of a row alone, 128 of several; on the CPU 16, 32, 64, 128, prefill_chunk
 
 Attention reads only the slots that are used, so a large cache costs memory alone. Where it would take too much of that,
 or where attention reads every slot, M is the next power of two, or if that is too much as well, a multiple of 128; and
@@ -28,10 +28,10 @@ from .options import Options
 ROOM = 4096  # tokens: the ladder's first room
 _SMALLEST_ROOM = 128  # tokens: of rooms that are chosen finely, and their unit at last
 
-# The lengths, beside a whole chunk, that prompts are read in; and how many tokens could be read in the time that a call
-# takes beside that for its tokens, which is mostly that for reading all weights.
+# On the CPU, the lengths beside a whole chunk that prompts are read in; and how many tokens could be read in the time
+# that a call takes beside that for its tokens, which is mostly that for reading all weights.
 _CPU_PIECES, _CPU_CALL = (16, 32, 64, 128), 32
-_PIECES, _CALL = (128,), 256
+_FEW = 128  # tokens of each of several rows: enough to keep an accelerator busy
 
 
 def batch_rung(rows: int) -> int:
@@ -76,19 +76,20 @@ def most_at_once(options: Options) -> int:
 
 def piece_length(tokens: int, rows: int, chunk: int, capacity: int) -> int:
     """The length of the next piece to read when `tokens` are still to be read; longer if that saves calls and time."""
-    is_cpu = _platform() == "cpu"
-    most, call = min(most_to_read(rows, chunk), capacity), _CPU_CALL if is_cpu else _CALL
-    pieces = [*(piece for piece in (_CPU_PIECES if is_cpu else _PIECES) if piece < most), most]
+    most = min(most_to_read(rows, chunk), capacity)
+    if _platform() != "cpu":
+        return most
+    pieces = [*(piece for piece in _CPU_PIECES if piece < most), most]
     if tokens <= pieces[0] or tokens >= most:
         return pieces[0] if tokens <= pieces[0] else most
     longer = next(i for i, piece in enumerate(pieces) if piece > tokens)
     short, long = pieces[longer - 1], pieces[longer]
-    return long if call + long <= -(-tokens // short) * (call + short) else short
+    return long if _CPU_CALL + long <= -(-tokens // short) * (_CPU_CALL + short) else short
 
 
 def most_to_read(rows: int, chunk: int) -> int:
     """The most tokens of a row that are read at a time: on accelerators several rows have enough in few of each."""
-    return chunk if rows == 1 or _platform() == "cpu" else min(chunk, _PIECES[-1])
+    return chunk if rows == 1 or _platform() == "cpu" else min(chunk, _FEW)
 
 
 def reads_used_slots(dtype: Any) -> bool:

@@ -19,7 +19,6 @@ from phi3_jax.json_files import shown
 
 # Lists of ids are padded to a power of two, and to at least this, so that most batches run the same program.
 _SMALLEST_LIST = 8
-_MOST_PLAIN = 8  # rows for which greedy picking has a program of its own on accelerators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +99,8 @@ class SamplingArrays:
       banned, forced: int32 [B, E] (-1).
       no_repeat_ngram_size, min_new_tokens: int32 (0).
       seed: uint32.
-      plain: no row of at most eight asks for anything, so that the program for it need not look; beside the work for
-        more rows that is hardly seen. Always False on the CPU, where one program serves all settings and looks when it
-        runs.
+      plain: no row asks for anything, so that the program for it need not look. Always False on the CPU, where one
+        program serves all settings and looks when it runs.
       longest_ngram: no no_repeat_ngram_size is larger, as far as the program is to know; None on the CPU.
     """
 
@@ -137,7 +135,7 @@ class SamplingArrays:
             return jnp.asarray([off if value is None else value for value in values], dtype)
 
         on_cpu = jax.default_backend() == "cpu"
-        plain = not on_cpu and len(rows) <= _MOST_PLAIN and all(map(_is_plain, rows))
+        plain = not on_cpu and all(map(_is_plain, rows))
         ngrams = _list_size(max((row.no_repeat_ngram_size for row in rows), default=0))
         return cls(
             temperature=column("temperature", 0, jnp.float32),

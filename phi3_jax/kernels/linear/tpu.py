@@ -35,6 +35,8 @@ def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any = None
     rows = jnp.pad(rows, [(0, 0), (0, J - x.shape[-1])])
     leaves = (weight.values, weight.scales, weight.mins)
     stacks = [each if each is None or layer is not None else each[None] for each in leaves]
+    if not interpret:  # else XLA brings whole stacks into a large fast memory, again for each layer (scales, on a v6e)
+        stacks = [each if each is None else pltpu.with_memory_space_constraint(each, pltpu.HBM) for each in stacks]
     index = jnp.zeros(1, jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1)
     M, block, outputs = len(rows), *_block_sizes(rows, weight)
 

@@ -55,9 +55,9 @@ def on(monkeypatch: pytest.MonkeyPatch, platform: str, gigabytes: float = 1000) 
     monkeypatch.setattr(buckets, "_memory", lambda: int(gigabytes * 2**30))
 
 
-@pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 4), ("tpu", 3, 4), ("cpu", 7, 35)])
+@pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 3), ("tpu", 3, 3), ("cpu", 7, 35)])
 def test_the_ladder_has_few_rungs(long, monkeypatch, platform, batches, reads):
-    """Up to 64 rows of 4096 tokens: 4 reads, 3 first tokens, 5 loops; on the CPU 35, 7, 7. A room more has as many."""
+    """Up to 64 rows of 4096 tokens: 3 reads, 3 first tokens, 6 loops; on the CPU 35, 7, 7. A room more has as many."""
     on(monkeypatch, platform)
     config = dataclasses.replace(long.config, max_position_embeddings=1 << 17)
     model, options = dataclasses.replace(long, config=config), Options()
@@ -73,7 +73,7 @@ def test_the_ladder_has_few_rungs(long, monkeypatch, platform, batches, reads):
         while read < n:
             read += buckets.piece_length(n - read, 1, 512, 4096)
             calls += 1
-        assert n <= read <= max(1.6 * n, 128 if platform != "cpu" else 16, -(-n // 512) * 512)
+        assert n <= read <= max(1.6 * n if platform == "cpu" else 0, 16, -(-n // 512) * 512)
         assert calls <= n // 512 + 8
 
 
@@ -163,7 +163,7 @@ def test_any_work_runs_on_twelve_programs(long, monkeypatch):
     for rows, longest in ((64, 100), (1, 700), (3, 150), (9, 20), (8, 4095), (1, 3), (33, 600)):
         work(long, rows, rng, longest, Options())
         generate(long, [[rng.randrange(60) for _ in range(longest)]] * rows, 3)
-    assert compiled() == [4, 3, 5]
+    assert compiled() == [3, 3, 6]
 
 
 @pytest.mark.slow
