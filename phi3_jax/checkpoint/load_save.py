@@ -112,10 +112,9 @@ def load(
       merge_adapter: add it to the floats in any case, and round the sum by `quantize`. The integers are then others
         than those that an adapter of QLoRA was trained on, and it fits them worse.
       revision: a branch, tag or commit of a hub id; the same as "owner/name@revision", which `adapter` takes, too.
-      device: where the parameters are put, one after another, from the host's memory: a jax.Device, a
+      device: where the parameters are put, one after another (None: JAX's default device): a jax.Device, a
         jax.sharding.Sharding, or a function that gives one of these for a parameter's path, such as
-        "layers/mlp/down_proj/weight", and the shape of its array (quantised ones have several; with "layers" that of a
-        layer). By default JAX's own.
+        "layers/mlp/down_proj/weight", and the shape of its array (quantised: several; with "layers" that of a layer).
       on_progress: called with (bytes done, bytes in all) while the weights are read.
 
     Warns:
