@@ -18,8 +18,8 @@ def emulated_library():
     """What starts kernels, with the emulator in place of the driver; in the user's cache, as it takes some seconds."""
     if (command := compiler.find()) is None:
         pytest.skip("there is no C++ compiler: apt install g++")
-    sources = compiler.contents(build.SOURCES, compiler.SOURCES, Path(__file__).parent)
-    key = compiler.digest([*sources, repr((FLAGS, command)).encode()])
+    made_from = compiler.source_key(build.SOURCES, Path(__file__).parent), compiler.compiler_key(command), repr(FLAGS)
+    key = compiler.digest(each.encode() for each in made_from)
     folder = build.user_cache.private_cache_folder("kernels", f"emulated-{key}", told=print)
     files = sorted(build.SOURCES.glob("*.cu"))
     path = build.native.made(
