@@ -4,9 +4,9 @@
     M, tokens of a row  4096, 8192, 16384, ...; at most the model's context
     T, tokens of a read Options.prefill_chunk of a row alone, 128 of several; on the CPU 16, 32, 64, 128, prefill_chunk
 
-Attention reads only the slots that are used, so a large cache costs memory alone. Where it would take too much of that,
-or where attention reads every slot, M is the next power of two, or if that is too much as well, a multiple of 128; and
-B likewise the next power of two, or the number of rows itself.
+The attention kernels read only the slots that are used, so a large cache costs memory alone. Where it would take too
+much of that, or where XLA computes attention, which reads every slot, M is the next power of two, or if that is too
+much as well, a multiple of 128; and B likewise the next power of two, or the number of rows itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from phi3_jax.checkpoint import Checkpoint, is_quantized
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels.attention import why_not_cpu
+from phi3_jax.kernels.attention import why_not_cpu, why_not_kernels
 from phi3_jax.model import slots_needed
 
 from .options import Options
@@ -58,7 +58,7 @@ def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, 
     tokens, context = max(tokens, options.room), config.max_position_embeddings
     exact = _round_up(tokens, _SMALLEST_ROOM)
     rooms = [min(room, max(tokens, context)) + options.guesses for room in (room_rung(tokens), exact)]
-    if reads_used_slots(dtype):
+    if why_not_kernels(dtype, config.head_dim) is None:
         rooms.insert(0, min(max(ROOM, _power_of_two(tokens)), max(tokens, context)) + options.guesses)
     spare = (_memory() - _size(checkpoint.params)) / 2
     for batch in (batch_rung(rows), _power_of_two(rows)):
@@ -90,11 +90,6 @@ def piece_length(tokens: int, rows: int, chunk: int, capacity: int) -> int:
 def most_to_read(rows: int, chunk: int) -> int:
     """The most tokens of a row that are read at a time: on accelerators several rows have enough in few of each."""
     return chunk if rows == 1 or _platform() == "cpu" else min(chunk, _FEW)
-
-
-def reads_used_slots(dtype: Any) -> bool:
-    """Whether attention leaves out the slots of a cache that hold no token, so that they cost memory but no time."""
-    return _platform() != "cpu" or why_not_cpu(dtype) is None
 
 
 def own_cache_dtype(checkpoint: Checkpoint) -> Any:

@@ -10,7 +10,8 @@ import jax
 from phi3_jax.kernels.attention import cuda as cuda_attention
 from phi3_jax.kernels.attention import why_not_cpu
 from phi3_jax.kernels.cuda import build as cuda
-from phi3_jax.kernels.linear.packed import PackedTensor
+from phi3_jax.kernels.linear.packed import PackedTensor, has_packed
+from phi3_jax.kernels.linear.per_layer import has_per_layer
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import library, why_unavailable
 
@@ -63,9 +64,14 @@ def _linear_on_gpu(params: Any) -> str:
     if (reason := cuda.why_unavailable()) is not None:
         return f"xla, because the kernels for NVIDIA cards cannot be used: {reason}"
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-    if params is None or any(isinstance(leaf, QuantizedTensor) for leaf in leaves):
+    integers = [leaf.by_column for leaf in leaves if isinstance(leaf, QuantizedTensor)]
+    if has_packed(params) or any(integers):
+        return "xla, because weights lie as other hardware reads them: load them with layout='layers'"
+    if integers or params is None:
         return "cuda kernels"
-    return "xla, because no weights are integers in rows: that takes quantize=, and layout='rows'"
+    if has_per_layer(params):
+        return "xla, which reads floats where they lie"
+    return "xla, which copies each layer of a stack of floats first: load them with layout='layers'"
 
 
 def _attention_on_gpu(cache_dtype: jax.typing.DTypeLike, head_dim: int | None) -> str:

@@ -8,10 +8,12 @@ import pytest
 import phi3_jax
 from phi3_jax import kernels
 from phi3_jax.checkpoint import fastest_layout, placement
-from phi3_jax.kernels import attention, linear, report, status
+from phi3_jax.kernels import QuantizedTensor, attention, linear, report, split_layers, status
+from phi3_jax.kernels.cuda import build as cuda
 from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.native import build, compiler
 from phi3_jax.model import KVCache, Phi3
+from phi3_jax.quantization import quantize_params
 
 X = jnp.arange(3.0)
 
@@ -79,3 +81,24 @@ def test_the_cpu_kernels_are_not_looked_for_where_they_are_not_used(elsewhere, t
     cache, tokens = KVCache.create(model.config, 1, 8), jnp.ones((1, 3), jnp.int32)
     jax.eval_shape(lambda p, t, c: Phi3(model.config).apply({"params": p}, t, cache=c), model.params, tokens, cache)
     assert "cpu kernels" not in "".join(status(model.params).values())
+
+
+def test_on_a_gpu_status_says_how_weights_should_lie(monkeypatch, tiny):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    integers = quantize_params(tiny.params, "int8")
+    columns = jax.tree.map(
+        QuantizedTensor.by_columns, integers["layers"]["mlp"], is_leaf=lambda leaf: hasattr(leaf, "bits")
+    )
+    said = {
+        "stack": status(tiny.params),
+        "layers": status(split_layers(tiny.params)),
+        "integers": status(split_layers(integers)),
+        "columns": status({"down_proj": columns}),
+    }
+    assert {name: each["linear"] for name, each in said.items()} == {
+        "stack": "xla, which copies each layer of a stack of floats first: load them with layout='layers'",
+        "layers": "xla, which reads floats where they lie",
+        "integers": "cuda kernels",
+        "columns": "xla, because weights lie as other hardware reads them: load them with layout='layers'",
+    }

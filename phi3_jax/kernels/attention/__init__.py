@@ -64,6 +64,13 @@ def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:
     return cpu.why_not_dtype(dtype) or why_unavailable()
 
 
+def why_not_kernels(dtype: jax.typing.DTypeLike, head_dim: int) -> str | None:
+    """Why no kernels read keys and values of this dtype and size on `jax.default_backend()`; None if some do."""
+    if jax.default_backend() == "gpu":
+        return cuda.why_not(dtype, head_dim)
+    return None if jax.default_backend() == "tpu" else why_not_cpu(dtype)
+
+
 def _by_tpu(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     from phi3_jax.kernels.attention import tpu  # Pallas: the other platforms' programs need not wait for its import
 

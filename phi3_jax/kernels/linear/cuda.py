@@ -17,8 +17,8 @@ def linear(x: jax.Array, weight: Any, layer: jax.Array | None, dtype: Any, gated
 
     A layer of a stack is copied out of it first.
     """
-    if not isinstance(weight, QuantizedTensor):
-        raise ValueError("the kernels for NVIDIA cards multiply integers only: load with quantize= and layout='rows'")
+    if not isinstance(weight, QuantizedTensor) or weight.by_column:
+        raise ValueError("the kernels for NVIDIA cards multiply integers by rows: load with quantize=, layout='layers'")
     library()  # raises Unavailable
     weight = weight if layer is None else weight.layer(layer)
     out = jnp.dtype(dtype or x.dtype)

@@ -11,6 +11,7 @@ import phi3_jax
 from phi3_jax.infer import Options, Run, Sampling, generate
 from phi3_jax.infer.engine import buckets, decoding
 from phi3_jax.infer.sampling import params
+from phi3_jax.kernels.attention import cuda
 
 PROGRAMS = (decoding.read, decoding.answer, decoding.decode)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,6 +54,8 @@ def work(model: phi3_jax.Checkpoint, rows: int, rng: random.Random, longest: int
 def on(monkeypatch: pytest.MonkeyPatch, platform: str, gigabytes: float = 1000) -> None:
     monkeypatch.setattr(buckets, "_platform", lambda: platform)
     monkeypatch.setattr(buckets, "_memory", lambda: int(gigabytes * 2**30))
+    if platform != "cpu":
+        monkeypatch.setattr(buckets, "why_not_kernels", lambda *_: None)
 
 
 @pytest.mark.parametrize(("platform", "batches", "reads"), [("gpu", 3, 3), ("tpu", 3, 3), ("cpu", 7, 35)])
@@ -91,7 +94,19 @@ def test_a_rung_takes_no_memory_that_would_be_missed(long, monkeypatch):
     assert sizes(20, 9, 300) == (16, 512)
     assert sizes(20, 9, 1025) == (16, 1152)
     assert sizes(8, 9, 1025) == (9, 1152)
+    monkeypatch.undo()
     assert sizes(70, 8, 300, "cpu", "float16") == (8, 512)  # the kernels do not know it: XLA reads every slot
+
+
+def test_without_kernels_rooms_are_no_larger_than_needed(long, monkeypatch):
+    """XLA reads every slot: of heads that no kernel is made for, of a card that is too old."""
+    monkeypatch.setattr(buckets.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    for head_dim, room in ((80, 512), (96, 4096)):
+        model = dataclasses.replace(long, config=dataclasses.replace(long.config, head_dim=head_dim, long_rope=None))
+        assert buckets.sizes_for(model, 3, 300, Options(), jnp.float32) == (8, room)
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "an old card")
+    assert buckets.sizes_for(model, 3, 300, Options(), jnp.float32) == (8, 512)
 
 
 @pytest.mark.slow
