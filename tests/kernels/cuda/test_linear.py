@@ -117,5 +117,5 @@ def test_a_layer_of_a_stack():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 96)), jnp.bfloat16)
     found = linear(x, stack, jnp.int32(1), jnp.float32, implementation="cuda")
     np.testing.assert_allclose(found, exact(x, layers[1]), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="multiply integers only"):
+    with pytest.raises(ValueError, match="multiply integers by rows"):
         linear(x, jnp.zeros((20, 96)), implementation="cuda")
