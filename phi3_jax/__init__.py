@@ -20,6 +20,7 @@ from phi3_jax.model import Phi3 as Phi3
 from phi3_jax.model import KVCache as KVCache
 from phi3_jax.kernels.attention.masks import positions_from_mask as positions_from_mask
 from phi3_jax.model import random_params as random_params
+from phi3_jax import inspection as inspection
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ config_keys
 config
 presets text kernels
 model
-quantization
+quantization inspection
 adapters
 checkpoint
 __init__

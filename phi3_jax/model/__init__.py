@@ -1,8 +1,9 @@
 """The decoder: token ids -> logits, as a pure function of a tree of parameters.
 
 Read decoder.py first; rope.py rotates queries and keys, cache.py holds the keys and values of earlier tokens, and
-parameters.py says which parameters there are and how checkpoints name them. Other packages use the names below, and
-`rope` and `decoder` where they run a single layer or write its constants into a file.
+parameters.py says which parameters there are and how checkpoints name them, points.py at which points one can look
+inside. Other packages use the names below, and `rope`, `decoder` and `points` where they run a single layer, write its
+constants into a file or look inside.
 """
 
 from phi3_jax.model.cache import KVCache as KVCache

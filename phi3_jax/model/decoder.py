@@ -12,7 +12,7 @@ would copy, each layer has buffers of its own (`kernels.PerLayer`), and the loop
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -22,16 +22,16 @@ import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import PerLayer, has_packed, has_per_layer
-from phi3_jax.kernels.attention import training, xla
+from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
 from phi3_jax.kernels.linear import gated, linear, rows
 from phi3_jax.model.cache import KVCache
+from phi3_jax.model.points import NO_TAP, Hooks, Tap
 from phi3_jax.model.rope import cos_sin, rotate
 
 Walk = Literal["slice", "index", "unroll"]
-Capture = Literal["hidden_states", "attention"]
-LayerCapture = Capture | Literal["matrix_inputs"]
+Carry = tuple[jax.Array, KVCache | None, dict[str, jax.Array]]
 Remat = Literal["none", "dots", "full"]
 
 
@@ -43,17 +43,26 @@ class Shared:
     Attributes:
       cos, sin: [B, T, R], of the tokens' rotation angles (rope.py).
       visible: which keys each query may see.
+      hooks: what is read on the way, and changed (points.py).
     """
 
     cos: jax.Array
     sin: jax.Array
     visible: Visibility
+    hooks: Hooks | None = None
 
 
-def rms_norm(x: jax.Array, weight: jax.Array | PerLayer, eps: float, layer: jax.Array | None = None) -> jax.Array:
+def rms_norm(
+    x: jax.Array,
+    weight: jax.Array | PerLayer,
+    eps: float,
+    layer: jax.Array | None = None,
+    at: Tap | None = None,
+    name: str = "",
+) -> jax.Array:
     """RMSNorm (arXiv:1910.07467) of x [..., D]: normalised in float32, cast back, scaled -> in x's dtype.
 
-    weight is [D], or a stack [L, D] that is indexed by `layer`.
+    weight is [D], or a stack [L, D] that is indexed by `layer`. `name` is that of the norm among the points of `at`.
     """
     own: Any = weight
     if isinstance(weight, PerLayer):
@@ -61,9 +70,14 @@ def rms_norm(x: jax.Array, weight: jax.Array | PerLayer, eps: float, layer: jax.
     elif layer is not None:
         own = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + float(eps))
+    rate = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + float(eps))
+    if at is None:
+        at = NO_TAP
+    if at.wants(f"{name}.scale"):
+        rate = 1 / at(f"{name}.scale", 1 / rate[..., 0])[..., None]
+    normed = at(f"{name}.normalized", (x32 * rate).astype(x.dtype))
     # Weights may be wider than x: beside integers, those of a file stay as they are.
-    return (own * normed.astype(x.dtype)).astype(x.dtype)
+    return at(f"{name}.out", (own * normed).astype(x.dtype))
 
 
 class Weight(nn.Module):
@@ -94,7 +108,6 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions; new keys and values are stored in the cache, if there is one."""
 
     config: Phi3Config
-    wants_probs: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -102,35 +115,46 @@ class Attention(nn.Module):
         self.o_proj = matrix(c, c.hidden_size, c.num_attention_heads * c.head_dim)
 
     def __call__(
-        self, x: jax.Array, shared: Shared, cache: KVCache | None, number: jax.Array, layer: jax.Array | None
-    ) -> tuple[jax.Array, KVCache | None, jax.Array, jax.Array | None]:
-        """x [B, T, D] -> (output [B, T, D], cache, the heads' outputs [B, T, N * H], probabilities if wanted).
-
-        Probabilities are [B, N, T, S].
-        """
+        self,
+        x: jax.Array,
+        shared: Shared,
+        cache: KVCache | None,
+        number: jax.Array,
+        layer: jax.Array | None,
+        at: Tap,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, T, D] -> (output [B, T, D], cache)."""
         N, K = self.config.num_attention_heads, self.config.num_key_value_heads
         # Slices serve training: gradients may be taken, for which the kernels would compute twice.
         implementation: Literal["xla"] | None = "xla" if layer is None else None
         qkv = linear(x, self.qkv_proj(), layer)
         qkv = qkv.reshape(*x.shape[:2], N + 2 * K, self.config.head_dim)
-        probs = None
-        if cache is not None and not self.wants_probs:
-            kernels = implementation is None
-            out, cache = cache.attend(number, qkv, shared.cos, shared.sin, shared.visible, kernels)
+        if cache is not None and not at.wants_heads:
+            z, cache = cache.attend(number, qkv, shared.cos, shared.sin, shared.visible, implementation is None)
         else:
             q, k, v = jnp.split(qkv, [N, N + K], axis=2)  # [B, T, N | K | K, H]
+            q, k, v = at("attn.q", q), at("attn.k", k), at("attn.v", v)
             q, k = (rotate(each, shared.cos, shared.sin) for each in (q, k))
+            q, k = at("attn.rot_q", q), at("attn.rot_k", k)
             if cache is None:
                 kv = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
             else:
                 cache = cache.write(number, shared.visible.q_positions, k, v, implementation)
                 kv = cache.keys_values(number)
-            if self.wants_probs:
-                out, probs = xla.attention(q, kv, shared.visible)
+            if at.wants_weights:
+                z = xla.attention(q, kv, shared.visible, at)
+            elif cache is None:
+                z = training.attention(q, kv, shared.visible)
             else:
-                out = training.attention(q, kv, shared.visible)
-        heads = out.reshape(*x.shape[:2], -1)
-        return linear(heads, self.o_proj(), layer), cache, heads, probs
+                z = attention(q, kv, shared.visible, implementation)
+        z = at("attn.z", z)
+        if at.wants("attn.result"):
+            # A head's part is the output for its z alone. Only a change is worth another sum: it rounds differently.
+            alone = z[:, :, :, None] * jnp.eye(N, dtype=z.dtype)[..., None]  # [B, T, N, N, H]
+            result = at("attn.result", linear(alone.reshape(*z.shape[:3], -1), self.o_proj(), layer))
+            if at.changes("attn.result"):
+                return at("attn_out", result.sum(axis=2)), cache
+        return at("attn_out", linear(z.reshape(*x.shape[:2], -1), self.o_proj(), layer)), cache
 
 
 class MLP(nn.Module):
@@ -142,45 +166,42 @@ class MLP(nn.Module):
         self.gate_up_proj = matrix(self.config, 2 * self.config.intermediate_size, self.config.hidden_size)
         self.down_proj = matrix(self.config, self.config.hidden_size, self.config.intermediate_size)
 
-    def __call__(self, x: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """x [B, T, D] -> (output [B, T, D], the gated features [B, T, F])."""
-        features = gated(x, self.gate_up_proj(), layer)
-        return linear(features, self.down_proj(), layer), features
+    def __call__(self, x: jax.Array, layer: jax.Array | None, at: Tap) -> jax.Array:
+        """x [B, T, D] -> output [B, T, D]."""
+        if at.wants("mlp.pre", "mlp.pre_linear"):
+            gate, up = jnp.split(linear(x, self.gate_up_proj(), layer), 2, axis=-1)
+            gate, up = at("mlp.pre", gate), at("mlp.pre_linear", up)
+            features = up * jax.nn.silu(gate)
+        else:
+            features = gated(x, self.gate_up_proj(), layer)
+        return at("mlp_out", linear(at("mlp.post", features), self.down_proj(), layer))
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on the normalised input and added to the residual stream.
-
-    Attributes:
-      capture: which values `__call__` returns as well; "matrix_inputs" are the inputs of the layer's four matrices.
-    """
+    """Attention and feed-forward, each on the normalised input and added to the residual stream."""
 
     config: Phi3Config
     walk: Walk
-    capture: tuple[LayerCapture, ...] = ()
 
     def setup(self) -> None:
         self.input_layernorm = scale(self.config)
-        self.self_attn = Attention(self.config, "attention" in self.capture)
+        self.self_attn = Attention(self.config)
         self.post_attention_layernorm = scale(self.config)
         self.mlp = MLP(self.config)
 
-    def __call__(
-        self, carry: tuple[jax.Array, KVCache | None], number: jax.Array, shared: Shared
-    ) -> tuple[tuple[jax.Array, KVCache | None], dict[str, Any]]:
-        """One step of the loop over layers: carry = (residual stream [B, T, D], cache), number = the layer's index."""
-        x, cache = carry
+    def __call__(self, carry: Carry, number: jax.Array, shared: Shared) -> tuple[Carry, None]:
+        """One step of the loop over layers: carry = (residual stream [B, T, D], cache, what is read of all layers)."""
+        x, cache, kept = carry
         layer = None if self.walk == "slice" else number
         eps = self.config.rms_norm_eps
-        normed = rms_norm(x, self.input_layernorm(), eps, layer)
-        attended, cache, heads, probs = self.self_attn(normed, shared, cache, number, layer)
-        x = x + attended
-        normed_again = rms_norm(x, self.post_attention_layernorm(), eps, layer)
-        fed_forward, gated = self.mlp(normed_again, layer)
-        x = x + fed_forward
-        inputs = {"qkv_proj": normed, "o_proj": heads, "gate_up_proj": normed_again, "down_proj": gated}
-        seen: dict[str, Any] = {"hidden_states": x, "attention": probs, "matrix_inputs": inputs}
-        return (x, cache), {name: seen[name] for name in self.capture}
+        at = Tap(shared.hooks, self.config, shared.visible.q_positions, kept, number)
+        x = at("resid_pre", x)
+        normed = rms_norm(x, self.input_layernorm(), eps, layer, at, "ln1")
+        attended, cache = self.self_attn(normed, shared, cache, number, layer, at)
+        x = at("resid_mid", x + attended)
+        normed = rms_norm(x, self.post_attention_layernorm(), eps, layer, at, "ln2")
+        x = at("resid_post", x + self.mlp(normed, layer, at))
+        return (x, cache, at.kept), None
 
 
 class Phi3(nn.Module):
@@ -217,7 +238,7 @@ class Phi3(nn.Module):
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
         rope_lengths: jax.Array | None = None,
-        capture: Sequence[Capture] = (),
+        hooks: Hooks | None = None,
     ) -> Any:
         """Logits of the next token, for every token.
 
@@ -230,20 +251,23 @@ class Phi3(nn.Module):
           rope_lengths: int32, broadcastable to [B, T]: the sequence lengths by which LongRoPE picks its factors; by
             default every sequence's own number of tokens. Keys that are already in a cache keep the factors that they
             were written with.
-          capture: which intermediate values to return as well.
+          hooks: what is read of the values in between, and what is changed in them (points.py).
 
         Returns:
-          logits float32 [B, T, V]; with a cache (logits, cache); with `capture` one more element at the end, a dict
-          with "hidden_states" [L+1, B, T, D] (the embeddings, then the output of each layer) and/or "attention"
-          [L, B, N, T, S].
+          logits float32 [B, T, V]; with a cache (logits, cache); with `hooks` one more element at the end, a dict of
+          what was read, by the names of the points: those of layers have an axis L in front.
 
         Raises:
           ValueError: arguments that contradict one another; positions that do not fit into the cache.
         """
-        x, cache_out, captured = self.hidden(tokens, positions, segments, cache, rope_lengths, capture)
-        result: list[Any] = [self.unembed(x)]
+        x, cache_out, read = self.hidden(tokens, positions, segments, cache, rope_lengths, hooks)
+        logits = self.unembed(x)
+        if hooks is not None:
+            at = Tap(hooks, self.config, _positions(tokens, positions, cache), read)
+            logits, read = at("logits", logits), at.kept
+        result: list[Any] = [logits]
         result += [] if cache is None else [cache_out]
-        result += [captured] if capture else []
+        result += [] if hooks is None else [read]
         return result[0] if len(result) == 1 else tuple(result)
 
     @nn.compact
@@ -254,19 +278,16 @@ class Phi3(nn.Module):
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
         rope_lengths: jax.Array | None = None,
-        capture: Sequence[Capture] = (),
+        hooks: Hooks | None = None,
         embedded: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
-        """Everything before the output head -> (x [B, T, D], cache, captured values).
+        """Everything before the output head -> (x [B, T, D], cache, what `hooks` reads, without the logits).
 
         Arguments are those of `__call__`, and `embedded` [B, T, D], which replaces the tokens' embeddings.
         """
-        _check(tokens, segments, cache, capture)
+        _check(tokens, segments, cache)
         in_order = cache is None and (self.in_order or (positions is None and segments is None))
-        if positions is None:
-            steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            positions = jnp.broadcast_to(steps if cache is None else cache.lengths[:, None] + steps, tokens.shape)
-        positions = positions.astype(jnp.int32)  # with jax_enable_x64, sums with `arange` are int64
+        positions = _positions(tokens, positions, cache)
         overflows = None if cache is None else _overflows(cache, positions, self.config.sliding_window)
         if cache is not None:
             cache = cache.claim(positions)
@@ -279,11 +300,11 @@ class Phi3(nn.Module):
             x = jnp.where(overflows[:, None, None], jnp.nan, x)
         cos, sin = cos_sin(self.config, positions, rope_lengths, x.dtype)
         visible = Visibility(positions, k_positions, segments, segments, self.config.sliding_window, in_order)
-        layers = self._layers(cache, tuple(capture))
-        (out, cache), captured = layers((x, cache), Shared(cos, sin, visible))
-        if "hidden_states" in captured:
-            captured["hidden_states"] = jnp.concatenate([x[None], captured["hidden_states"]])
-        return rms_norm(out, self.norm(), self.config.rms_norm_eps), cache, captured
+        kept = {} if hooks is None else hooks.nothing(self.config, tokens.shape, k_positions.shape[1], x.dtype)
+        at = Tap(hooks, self.config, positions, kept)
+        x = at("embed", x)
+        (x, cache, at.kept), _ = self._layers(cache)((x, cache, at.kept), Shared(cos, sin, visible, hooks))
+        return rms_norm(x, self.norm(), self.config.rms_norm_eps, None, at, "ln_final"), cache, at.kept
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, T] -> [B, T, D]; an id outside of the vocabulary gives NaN rather than another token's row."""
@@ -296,18 +317,16 @@ class Phi3(nn.Module):
         head = self.embed_tokens if tied else self.lm_head
         return linear(x, head(), dtype=jnp.float32)
 
-    def _layers(self, cache: KVCache | None, capture: tuple[Capture, ...]) -> Callable[..., Any]:
-        """A function (carry, shared) -> (carry, captured values): all decoder layers, one after another."""
+    def _layers(self, cache: KVCache | None) -> Callable[..., Any]:
+        """A function (carry, shared) -> (carry, None): all decoder layers, one after another."""
         walk, numbers = self._walk(cache), np.arange(self.config.num_hidden_layers, dtype=np.int32)
         if walk == "unroll":
-            one: Any = DecoderLayer(self.config, walk, capture, name="layers")
+            one: Any = DecoderLayer(self.config, walk, name="layers")
 
             def unrolled(carry: Any, shared: Shared) -> Any:
-                captured = []
                 for number in numbers:  # NumPy's, which are known when the program is traced
-                    carry, seen = one(carry, number, shared)
-                    captured.append(seen)
-                return carry, jax.tree.map(lambda *each: jnp.stack(each), *captured)
+                    carry, _ = one(carry, number, shared)
+                return carry, None
 
             return unrolled
         layer = DecoderLayer
@@ -322,7 +341,7 @@ class Phi3(nn.Module):
             split_rngs={"params": walk == "slice"},
             in_axes=(0, nn.broadcast),
             length=len(numbers),
-        )(self.config, walk, capture, name="layers")
+        )(self.config, walk, name="layers")
         return lambda carry, shared: scan(carry, jnp.asarray(numbers), shared)
 
     def _walk(self, cache: KVCache | None) -> Walk:
@@ -339,11 +358,17 @@ class Phi3(nn.Module):
         return walk
 
 
-def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None, capture: Sequence[Capture]) -> None:
+def _positions(tokens: jax.Array, positions: jax.Array | None, cache: KVCache | None) -> jax.Array:
+    """int32 [B, T]: those given, or else 0, 1, 2, ..., behind what is in the cache."""
+    if positions is None:
+        steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(steps if cache is None else cache.lengths[:, None] + steps, tokens.shape)
+    return positions.astype(jnp.int32)  # with jax_enable_x64, sums with `arange` are int64
+
+
+def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None) -> None:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.dtype} {tokens.shape}")
-    if unknown := set(capture) - {"hidden_states", "attention"}:
-        raise ValueError(f"cannot capture {sorted(unknown)}: known are 'hidden_states' and 'attention'")
     if cache is None:
         return
     if segments is not None:

@@ -21,6 +21,7 @@ from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.attention.arguments import Visibility
 from phi3_jax.model import Params, require_floats
 from phi3_jax.model.decoder import DecoderLayer, Shared, rms_norm
+from phi3_jax.model.points import Hooks
 from phi3_jax.model.rope import cos_sin
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization.gptq import gptq
@@ -31,6 +32,8 @@ from phi3_jax.quantization.rounding import quantize
 _MATRICES = tuple(
     f"layers/{name}/weight" for name in ("self_attn/qkv_proj", "self_attn/o_proj", "mlp/gate_up_proj", "mlp/down_proj")
 )
+# At which points of the decoder they are fed.
+_INPUTS = {"qkv_proj": "ln1.out", "o_proj": "attn.z", "gate_up_proj": "ln2.out", "down_proj": "mlp.post"}
 _TABLE, _HEAD = "embed_tokens/weight", "lm_head/weight"
 
 
@@ -139,10 +142,11 @@ def _run_layer(config: Phi3Config, layer: dict[str, jax.Array], x: jax.Array) ->
     T = x.shape[1]
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     visible = Visibility(positions, positions, window=config.sliding_window)
-    shared = Shared(*cos_sin(config, positions, jnp.int32([[T]]), x.dtype), visible)
+    hooks = Hooks(tuple(_INPUTS.values()), layers=jnp.zeros(1, jnp.int32))
+    shared = Shared(*cos_sin(config, positions, jnp.int32([[T]]), x.dtype), visible, hooks)
     leaves = {path.removeprefix("layers/"): leaf for path, leaf in layer.items()}
     variables = {"params": flax.traverse_util.unflatten_dict(leaves, sep="/")}
-    decoder_layer = DecoderLayer(config, "slice", capture=("matrix_inputs",))
-    result: Any = decoder_layer.apply(variables, (x, None), jnp.int32(0), shared)
-    (after, _), seen = result
-    return after, seen["matrix_inputs"]
+    decoder_layer, nothing = DecoderLayer(config, "slice"), hooks.nothing(config, (1, T), T, x.dtype)
+    result: Any = decoder_layer.apply(variables, (x, None, nothing), jnp.int32(0), shared)
+    (after, _, read), _ = result
+    return after, {name: read[point][0].reshape(1, T, -1) for name, point in _INPUTS.items()}

@@ -55,7 +55,7 @@ def in_blocks(q, kv, visible, scores=1):
 )
 def test_equals_the_reference(options):
     q, kv, visible = case(**options)
-    expected = np.asarray(xla.attention(q, kv, visible)[0])
+    expected = np.asarray(xla.attention(q, kv, visible))
     seen = np.asarray(visible.q_positions) >= 0
     for scores in (1, 4 * T * B * N):  # queries in two blocks, which overlap, or in one
         got = np.asarray(in_blocks(q, kv, visible, scores))
@@ -68,10 +68,10 @@ def test_slots_that_nothing_sees_are_not_read():
     unread = jnp.isin(jnp.arange(S), jnp.arange(16, S))
     kv = KeysValues(kv.k, jnp.where(unread[:, None], jnp.nan, kv.v), layer=kv.layer)
     assert not np.isnan(in_blocks(q, kv, visible)).any()
-    assert np.isnan(xla.attention(q, kv, visible)[0]).any()
+    assert np.isnan(xla.attention(q, kv, visible)).any()
     other = jnp.arange(L)[:, None, None, None, None] != LAYER
     kv = KeysValues(kv.k, jnp.where(other, jnp.nan, jnp.where(unread[:, None], 0, kv.v)), layer=kv.layer)
-    np.testing.assert_allclose(in_blocks(q, kv, visible), xla.attention(q, kv, visible)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(in_blocks(q, kv, visible), xla.attention(q, kv, visible), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -81,5 +81,5 @@ def test_the_derivative_is_the_reference_s():
     def gradient(function):
         return jax.jit(jax.grad(lambda q: jnp.sin(function(q, kv, visible)).sum()))(q)
 
-    expected = gradient(lambda *arguments: xla.attention(*arguments)[0])
+    expected = gradient(xla.attention)
     np.testing.assert_allclose(gradient(blockwise.cached), expected, rtol=0, atol=1e-5)

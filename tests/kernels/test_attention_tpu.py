@@ -54,7 +54,7 @@ def example(
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def both(q: jax.Array, kv: KeysValues, visible: Visibility, interpret: Any = True) -> tuple[jax.Array, jax.Array]:
-    return tpu.attention(q, kv, visible, interpret), xla.attention(q, kv, visible)[0]
+    return tpu.attention(q, kv, visible, interpret), xla.attention(q, kv, visible)
 
 
 def compare(q: jax.Array, kv: KeysValues, visible: Visibility, tolerance: float = 2e-5, interpret: Any = True) -> None:
@@ -132,7 +132,7 @@ def test_only_blocks_that_are_seen_are_read(window: int | None) -> None:
     kv = KeysValues(*(jnp.where(kept, each, jnp.nan) for each in (kv.k, kv.v)), layer=kv.layer)
     got, _ = both(q, kv, visible)
     clean = KeysValues(*(jnp.nan_to_num(each) for each in (kv.k, kv.v)), layer=kv.layer)
-    np.testing.assert_allclose(got, xla.attention(q, clean, visible)[0], atol=2e-5)
+    np.testing.assert_allclose(got, xla.attention(q, clean, visible), atol=2e-5)
     blocks = tpu._Blocks(K, 1, size)
     assert int(tpu._work(visible.q_positions[:, None], visible, blocks)[1]) == needed.sum()
 

@@ -17,6 +17,7 @@ from phi3_jax.infer import Options
 from phi3_jax.infer.engine.prompt_cache import fingerprint
 from phi3_jax.kernels import LoraTensor, PerLayer, QuantizedTensor, has_per_layer, split_layers, stack_layers
 from phi3_jax.model import KVCache
+from phi3_jax.model.points import Hooks
 from phi3_jax.quantization import quantize_params
 from phi3_jax.train.evaluation.score import Request, score
 from phi3_jax.train.settings import Settings
@@ -50,18 +51,20 @@ def split(model):
 
 
 def run(model, params, rows, walk=None):
-    """(logits, keys, what is captured) of `rows` ragged rows that are written into a cache."""
+    """(logits, keys, what is read) of `rows` ragged rows that are written into a cache."""
     tokens = jnp.asarray(np.random.default_rng(rows).integers(0, 97, (rows, 5)), jnp.int32)
     positions = jnp.where(np.arange(rows)[:, None] % 3 == 1, jnp.arange(5) - 2, jnp.arange(5))
     cache = KVCache.create(model.config, rows, 23)
 
     @jax.jit
     def apply(params, cache):
-        how = {"positions": jnp.maximum(positions, -1), "cache": cache, "capture": ("hidden_states", "attention")}
-        return phi3_jax.Phi3(model.config, walk).apply({"params": params}, tokens, **how)
+        how = {"positions": jnp.maximum(positions, -1), "cache": cache}
+        return phi3_jax.Phi3(model.config, walk).apply(
+            {"params": params}, tokens, hooks=Hooks(("resid_post", "attn.pattern")), **how
+        )
 
-    logits, cache, captured = apply(params, cache)
-    return jax.tree.map(np.asarray, (logits, cache.k, captured))
+    logits, cache, seen = apply(params, cache)
+    return jax.tree.map(np.asarray, (logits, cache.k, seen))
 
 
 @pytest.mark.parametrize(

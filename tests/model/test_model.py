@@ -9,6 +9,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.model import rope
+from phi3_jax.model.points import Hooks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -57,22 +58,22 @@ def slow_attention(config, weights, x, length):
 @pytest.mark.parametrize("length", [11, 23])  # below and above LongRoPE's border and the window
 def test_captured_attention_equals_the_slow_formula_in_every_layer(tiny, length):
     tokens = jnp.asarray(np.random.default_rng(6).integers(0, 97, (2, length)))
-    _, seen = apply(tiny, tokens, capture=["attention", "hidden_states"])
+    _, seen = apply(tiny, tokens, hooks=Hooks(("resid_pre", "attn.pattern")))
     layers = tiny.params["layers"]
     for i in range(tiny.config.num_hidden_layers):
         weights = {"qkv": layers["self_attn"]["qkv_proj"]["weight"][i], "norm": layers["input_layernorm"]["weight"][i]}
         weights = {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
         for row in range(2):
-            x = np.asarray(seen["hidden_states"][i, row], np.float64)
+            x = np.asarray(seen["resid_pre"][i, row], np.float64)
             expected = slow_attention(tiny.config, weights, x, length)
-            np.testing.assert_allclose(seen["attention"][i, row], expected, atol=2e-5)
+            np.testing.assert_allclose(seen["attn.pattern"][i, row], expected, atol=2e-5)
 
 
-def test_captured_hidden_states_start_with_the_embedding_and_end_before_the_norm(tiny, tokens):
-    logits, seen = apply(tiny, tokens, capture=["hidden_states"])
-    assert seen.keys() == {"hidden_states"}
-    np.testing.assert_array_equal(seen["hidden_states"][0], tiny.params["embed_tokens"]["weight"][tokens])
-    last = np.asarray(seen["hidden_states"][-1], np.float64)
+def test_the_residual_stream_starts_with_the_embedding_and_ends_before_the_norm(tiny, tokens):
+    logits, seen = apply(tiny, tokens, hooks=Hooks(("resid_pre", "resid_post")))
+    assert seen.keys() == {"resid_pre", "resid_post"}
+    np.testing.assert_array_equal(seen["resid_pre"][0], tiny.params["embed_tokens"]["weight"][tokens])
+    last = np.asarray(seen["resid_post"][-1], np.float64)
     last = last / np.sqrt((last**2).mean(-1, keepdims=True) + tiny.config.rms_norm_eps)
     expected = last * tiny.params["norm"]["weight"] @ np.asarray(tiny.params["lm_head"]["weight"]).T
     np.testing.assert_allclose(logits, expected, atol=1e-4)
@@ -88,7 +89,7 @@ def test_capture_costs_nothing_when_off(tiny, tokens):
             tiny.params, tokens
         )
 
-    on, off = program(capture=("attention", "hidden_states")).compile().as_text(), program().compile().as_text()
+    on, off = program(hooks=Hooks(("resid_post", "attn.pattern"))).compile().as_text(), program().compile().as_text()
     assert all(shape in on for shape in stacked)
     assert not any(shape in off for shape in stacked)
 
@@ -164,11 +165,11 @@ def test_long_and_short_are_decided_as_asked(tiny):
 def test_rotating_cached_keys_anew_would_not_do(tiny):
     """The guard of the crossing: short hidden states under long keys are far from a run that is long throughout."""
     tokens = jnp.asarray(np.random.default_rng(9).integers(0, 97, (1, 20)))
-    _, short = apply(tiny, tokens[:, :16], capture=["hidden_states"])
-    _, long = apply(tiny, tokens, capture=["hidden_states"])
-    difference = jnp.abs(short["hidden_states"] - long["hidden_states"][:, :, :16]).max(axis=(1, 2, 3))
-    assert difference[0] == 0
-    assert (difference[1:] > 1e-2).all()
+    _, short = apply(tiny, tokens[:, :16], hooks=Hooks(("resid_pre", "resid_post")))
+    _, long = apply(tiny, tokens, hooks=Hooks(("resid_pre", "resid_post")))
+    assert (short["resid_pre"][0] == long["resid_pre"][0, :, :16]).all()
+    difference = jnp.abs(short["resid_post"] - long["resid_post"][:, :, :16]).max(axis=(1, 2, 3))
+    assert (difference > 1e-2).all()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,6 @@ def test_rotating_cached_keys_anew_would_not_do(tiny):
     [
         ({"tokens": jnp.zeros((4,), jnp.int32)}, r"shape \[B, T\]"),
         ({"tokens": jnp.zeros((1, 4))}, "tokens must be integers"),
-        ({"capture": ["logits"]}, r"cannot capture \['logits'\]"),
         ({"cache": (2, 16)}, "do not fit a cache of 2 rows"),
         ({"cache": (B, 8)}, "do not fit a cache of 3 rows and 8 slots"),
         ({"cache": (B, 16), "segments": jnp.zeros((B, T), jnp.int32)}, "cannot be combined"),

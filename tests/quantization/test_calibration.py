@@ -15,6 +15,7 @@ from phi3_jax import Checkpoint, Phi3, Phi3Config
 from phi3_jax.kernels import QuantizedTensor
 from phi3_jax.kernels.linear.quantized import LARGEST, SMALLEST, ZERO
 from phi3_jax.model.decoder import rms_norm
+from phi3_jax.model.points import Hooks
 from phi3_jax.quantization import Format, calibrate, calibration, formats, gptq, quantize, quantize_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -119,8 +120,8 @@ def text() -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def hidden(config: Phi3Config, params: Any, tokens: jax.Array) -> jax.Array:
     """The residual stream [L+1, B, T, D]."""
-    _, captured = Phi3(config).apply({"params": params}, tokens, capture=["hidden_states"])
-    return captured["hidden_states"]
+    _, captured = Phi3(config).apply({"params": params}, tokens, hooks=Hooks(("resid_pre", "resid_post")))
+    return jnp.concatenate([captured["resid_pre"][:1], captured["resid_post"]])
 
 
 def test_the_walk_is_the_models(tiny: Checkpoint) -> None:

@@ -44,7 +44,7 @@ def attention(
     if implementation == "tpu":
         return _by_tpu(q, kv, visible)
     if implementation == "xla":
-        return xla.attention(q, kv, visible)[0]
+        return xla.attention(q, kv, visible)
     by_cpu = cpu.attention if why_not_cpu(kv.k.dtype) is None else None
     by_cuda = cuda.attention if cuda.why_not(kv.k.dtype, q.shape[-1]) is None else None
     return by_platform(_by_xla, cpu=by_cpu, cuda=by_cuda, tpu=_by_tpu)(q, kv, visible)
@@ -54,7 +54,7 @@ def _by_xla(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
     """All scores at once where they are few, else blocks of them."""
     if blockwise.is_large(q, kv.k.shape[-2]):
         return blockwise.cached(q, kv, visible)
-    return xla.attention(q, kv, visible)[0]
+    return xla.attention(q, kv, visible)
 
 
 def why_not_cpu(dtype: jax.typing.DTypeLike) -> str | None:

@@ -118,7 +118,7 @@ def cached(q: jax.Array, kv: KeysValues, visible: Visibility) -> jax.Array:
 
 @cached.defjvp
 def _cached_derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    return jax.jvp(lambda *arguments: xla.attention(*arguments)[0], primals, tangents)
+    return jax.jvp(xla.attention, primals, tangents)
 
 
 def cached_in_blocks(q: jax.Array, kv: KeysValues, visible: Visibility, scores: int) -> jax.Array:

@@ -5,14 +5,23 @@ Axis letters: B batch, T query, S key, N query heads, K key-value heads, G = N/K
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
 
-def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.attention`; returns (output, probabilities [B, N, T, S] in q's dtype)."""
+def attention(
+    q: jax.Array, kv: KeysValues, visible: Visibility, at: Callable[[str, jax.Array], jax.Array] | None = None
+) -> jax.Array:
+    """See `kernels.attention`.
+
+    Args:
+      at: is called with "attn.scores" and "attn.pattern", and these, float32 [B, N, T, S]: the scores before and the
+        weights after the softmax; it returns what is used in their place. Scores of hidden keys are about -3e38.
+    """
     k, v = (each[..., : q.shape[-1]].astype(q.dtype) for each in _floats(kv))
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     mask = visible.mask()
@@ -20,9 +29,13 @@ def attention(q: jax.Array, kv: KeysValues, visible: Visibility) -> tuple[jax.Ar
     exact = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=exact, preferred_element_type=jnp.float32) * H**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", probs, v, precision=exact)
-    return out.reshape(B, T, N, H), probs.reshape(B, N, T, S)
+    if at is not None:
+        scores = at("attn.scores", scores.reshape(B, N, T, S)).reshape(scores.shape)
+    probs = jax.nn.softmax(scores, axis=-1)
+    if at is not None:
+        probs = at("attn.pattern", probs.reshape(B, N, T, S)).reshape(probs.shape)
+    out = jnp.einsum("BKGTS,BKSH->BTKGH", probs.astype(q.dtype), v, precision=exact)
+    return out.reshape(B, T, N, H)
 
 
 def _floats(kv: KeysValues) -> tuple[jax.Array, jax.Array]:

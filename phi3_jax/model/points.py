@@ -1,0 +1,241 @@
+"""Points of the decoder at which values can be read and changed, under the names that TransformerLens' users know.
+
+The decoder passes each value through a `Tap`: `x = at("resid_mid", x + attended)`. Where nobody reads or changes
+anything, a tap hands the value on, and leaves no trace in the program. One layer, in order:
+
+    resid_pre -> ln1.scale, ln1.normalized, ln1.out -> attn.q, .k, .v -> attn.rot_q, .rot_k -> attn.scores
+    -> attn.pattern -> attn.z -> attn.result -> attn_out -> resid_mid
+    -> ln2.scale, ln2.normalized, ln2.out -> mlp.pre, mlp.pre_linear -> mlp.post -> mlp_out -> resid_post
+
+Before the layers comes `embed`, after them `ln_final.scale`, `.normalized`, `.out`, and `logits`.
+
+Axis letters: L layer, B batch, T query, S key, N query heads, K key-value heads, G = N/K, H head dim, D model, F ffn,
+V vocab, P chosen positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.config import Phi3Config
+
+_NORM = {"scale": "BT", "normalized": "BTD", "out": "BTD"}
+
+# The axes of each value. q, k, v are before the rotation; a norm's scale is what it divides by; `normalized` is before
+# its weight, `out` after it. attn.result is what each head adds to attn_out. mlp.pre is the gate before silu,
+# mlp.pre_linear what it is multiplied with, mlp.post their product. With a cache, keys S are its slots.
+POINTS: dict[str, str] = {
+    "embed": "BTD",
+    "resid_pre": "BTD",
+    **{f"ln1.{name}": axes for name, axes in _NORM.items()},
+    "attn.q": "BTNH",
+    "attn.k": "BTKH",
+    "attn.v": "BTKH",
+    "attn.rot_q": "BTNH",
+    "attn.rot_k": "BTKH",
+    "attn.scores": "BNTS",
+    "attn.pattern": "BNTS",
+    "attn.z": "BTNH",
+    "attn.result": "BTND",
+    "attn_out": "BTD",
+    "resid_mid": "BTD",
+    **{f"ln2.{name}": axes for name, axes in _NORM.items()},
+    "mlp.pre": "BTF",
+    "mlp.pre_linear": "BTF",
+    "mlp.post": "BTF",
+    "mlp_out": "BTD",
+    "resid_post": "BTD",
+    **{f"ln_final.{name}": axes for name, axes in _NORM.items()},
+    "logits": "BTV",
+}
+OUTER = ("embed", "ln_final.scale", "ln_final.normalized", "ln_final.out", "logits")  # the points that have no layer
+_FLOAT32 = ("ln1.scale", "ln2.scale", "ln_final.scale", "attn.scores", "attn.pattern", "logits")
+_PROJECTED = ("attn.q", "attn.k", "attn.v", "attn.rot_q", "attn.rot_k")
+_WEIGHED = ("attn.scores", "attn.pattern")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """A change of one point's values, where the masks say so: factor * old + value, or function(old) if there is one.
+
+    All but `point` and `function` are arrays, so that another change of the same shapes needs no other program, and
+    `jax.vmap` runs many of them at once. `inspection` has functions that make them.
+
+    Attributes:
+      point: of POINTS.
+      layers: bool [L]; not looked at for points that have no layer.
+      positions: int32 [P] or [B, P]: positions of tokens, as the model counts them; -1 is none. None means all.
+      heads: bool [N], or [K] for keys and values; None means all.
+      factor, value: scalars, or arrays with the point's axes behind an L (also for points without layers); each size
+        may be 1, and that of T is P where positions are given.
+      function: of the float32 values of one layer and what has no mask; it must be jittable, and hashable as it is.
+    """
+
+    point: str = dataclasses.field(metadata={"static": True})
+    layers: jax.Array
+    positions: jax.Array | None
+    heads: jax.Array | None
+    factor: jax.Array
+    value: jax.Array
+    function: Callable[[jax.Array], jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def apply(self, old: jax.Array, positions: jax.Array, number: Any) -> jax.Array:
+        """The changed values of one layer; positions int32 [B, T] are those of its tokens."""
+        axes = POINTS[self.point]
+        wide = old.astype(jnp.float32)
+        if self.function is not None:
+            new = self.function(wide)
+        else:
+            factor, value = (self._at(each, axes, positions, number) for each in (self.factor, self.value))
+            new = jnp.where(factor == 0, 0.0, factor * wide) + value  # 0 * inf is NaN: what is replaced is forgotten
+        where = self.layers[number if self.layers.shape[0] > 1 else 0] | (self.point in OUTER)
+        if self.positions is not None:
+            chosen = (self._matches(positions)).any(axis=-1)
+            where = where & _along(chosen, axes, "BT")
+        if self.heads is not None:
+            where = where & _along(self.heads, axes, "NK")
+        return jnp.where(where, new.astype(old.dtype), old)
+
+    def _matches(self, positions: jax.Array) -> jax.Array:
+        """bool [B, T, P]: which token is at which of the chosen positions."""
+        chosen = jnp.asarray(self.positions)
+        return (positions[..., None] == chosen[..., None, :]) & (positions >= 0)[..., None]
+
+    def _at(self, array: jax.Array, axes: str, positions: jax.Array, number: Any) -> jax.Array:
+        """One layer's part of a factor or value, its chosen positions spread over the tokens."""
+        if array.ndim == 0:
+            return array.astype(jnp.float32)
+        own = (array[0] if array.shape[0] == 1 else array[number]).astype(jnp.float32)
+        place = axes.index("T")
+        if self.positions is None or own.shape[place] == 1:
+            return own
+        which = _along(self._matches(positions).argmax(axis=-1), axes, "BT")  # [B, T], and 1 for other axes
+        own = jnp.broadcast_to(own, (positions.shape[0], *own.shape[1:]))
+        return jnp.take_along_axis(own, which, axis=place)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What is read from one pass through the model, and changed in it.
+
+    Attributes:
+      reads: names of POINTS.
+      layers: int32 [any]: the layers that are read; None reads all. No number may be there twice.
+      positions: int32 [P] or [B, P]: places along T, of this call, that are read; None reads all.
+      heads: int32 [any]: the query heads that are read, of keys and values those that they use; None reads all.
+      edits: in the order in which they are made. What is read has been changed.
+    """
+
+    reads: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    layers: jax.Array | None = None
+    positions: jax.Array | None = None
+    heads: jax.Array | None = None
+    edits: tuple[Edit, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a name that is not in POINTS."""
+        if unknown := {*self.reads, *(edit.point for edit in self.edits)} - POINTS.keys():
+            raise ValueError(f"there are no points {sorted(unknown)}: known are {', '.join(POINTS)}")
+
+    def shape(self, name: str, config: Phi3Config, size: tuple[int, ...], keys: int) -> tuple[int, ...]:
+        """The shape of what is read at one point of `size` [B, T] tokens, L in front unless it is one of OUTER."""
+        sizes = {"B": size[0], "T": size[1], "S": keys, "N": config.num_attention_heads}
+        sizes |= {"K": config.num_key_value_heads, "H": config.head_dim, "D": config.hidden_size}
+        sizes |= {"F": config.intermediate_size, "V": config.vocab_size}
+        if self.positions is not None:
+            sizes["T"] = self.positions.shape[-1]
+        if self.heads is not None:
+            sizes["N"] = sizes["K"] = len(self.heads)
+        layers = config.num_hidden_layers if self.layers is None else len(self.layers)
+        return (() if name in OUTER else (layers,)) + tuple(sizes[axis] for axis in POINTS[name])
+
+    def nothing(self, config: Phi3Config, size: tuple[int, ...], keys: int, dtype: Any) -> dict[str, jax.Array]:
+        """Room for what is read in the layers; dtype is that of the residual stream."""
+        names = [name for name in self.reads if name not in OUTER]
+        types = {name: jnp.float32 if name in _FLOAT32 else dtype for name in names}
+        return {name: jnp.zeros(self.shape(name, config, size, keys), types[name]) for name in names}
+
+    def select(self, name: str, value: jax.Array, group: int) -> jax.Array:
+        """The positions and heads that are read."""
+        axes = POINTS[name]
+        if self.positions is not None:
+            where = self.positions if self.positions.ndim == 2 else self.positions[None]
+            value = jnp.take_along_axis(value, _along(where, axes, "BT"), axis=axes.index("T"))
+        if self.heads is not None and "N" in axes:
+            value = jnp.take(value, self.heads, axis=axes.index("N"))
+        if self.heads is not None and "K" in axes:
+            value = jnp.take(value, self.heads // group, axis=axes.index("K"))
+        return value
+
+
+class Tap:
+    """The points of one layer, or those before and after the layers: called with a name and a value, in passing.
+
+    Attributes:
+      kept: what has been read so far, by name.
+    """
+
+    def __init__(
+        self,
+        hooks: Hooks | None,
+        config: Phi3Config | None,
+        positions: Any,
+        kept: dict[str, jax.Array],
+        number: Any = 0,
+    ) -> None:
+        self.hooks, self.positions, self.kept, self.number = hooks, positions, kept, number
+        self.group = config.num_attention_heads // config.num_key_value_heads if config else 1
+
+    def __call__(self, name: str, value: jax.Array) -> jax.Array:
+        """The value, changed as the edits say; it is kept if somebody reads it."""
+        if self.hooks is None:
+            return value
+        for edit in self.hooks.edits:
+            if edit.point == name:
+                value = edit.apply(value, self.positions, self.number)
+        if name in self.hooks.reads:
+            read = self.hooks.select(name, value, self.group)
+            self.kept = self.kept | {name: read if name in OUTER else self._stored(name, read)}
+        return value
+
+    def wants(self, *names: str) -> bool:
+        """Whether one of these points is read or changed."""
+        return self.hooks is not None and any(name in self.hooks.reads or self.changes(name) for name in names)
+
+    def changes(self, name: str) -> bool:
+        """Whether this point is changed."""
+        return self.hooks is not None and any(edit.point == name for edit in self.hooks.edits)
+
+    @property
+    def wants_heads(self) -> bool:
+        """Whether queries, keys or values are wanted one by one, which kernels keep to themselves."""
+        return self.wants(*_PROJECTED, *_WEIGHED)
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the weights that attention gives to keys are wanted."""
+        return self.wants(*_WEIGHED)
+
+    def _stored(self, name: str, value: jax.Array) -> jax.Array:
+        assert self.hooks is not None
+        place, layers = self.number, self.hooks.layers
+        if layers is not None:  # a layer that nobody reads gets a place behind the end, where nothing is stored
+            place = jnp.where(layers == self.number, jnp.arange(len(layers)), len(layers)).min()
+        room = self.kept[name]
+        return room.at[place].set(value.astype(room.dtype), mode="drop")
+
+
+NO_TAP = Tap(None, None, None, {})
+
+
+def _along(array: jax.Array, axes: str, own: str) -> jax.Array:
+    """The array with the axes `own`, in the same order, put among `axes`; the others get size 1."""
+    sizes = iter(array.shape)
+    return array.reshape([next(sizes) if axis in own else 1 for axis in axes])
