@@ -20,6 +20,7 @@ import numpy as np
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import Numbers, numbers
 from phi3_jax.model import KVCache, Params, Phi3
+from phi3_jax.model.decoder import Remat
 from phi3_jax.model.points import POINTS, Edit, Hooks, Tap
 
 LIMIT = 4 << 30
@@ -62,9 +63,9 @@ def run(
       ValueError: unknown names; layers, positions or heads out of range; more bytes than `limit`.
     """
     tokens = jnp.asarray(tokens)
-    hooks = _hooks(config, tokens, reads, layers, positions, heads, edits)
+    hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
     keys = tokens.shape[1] if cache is None else cache.capacity
-    _check_size(hooks, config, tokens.shape, keys, limit)
+    check_size(hooks, config, tokens.shape, keys, limit)
     seen, cache = compiled(config, params, tokens, token_positions, cache, hooks)
     return seen if cache is None else (seen, cache)
 
@@ -79,22 +80,46 @@ def compiled(
     hooks: Hooks,
 ) -> tuple[Seen, KVCache | None]:
     """The program of `run`, for those who differentiate it or run it under `jax.vmap`."""
-    model, variables = Phi3(config), {"params": params}
-    if token_positions is None and "logits" in {edit.point for edit in hooks.edits}:
-        start = jnp.zeros(len(tokens), jnp.int32) if cache is None else cache.lengths
-        token_positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    result: Any = model.apply(variables, tokens, token_positions, cache=cache, hooks=hooks, method="hidden")
-    x, cache, seen = result
+    x, spots, seen, cache = hidden(config, params, tokens, token_positions, cache, hooks)
     if "logits" in hooks.reads:
         # Only those that are read are computed: all logits of a prompt would be T x V.
-        if hooks.positions is not None:
-            x = jnp.take_along_axis(x, jnp.atleast_2d(hooks.positions)[..., None], axis=1)
-            if token_positions is not None:
-                token_positions = jnp.take_along_axis(token_positions, jnp.atleast_2d(hooks.positions), axis=1)
-        at = Tap(dataclasses.replace(hooks, positions=None), config, token_positions, seen)
-        at("logits", jnp.asarray(model.apply(variables, x, method="unembed")))
-        seen = at.kept
+        x, spots = at_places(x, hooks.positions), at_places(spots, hooks.positions)
+        _, seen = logits(config, params, x, spots, dataclasses.replace(hooks, positions=None), seen)
     return seen, cache
+
+
+def hidden(
+    config: Phi3Config,
+    params: Params,
+    tokens: jax.Array,
+    token_positions: jax.Array | None,
+    cache: KVCache | None,
+    hooks: Hooks,
+    remat: Remat = "none",
+) -> tuple[jax.Array, jax.Array, Seen, KVCache | None]:
+    """Everything before the logits -> (what they are made of [B, T, D], positions int32 [B, T], values, cache)."""
+    start = jnp.zeros(len(tokens), jnp.int32) if cache is None else cache.lengths
+    spots = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    model = Phi3(config, remat=remat)
+    result: Any = model.apply({"params": params}, tokens, token_positions, cache=cache, hooks=hooks, method="hidden")
+    x, cache, seen = result
+    return x, spots if token_positions is None else token_positions, seen, cache
+
+
+def logits(
+    config: Phi3Config, params: Params, x: jax.Array, spots: jax.Array, hooks: Hooks, seen: Seen
+) -> tuple[jax.Array, Seen]:
+    """x [B, P, D], what `hidden` returns, of tokens at the positions `spots` [B, P] -> (logits [B, P, V], values)."""
+    at = Tap(hooks, config, spots, seen)
+    return at("logits", jnp.asarray(Phi3(config).apply({"params": params}, x, method="unembed"))), at.kept
+
+
+def at_places(array: jax.Array, chosen: jax.Array | None) -> jax.Array:
+    """[B, T, ...] -> [B, P, ...]: those at the places `chosen`, [P] or [B, P]; None is all."""
+    if chosen is None:
+        return array
+    chosen = jnp.atleast_2d(chosen)
+    return jnp.take_along_axis(array, chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 2)), axis=1)
 
 
 def by_layer(
@@ -125,7 +150,7 @@ def matching(patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in POINTS if name in found)
 
 
-def _hooks(
+def chosen(
     config: Phi3Config,
     tokens: jax.Array,
     reads: Sequence[str],
@@ -134,19 +159,26 @@ def _hooks(
     heads: Numbers,
     edits: Sequence[Edit],
 ) -> Hooks:
+    """What `run` is asked for, as the decoder wants it. Raises ValueError as `run` does."""
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.shape}")
     L, N = config.num_hidden_layers, config.num_attention_heads
     read_layers = None if layers is None else jnp.asarray(numbers(layers, L, "layers"))
     read_heads = None if heads is None else jnp.asarray(numbers(heads, N, "heads"))
-    if positions is not None and not isinstance(positions, jax.Array):
-        T = tokens.shape[1]
-        rows = [numbers(row, T, "positions") for row in np.atleast_2d(np.asarray(positions))]
-        positions = jnp.asarray(np.stack(rows) if np.ndim(positions) == 2 else rows[0])
-    return Hooks(matching(reads), read_layers, positions, read_heads, tuple(edits))
+    read_places = None if positions is None else places(positions, tokens.shape[1])
+    return Hooks(matching(reads), read_layers, read_places, read_heads, tuple(edits))
 
 
-def _check_size(hooks: Hooks, config: Phi3Config, size: tuple[int, ...], keys: int, limit: int) -> None:
+def places(chosen: Any, count: int) -> jax.Array:
+    """int32 [P] or [B, P]: places among `count` tokens; negative ones count from the end. Raises ValueError."""
+    if isinstance(chosen, jax.core.Tracer):
+        return chosen
+    rows = [numbers(row, count, "positions") for row in np.atleast_2d(np.asarray(chosen))]
+    return jnp.asarray(np.stack(rows) if np.ndim(chosen) == 2 else rows[0])
+
+
+def check_size(hooks: Hooks, config: Phi3Config, size: tuple[int, ...], keys: int, limit: int) -> None:
+    """Raises ValueError if what is read takes more than `limit` bytes."""
     sizes = {name: 4 * math.prod(hooks.shape(name, config, size, keys)) for name in hooks.reads}
     if sum(sizes.values()) > limit:
         largest = max(sizes, key=lambda name: sizes[name])

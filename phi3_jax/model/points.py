@@ -16,6 +16,7 @@ V vocab, P chosen positions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,8 @@ class Hooks:
       positions: int32 [P] or [B, P]: places along T, of this call, that are read; None reads all.
       heads: int32 [any]: the query heads that are read, of keys and values those that they use; None reads all.
       edits: in the order in which they are made. What is read has been changed.
+      probes: zeros of the shapes that are read, by name, which are added to what is read: the gradient with respect to
+        a probe is that with respect to the value.
     """
 
     reads: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -138,6 +141,7 @@ class Hooks:
     positions: jax.Array | None = None
     heads: jax.Array | None = None
     edits: tuple[Edit, ...] = ()
+    probes: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a name that is not in POINTS."""
@@ -200,6 +204,8 @@ class Tap:
         for edit in self.hooks.edits:
             if edit.point == name:
                 value = edit.apply(value, self.positions, self.number)
+        if name in self.hooks.probes:
+            value = value + self._probe(name, value)
         if name in self.hooks.reads:
             read = self.hooks.select(name, value, self.group)
             self.kept = self.kept | {name: read if name in OUTER else self._stored(name, read)}
@@ -211,7 +217,9 @@ class Tap:
 
     def changes(self, name: str) -> bool:
         """Whether this point is changed."""
-        return self.hooks is not None and any(edit.point == name for edit in self.hooks.edits)
+        if self.hooks is None:
+            return False
+        return name in self.hooks.probes or any(edit.point == name for edit in self.hooks.edits)
 
     @property
     def wants_heads(self) -> bool:
@@ -224,12 +232,25 @@ class Tap:
         return self.wants(*_WEIGHED)
 
     def _stored(self, name: str, value: jax.Array) -> jax.Array:
-        assert self.hooks is not None
-        place, layers = self.number, self.hooks.layers
-        if layers is not None:  # a layer that nobody reads gets a place behind the end, where nothing is stored
-            place = jnp.where(layers == self.number, jnp.arange(len(layers)), len(layers)).min()
         room = self.kept[name]
-        return room.at[place].set(value.astype(room.dtype), mode="drop")
+        return room.at[self._place()].set(value.astype(room.dtype), mode="drop")
+
+    def _place(self) -> Any:
+        """The layer's place among those that are read; a layer that nobody reads gets one behind the end."""
+        assert self.hooks is not None
+        if (layers := self.hooks.layers) is None:
+            return self.number
+        return jnp.where(layers == self.number, jnp.arange(len(layers)), len(layers)).min()
+
+    def _probe(self, name: str, value: jax.Array) -> jax.Array:
+        """The probe's numbers where the value is read, 0 elsewhere."""
+        assert self.hooks is not None
+        probe = self.hooks.probes[name]
+        if name not in OUTER:
+            probe = probe.at[self._place()].get(mode="fill", fill_value=0)
+        read = functools.partial(self.hooks.select, name, group=self.group)
+        [spread] = jax.linear_transpose(read, value)(probe)
+        return spread
 
 
 NO_TAP = Tap(None, None, None, {})
