@@ -48,6 +48,8 @@ def gradients(
     heads: Numbers = None,
     edits: Sequence[Edit] = (),
     token_positions: Any = None,
+    segments: Any = None,
+    rope_lengths: Any = None,
     logits_at: Any = None,
     limit: int = LIMIT,
 ) -> Gradients:
@@ -68,9 +70,12 @@ def gradients(
     """
     tokens = jnp.asarray(tokens)
     hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
-    check_size(hooks, config, tokens.shape, tokens.shape[1], limit // 2)
+    check_size(hooks, config, params, tokens.shape, tokens.shape[1], limit // 2)
     at = None if logits_at is None else places(logits_at, tokens.shape[1])
-    return _compiled(config, params, tokens, token_positions, jax.tree_util.Partial(metric), at, hooks)
+    arrays = (
+        None if each is None else jnp.asarray(each, jnp.int32) for each in (token_positions, segments, rope_lengths)
+    )
+    return _compiled(config, params, tokens, jax.tree_util.Partial(metric), at, hooks, *arrays)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -78,17 +83,21 @@ def _compiled(
     config: Phi3Config,
     params: Params,
     tokens: jax.Array,
-    token_positions: jax.Array | None,
     metric: Callable[[jax.Array], jax.Array],
     logits_at: jax.Array | None,
     hooks: Hooks,
+    token_positions: jax.Array | None,
+    segments: jax.Array | None,
+    rope_lengths: jax.Array | None,
 ) -> Gradients:
     # On the way back packed weights are made floats: one layer's at a time, where layers are computed again.
     remat: Remat = "full" if has_packed(params) and not has_per_layer(params) else "none"
 
+    lengths = {"segments": segments, "rope_lengths": rope_lengths}
+
     def forward(probes: Seen) -> tuple[jax.Array, Seen]:
         asked = dataclasses.replace(hooks, probes=probes)
-        x, spots, values, _ = hidden(config, params, tokens, token_positions, None, asked, remat)
+        x, spots, values, _ = hidden(config, params, tokens, token_positions, None, asked, remat, **lengths)
         if "logits" in hooks.reads:
             out, values = logits(config, params, x, spots, asked, values)
             return metric(at_places(out, logits_at)), values
