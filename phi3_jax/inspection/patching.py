@@ -136,7 +136,8 @@ def attribution_patching(
     It is right for small differences; what saturates, as norms and softmax do, it gets wrong.
 
     Returns:
-      [L, positions], or [L, positions, heads] for points with heads, to be compared with patch_sweep(...) - metric(clean logits).
+      [L, positions], for points with heads [L, positions, heads]; the metric of `patch_sweep` less that of the run as
+      it is, if metrics were straight lines.
 
     Raises:
       ValueError: a point that has no layers, or whose values are not those of one token.
