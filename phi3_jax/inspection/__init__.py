@@ -1,6 +1,7 @@
 """A look inside: values of a run by the names of their points, changes of them, and what one learns from both.
 
 running.py reads values and makes changes, edits.py describes changes, slopes.py has the gradients of what comes out.
+patching.py makes a change at every layer and position (forks.py: without computing again what it leaves as it was).
 Pure functions of a config and parameters; the points themselves are in model/points.py, because the decoder passes
 them. `phi3_jax.infer.inspection` draws the page.
 """
@@ -11,6 +12,10 @@ from phi3_jax.inspection.edits import moved as moved
 from phi3_jax.inspection.edits import replace as replace
 from phi3_jax.inspection.edits import scale as scale
 from phi3_jax.inspection.edits import zero as zero
+from phi3_jax.inspection.patching import attribution_patching as attribution_patching
+from phi3_jax.inspection.patching import logit_difference as logit_difference
+from phi3_jax.inspection.patching import patch_sweep as patch_sweep
+from phi3_jax.inspection.patching import sweep as sweep
 from phi3_jax.inspection.running import by_layer as by_layer
 from phi3_jax.inspection.running import matching as matching
 from phi3_jax.inspection.running import run as run
