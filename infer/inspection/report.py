@@ -19,8 +19,10 @@ from phi3_jax.progress import OnProgress
 from ..prompts import check_prompt
 from ..sampling import Sampling
 from . import readings, texts
+from .rounding import rounded
+from .sizes import model_section
 from .sources import locations
-from .weights import kind, parts
+from .weights import kind
 
 FORMAT, VERSION = "phi3-inspect", 1
 MOST_TOKENS = 256
@@ -72,7 +74,7 @@ def collect(
     report: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "model": model_section(checkpoint, name),
+        "model": model_section(config, name, kind(checkpoint.params)),
         "prompt": prompt,
         "tokens": texts.tokens(checkpoint.tokenizer, ids),
         "vocabulary": {},
@@ -115,28 +117,6 @@ def require_size(checkpoint: Checkpoint, tokens: int) -> None:
         )
 
 
-def model_section(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """Sizes, and where the parameters are."""
-    c = checkpoint.config
-    counted = parts(c)
-    return {
-        "name": name,
-        "layers": c.num_hidden_layers,
-        "heads": c.num_attention_heads,
-        "kv_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "width": c.hidden_size,
-        "ffn": c.intermediate_size,
-        "vocab": c.vocab_size,
-        "context": c.max_position_embeddings,
-        "window": c.sliding_window,
-        "tied": c.tie_word_embeddings,
-        "weights": kind(checkpoint.params),
-        "parameters": counted,
-        "total": sum(part["count"] for part in counted),
-    }
-
-
 def sampling_defaults(checkpoint: Checkpoint) -> Sampling:
     """How the checkpoint's generation_config.json would draw tokens; at temperature 1 where it says nothing."""
     path = None if checkpoint.folder is None else checkpoint.folder / "generation_config.json"
@@ -148,15 +128,6 @@ def sampling_defaults(checkpoint: Checkpoint) -> Sampling:
         return Sampling(**({"temperature": 1.0} | found))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}; correct it") from None
-
-
-def rounded(values: Any, digits: int = 5) -> Any:
-    """A number, an array, or lists of them, with so many significant digits; None for what is not finite."""
-    if isinstance(values, list | tuple):
-        return [rounded(value, digits) for value in values]
-    if isinstance(values, np.ndarray) and values.ndim:
-        return [rounded(value, digits) for value in values.tolist()]
-    return float(f"{float(values):.{digits}g}") if np.isfinite(values) else None
 
 
 def _embedding(checkpoint: Checkpoint, ids: Sequence[int], seen: readings.Seen) -> dict[str, Any]:
