@@ -9,10 +9,11 @@ import base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax import Checkpoint
+from phi3_jax import Checkpoint, inspection
 from phi3_jax.json_files import read_object
 from phi3_jax.progress import OnProgress
 
@@ -27,7 +28,7 @@ from .weights import kind
 FORMAT, VERSION = "phi3-inspect", 1
 MOST_TOKENS = 256
 MOST_BYTES = 48_000_000
-_PAIRS, _NEAREST, _TOP = 3, 8, 20  # how many tokens the lens, the embedding and the end name
+_GUESSES, _NEAREST, _TOP = 3, 8, 20  # how many tokens the lens, the embedding and the end name
 _BYTES_PER_WEIGHT = 2.5  # of attention, as text: most are 0, and a comma
 
 
@@ -85,13 +86,14 @@ def collect(
         "attention": {"thousandths": _thousandths(seen["attn.pattern"])},
         "residual": _residual(seen),
         "lens": _lens(checkpoint, seen, step),
-        "heads": _heads(checkpoint, seen),
+        "heads": {name: rounded(each) for name, each in readings.head_scores(checkpoint, ids, seen).items()},
     }
     step()
     report |= {
-        "rollout": rounded(readings.rollout(seen["attn.pattern"])),
+        "rollout": rounded(readings.last_rollout(seen)),
         "attribution": _attribution(checkpoint, seen),
-        **_surprise(seen, ids),
+        "surprise": rounded(np.asarray(inspection.surprise(seen["logits"], jnp.asarray([ids])))[0]),
+        "entropy": rounded(np.asarray(inspection.entropy(seen["logits"]))[0]),
         "next": _next(seen, settings),
         "code": locations(),
     }
@@ -131,73 +133,55 @@ def sampling_defaults(checkpoint: Checkpoint) -> Sampling:
 
 
 def _embedding(checkpoint: Checkpoint, ids: Sequence[int], seen: readings.Seen) -> dict[str, Any]:
-    near, cosines = readings.nearest(checkpoint, ids, _NEAREST)
-    return {"norms": _norms(seen["embed"]), "nearest": _pairs(near, cosines)}
+    near = readings.nearest(checkpoint, ids, _NEAREST)
+    pairs = [[[token, rounded(cosine)] for token, cosine in row] for row in near]
+    return {"norms": _norms(seen["embed"])[0], "nearest": pairs}
 
 
-def _norms(values: np.ndarray) -> Any:
-    return rounded(np.linalg.norm(values.astype(np.float64), axis=-1))
+def _norms(values: jax.Array) -> Any:
+    """Of the last axis."""
+    return rounded(np.asarray(jnp.linalg.norm(values.astype(jnp.float32), axis=-1)))
 
 
-def _pairs(ids: np.ndarray, values: np.ndarray) -> list[list[list[Any]]]:
-    """[T, K] of both -> [T][K][id, value]."""
-    return [[[token, rounded(value)] for token, value in zip(*row, strict=True)] for row in _rows(ids, values)]
-
-
-def _rows(ids: np.ndarray, values: np.ndarray) -> list[tuple[list[int], list[float]]]:
-    return list(zip(ids.tolist(), values.tolist(), strict=True))
-
-
-def _thousandths(pattern: np.ndarray) -> list[Any]:
+def _thousandths(pattern: jax.Array) -> list[Any]:
     """[L][N][T][t + 1]: weights as whole thousandths; a token's list ends with its own."""
-    whole = np.rint(pattern * 1000).astype(int)
+    whole = np.rint(np.asarray(pattern)[:, 0] * 1000).astype(int)
     return [[[row[: t + 1].tolist() for t, row in enumerate(head)] for head in layer] for layer in whole]
 
 
 def _residual(seen: readings.Seen) -> dict[str, Any]:
-    names = {"embed": "embed", "attention": "attn_out", "mid": "resid_mid", "mlp": "mlp_out", "post": "resid_post"}
-    return {name: _norms(seen[point]) for name, point in names.items()}
+    names = {"attention": "attn_out", "mid": "resid_mid", "mlp": "mlp_out", "post": "resid_post"}
+    return {"embed": _norms(seen["embed"])[0]} | {name: _norms(seen[point][:, 0]) for name, point in names.items()}
 
 
 def _lens(checkpoint: Checkpoint, seen: readings.Seen, step: Callable[[], None]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    config, found = checkpoint.config, {}
     for name, point in {"mid": "resid_mid", "post": "resid_post"}.items():
         found[name] = []
-        for stream in seen[point]:
-            ids, values = readings.says(checkpoint.config, checkpoint.params, jnp.asarray(stream), _PAIRS)
-            found[name].append(_pairs(np.asarray(ids), np.asarray(values)))
+        for layer in range(config.num_hidden_layers):  # one after another: it takes a while
+            stream = seen[point][layer : layer + 1]
+            said = inspection.guesses(config, checkpoint.params, stream, min(_GUESSES, config.vocab_size), None)
+            ids, values = np.asarray(said.ids)[0, 0].tolist(), np.asarray(said.probabilities)[0, 0].tolist()
+            found[name].append([_pairs(*place) for place in zip(ids, values, strict=True)])
             step()
     return found
 
 
-def _heads(checkpoint: Checkpoint, seen: readings.Seen) -> dict[str, Any]:
-    scores = readings.head_scores(seen["attn.pattern"]) | {"induction": readings.induction(checkpoint)}
-    return {name: rounded(values) for name, values in scores.items()}
+def _pairs(ids: list[int], values: list[float]) -> list[list[Any]]:
+    return [[token, rounded(value)] for token, value in zip(ids, values, strict=True)]
 
 
 def _attribution(checkpoint: Checkpoint, seen: readings.Seen) -> dict[str, Any]:
-    token = int(seen["logits"][-1].argmax())
-    logit = float(seen["logits"][-1, token])
-    found = readings.attribution(checkpoint, seen, token)
-    rest = logit - found["embed"] - found["heads"].sum() - found["mlps"].sum()
-    return {"id": token, "logit": rounded(logit), **{name: rounded(value) for name, value in found.items()}} | {
-        "rest": rounded(rest)
-    }
-
-
-def _surprise(seen: readings.Seen, ids: Sequence[int]) -> dict[str, Any]:
-    surprise, entropy = [None], []
-    for place, logits in enumerate(seen["logits"]):  # one row after another: all of them would be T x V doubles
-        logs = readings.log_probabilities(logits)
-        entropy.append(rounded(-(np.exp(logs) * logs).sum()))
-        if place + 1 < len(ids):
-            surprise.append(rounded(-logs[ids[place + 1]]))
-    return {"surprise": surprise, "entropy": entropy}
+    found = readings.last_attribution(checkpoint, seen)
+    numbers = {"logit": found.logit[0, 0], "embed": found.embed[0, 0], "rest": found.rest[0, 0]}
+    arrays = {"heads": found.heads[:, 0, 0], "mlps": found.mlps[:, 0, 0]}
+    return {"id": int(found.ids[0, 0])} | {name: rounded(np.asarray(x)) for name, x in (numbers | arrays).items()}
 
 
 def _next(seen: readings.Seen, sampling: Sampling) -> dict[str, Any]:
-    logits = seen["logits"][-1]
-    probabilities = np.exp(readings.log_probabilities(logits))
+    logits = np.asarray(seen["logits"])[0, -1].astype(np.float32)
+    exponents = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponents / exponents.sum()
     top = np.argsort(-logits, kind="stable")[:_TOP]
     return {
         "logits": base64.b64encode(logits.astype("<f4").tobytes()).decode("ascii"),

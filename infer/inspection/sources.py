@@ -8,29 +8,40 @@ from typing import Any
 
 from phi3_jax import Phi3, Tokenizer, inspection
 from phi3_jax.kernels.attention import xla
-from phi3_jax.kernels.linear import gated, linear, rows
+from phi3_jax.kernels.attention.masks import attention_mask
+from phi3_jax.kernels.linear import gated
 from phi3_jax.model.decoder import MLP, Attention, DecoderLayer, rms_norm
 from phi3_jax.model.points import Tap
 from phi3_jax.model.rope import rotate
 
+from ..sampling import processors
 from ..sampling.pick import process
 
 # The sections of the report, and the parts of the model that the page names.
 PARTS: dict[str, Callable[..., Any]] = {
     "tokens": Tokenizer.encode,
     "embedding": Phi3.embed,
-    "rows": rows,
+    "nearest": inspection.nearest,
     "layer": DecoderLayer,
     "norm": rms_norm,
     "attention": Attention,
     "rotation": rotate,
     "softmax": xla.attention,
+    "window": attention_mask,
     "mlp": MLP,
     "gate": gated,
-    "linear": linear,
     "residual": DecoderLayer.__call__,
-    "lens": Phi3.unembed,
+    "lens": inspection.logit_lens,
+    "heads": inspection.pattern_scores,
+    "rollout": inspection.rollout,
+    "attribution": inspection.attribution,
+    "surprise": inspection.surprise,
+    "entropy": inspection.entropy,
     "next": Phi3.unembed,
+    "temperature": processors.apply_temperature,
+    "top_k": processors.keep_top_k,
+    "top_p": processors.keep_top_p,
+    "min_p": processors.keep_min_p,
     "sampling": process,
     "points": Tap,
     "run": inspection.run,

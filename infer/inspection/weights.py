@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax import Phi3Config
+from phi3_jax import Phi3Config, inspection
 from phi3_jax.checkpoint import kind_of_weights
 from phi3_jax.checkpoint.as_floats import matrix
 from phi3_jax.checkpoint.tensor_source import TensorSource
 from phi3_jax.kernels import LoraTensor, PackedTensor, PerLayer, QuantizedTensor
-from phi3_jax.kernels.linear import rows
 from phi3_jax.model import parameter_shapes, tensor_names
 from phi3_jax.progress import OnProgress
 from phi3_jax.quantization import Format, quantized_shapes
@@ -156,8 +155,8 @@ def _blocks(leaf: Any, layer: int | None, compared: bool) -> Iterator[tuple[int,
     if layer is None and len(leaf.shape) == 2:
         for start in range(0, leaf.shape[0], _ROWS):
             ids = jnp.arange(start, min(start + _ROWS, leaf.shape[0]))
-            block = np.asarray(_table_rows(leaf, ids))
-            yield start, block, np.asarray(_table_rows(_base(leaf), ids)) if compared else block
+            block = _table_rows(leaf, ids)
+            yield start, block, _table_rows(_base(leaf), ids) if compared else block
         return
     one = leaf[layer] if isinstance(leaf, PerLayer) else leaf
     place = None if isinstance(leaf, PerLayer) else layer
@@ -165,12 +164,8 @@ def _blocks(leaf: Any, layer: int | None, compared: bool) -> Iterator[tuple[int,
     yield 0, block, matrix(_base(one), place) if compared and isinstance(one, LoraTensor) else block
 
 
-@jax.jit
-def _table_rows(leaf: Any, ids: jax.Array) -> jax.Array:
-    if isinstance(leaf, LoraTensor) and leaf.gain is not None:  # of a head: `rows` leaves DoRA's magnitudes out
-        plain = LoraTensor(leaf.base, leaf.a, leaf.b, None, None, leaf.scaling, 0.0)
-        return rows(plain, ids).astype(jnp.float32) * leaf.gain[ids][:, None]
-    return rows(leaf, ids).astype(jnp.float32)
+def _table_rows(leaf: Any, ids: jax.Array) -> np.ndarray:
+    return np.asarray(inspection.token_rows({"embed_tokens": {"weight": leaf}}, ids))
 
 
 def _layer(leaf: Any, number: int) -> Any:
