@@ -9,8 +9,6 @@ import base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax import Checkpoint, inspection
@@ -89,11 +87,12 @@ def collect(
         "heads": {name: rounded(each) for name, each in readings.head_scores(checkpoint, ids, seen).items()},
     }
     step()
+    surprise, entropy = readings.told(seen["logits"], np.asarray([ids], np.int32))
     report |= {
         "rollout": rounded(readings.last_rollout(seen)),
         "attribution": _attribution(checkpoint, seen),
-        "surprise": rounded(np.asarray(inspection.surprise(seen["logits"], jnp.asarray([ids])))[0]),
-        "entropy": rounded(np.asarray(inspection.entropy(seen["logits"]))[0]),
+        "surprise": rounded(np.asarray(surprise)[0]),
+        "entropy": rounded(np.asarray(entropy)[0]),
         "next": _next(seen, settings),
         "code": locations(),
     }
@@ -138,14 +137,14 @@ def _embedding(checkpoint: Checkpoint, ids: Sequence[int], seen: readings.Seen) 
     return {"norms": _norms(seen["embed"])[0], "nearest": pairs}
 
 
-def _norms(values: jax.Array) -> Any:
+def _norms(values: np.ndarray) -> Any:
     """Of the last axis."""
-    return rounded(np.asarray(jnp.linalg.norm(values.astype(jnp.float32), axis=-1)))
+    return rounded(np.linalg.norm(values.astype(np.float32), axis=-1))
 
 
-def _thousandths(pattern: jax.Array) -> list[Any]:
+def _thousandths(pattern: np.ndarray) -> list[Any]:
     """[L][N][T][t + 1]: weights as whole thousandths; a token's list ends with its own."""
-    whole = np.rint(np.asarray(pattern)[:, 0] * 1000).astype(int)
+    whole = np.rint(pattern[:, 0] * 1000).astype(int)
     return [[[row[: t + 1].tolist() for t, row in enumerate(head)] for head in layer] for layer in whole]
 
 
@@ -173,13 +172,14 @@ def _pairs(ids: list[int], values: list[float]) -> list[list[Any]]:
 
 def _attribution(checkpoint: Checkpoint, seen: readings.Seen) -> dict[str, Any]:
     found = readings.last_attribution(checkpoint, seen)
-    numbers = {"logit": found.logit[0, 0], "embed": found.embed[0, 0], "rest": found.rest[0, 0]}
-    arrays = {"heads": found.heads[:, 0, 0], "mlps": found.mlps[:, 0, 0]}
-    return {"id": int(found.ids[0, 0])} | {name: rounded(np.asarray(x)) for name, x in (numbers | arrays).items()}
+    array = {name: np.asarray(value) for name, value in found._asdict().items() if value is not None}
+    numbers = {name: array[name][0, 0] for name in ("logit", "embed", "rest")}
+    numbers |= {name: array[name][:, 0, 0] for name in ("heads", "mlps")}
+    return {"id": int(array["ids"][0, 0])} | {name: rounded(value) for name, value in numbers.items()}
 
 
 def _next(seen: readings.Seen, sampling: Sampling) -> dict[str, Any]:
-    logits = np.asarray(seen["logits"])[0, -1].astype(np.float32)
+    logits = seen["logits"][0, -1]
     exponents = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = exponents / exponents.sum()
     top = np.argsort(-logits, kind="stable")[:_TOP]
