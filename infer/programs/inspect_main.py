@@ -203,6 +203,8 @@ def _places() -> dict[str, Path]:
         return {}
     if not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--output={output}: {output.parent} cannot be written to; name another folder")
     if output.is_dir():
         raise ValueError(f"--output={output}: that is a folder; name a file in it, such as {output / 'inspect'}")
     if "png" in kinds:
@@ -213,7 +215,7 @@ def _places() -> dict[str, Path]:
     stem = str(output)
     for kind in kinds:
         stem = stem.removesuffix(f".{kind}")
-    if output.exists() and not output.is_file():  # a pipe, or /dev/stdout
+    if (output.exists() and not output.is_file()) or output.is_relative_to("/dev"):  # a pipe, or /dev/stdout
         if len(kinds) > 1:
             raise ValueError(f"--output={output} is no file: it takes one --format, not {len(kinds)}")
         return {kinds[0]: output}
