@@ -34,7 +34,7 @@ PARTS: dict[str, Callable[..., Any]] = {
     "lens": inspection.logit_lens,
     "heads": inspection.pattern_scores,
     "rollout": inspection.rollout,
-    "attribution": inspection.attribution,
+    "attribution": inspection.logit_attribution,
     "surprise": inspection.surprise,
     "entropy": inspection.entropy,
     "next": Phi3.unembed,

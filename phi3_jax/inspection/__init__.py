@@ -5,9 +5,9 @@ points themselves are in model/points.py, because the decoder passes them. `phi3
 """
 
 from phi3_jax.inspection.attribution import Attribution as Attribution
-from phi3_jax.inspection.attribution import attribution as attribution
 from phi3_jax.inspection.attribution import attribution_of as attribution_of
 from phi3_jax.inspection.attribution import biggest as biggest
+from phi3_jax.inspection.attribution import logit_attribution as logit_attribution
 from phi3_jax.inspection.edits import add as add
 from phi3_jax.inspection.edits import change as change
 from phi3_jax.inspection.edits import moved as moved

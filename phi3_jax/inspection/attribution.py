@@ -51,7 +51,7 @@ class Attribution(NamedTuple):
     rest: jax.Array
 
 
-def attribution(
+def logit_attribution(
     config: Phi3Config,
     params: Params,
     tokens: Any,
@@ -89,7 +89,7 @@ def biggest(values: jax.Array, top: int = 10) -> list[tuple[tuple[int, ...], flo
     """The places of the largest values, in size, and the values: [((layer, neuron), value), ...], largest first.
 
     Args:
-      values: float [...], of heads or neurons at one place of one row: `attribution(...).neurons[:, 0, 0]` [L, F].
+      values: float [...], of heads or neurons at one place of one row: `neurons[:, 0, 0]` [L, F].
     """
     found = np.asarray(values, np.float32)
     order = np.argsort(-np.abs(found), axis=None, kind="stable")[:top]

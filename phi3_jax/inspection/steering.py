@@ -51,6 +51,7 @@ def steering_vector(
         _mean(config, params, tokens, layer, point, positions, token_positions)
         for tokens, token_positions in ((tokens_with, positions_with), (tokens_without, positions_without))
     ]
+    at = None if at is None else jnp.asarray(at, jnp.int32)
     return add(config, point, strength * (means[0] - means[1]), layers=[layer], positions=at)
 
 
