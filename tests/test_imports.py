@@ -26,7 +26,7 @@ command_line
 infer.prompts infer.sampling
 infer.engine
 infer.answer
-infer.generate infer.conversation infer.beam infer.benchmark
+infer.generate infer.conversation infer.beam infer.benchmark infer.inspection
 infer.__init__
 infer.programs
 train.values
