@@ -86,7 +86,7 @@ function triangle(place) {
     }
   }
   picture.append(marker);
-  picture.style.minWidth = `${Math.min(whole, 440)}px`;
+  picture.style.minWidth = `${Math.min(whole, 350)}px`;
   place.append(picture);
   return () => {
     const rows = report.attention.thousandths[chosen.layer][chosen.head];

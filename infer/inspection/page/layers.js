@@ -91,7 +91,7 @@ function drawLens() {
   frame.classList.add("only-post");
   place.append(choices("Read", { post: "after each layer", both: "after attention, too" }, "post",
     (key) => frame.classList.toggle("only-post", key === "post")), detail, frame);
-  frame.scrollLeft = frame.scrollWidth; // what follows the last token is what one wants first
+  requestAnimationFrame(() => { frame.scrollLeft = frame.scrollWidth; }); // what follows the last token is what one wants first
   show(rows.at(-1), report.tokens.length - 1);
 }
 

@@ -16,11 +16,11 @@ function chooseFirstHead() {
 
 function drawHeadline() {
   const { model, next } = report;
-  document.title = `${[...report.prompt].slice(0, 60).join("").toWellFormed()} · ${model.name}`;
+  document.title = `${spelled([...report.prompt].slice(0, 60).join(""))} · ${model.name}`;
   document.getElementById("model-name").textContent = `${model.name}, ${short(model.total)} parameters, ${model.weights}`;
   document.getElementById("model-layers").textContent = model.layers;
   const headline = document.getElementById("headline");
-  headline.append(el("bdi", {}, report.prompt.toWellFormed()));
+  headline.append(el("bdi", {}, spelled(report.prompt)));
   if (next) headline.append(" ", el("span", { class: "answer" }, wordOf(next.top[0][0]), " ", num("next.top.0.2")));
 }
 

@@ -74,10 +74,13 @@ function textOf(id) {
 // A token's text in which nothing is invisible: spaces at its ends, line ends, control and direction characters.
 function visible(text) {
   if (text === "") return "∅";
-  return text
-    .replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length))
-    .replace(/\n/g, "↵").replace(/\t/g, "⇥")
-    .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\p{Cn}]/gu, (c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+  return spelled(text.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥"));
+}
+
+// Line ends stay; other characters that show nothing, or turn the direction of what follows, are spelled.
+function spelled(text) {
+  const code = (c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+  return text.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\p{Cn}]/gu, code);
 }
 
 // The same as an element, its marks of spaces fainter. bdi: a text that runs from right to left keeps to itself.

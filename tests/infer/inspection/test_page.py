@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ page = importlib.import_module("phi3_jax.infer.inspection.html")  # the package 
 def report():
     return random_report()
 
+
+# Sliders, by the places of their steps: temperature, top-p and min-p in hundredths, top-k the sixth step.
+PLACES = [
+    {"temperature": 70, "topK": 5, "topP": 99, "minP": 0},
+    {"temperature": 150, "topK": 0, "topP": 69, "minP": 40},
+]
+MEANT = [(0.7, 5, 1.0, 0.0), (1.5, 0, 0.7, 0.4)]
 
 # Every token, layer, head and way to look is shown in turn; what has stood there is written down.
 DRIVE = """
@@ -51,13 +59,33 @@ for (let token = 0; token < report.tokens.length; token++)
 document.querySelector(".choices .main")?.click();
 for (const e of document.querySelectorAll("[data-lens]"))
   words[e.dataset.lens] = [e.querySelector("bdi").dataset.id, e.style.getPropertyValue("--p"), e.textContent];
-document.body.append(el("pre", { id: "seen" }, JSON.stringify({ seen, words })));
+const keys = [], stops = [], moved = [];
+for (const [group, first, key] of [[".line", 1, "ArrowRight"], [".heads", 2, "ArrowDown"], [".heads", 2, "End"]]) {
+  const button = document.querySelector(group)?.querySelectorAll("button")[first];
+  button?.focus();
+  button?.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  keys.push({ ...chosen });
+}
+for (const group of document.querySelectorAll(".line, .heads, table.layers"))
+  stops.push(group.querySelectorAll("button:not([tabindex='-1'])").length);
+for (const places of report.next ? PLACES : []) {
+  for (const slider of document.querySelectorAll(".sliders input")) {
+    slider.value = places[slider.id.split("-")[0]];
+    slider.dispatchEvent(new Event("input"));
+  }
+  moved.push([...document.querySelectorAll("td.live")].map((cell) => cell.textContent));
+}
+document.body.append(el("pre", { id: "seen" }, JSON.stringify({ seen, words, keys, stops, moved })));
 """
 
 
 def driven(report, monkeypatch) -> str:
     original = page.text_of
-    monkeypatch.setattr(page, "text_of", lambda name: original(name) + (DRIVE if name == "page.js" else ""))
+    monkeypatch.setattr(
+        page,
+        "text_of",
+        lambda name: original(name) + (DRIVE.replace("PLACES", json.dumps(PLACES)) if name == "page.js" else ""),
+    )
     return page.html(report)
 
 
@@ -103,8 +131,34 @@ def test_every_number_on_the_page_is_that_of_the_report(report, monkeypatch, tmp
                 shown_id, share, word = record["words"][f"{kind}.{layer}.{t}"]
                 assert (int(shown_id), float(share)) == (token, pytest.approx(probability, abs=5.1e-5))
                 assert not re.search(r"[\x00-\x1f\u202e\u2066\u2028]", word)
+    assert record["keys"] == [
+        {"token": 2, "layer": 2, "head": 4},  # where the loop above has ended
+        {"token": 2, "layer": 1, "head": 2},
+        {"token": 2, "layer": 2, "head": 4},
+    ]
+    assert set(record["stops"]) == {1}  # Tab goes on to the next group
+    for meant, texts in zip(MEANT, record["moved"], strict=True):
+        expected = reshaped(report, *meant)
+        for (token, *_), text in zip(report["next"]["top"], texts, strict=True):
+            if expected[token] == 0:
+                assert text == "out", meant
+            else:
+                check_number(text, expected[token], str(meant))
     (link,) = [attributes["href"] for _, attributes, text in elements.all(href=None) if "tokenizer.py:110" in text]
     assert link.startswith("file:")
+
+
+def reshaped(report, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """The probabilities of drawing each token, by sorting; there are no ties."""
+    logits = np.frombuffer(base64.b64decode(report["next"]["logits"]), "<f4").astype(np.float64) / temperature
+    weights = np.exp(logits - logits.max())
+    order = np.argsort(-weights)
+    if top_k:
+        weights[order[top_k:]] = 0
+    before = np.cumsum(weights[order] / weights.sum()) - weights[order] / weights.sum()
+    weights[order[before >= top_p]] = 0
+    weights[weights < min_p * weights.max()] = 0
+    return weights / weights.sum()
 
 
 def leaves(value, path=""):
@@ -159,7 +213,7 @@ document.body.textContent = JSON.stringify(results);
 
 
 @pytest.mark.slow
-def test_the_sliders_compute_what_the_sampler_computes(tmp_path):
+def test_the_sliders_compute_what_the_sampler_computes(tmp_path, quick_compilation):
     """Kept tokens and probabilities, with ties (of which top-p keeps some) and without."""
     rng = np.random.default_rng(3)
     V = 1031
@@ -179,11 +233,9 @@ def test_the_sliders_compute_what_the_sampler_computes(tmp_path):
 
     params = SamplingArrays.of([Sampling(**case) for case in cases], V)
     ones = jnp.ones(len(cases), jnp.int32)
+    run = jax.jit(lambda logits: process(logits, params, ones[:, None], ones, ones, jnp.zeros(1, jnp.int32)))
     for row, found in zip(logits, results, strict=True):
-        left = np.asarray(
-            process(jnp.tile(row, (len(cases), 1)), params, ones[:, None], ones, ones, jnp.zeros(1, jnp.int32)),
-            np.float64,
-        )
+        left = np.asarray(run(jnp.tile(row, (len(cases), 1))), np.float64)
         for case, ours, theirs in zip(cases, left, found, strict=True):
             np.testing.assert_array_equal(list(map(int, theirs["kept"])), np.isfinite(ours), err_msg=str(case))
             if case["temperature"] == 0:
