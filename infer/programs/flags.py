@@ -20,9 +20,8 @@ from phi3_jax.kernels import status
 from phi3_jax.model import parameter_shapes
 from phi3_jax.text import call_schema, read_tools
 
-from ..engine import DraftModel, Options, PromptCache, PromptLookup
+from ..engine import DraftModel, Options, PromptCache, PromptLookup, RopePolicy
 from ..engine.buckets import own_cache_dtype
-from ..engine.decoding import RopePolicy
 from ..engine.options import CACHE_DTYPES, MOST_TOKENS
 from ..engine.speculation import MOST_GUESSES
 from ..sampling import Grammar, Sampling
