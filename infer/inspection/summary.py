@@ -164,10 +164,13 @@ def _comparison(report: Report, style: Style) -> list[str]:
     found = [
         style(f"beside {comparison['name']}", _BOLD),
         f"  it would say {top}; the next tokens' divergence is {comparison['kl'][-1]:.4f} nats",
-        style(f"{'layer':>7}  cosine of the streams, divergence of what both would say", _FAINT),
     ]
+    if comparison["note"] is not None:
+        return [*found, f"  {comparison['note']}"]
+    found.append(style(f"{'layer':>7}  {'cosine':>8}  divergence of what both would say", _FAINT))
     for layer, values in enumerate(comparison["layers"]):
-        found.append(f"{layer:7}  {values['cosine'][-1]:8.5f}  {values['kl'][-1]:.4f}")
+        line = f"{layer:7}  {values['cosine'][-1]:8.5f}  {values['kl'][-1]:.4f}"
+        found.append(style(line, _BOLD) if layer == comparison["parted"] else line)
     return found
 
 

@@ -30,7 +30,9 @@ from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.regular_file import read_text
 
 from ..engine.buckets import own_cache_dtype
-from ..inspection import collect, summary, texts, weigh, weigh_shapes
+from ..inspection import collect, compare, summary, texts, timeline, weigh, weigh_shapes
+from ..inspection.html import html
+from ..inspection.picture import save_png
 from ..inspection.report import require_size, sampling_defaults
 from . import flags as common
 
@@ -119,17 +121,11 @@ def _inspect(text: str) -> dict[str, Any]:
             on_progress=on_progress,
         )
     if _GENERATE.value is not None:
-        from ..inspection.timeline import timeline
-
-        _say("writing what follows")
-        report["generation"] = timeline(
-            checkpoint, ids, _GENERATE.value, temperature=sampling.temperature, seed=common.SEED.value
-        )
+        _say("writing what follows, twice")
+        report["generation"] = timeline(checkpoint, ids, _GENERATE.value, sampling.temperature, common.SEED.value)
     if other is not None:
-        from ..inspection.comparison import compare
-
         _say("comparing")
-        report["comparison"] = compare(checkpoint, other, ids) | {"name": _other_name()}
+        report["comparison"] = compare(checkpoint, other, ids, _other_name())
     texts.add_vocabulary(report, checkpoint.tokenizer)
     return report
 
@@ -181,14 +177,10 @@ def _other_name() -> str:
 def _write(written: dict[str, Any], kind: str, place: Path) -> None:
     """Writes a report in one format; a file that is there is replaced as a whole."""
     if kind == "png":
-        from ..inspection.picture import save_png
-
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # absl shows messages from INFO on
         save_png(written, place)
         return
     if kind == "html":
-        from ..inspection.html import html
-
         text = html(written)
     else:
         text = json.dumps(written, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
