@@ -27,6 +27,7 @@ infer.prompts infer.sampling
 infer.engine
 infer.answer
 infer.generate infer.conversation infer.beam infer.benchmark
+infer.inspection
 infer.__init__
 infer.programs
 train.values

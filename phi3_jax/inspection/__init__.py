@@ -10,6 +10,7 @@ them. `phi3_jax.infer.inspection` draws the page.
 """
 
 from phi3_jax.inspection.attribution import Attribution as Attribution
+from phi3_jax.inspection.attribution import attribution_of as attribution_of
 from phi3_jax.inspection.attribution import biggest as biggest
 from phi3_jax.inspection.attribution import logit_attribution as logit_attribution
 from phi3_jax.inspection.edits import add as add
@@ -22,8 +23,10 @@ from phi3_jax.inspection.heads import HeadScores as HeadScores
 from phi3_jax.inspection.heads import ablation as ablation
 from phi3_jax.inspection.heads import head_scores as head_scores
 from phi3_jax.inspection.heads import pattern_scores as pattern_scores
+from phi3_jax.inspection.heads import rolled as rolled
 from phi3_jax.inspection.heads import rollout as rollout
 from phi3_jax.inspection.lens import Guesses as Guesses
+from phi3_jax.inspection.lens import guesses as guesses
 from phi3_jax.inspection.lens import logit_lens as logit_lens
 from phi3_jax.inspection.lens import logits_of as logits_of
 from phi3_jax.inspection.patching import attribution_patching as attribution_patching

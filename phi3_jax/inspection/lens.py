@@ -70,7 +70,7 @@ def logit_lens(
     seen = seen[0] if isinstance(seen, tuple) else seen
     if target is not None:
         target = jnp.asarray(target, jnp.int32)
-    return {name: _guesses(config, params, seen[name], top, target) for name in points}
+    return {name: guesses(config, params, seen[name], top, target) for name in points}
 
 
 def logits_of(config: Phi3Config, params: Params, residual: jax.Array) -> jax.Array:
@@ -83,7 +83,9 @@ def logits_of(config: Phi3Config, params: Params, residual: jax.Array) -> jax.Ar
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top"))
-def _guesses(config: Phi3Config, params: Params, residual: jax.Array, top: int, target: jax.Array | None) -> Guesses:
+def guesses(config: Phi3Config, params: Params, residual: jax.Array, top: int, target: jax.Array | None) -> Guesses:
+    """`logit_lens` of a residual stream [L, B, T, D] that one has read, of any layers."""
+
     shape = residual.shape[:-1]  # [L, B, T]
     wanted = jnp.broadcast_to(0 if target is None else target, shape)
 
