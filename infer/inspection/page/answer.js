@@ -110,15 +110,14 @@ function drawParameters() {
 function timeline(place, key, title) {
   const steps = report.generation[key], detail = el("div", { class: "step", "aria-live": "polite" });
   const line = el("div", { class: "line", role: "group", "aria-label": title });
-  const settle = roving(line, () => firstLine(line));
+  const press = pressing(line, () => firstLine(line));
   const show = (i) => {
-    [...line.children].forEach((button, j) => button.setAttribute("aria-pressed", i === j));
-    settle();
+    press(line.children[i]);
     drawStep(detail, key, i);
   };
   steps.forEach((step, i) => {
     const pick = () => show(i);
-    const button = el("button", { type: "button", onclick: pick, onfocus: pick, onpointerenter: pick }, wordOf(step.id), el("span", { class: "below" }, num(`generation.${key}.${i}.probability`)));
+    const button = el("button", { type: "button", "aria-pressed": "false", onclick: pick, onfocus: pick, onpointerenter: pick }, wordOf(step.id), el("span", { class: "below" }, num(`generation.${key}.${i}.probability`)));
     shade(button, step.probability);
     line.append(button);
   });

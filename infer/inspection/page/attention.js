@@ -3,12 +3,12 @@
 const HABITS = { previous: "token before", first: "first token", self: "itself", entropy: "entropy", induction: "induction" };
 
 // A square for each head, a row for each layer. paint: (button, layer, head). More columns: `extra`, painted as head N.
-// Returns a function that draws it anew.
+// Returns two functions: one draws it anew, one shows which head is chosen.
 function headGrid(place, label, paint, extra = false) {
   const { layers, heads } = report.model, columns = heads + (extra ? 1 : 0);
   const grid = el("div", { class: extra ? "heads extra" : "heads", role: "group", "aria-label": label });
   grid.style.setProperty("--columns", heads);
-  const settle = roving(grid, () => columns), buttons = [];
+  const press = pressing(grid, () => columns), buttons = [];
   grid.append(el("span"), ...Array.from({ length: heads }, (_, n) => el("span", {}, n)));
   if (extra) grid.append(el("span", {}, "MLP"));
   for (let l = 0; l < layers; l++) {
@@ -16,19 +16,15 @@ function headGrid(place, label, paint, extra = false) {
     for (let n = 0; n < columns; n++) {
       const pick = () => n < heads && choose({ layer: l, head: n });
       const name = n < heads ? `layer ${l}, head ${n}` : `layer ${l}, MLP`;
-      const button = el("button", { type: "button", title: name, "aria-label": name, onclick: pick, onfocus: pick });
+      const button = el("button", { type: "button", title: name, "aria-label": name, "aria-pressed": "false", onclick: pick, onfocus: pick });
       buttons.push([button, l, n]);
       grid.append(button);
     }
   }
   place.append(el("div", { class: "grid-frame" }, el("p", { class: "axis" }, "heads →"), grid, el("p", { class: "axis" }, "layers ↓")));
-  return () => {
-    for (const [button, l, n] of buttons) {
-      button.setAttribute("aria-pressed", l === chosen.layer && n === chosen.head);
-      paint(button, l, n);
-    }
-    settle();
-  };
+  const draw = () => { for (const each of buttons) paint(...each); };
+  draw();
+  return [draw, () => press(buttons[chosen.layer * columns + chosen.head][0])];
 }
 
 // A small picture of a head's triangle, in the colour of the page.
@@ -46,8 +42,8 @@ function thumbnail(rows) {
 function paintHead(button, l, n, look) {
   if (look === "pattern") {
     shade(button, 0);
-    if (button.dataset.look !== look) button.replaceChildren(thumbnail(report.attention.thousandths[l][n]));
-  } else if (button.dataset.look !== look) {
+    button.replaceChildren(thumbnail(report.attention.thousandths[l][n]));
+  } else {
     const all = report.heads[look], most = look === "entropy" ? Math.max(...all.flat()) : 1;
     button.replaceChildren();
     shade(button, all[l][n] / most);
@@ -56,7 +52,6 @@ function paintHead(button, l, n, look) {
     button.setAttribute("aria-label", text);
     button.dataset.path = `heads.${look}.${l}.${n}`;
   }
-  button.dataset.look = look;
 }
 
 // Keys across, queries down. Cells before the sliding window are crossed out, later tokens stay empty.
@@ -88,9 +83,12 @@ function triangle(place) {
   picture.append(marker);
   picture.style.minWidth = `${Math.min(whole, 350)}px`;
   place.append(picture);
+  let shown = null;
   return () => {
     const rows = report.attention.thousandths[chosen.layer][chosen.head];
     marker.setAttribute("y", margin + chosen.token * size - 0.5);
+    if (rows === shown) return;
+    shown = rows;
     for (const [cell, number, t, k] of cells) {
       const weight = rows[t][k] / 1000, words = [t, k].map((i) => visible(report.tokens[i].text));
       shade(cell, Math.sqrt(weight));
@@ -128,8 +126,9 @@ function drawAttention() {
   const known = Object.entries(HABITS).filter(([key]) => report.heads && report.heads[key]);
   const looks = { pattern: "pattern", ...Object.fromEntries(known) };
   let look = known.length ? known[0][0] : "pattern";
-  const grid = headGrid(left, "Heads: arrow keys choose one", (button, l, n) => paintHead(button, l, n, look));
-  left.prepend(choices("Colour by", looks, look, (key) => { look = key; grid(); }));
+  const [paint, mark] = headGrid(left, "Heads: arrow keys choose one", (button, l, n) => paintHead(button, l, n, look));
+  left.prepend(choices("Colour by", looks, look, (key) => { look = key; paint(); }));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint); // thumbnails are painted in the colour of the page
   const habits = el("div"), sentence = el("p", { class: "sentence", "aria-live": "polite" });
   right.append(habits);
   const row = () => report.attention.thousandths[chosen.layer][chosen.head][chosen.token];
@@ -137,6 +136,7 @@ function drawAttention() {
     below: (i) => (i <= chosen.token ? num(`attention.thousandths.${chosen.layer}.${chosen.head}.${chosen.token}.${i}`, 2, 1000) : null),
     share: (i) => (i <= chosen.token ? row()[i] / 1000 : 0),
     dim: (i) => i > chosen.token,
+    live: true,
   });
   right.append(sentence);
   const frame = el("div", { class: "scroll" });
@@ -144,7 +144,7 @@ function drawAttention() {
   const cells = triangle(frame);
   place.append(el("div", { class: "split" }, left, right));
   noteWindow();
-  watch(() => { grid(); drawHabits(habits); line(); drawLook(sentence); cells(); });
+  watch(() => { mark(); drawHabits(habits); line(); drawLook(sentence); cells(); });
   if (report.rollout) drawRollout(place);
 }
 
@@ -162,9 +162,4 @@ function drawRollout(place) {
     el("p", { class: "note" }, "Rollout multiplies the layers’ mean weights, and counts the stream that stays in place as half."));
   watch(tokenLine(place, "Attention rollout of the last token", {
     below: (i) => num(`rollout.${i}`, 3, 1, true), share: (i) => report.rollout[i] / most }));
-}
-
-function redrawThumbnails() {
-  for (const button of document.querySelectorAll("[data-look=pattern]")) delete button.dataset.look;
-  for (const draw of watchers) draw();
 }

@@ -8,15 +8,15 @@ function drawResidual() {
   const keys = Object.entries(SERIES).map(([key, name]) => el("span", { class: `key ${key}` }, name));
   place.append(el("p", { class: "note" }, "Below each token: the norm of its stream after the last layer."), sentence,
     el("p", { class: "keys" }, ...keys), picture);
+  let width = picture.clientWidth; // drawn anew for another width, so that letters keep their size
   const draw = () => {
     const t = chosen.token, last = report.model.layers - 1;
     line();
     sentence.replaceChildren("The stream of ", word(report.tokens[t].text), " begins with a norm of ",
       num(`residual.embed.${t}`), " and ends with ", num(`residual.post.${last}.${t}`), ".");
-    picture.replaceChildren(residualChart(picture.clientWidth || 640, t));
+    picture.replaceChildren(residualChart(width || 640, t));
   };
   watch(draw);
-  let width = picture.clientWidth; // drawn anew for another width, so that letters keep their size
   new ResizeObserver(() => {
     if (picture.clientWidth === width) return;
     width = picture.clientWidth;
@@ -64,7 +64,7 @@ function layerTable(place, label, rows, cell, detail) {
     return el("td", {}, button);
   })));
   table.append(el("tbody", {}, ...lines));
-  roving(table, () => report.tokens.length)();
+  roving(table, () => report.tokens.length)(table.querySelector("button"));
   place.replaceChildren(table);
   const mark = () => [...place.querySelectorAll("thead th")].forEach((head, i) => head.classList.toggle("here", i - 1 === chosen.token));
   mark();
@@ -103,7 +103,7 @@ function drawAttribution() {
     num("attribution.embed"), ` from the embedding, ${format(sum(a.heads.flat()), 2)} from all heads, ${format(sum(a.mlps), 2)} from all MLPs`,
     ...(Math.abs(a.rest ?? 0) >= 0.005 ? [", ", num("attribution.rest"), " that belongs to none of them."] : ["."])));
   const left = el("div", { class: "left" }), right = el("div", { class: "right" });
-  const draw = headGrid(left, "What each head and MLP added to the logit", (button, l, n) => {
+  const [, mark] = headGrid(left, "What each head and MLP added to the logit", (button, l, n) => {
     const path = n < model.heads ? `attribution.heads.${l}.${n}` : `attribution.mlps.${l}`;
     const text = `layer ${l}, ${n < model.heads ? `head ${n}` : "MLP"}: ${format(at(path), 2)}`;
     button.title = text;
@@ -111,8 +111,7 @@ function drawAttribution() {
     button.dataset.path = path;
     shade(button, at(path) / most);
   }, true);
-  draw();
-  watch(() => draw());
+  watch(mark);
   const parts = a.mlps.map((x, l) => [x, `layer ${l}, MLP`, `attribution.mlps.${l}`]);
   a.heads.forEach((row, l) => row.forEach((x, n) => parts.push([x, `layer ${l}, head ${n}`, `attribution.heads.${l}.${n}`])));
   parts.sort((one, other) => other[0] - one[0]);

@@ -50,7 +50,6 @@ function start() {
   }
   const footer = document.querySelector("footer"), read = codeLinks(footer);
   if (read) footer.append(read);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawThumbnails);
   document.documentElement.dataset.drawn = "yes";
 }
 

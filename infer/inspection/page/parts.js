@@ -122,10 +122,14 @@ function shade(element, share) {
 }
 
 // One tab stop for many buttons; arrow keys, Home and End move among them. `columns()` says how many make a row.
+// Returns a function that moves the stop.
 function roving(container, columns) {
+  let stop = null;
   const stops = () => [...container.querySelectorAll("button")];
   const go = (to) => {
-    for (const stop of stops()) stop.tabIndex = stop === to ? 0 : -1;
+    for (const button of stop ? [stop] : stops()) button.tabIndex = -1;
+    to.tabIndex = 0;
+    stop = to;
   };
   container.addEventListener("focusin", (event) => event.target.tagName === "BUTTON" && go(event.target));
   container.addEventListener("keydown", (event) => {
@@ -136,7 +140,19 @@ function roving(container, columns) {
     event.preventDefault();
     all[target].focus();
   });
-  return () => go(container.querySelector("[aria-pressed=true]") ?? stops()[0]);
+  return go;
+}
+
+// The same, of which one button is pressed. Returns a function that presses one.
+function pressing(container, columns) {
+  const go = roving(container, columns);
+  let pressed = null;
+  return (button) => {
+    pressed?.setAttribute("aria-pressed", "false");
+    button.setAttribute("aria-pressed", "true");
+    pressed = button;
+    go(button);
+  };
 }
 
 // How many buttons of a wrapping line stand in the first one.
@@ -146,25 +162,26 @@ function firstLine(container) {
 }
 
 // The prompt as a line of buttons, each with something below its word. below: (i) -> node or null; share: (i) -> [-1, 1].
-// Returns a function that draws it anew.
-function tokenLine(place, label, { below, share = () => 0, dim = () => false }) {
+// Returns a function that shows which token is chosen; where what stands there depends on that (`live`), it is drawn anew.
+function tokenLine(place, label, { below, share = () => 0, dim = () => false, live = false }) {
   const line = el("div", { class: "line", role: "group", "aria-label": label });
-  const settle = roving(line, () => firstLine(line));
+  const press = pressing(line, () => firstLine(line));
+  const unders = report.tokens.map(() => el("span", { class: "below" }));
   const buttons = report.tokens.map((token, i) => {
     const pick = () => choose({ token: i });
-    return el("button", { type: "button", onclick: pick, onfocus: pick, onpointerenter: pick });
+    return el("button", { type: "button", "aria-pressed": "false", onclick: pick, onfocus: pick, onpointerenter: pick }, word(token.text), unders[i]);
+  });
+  const draw = () => buttons.forEach((button, i) => {
+    unders[i].replaceChildren(below(i) ?? " ");
+    button.classList.toggle("dim", dim(i));
+    shade(button, share(i));
   });
   line.append(...buttons);
   place.append(line);
+  if (!live) draw();
   return () => {
-    buttons.forEach((button, i) => {
-      const under = below(i);
-      button.replaceChildren(word(report.tokens[i].text), el("span", { class: "below" }, under ?? " "));
-      button.setAttribute("aria-pressed", i === chosen.token);
-      button.classList.toggle("dim", dim(i));
-      shade(button, share(i));
-    });
-    settle();
+    if (live) draw();
+    press(buttons[chosen.token]);
   };
 }
 
