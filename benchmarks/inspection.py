@@ -27,7 +27,7 @@ import phi3_jax
 from phi3_jax import inspection
 from phi3_jax.inspection.running import compiled
 
-LONG, SHORT, SAMPLE = 512, 20, 60
+LONG, SHORT, SAMPLE = 512, 20, 12
 CAPTURE_LIMIT, SWEEP_LIMIT = 1.3, 5.0
 RIGHT, WRONG = 7042, 8041  # any two ids
 Work = dict[str, tuple[Callable[[], Any], int]]  # name -> (what is timed, how many of it make the whole)
