@@ -46,17 +46,19 @@ def main() -> None:
     if importlib.util.find_spec("transformer_lens") is not None:
         works |= theirs(checkpoint, prompt, tokens, other)
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    busy: dict[str, list[float]] = {name: [] for name in works}  # of all cores: other programs hardly change it
     for each, _ in works.values():
         each()  # compiles
     for _ in range(options.rounds):
         for name, (each, times) in works.items():
-            begin = time.perf_counter()
+            begin, begin_busy = time.perf_counter(), time.process_time()
             each()
             seconds[name].append((time.perf_counter() - begin) * times)
+            busy[name].append((time.process_time() - begin_busy) * times)
     found = {name: statistics.median(each) for name, each in seconds.items()}
-    print("| what | seconds, median | least |\n|---|---|---|")
+    print("| what | seconds, median | least | CPU seconds, median |\n|---|---|---|---|")
     for name, each in seconds.items():
-        print(f"| {name} | {found[name]:.2f} | {min(each):.2f} |")
+        print(f"| {name} | {found[name]:.2f} | {min(each):.2f} | {statistics.median(busy[name]):.2f} |")
     reading, speed = found["all hidden states"] / found["plain run"], found["loop"] / found["sweep"]
     print(f"\nreading all hidden states: {reading:.2f} of the plain run (limit {CAPTURE_LIMIT})")
     print(f"the sweep: {speed:.1f} times as fast as the loop (limit {SWEEP_LIMIT})")
