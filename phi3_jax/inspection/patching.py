@@ -91,7 +91,7 @@ def sweep(
         given = tuple(each if is_swept else None for each, is_swept in zip(places, swept, strict=True))
         found = _whole(*arguments, given, _as_data(metric), max(at_once // tokens.size, 1))
     else:
-        packed, index = forks.batches(token_positions, *places, at_once)
+        packed, index = forks.batches(token_positions, places[0], places[1], at_once)
         found = forks.measured(*arguments, packed, _as_data(metric))
         found = found.reshape(len(chosen), -1, *found.shape[3:])[:, index]
     shape = [len(axis) for axis, is_swept in zip(axes, swept, strict=True) if is_swept]
