@@ -25,6 +25,8 @@ from phi3_jax.inspection.running import by_layer as by_layer
 from phi3_jax.inspection.running import matching as matching
 from phi3_jax.inspection.running import run as run
 from phi3_jax.inspection.steering import steering_vector as steering_vector
+from phi3_jax.inspection.tuned import TunedLens as TunedLens
+from phi3_jax.inspection.tuned import fit_tuned_lens as fit_tuned_lens
 from phi3_jax.inspection.words import analogy as analogy
 from phi3_jax.inspection.words import entropy as entropy
 from phi3_jax.inspection.words import nearest as nearest
