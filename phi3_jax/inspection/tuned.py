@@ -5,7 +5,7 @@ the head forwards and backwards for every token, layer and step. Here they are f
 (arXiv:2303.09435), in one pass over a text and in closed form: of the normalised streams, because the last norm only
 looks at the direction.
 
-Axis letters: L layer, B batch, T query, D model.
+Axis letters: L layer, B batch, T query, D model, R tokens of a batch that count.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class TunedLens(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Over tokens: their number, and sums of x, of y, of x times x, and of y times x, y being the last layer's x."""
+    """Over tokens: how many, and sums of x, of y, of x times x, and of y times x, y being the last layer's x."""
 
-    count: jax.Array  # []
+    tokens: jax.Array  # [], how many
     x: jax.Array  # [L, D]
     xx: jax.Array  # [L, D, D]
     yx: jax.Array  # [L, D, D]
@@ -64,8 +64,8 @@ def fit_tuned_lens(config: Phi3Config, params: Params, texts: Iterable[Any], *, 
     for tokens in texts:
         new = _sums(config, params, jnp.asarray(tokens))
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
-    if sums is None or sums.count < config.hidden_size:
-        found = 0 if sums is None else int(sums.count)
+    if sums is None or sums.tokens < config.hidden_size:
+        found = 0 if sums is None else int(sums.tokens)
         raise ValueError(
             f"{found} tokens, the first of each row not counted, are too few to fit maps of {config.hidden_size} inputs"
         )
@@ -82,21 +82,21 @@ def unit(x: jax.Array, eps: float) -> jax.Array:
 def _sums(config: Phi3Config, params: Params, tokens: jax.Array) -> _Sums:
     seen, _ = compiled(config, params, tokens, None, None, Hooks(("resid_post",)))
     x = unit(seen["resid_post"][:, :, 1:], config.rms_norm_eps)  # [L, B, T - 1, D]
-    count = jnp.float32(x.shape[1] * x.shape[2])
+    R = jnp.float32(x.shape[1] * x.shape[2])
     xx = jnp.einsum("LBTI,LBTJ->LIJ", x, x, **_exact)
-    return _Sums(count, x.sum(axis=(1, 2)), xx, jnp.einsum("BTO,LBTI->LOI", x[-1], x, **_exact))
+    return _Sums(R, x.sum(axis=(1, 2)), xx, jnp.einsum("BTO,LBTI->LOI", x[-1], x, **_exact))
 
 
 @jax.jit
 def _solved(sums: _Sums, ridge: float) -> TunedLens:
     D = sums.x.shape[-1]
-    mean = sums.x / sums.count
+    mean = sums.x / sums.tokens
 
     def of_layer(layer: tuple[jax.Array, ...]) -> TunedLens:
         own, xx, yx = layer
-        xx = xx / sums.count - jnp.outer(own, own)
+        xx = xx / sums.tokens - jnp.outer(own, own)
         xx = xx + ridge * jnp.trace(xx) / D * jnp.eye(D)
-        weight = jax.scipy.linalg.solve(xx, (yx / sums.count - jnp.outer(mean[-1], own)).T, assume_a="pos").T
+        weight = jax.scipy.linalg.solve(xx, (yx / sums.tokens - jnp.outer(mean[-1], own)).T, assume_a="pos").T
         return TunedLens(weight, mean[-1] - weight @ own)
 
     found = jax.lax.map(of_layer, (mean, sums.xx, sums.yx))
