@@ -12,4 +12,5 @@ from .run import NewTokens as NewTokens
 from .run import Run as Run
 from .speculation import DraftModel as DraftModel
 from .speculation import PromptLookup as PromptLookup
+from .state import RopePolicy as RopePolicy
 from .timings import Timings as Timings

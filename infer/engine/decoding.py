@@ -2,95 +2,38 @@
 
     begin -> read, read, ... -> answer -> decode, decode, ...   (back to read where LongRoPE's border is crossed)
 
-One turn of the loop is `_forward` (the newest token through the model) and `_accept` (the next token). With a drafter
-(speculation.py) the newest token is followed by guesses: `_forward` runs them all at once, and `_accept` keeps those
-that would have been picked anyway.
+One turn of the loop is `forward` (the newest token through the model), `logits_of` and `accept` (the next token). With
+a drafter (speculation.py) the newest token is followed by guesses: `forward` runs them all at once, and `accept` keeps
+those that would have been picked anyway. state.py has what the functions are given and return.
 
-Axis letters: B batch, T prompt chunk, J the newest token and the guesses after it, S cache slot, M tokens of prompt and
-answer together, D model, V vocab.
+Axis letters: B batch, T prompt chunk, J the newest token and the guesses after it, M tokens of prompt and answer
+together, D model, V vocab.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.model import KVCache, Params, Phi3
+from phi3_jax.model import Params, Phi3
+from phi3_jax.model.points import NO_TAP, Edit, Hooks, Tap
 
-from ..sampling import SamplingArrays
 from ..sampling.grammar import unpack
-from ..sampling.logprobs import LogprobRecord
 from ..sampling.pick import pick_places
 from .failures import NOT_FINITE, failures, is_finite
-from .news import has_watched, news, no_news
+from .news import has_watched, news
+from .state import DecodeState as DecodeState
+from .state import Settings as Settings
+from .state import begin as begin
+from .state import hooks_of, must_restart
+from .state import restart as restart
 
-RopePolicy = Literal["length", "capacity", "batch"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What stays the same for a whole run.
-
-    Attributes:
-      limits: int32 [B]: how many new tokens each row may have.
-      end_ids: int32 [E]: the ids that end an answer.
-      sampling: how each row picks its tokens.
-      prompt_lengths: int32 [B].
-      rope_policy: which number of tokens decides a row's LongRoPE factors: "length", its own; "capacity", that which it
-        may grow to; "batch", that of the longest row, padding of finished rows included.
-      watched: uint8 [V], of `sampling.watched_tokens`: `decode` returns after a token that may complete a stop string.
-    """
-
-    limits: jax.Array
-    end_ids: jax.Array
-    sampling: SamplingArrays
-    prompt_lengths: jax.Array
-    rope_policy: RopePolicy = dataclasses.field(default="length", metadata={"static": True})
-    watched: jax.Array | None = None
-
-    def rope_lengths(self, lengths: jax.Array) -> jax.Array:
-        """The numbers of tokens that decide the LongRoPE factors of rows of `lengths` tokens: int32 [B]."""
-        if self.rope_policy == "capacity":
-            return self.prompt_lengths + self.limits
-        if self.rope_policy == "batch":
-            width = self.prompt_lengths.max() + (lengths - self.prompt_lengths).max()
-            return jnp.broadcast_to(width, lengths.shape)
-        return lengths
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The state of a run.
-
-    Attributes:
-      cache: keys and values of every token but the newest of each row.
-      tokens: int32 [B, M]: prompt and answer so far; only the first `lengths` of a row are valid.
-      lengths: int32 [B].
-      done: bool [B]: the row has met an end id or its limit, or was ended from outside.
-      rope_lengths: int32 [B]: the numbers of tokens that decided the LongRoPE factors of the keys in the cache.
-      offered, taken: int32 [B]: how many guesses of a drafter were tried, and how many of them kept.
-      failed: int32 [B]: 0, or why a row is done that could not go on: a flag of failures.py.
-      news: int32 [B, ...]: what the last call did, for the host (news.py).
-      logprobs: the tokens' log-probabilities, if they are wanted.
-    """
-
-    cache: KVCache
-    tokens: jax.Array
-    lengths: jax.Array
-    done: jax.Array
-    rope_lengths: jax.Array
-    offered: jax.Array
-    taken: jax.Array
-    failed: jax.Array
-    news: jax.Array
-    logprobs: LogprobRecord | None = None
+Seen = dict[str, jax.Array]
 
 
 class Drafter(Protocol):
@@ -112,46 +55,6 @@ class Drafter(Protocol):
 _Loop = tuple[jax.Array, DecodeState, Any]  # turns taken, state, drafter
 
 
-def begin(
-    config: Phi3Config,
-    settings: Settings,
-    tokens: jax.Array,
-    capacity: int,
-    dtype: Any,
-    logprobs: int | None = None,
-    unset: bool = False,
-) -> DecodeState:
-    """The state before anything is read.
-
-    Args:
-      tokens: int32 [B, M]: the prompts, with room for the answers on the right.
-      capacity: S, slots of the cache (`cache.slots_needed`); dtype and `unset`: see `KVCache.create`.
-      logprobs: how many of the most likely tokens are recorded with each token; None records nothing.
-    """
-    lengths = settings.prompt_lengths
-    record = None if logprobs is None else LogprobRecord.create(len(tokens), tokens.shape[1], logprobs)
-    # + 0 makes copies, because the state is donated.
-    return DecodeState(
-        cache=KVCache.create(config, len(tokens), capacity, dtype, unset),
-        tokens=tokens,
-        lengths=lengths + 0,
-        done=settings.limits <= 0,
-        rope_lengths=settings.rope_lengths(lengths) + 0,
-        offered=jnp.zeros_like(lengths),
-        taken=jnp.zeros_like(lengths),
-        failed=jnp.zeros_like(lengths),
-        news=no_news(len(tokens)),
-        logprobs=record,
-    )
-
-
-def restart(state: DecodeState, settings: Settings) -> DecodeState:
-    """The state with an empty cache, to read all tokens again with the LongRoPE factors of their present number."""
-    empty = jnp.full_like(state.cache.positions, -1)
-    cache = dataclasses.replace(state.cache, positions=empty)
-    return dataclasses.replace(state, cache=cache, rope_lengths=settings.rope_lengths(state.lengths) + 0)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "size", "echo"), donate_argnames=("state", "last"))
 def read(
     config: Phi3Config,
@@ -161,24 +64,47 @@ def read(
     begin: jax.Array,
     size: int,
     echo: bool = False,
+    edits: tuple[Edit, ...] = (),
 ) -> tuple[DecodeState, jax.Array]:
     """Reads `size` tokens of every row, from place `begin` (int32 scalar) on, into the cache -> (state, last).
 
     Args:
       last: [B, D], the model's output at the last token of the rows whose last token has been read; others are unset.
       echo: record the log-probabilities of these tokens' successors, which takes B x T x V floats of memory.
+      edits: see `Settings`.
     """
+    return read_chunk(config, params, state, last, begin, size, echo, hooks_of(edits))[:2]
+
+
+def read_chunk(
+    config: Phi3Config,
+    params: Params,
+    state: DecodeState,
+    last: jax.Array,
+    begin: jax.Array,
+    size: int,
+    echo: bool,
+    hooks: Hooks | None,
+) -> tuple[DecodeState, jax.Array, Seen]:
+    """`read`, not compiled -> (state, last, what `hooks` reads)."""
     places = begin + jnp.arange(size)
     positions = jnp.where(places < state.lengths[:, None], places, -1)
     tokens = jnp.take(state.tokens, places, axis=1, mode="clip")
     model, variables = Phi3(config), {"params": params}
     result: Any = model.apply(
-        variables, tokens, positions, cache=state.cache, rope_lengths=state.rope_lengths[:, None], method="hidden"
+        variables,
+        tokens,
+        positions,
+        cache=state.cache,
+        rope_lengths=state.rope_lengths[:, None],
+        hooks=hooks,
+        method="hidden",
     )
-    x, cache, _ = result
+    x, cache, seen = result
     record, failed = state.logprobs, state.failed
     if echo and record is not None:
         logits: Any = model.apply(variables, x, method="unembed")
+        logits = Tap(hooks, config, positions, {})("logits", logits)
         failed = jnp.where((~is_finite(logits) & (positions >= 0)).any(axis=1), NOT_FINITE, failed)
         beyond = state.tokens.shape[1]
         successors = jnp.take(state.tokens, places + 1, axis=1, mode="clip")
@@ -189,7 +115,7 @@ def read(
     last = jnp.where(is_last.any(axis=1)[:, None], at_last, last)
     done = state.done | (failed > 0)
     told = news(state.tokens, state.lengths, state.lengths, done, failed, jnp.asarray(False))
-    return dataclasses.replace(state, cache=cache, done=done, failed=failed, logprobs=record, news=told), last
+    return dataclasses.replace(state, cache=cache, done=done, failed=failed, logprobs=record, news=told), last, seen
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -206,18 +132,20 @@ def answer(
     Args:
       allowed: uint32 [B, V / 32 rounded up], a bit for each token that may be taken (`grammar.unpack`); None for all.
     """
-    before = state.lengths
-    state = _accept(config, params, state, last[:, None], _no_guesses(state), settings, allowed)
-    return _tell(config, before, state, settings)
+    before, hooks = state.lengths, hooks_of(settings.edits)
+    state, _ = accept(config, params, state, last[:, None], no_guesses(state), settings, allowed, hooks)
+    return tell(config, before, state, settings)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def step(config: Phi3Config, params: Params, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+def step(
+    config: Phi3Config, params: Params, state: DecodeState, edits: tuple[Edit, ...] = ()
+) -> tuple[DecodeState, jax.Array]:
     """Runs the newest token of each row through the model -> (state, last [B, D]): half a turn of `decode`.
 
     `answer` is the other half. For grammars, where the host acts between the two, and for beam search.
     """
-    state, x = _forward(config, params, state, _no_guesses(state))
+    state, x, _ = forward(config, params, state, no_guesses(state), hooks_of(edits))
     return state, x[:, 0]
 
 
@@ -239,7 +167,7 @@ def decode(
 
     def propose(loop: _Loop) -> tuple[Any, jax.Array]:
         _, state, drafter = loop
-        return (None, _no_guesses(state)) if drafter is None else drafter.propose(draft_params or {}, state, settings)
+        return (None, no_guesses(state)) if drafter is None else drafter.propose(draft_params or {}, state, settings)
 
     def more(loop: _Loop) -> jax.Array:
         count, state, _ = loop
@@ -250,8 +178,8 @@ def decode(
 
     def turn(loop: _Loop, guesses: jax.Array) -> _Loop:
         count, old, drafter = loop
-        state, x = _forward(config, params, old, guesses)
-        state = _accept(config, params, state, x, guesses, settings)
+        state, x, _ = forward(config, params, old, guesses, hooks)
+        state, _ = accept(config, params, state, x, guesses, settings, hooks=hooks)
         if settings.watched is not None:
             is_last = has_watched(state.tokens, old.lengths, state.lengths, x.shape[1], settings.watched)
             count = jnp.where(is_last, steps, count)
@@ -264,13 +192,13 @@ def decode(
     def turns(loop: _Loop) -> _Loop:
         # Places for guesses cost time even if there are no guesses. Two loops, because `lax.cond` copies the cache.
         loop = jax.lax.while_loop(
-            lambda loop: more(loop) & ~has_guesses(loop), lambda loop: turn(loop, _no_guesses(loop[1])), loop
+            lambda loop: more(loop) & ~has_guesses(loop), lambda loop: turn(loop, no_guesses(loop[1])), loop
         )
         return jax.lax.while_loop(lambda loop: more(loop) & has_guesses(loop), guessed_turn, loop)
 
-    one_kind, before = drafter is None or drafter.always_guesses, state.lengths
+    one_kind, before, hooks = drafter is None or drafter.always_guesses, state.lengths, hooks_of(settings.edits)
     _, state, drafter = jax.lax.while_loop(more, guessed_turn if one_kind else turns, (jnp.int32(0), state, drafter))
-    return _tell(config, before, state, settings), drafter
+    return tell(config, before, state, settings), drafter
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"))
@@ -288,37 +216,32 @@ def unroll(config: Phi3Config, params: Params, state: DecodeState, settings: Set
             f"unroll cannot restart at LongRoPE's border: rope_policy={settings.rope_policy!r}, not 'capacity'"
         )
 
+    hooks = hooks_of(settings.edits)
+
     def turn(state: DecodeState, _: None) -> tuple[DecodeState, None]:
-        none = _no_guesses(state)
+        none = no_guesses(state)
         # Gradients through an indexed stack of layers would cost O(L^2).
-        state, x = _forward(config, params, state, none, walk="slice")
-        return _accept(config, params, state, x, none, settings), None
+        state, x, _ = forward(config, params, state, none, hooks, walk="slice")
+        return accept(config, params, state, x, none, settings, hooks=hooks)[0], None
 
     return jax.lax.scan(turn, state, None, length=steps)[0]
 
 
-def must_restart(config: Phi3Config, state: DecodeState, settings: Settings) -> jax.Array:
-    """Whether a row has become too long for the LongRoPE factors that its keys were made with: bool scalar."""
-    if config.long_rope is None:
-        return jnp.asarray(False)
-    border = config.long_rope.original_max_position_embeddings
-    return (~state.done & (state.rope_lengths <= border) & (settings.rope_lengths(state.lengths) > border)).any()
-
-
-def _tell(config: Phi3Config, before: jax.Array, state: DecodeState, settings: Settings) -> DecodeState:
+def tell(config: Phi3Config, before: jax.Array, state: DecodeState, settings: Settings) -> DecodeState:
     """The state with the news of a call before which rows had lengths `before`."""
     restart = must_restart(config, state, settings)
     return dataclasses.replace(state, news=news(state.tokens, before, state.lengths, state.done, state.failed, restart))
 
 
-def _no_guesses(state: DecodeState) -> jax.Array:
+def no_guesses(state: DecodeState) -> jax.Array:
+    """For the newest token alone: int32 [B, 0]."""
     return jnp.zeros((len(state.tokens), 0), jnp.int32)
 
 
-def _forward(
-    config: Phi3Config, params: Params, state: DecodeState, guesses: jax.Array, walk: Any = None
-) -> tuple[DecodeState, jax.Array]:
-    """Runs each row's newest token and the guesses after it -> (state, output [B, J, D])."""
+def forward(
+    config: Phi3Config, params: Params, state: DecodeState, guesses: jax.Array, hooks: Hooks | None, walk: Any = None
+) -> tuple[DecodeState, jax.Array, Seen]:
+    """Runs each row's newest token and the guesses after it -> (state, output [B, J, D], what `hooks` reads)."""
     newest = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
     tokens = jnp.concatenate([newest, jnp.maximum(guesses, 0)], axis=1)
     # A row that is done runs along with the others; position -1 keeps its token out of the cache.
@@ -330,13 +253,14 @@ def _forward(
         positions,
         cache=state.cache,
         rope_lengths=state.rope_lengths[:, None],
+        hooks=hooks,
         method="hidden",
     )
-    x, cache, _ = result
-    return dataclasses.replace(state, cache=cache), x
+    x, cache, seen = result
+    return dataclasses.replace(state, cache=cache), x, seen
 
 
-def _accept(
+def accept(
     config: Phi3Config,
     params: Params,
     state: DecodeState,
@@ -344,11 +268,13 @@ def _accept(
     guesses: jax.Array,
     settings: Settings,
     allowed: jax.Array | None = None,
-) -> DecodeState:
+    hooks: Hooks | None = None,
+) -> tuple[DecodeState, Seen]:
     """Adds to each row its guesses up to the first that differs from what `pick` picks there, and then that pick.
 
     A random draw depends only on the row's seed and the token's place in the answer, so the tokens are the same as
     without guesses. A row that comes to a place where nothing can be picked gets no token there: it has failed.
+    Returns the state, and the logits [B, J, V] if `hooks` reads them.
 
     Args:
       x: [B, J, D], the model's output at the newest token and the guesses after it.
@@ -357,6 +283,8 @@ def _accept(
     (rows, J), room = x.shape[:2], state.tokens.shape[1]
     logits: Any = Phi3(config).apply({"params": params}, x, method="unembed")
     places = state.lengths[:, None] + jnp.arange(J)  # of the J predicted tokens
+    at = NO_TAP if hooks is None else Tap(hooks, config, places - 1, {})
+    logits = at("logits", logits)
     row = jnp.arange(rows)[:, None]
     tokens = state.tokens.at[row, jnp.where(guesses >= 0, places[:, :-1], room)].set(guesses, mode="drop")
     permitted = logits
@@ -387,7 +315,7 @@ def _accept(
         cache = dataclasses.replace(
             cache, positions=jnp.where(cache.positions < lengths[:, None] - 1, cache.positions, -1)
         )
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         cache=cache,
         tokens=state.tokens.at[row, places].set(picks, mode="drop"),
@@ -398,3 +326,4 @@ def _accept(
         failed=jnp.where(has_failed, flags[row[:, 0], jnp.minimum(first_failure, J - 1)], state.failed),
         logprobs=None if state.logprobs is None else state.logprobs.write(logits, picks, places),
     )
+    return state, at.kept

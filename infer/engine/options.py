@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from .decoding import RopePolicy
+from phi3_jax.model.points import POINTS, Edit
+
 from .prompt_cache import PromptCache
 from .speculation import DraftModel, PromptLookup
+from .state import RopePolicy
 
 MOST_TOKENS = 1 << 20  # of a chunk or of room: beyond every context of these models
 MOST_ROWS = 1 << 16
@@ -36,6 +38,8 @@ class Options:
       prompt_cache: the keys and values of a prefix; the part of it that all prompts begin with is not read again.
       room: make memory for at least this many tokens, prompt and answer together. Runs whose memory is rounded to the
         same room (buckets.py) share their compiled programs.
+      edits: changes of values inside of the model (phi3_jax.inspection), in force while prompts are read and answers
+        written, for all rows: steering, for instance. Positions are those of prompt and answer together.
       rows: run at least so many rows, prompts that are not there included, so that batches that are not full share the
         programs of those that are.
     """
@@ -50,6 +54,7 @@ class Options:
     prompt_cache: PromptCache | None = None
     room: int = 0
     rows: int = 0
+    edits: tuple[Edit, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.prefill_chunk <= MOST_TOKENS:
@@ -72,6 +77,7 @@ class Options:
             raise ValueError(f"room={self.room} must be at least 0 and at most {MOST_TOKENS}")
         if not 0 <= self.rows <= MOST_ROWS:
             raise ValueError(f"rows={self.rows} must be at least 0 and at most {MOST_ROWS}")
+        check_edits(self.edits)
         if self.speculation is not None and self.rope_policy == "batch":
             raise ValueError(
                 "rope_policy='batch' depends on the neighbours' lengths, which guessing changes: leave one out"
@@ -81,3 +87,22 @@ class Options:
     def guesses(self) -> int:
         """How many tokens are guessed at a time."""
         return 0 if self.speculation is None else self.speculation.guesses
+
+
+def check_edits(edits: tuple[Edit, ...]) -> None:
+    """Raises ValueError for changes that are not the same for every row, or whose shape is that of one call's tokens.
+
+    Prompts are read chunk by chunk, answers written token by token, and keys lie in the slots of a cache.
+    """
+    for edit in edits:
+        axes = "L" + POINTS[edit.point]
+        if edit.positions is not None and edit.positions.ndim != 1:
+            raise ValueError(f"an edit of {edit.point} has positions for each row: give one list for all of them")
+        for array in (edit.factor, edit.value):
+            sizes = dict(zip(axes, array.shape, strict=False)) if array.ndim else {}
+            fixed = "BS" if edit.positions is not None else "BTS"
+            if odd := [axis for axis in fixed if sizes.get(axis, 1) > 1]:
+                raise ValueError(
+                    f"an edit of {edit.point} has numbers {list(array.shape)} for {axes}: while generating, {odd[0]} "
+                    "must be 1" + (", or the edit must name the positions" if odd[0] == "T" else "")
+                )

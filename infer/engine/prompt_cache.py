@@ -26,6 +26,7 @@ from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.config import Phi3Config
 from phi3_jax.kernels import LoraTensor
 from phi3_jax.model import KVCache
+from phi3_jax.model.points import Edit
 
 from .failures import NOT_FINITE_ADVICE
 
@@ -194,8 +195,10 @@ class PromptCache:
         return cls(tuple(tokens.tolist()), cache, is_long, own)
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint, edits: Sequence[Edit] = ()) -> str:
     """A short name for a model, the same in every process: a hash of its configuration and of samples of its weights.
+
+    Changes inside of the model (`Options.edits`) count, too; those by a function are the same in this process only.
 
     It depends on the name, shape and dtype of every weight, and on at most 4096 of its elements, spread evenly. So a
     change to a whole matrix is noticed, but a change to a part of one may not be: for example, a few further trained
@@ -213,6 +216,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         leaf.scaling for leaf in jax.tree.leaves(checkpoint.params, is_leaf=_is_adapted) if _is_adapted(leaf)
     ]:
         digest.update(json.dumps(scalings).encode())  # of attached adapters, which are no leaves
+    if edits:
+        digest.update(str(jax.tree.structure(edits)).encode())
+        for array in jax.tree.leaves(edits):
+            digest.update(str(array.shape).encode() + np.asarray(array).tobytes())
     return digest.hexdigest()
 
 

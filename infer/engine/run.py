@@ -100,7 +100,10 @@ class Run:
             prompt_lengths=jnp.asarray([*self._lengths, *unused], jnp.int32),
             rope_policy=options.rope_policy,
             watched=jnp.asarray(np.zeros(config.vocab_size, np.uint8) if watched is None else watched),
+            edits=options.edits,
         )
+        # Where there are none, calls are those of beam search, whose programs they share then.
+        self._edits = {"edits": options.edits} if options.edits else {}
         # Not worth a program of its own for greedy rows, as the loop has on accelerators.
         self._answering = dataclasses.replace(self._settings, sampling=self._settings.sampling.for_any())
         self._masks = _grammar_masks(checkpoint, grammars, options)
@@ -229,7 +232,7 @@ class Run:
 
     def _read_on(self, state: decoding.DecodeState, prefill: Prefill) -> decoding.DecodeState:
         """Reads the next chunk of every row; after the last one takes the next token of each."""
-        state = prefill.read_chunk(functools.partial(self._timed, self._phase, decoding.read), state)
+        state = prefill.read_chunk(functools.partial(self._timed, self._phase, decoding.read, **self._edits), state)
         if not prefill.is_over:
             return state
         self._prefill = None
@@ -254,7 +257,7 @@ class Run:
 
     def _step_by_grammar(self, state: decoding.DecodeState) -> decoding.DecodeState:
         """One token of each row; the host finds out which ones are allowed while the device runs the model."""
-        state, last = self._timed("decode", decoding.step, state, wait=False)
+        state, last = self._timed("decode", decoding.step, state, wait=False, **self._edits)
         return self._timed("decode", decoding.answer, state, last, self._answering, self._allowed())
 
     def _allowed(self) -> jax.Array | None:
@@ -290,11 +293,13 @@ class Run:
         self._done, self._must_restart = self._done | news.done, news.restart
         return new
 
-    def _timed(self, phase: str, function: Any, *args: Any, model: Checkpoint | None = None, wait: bool = True) -> Any:
-        """Calls a jitted function of a model's config, weights and `args`; times compilation and run separately."""
+    def _timed(
+        self, phase: str, function: Any, *args: Any, model: Checkpoint | None = None, wait: bool = True, **options: Any
+    ) -> Any:
+        """Calls a jitted function of a model's config, weights and the rest; times compilation and run separately."""
         model = model or self._checkpoint
         with self.timings.of(phase):
-            result = function(model.config, model.params, *args)
+            result = function(model.config, model.params, *args, **options)
             return jax.block_until_ready(result) if wait else result
 
     def _capacity(self, config: Any) -> int:
@@ -314,7 +319,7 @@ class Run:
 
     def _model_fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self._checkpoint)
+            self._fingerprint = fingerprint(self._checkpoint, self.options.edits)
         return self._fingerprint
 
 

@@ -20,9 +20,8 @@ from phi3_jax.kernels import status
 from phi3_jax.model import parameter_shapes
 from phi3_jax.text import call_schema, read_tools
 
-from ..engine import DraftModel, Options, PromptCache, PromptLookup
+from ..engine import DraftModel, Options, PromptCache, PromptLookup, RopePolicy
 from ..engine.buckets import own_cache_dtype
-from ..engine.decoding import RopePolicy
 from ..engine.options import CACHE_DTYPES, MOST_TOKENS
 from ..engine.speculation import MOST_GUESSES
 from ..sampling import Grammar, Sampling
@@ -156,6 +155,11 @@ def load_draft(path: str, checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Checkpoin
     if holds_integers(path):
         return _load(path, "auto", None, adapter)
     return _load(path, DTYPE.value, QUANTIZE.value, adapter)
+
+
+def load_other(path: str, quantize: str | None, adapter: str | None) -> phi3_jax.Checkpoint:
+    """Loads another model than --checkpoint, with the same --dtype unless it is integers already."""
+    return _load(path, "auto" if holds_integers(path) else DTYPE.value, quantize, adapter)
 
 
 def _load(path: str, dtype: str, quantize: str | None, adapter: str | None) -> phi3_jax.Checkpoint:

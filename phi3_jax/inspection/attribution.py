@@ -82,7 +82,7 @@ def logit_attribution(
     options: Any = {"positions": positions, "edits": edits, "token_positions": token_positions}
     seen = run(config, params, tokens, reads, **options)
     target, against = (None if each is None else jnp.asarray(each, jnp.int32) for each in (target, against))
-    return _attribution(config, params, seen, target, against)
+    return attribution_of(config, params, seen, target, against)
 
 
 def biggest(values: jax.Array, top: int = 10) -> list[tuple[tuple[int, ...], float]]:
@@ -98,9 +98,13 @@ def biggest(values: jax.Array, top: int = 10) -> list[tuple[tuple[int, ...], flo
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _attribution(
+def attribution_of(
     config: Phi3Config, params: Params, seen: dict[str, jax.Array], target: jax.Array | None, against: jax.Array | None
 ) -> Attribution:
+    """`logit_attribution` of what one has read at some positions: embed, attn.z, mlp_out, resid_post, ln_final.out, logits.
+
+    These are as `run` returns them; `target` and `against` are int32, broadcastable to [B, P], or None.
+    """
     wide = {name: value.astype(jnp.float32) for name, value in seen.items()}
     x, normed, logits = wide["resid_post"][-1], wide["ln_final.out"], wide["logits"]
     ids = logits.argmax(axis=-1).astype(jnp.int32) if target is None else jnp.broadcast_to(target, logits.shape[:2])

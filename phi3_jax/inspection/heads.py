@@ -94,12 +94,14 @@ def rollout(config: Phi3Config, params: Params, tokens: Any, *, token_positions:
     tokens, positions = _placed(tokens, token_positions)
     whole = jnp.broadcast_to(jnp.eye(tokens.shape[1]), (*tokens.shape, tokens.shape[1]))
     for pattern in _patterns(config, params, tokens, token_positions, ()):
-        whole = _rolled(whole, pattern)
+        whole = rolled(whole, pattern)
     return whole * (positions >= 0)[..., None]
 
 
 @jax.jit
-def _rolled(whole: jax.Array, pattern: jax.Array) -> jax.Array:
+def rolled(whole: jax.Array, pattern: jax.Array) -> jax.Array:
+    """`rollout` [B, T, S] taken on through layers whose patterns [some of L, B, N, T, S] one has."""
+
     def step(whole: jax.Array, own: jax.Array) -> tuple[jax.Array, None]:
         mixed = jnp.einsum("BTS,BSR->BTR", own.mean(axis=1), whole, precision=jax.lax.Precision.HIGHEST)
         return (mixed + whole) / 2, None

@@ -81,7 +81,7 @@ def logit_lens(
     if tuned is not None:
         layers = jnp.asarray(numbers(options.get("layers"), config.num_hidden_layers, "layers"))
         tuned = TunedLens(tuned.weight[layers], tuned.bias[layers])
-    return {name: _guesses(config, params, seen[name], top, target, tuned) for name in points}
+    return {name: guesses(config, params, seen[name], top, target, tuned) for name in points}
 
 
 def logits_of(config: Phi3Config, params: Params, residual: jax.Array, is_normalized: bool = False) -> jax.Array:
@@ -99,7 +99,7 @@ def logits_of(config: Phi3Config, params: Params, residual: jax.Array, is_normal
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top"))
-def _guesses(
+def guesses(
     config: Phi3Config,
     params: Params,
     residual: jax.Array,
@@ -107,6 +107,7 @@ def _guesses(
     target: jax.Array | None,
     tuned: TunedLens | None = None,
 ) -> Guesses:
+    """`logit_lens` of a residual stream [L, B, T, D] that one has read, of any layers; `tuned` is of the same ones."""
     shape = residual.shape[:-1]  # [L, B, T]
     if tuned is not None:
         x = unit(residual, config.rms_norm_eps)

@@ -28,7 +28,7 @@ def test_guesses_at_a_stream(tiny, monkeypatch, quick_compilation):
     params = tiny.params | {"norm": {"weight": jnp.linspace(0.5, 1.5, 24)}}
     residual = np.random.default_rng(0).normal(size=(2, 1, 5, 24)).astype(np.float32) * 3
     target = np.array([[96, 4, 5, 6, 0]])
-    found = lens._guesses(tiny.config, params, jnp.asarray(residual), 4, jnp.asarray(target))
+    found = lens.guesses(tiny.config, params, jnp.asarray(residual), 4, jnp.asarray(target))
     check(found, slow_lens(tiny.config, params, residual), target)
 
 

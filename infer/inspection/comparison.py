@@ -1,0 +1,137 @@
+"""Where two models part: the same text through both, compared layer by layer. What int4 or a fine-tune has changed.
+
+Axis letters: L layer, T token, D model, V vocab.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.config import Phi3Config
+from phi3_jax.inspection import run
+from phi3_jax.model import Params, Phi3
+from phi3_jax.model.decoder import rms_norm
+
+from ..prompts import check_prompt
+from .rounding import rounded
+
+TOP = 5
+PARTED = 0.99  # the cosine of two residual streams below which models have parted
+_AT_ONCE = 64  # tokens of which there are logits at a time
+
+
+def compare(checkpoint: Checkpoint, other: Checkpoint, ids: Sequence[int], name: str = "") -> dict[str, Any]:
+    """Runs a text through two models -> report["comparison"].
+
+    Args:
+      other: of the same vocabulary. An adapter is compared as a checkpoint to which it is attached.
+      ids: T tokens.
+      name: of the other model, for the report.
+
+    Returns:
+      JSON values: "name"; "kl" [T], the Kullback-Leibler divergence KL(checkpoint || other) of their distributions of
+      the next token, in nats; "layers", of each layer {"cosine": [T] of the two residual streams after it, "kl": [T] of
+      what the logit lens reads from them, through each model's own norm and head}; "parted", the first layer after
+      which the cosine, averaged over the tokens, is below PARTED, or None; "top", the other's TOP most likely tokens
+      after the last one as [id, probability]; "note", None, or why "layers" is empty: models of other sizes have no
+      layers that belong together.
+
+    Raises:
+      ValueError: the vocabularies differ; the text is empty, has ids outside of it, or is too long.
+    """
+    _check_vocabulary(checkpoint, other)
+    for model in (checkpoint, other):
+        check_prompt(model, ids, "the text")
+    own, its = checkpoint.config, other.config
+    note, layers = _why_no_layers(own, its), None
+    tokens = np.asarray([ids], np.int32)
+    if note is not None:
+        layers = [-1]
+    streams = [
+        run(m.config, m.params, tokens, ("resid_post",), layers=layers)["resid_post"] for m in (checkpoint, other)
+    ]
+    kl = np.asarray(_divergence(own, checkpoint.params, streams[0], its, other.params, streams[1]))
+    found: list[dict[str, Any]] = []
+    parted = None
+    if note is None:
+        cosine = np.asarray(_cosine(*streams))
+        found = [{"cosine": rounded(c), "kl": rounded(k)} for c, k in zip(cosine, kl, strict=True)]
+        below = np.flatnonzero(cosine.mean(axis=1) < PARTED)
+        parted = int(below[0]) if len(below) else None
+    top, probabilities = _top(its, other.params, streams[1][-1, 0, -1])
+    return {
+        "name": name,
+        "kl": rounded(kl[-1]),
+        "layers": found,
+        "parted": parted,
+        "top": [[int(i), rounded(p)] for i, p in zip(np.asarray(top), np.asarray(probabilities), strict=True)],
+        "note": note,
+    }
+
+
+def _check_vocabulary(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    sizes = checkpoint.config.vocab_size, other.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"models of {sizes[0]} and {sizes[1]} tokens cannot be compared: they need one vocabulary")
+    if checkpoint.tokenizer is None or other.tokenizer is None:
+        return
+    pieces = [[model.tokenizer.piece(i) for i in range(sizes[0])] for model in (checkpoint, other)]
+    if differ := [i for i, (a, b) in enumerate(zip(*pieces, strict=True)) if a != b]:
+        i = differ[0]
+        raise ValueError(
+            f"token {i} is {pieces[0][i]!r} in one model and {pieces[1][i]!r} in the other: models that are compared "
+            "need one vocabulary"
+        )
+
+
+def _why_no_layers(own: Phi3Config, other: Phi3Config) -> str | None:
+    sizes = [(config.num_hidden_layers, config.hidden_size) for config in (own, other)]
+    if sizes[0] == sizes[1]:
+        return None
+    (L, D), (its_L, its_D) = sizes
+    return f"the other model has {its_L} layers of width {its_D}, this one {L} of {D}: only their outputs are compared"
+
+
+@jax.jit
+def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Streams [L, 1, T, D] -> [L, T]."""
+    a, b = (x[:, 0].astype(jnp.float32) for x in (a, b))
+    return (a * b).sum(-1) / jnp.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+@functools.partial(jax.jit, static_argnames=("own", "its"))
+def _divergence(
+    own: Phi3Config, params: Params, mine: jax.Array, its: Phi3Config, its_params: Params, theirs: jax.Array
+) -> jax.Array:
+    """KL of what the logit lens reads from streams [L, 1, T, D] of two models -> [L, T]; some tokens at a time."""
+    L, _, T, _ = mine.shape
+
+    def blocks(x: jax.Array) -> jax.Array:
+        flat = x.reshape(L * T, -1)
+        return jnp.pad(flat, ((0, -len(flat) % _AT_ONCE), (0, 0))).reshape(-1, _AT_ONCE, flat.shape[-1])
+
+    def of_block(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logs = jax.nn.log_softmax(_logits(own, params, pair[0]))
+        return (jnp.exp(logs) * (logs - jax.nn.log_softmax(_logits(its, its_params, pair[1])))).sum(-1)
+
+    return jax.lax.map(of_block, (blocks(mine), blocks(theirs))).reshape(-1)[: L * T].reshape(L, T)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _top(config: Phi3Config, params: Params, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
+    probabilities = jax.nn.softmax(_logits(config, params, stream[None])[0])
+    values, ids = jax.lax.top_k(probabilities, min(TOP, len(probabilities)))
+    return ids, values
+
+
+def _logits(config: Phi3Config, params: Params, stream: jax.Array) -> jax.Array:
+    """The logit lens: the final norm and the head on the residual stream [..., D] of any place -> float32 [..., V]."""
+    normed = rms_norm(stream, params["norm"]["weight"], config.rms_norm_eps)
+    return jnp.asarray(Phi3(config).apply({"params": params}, normed, method="unembed"))
