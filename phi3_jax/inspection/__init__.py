@@ -2,8 +2,9 @@
 
 running.py reads values and makes changes, edits.py describes changes, slopes.py has the gradients of what comes out.
 patching.py makes a change at every layer and position (forks.py: without computing again what it leaves as it was);
-lens.py asks every layer for its next word, attribution.py divides a logit among its sources, heads.py says what heads
-look at, words.py what lies near a vector, steering.py makes a vector that turns a text.
+lens.py asks every layer for its next word (tuned.py: once its stream has been mapped to the last one's),
+attribution.py divides a logit among its sources, heads.py says what heads look at, words.py what lies near a vector,
+steering.py makes a vector that turns a text.
 
 Pure functions of a config and parameters; the points themselves are in model/points.py, because the decoder passes
 them. `phi3_jax.infer.inspection` draws the page.
@@ -38,6 +39,8 @@ from phi3_jax.inspection.running import matching as matching
 from phi3_jax.inspection.running import run as run
 from phi3_jax.inspection.slopes import gradients as gradients
 from phi3_jax.inspection.steering import steering_vector as steering_vector
+from phi3_jax.inspection.tuned import TunedLens as TunedLens
+from phi3_jax.inspection.tuned import fit_tuned_lens as fit_tuned_lens
 from phi3_jax.inspection.words import analogy as analogy
 from phi3_jax.inspection.words import entropy as entropy
 from phi3_jax.inspection.words import nearest as nearest

@@ -101,7 +101,7 @@ def biggest(values: jax.Array, top: int = 10) -> list[tuple[tuple[int, ...], flo
 def attribution_of(
     config: Phi3Config, params: Params, seen: dict[str, jax.Array], target: jax.Array | None, against: jax.Array | None
 ) -> Attribution:
-    """`attribution` of what one has read at some positions: embed, attn.z, mlp_out, resid_post, ln_final.out, logits.
+    """`logit_attribution` of what one has read: embed, attn.z, mlp_out, resid_post, ln_final.out, logits, at places P.
 
     These are as `run` returns them; `target` and `against` are int32, broadcastable to [B, P], or None.
     """

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.inspection.edits import moved, replace, zero
+from phi3_jax.inspection.edits import moved, numbers, replace, zero
 from phi3_jax.inspection.running import by_layer, compiled, run
 from phi3_jax.kernels.attention.masks import attention_mask
 from phi3_jax.model import Params
@@ -83,7 +84,8 @@ def rollout(config: Phi3Config, params: Params, tokens: Any, *, token_positions:
     """Attention rollout (arXiv:2005.00928): how much of each token is in each place at the end -> [B, T, S].
 
     Heads are averaged, and half of each layer is the residual stream's: the product of (mean + 1) / 2 over the layers.
-    Rows sum to 1; those of padding are 0.
+    Rows sum to 1; those of padding are 0. Most heads of many models rest on the first token, and it then gets nearly
+    everything.
 
     Args:
       tokens: int [B, T].
@@ -116,7 +118,7 @@ def ablation(
     mean: bool = False,
     positions: Any = (-1,),
     token_positions: Any = None,
-    at_once: int = 1,
+    at_once: int = 8,
 ) -> jax.Array:
     """What each head is worth: the metric without it, less the metric with it -> [L, N, ...].
 
@@ -127,18 +129,24 @@ def ablation(
         the token, is left.
       positions: places along T whose logits the metric gets.
       token_positions: int32 [B, T], -1 for padding.
-      at_once: how many runs are computed together; all of them are one program.
+      at_once: how many runs are computed together, from 1 on; all of them are one program.
+
+    Raises:
+      ValueError: positions out of range; `at_once` below 1.
     """
+    if at_once < 1:
+        raise ValueError(f"at_once={at_once}: at least one run is computed at a time")
     tokens, places = _placed(tokens, token_positions)
     if mean:
         z = run(config, params, tokens, ["attn.z"], token_positions=token_positions)["attn.z"]
         there = (places >= 0)[None, :, :, None, None]
-        edit = replace(config, "attn.z", (z * there).sum(axis=(1, 2), keepdims=True) / there.sum())
+        total = jnp.where(there, z.astype(jnp.float32), 0).sum(axis=(1, 2), keepdims=True)
+        edit = replace(config, "attn.z", total / there.sum())
     else:
         edit = zero(config, "attn.z")
-    T = tokens.shape[1]
-    chosen = jnp.asarray(positions, jnp.int32)
-    return _without(config, metric, at_once, params, tokens, token_positions, (chosen + T) % T, edit)
+    rows = [numbers(row, tokens.shape[1], "positions") for row in np.atleast_2d(np.asarray(positions))]
+    chosen = jnp.asarray(np.stack(rows) if np.ndim(positions) == 2 else rows[0])
+    return _without(config, metric, at_once, params, tokens, token_positions, chosen, edit)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "metric", "at_once"))
@@ -161,7 +169,7 @@ def _without(
     def without(number: jax.Array) -> jax.Array:
         return measured(moved(config, edit, layer=number // N, head=number % N))
 
-    changed = jax.lax.map(without, jnp.arange(L * N), batch_size=at_once if at_once > 1 else None)
+    changed = jax.lax.map(without, jnp.arange(L * N), batch_size=at_once)
     return changed.reshape(L, N, *changed.shape[1:]) - measured()
 
 

@@ -39,7 +39,7 @@ def slow(config, params, seen, row, column, ids):
     return part(at("embed", row, column)), heads, mlps, neurons
 
 
-@pytest.mark.parametrize("differs", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("differs", [False, True])
 def test_parts_of_a_logit(tiny, differs, quick_compilation):
     params = tiny.params | {"norm": {"weight": jnp.linspace(0.5, 1.5, 24)}}
     against = 61 if differs else None

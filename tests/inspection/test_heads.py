@@ -146,6 +146,13 @@ def test_a_program_for_all_heads_and_other_texts(tiny, quick_compilation):
     assert heads._without._cache_size() == count
 
 
+def test_places_that_are_not_there_are_refused(tiny):
+    with pytest.raises(ValueError, match=r"positions \[29\]: there are 29"):
+        inspection.ablation(tiny.config, tiny.params, TOKENS, likelihood, positions=[29])
+    with pytest.raises(ValueError, match="at least one run"):
+        inspection.ablation(tiny.config, tiny.params, TOKENS, likelihood, at_once=0)
+
+
 @pytest.mark.slow
 def test_heads_of_the_demo_that_copy(demo):
     rng = np.random.default_rng(0)

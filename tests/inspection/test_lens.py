@@ -79,6 +79,47 @@ def test_the_last_layer_says_what_the_model_says(tiny, tmp_path, kind, quick_com
     np.testing.assert_allclose(found["resid_post"].probabilities[-1], own, rtol=1e-3, atol=1e-6)
 
 
+def slow_fit(x, ridge):
+    """NumPy, in float64: streams [L, ..., D] -> the normalised ones [L, R, D], and the maps (weight, bias)."""
+    x = np.asarray(x, np.float64).reshape(len(x), -1, 24)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    maps = []
+    for own in x[:-1]:
+        centred, wanted = own - own.mean(0), x[-1] - x[-1].mean(0)
+        held = ridge * (centred**2).mean()
+        wide = np.concatenate([centred, np.eye(24) * np.sqrt(held * len(own))])  # ridge as further rows of zeros
+        weight = np.linalg.lstsq(wide, np.concatenate([wanted, np.zeros((24, 24))]), rcond=None)[0].T
+        maps.append((weight, x[-1].mean(0) - weight @ own.mean(0)))
+    return x, [*maps, (np.eye(24), np.zeros(24))]
+
+
+@pytest.mark.slow
+def test_a_tuned_lens_is_the_least_squares_fit(tiny, quick_compilation):
+    params = tiny.params | {"norm": {"weight": jnp.linspace(0.5, 1.5, 24)}}
+    texts = [TOKENS, TOKENS[::-1, ::-1]]
+    tuned = inspection.fit_tuned_lens(tiny.config, params, texts, ridge=0.03)
+    seen = [inspection.run(tiny.config, params, each, ["resid_post"])["resid_post"] for each in texts]
+    _, maps = slow_fit(np.stack(seen, axis=1)[:, :, :, 1:], 0.03)
+    for layer, (weight, bias) in enumerate(maps):
+        np.testing.assert_allclose(tuned.weight[layer], weight, atol=2e-4)
+        np.testing.assert_allclose(tuned.bias[layer], bias, atol=2e-4)
+    target = np.full((3, 29), 50)
+    found = inspection.logit_lens(
+        tiny.config, params, TOKENS, ["resid_post"], top=4, target=target, tuned=tuned, layers=[2, 0]
+    )
+    x, maps = slow_fit(seen[0], 0.03)[0], [tuned.weight, tuned.bias]
+    for place, layer in enumerate((2, 0)):
+        stream = (x[layer] @ np.asarray(maps[0][layer]).T + maps[1][layer]) * np.linspace(0.5, 1.5, 24)
+        logits = stream @ np.asarray(params["lm_head"]["weight"], np.float64).T
+        probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        own = jax.tree.map(lambda leaf, place=place: leaf[place], found["resid_post"])
+        check(own, probabilities.reshape(3, 29, 97), target)
+    with pytest.raises(ValueError, match="name that point alone"):
+        inspection.logit_lens(tiny.config, params, TOKENS, tuned=tuned)
+    with pytest.raises(ValueError, match="6 tokens, the first of each row not counted, are too few"):
+        inspection.fit_tuned_lens(tiny.config, params, [TOKENS[:, :3]])
+
+
 @pytest.mark.slow
 def test_when_the_demo_says_paris(demo):
     tokens = np.array([demo.tokenizer.encode("The capital of France is")])
