@@ -1,7 +1,12 @@
 """A look inside: values of a run by the names of their points, changes of them, and what one learns from both.
 
-running.py reads values and makes changes, edits.py describes changes. Pure functions of a config and parameters; the
-points themselves are in model/points.py, because the decoder passes them. `phi3_jax.infer.inspection` draws the page.
+running.py reads values and makes changes, edits.py describes changes, slopes.py has the gradients of what comes out.
+patching.py makes a change at every layer and position (forks.py: without computing again what it leaves as it was);
+lens.py asks every layer for its next word, attribution.py divides a logit among its sources, heads.py says what heads
+look at, words.py what lies near a vector, steering.py makes a vector that turns a text.
+
+Pure functions of a config and parameters; the points themselves are in model/points.py, because the decoder passes
+them. `phi3_jax.infer.inspection` draws the page.
 """
 
 from phi3_jax.inspection.attribution import Attribution as Attribution
@@ -24,9 +29,14 @@ from phi3_jax.inspection.lens import Guesses as Guesses
 from phi3_jax.inspection.lens import guesses as guesses
 from phi3_jax.inspection.lens import logit_lens as logit_lens
 from phi3_jax.inspection.lens import logits_of as logits_of
+from phi3_jax.inspection.patching import attribution_patching as attribution_patching
+from phi3_jax.inspection.patching import logit_difference as logit_difference
+from phi3_jax.inspection.patching import patch_sweep as patch_sweep
+from phi3_jax.inspection.patching import sweep as sweep
 from phi3_jax.inspection.running import by_layer as by_layer
 from phi3_jax.inspection.running import matching as matching
 from phi3_jax.inspection.running import run as run
+from phi3_jax.inspection.slopes import gradients as gradients
 from phi3_jax.inspection.steering import steering_vector as steering_vector
 from phi3_jax.inspection.words import analogy as analogy
 from phi3_jax.inspection.words import entropy as entropy

@@ -61,7 +61,12 @@ function large(x) {
 }
 
 function short(x) {
-  for (const [size, name] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) if (x >= size) return (x / size).toPrecision(3) + name;
+  for (const [size, name] of [
+    [1e9, "B"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ])
+    if (x >= size) return (x / size).toPrecision(3) + name;
   return String(x);
 }
 
@@ -74,7 +79,12 @@ function textOf(id) {
 // A token's text in which nothing is invisible: spaces at its ends, line ends, control and direction characters.
 function visible(text) {
   if (text === "") return "∅";
-  return spelled(text.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥"));
+  return spelled(
+    text
+      .replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length))
+      .replace(/\n/g, "↵")
+      .replace(/\t/g, "⇥"),
+  );
 }
 
 // Line ends stay; other characters that show nothing, or turn the direction of what follows, are spelled.
@@ -122,49 +132,76 @@ function shade(element, share) {
 }
 
 // One tab stop for many buttons; arrow keys, Home and End move among them. `columns()` says how many make a row.
+// Returns a function that moves the stop.
 function roving(container, columns) {
+  let stop = null;
   const stops = () => [...container.querySelectorAll("button")];
   const go = (to) => {
-    for (const stop of stops()) stop.tabIndex = stop === to ? 0 : -1;
+    for (const button of stop ? [stop] : stops()) button.tabIndex = -1;
+    to.tabIndex = 0;
+    stop = to;
   };
   container.addEventListener("focusin", (event) => event.target.tagName === "BUTTON" && go(event.target));
   container.addEventListener("keydown", (event) => {
-    const all = stops(), here = all.indexOf(document.activeElement);
+    const all = stops();
+    const here = all.indexOf(document.activeElement);
     const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() };
     const target = { Home: 0, End: all.length - 1 }[event.key] ?? here + steps[event.key];
     if (here < 0 || !all[target]) return;
     event.preventDefault();
     all[target].focus();
   });
-  return () => go(container.querySelector("[aria-pressed=true]") ?? stops()[0]);
+  return go;
+}
+
+// The same, of which one button is pressed. Returns a function that presses one.
+function pressing(container, columns) {
+  const go = roving(container, columns);
+  let pressed = null;
+  return (button) => {
+    pressed?.setAttribute("aria-pressed", "false");
+    button.setAttribute("aria-pressed", "true");
+    pressed = button;
+    go(button);
+  };
 }
 
 // How many buttons of a wrapping line stand in the first one.
 function firstLine(container) {
   const buttons = [...container.querySelectorAll("button")];
-  return Math.max(buttons.findIndex((button) => button.offsetTop > buttons[0].offsetTop), 1);
+  return Math.max(
+    buttons.findIndex((button) => button.offsetTop > buttons[0].offsetTop),
+    1,
+  );
 }
 
-// The prompt as a line of buttons, each with something below its word. below: (i) -> node or null; share: (i) -> [-1, 1].
-// Returns a function that draws it anew.
-function tokenLine(place, label, { below, share = () => 0, dim = () => false }) {
+// The prompt as a line of buttons, each with something below its word. below: (i) -> node or null; share: (i) -> number
+// in [-1, 1]. Returns a function that shows which token is chosen; where numbers depend on that (`live`), it draws anew.
+function tokenLine(place, label, { below, share = () => 0, dim = () => false, live = false }) {
   const line = el("div", { class: "line", role: "group", "aria-label": label });
-  const settle = roving(line, () => firstLine(line));
+  const press = pressing(line, () => firstLine(line));
+  const unders = report.tokens.map(() => el("span", { class: "below" }));
   const buttons = report.tokens.map((token, i) => {
     const pick = () => choose({ token: i });
-    return el("button", { type: "button", onclick: pick, onfocus: pick, onpointerenter: pick });
+    return el(
+      "button",
+      { type: "button", "aria-pressed": "false", onclick: pick, onfocus: pick, onpointerenter: pick },
+      word(token.text),
+      unders[i],
+    );
   });
-  line.append(...buttons);
-  place.append(line);
-  return () => {
+  const draw = () =>
     buttons.forEach((button, i) => {
-      const under = below(i);
-      button.replaceChildren(word(report.tokens[i].text), el("span", { class: "below" }, under ?? " "));
-      button.setAttribute("aria-pressed", i === chosen.token);
+      unders[i].replaceChildren(below(i) ?? " ");
       button.classList.toggle("dim", dim(i));
       shade(button, share(i));
     });
-    settle();
+  line.append(...buttons);
+  place.append(line);
+  if (!live) draw();
+  return () => {
+    if (live) draw();
+    press(buttons[chosen.token]);
   };
 }
 
@@ -172,22 +209,50 @@ function tokenLine(place, label, { below, share = () => 0, dim = () => false }) 
 function choices(label, names, start, pick) {
   const group = el("div", { class: "choices", role: "group", "aria-label": label }, el("span", {}, `${label}:`));
   for (const [key, text] of Object.entries(names)) {
-    group.append(el("button", { type: "button", "aria-pressed": key === start, onclick: (event) => {
-      for (const button of group.querySelectorAll("button")) button.setAttribute("aria-pressed", button === event.currentTarget);
-      pick(key);
-    } }, text));
+    group.append(
+      el(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": key === start,
+          onclick: (event) => {
+            for (const button of group.querySelectorAll("button"))
+              button.setAttribute("aria-pressed", button === event.currentTarget);
+            pick(key);
+          },
+        },
+        text,
+      ),
+    );
   }
   return group;
 }
 
+function paragraph(kind, ...children) {
+  return el("p", { class: kind }, ...children);
+}
+
+// A sentence that follows what is chosen: it is read out when it changes.
+function sentence() {
+  return el("p", { class: "sentence", "aria-live": "polite" });
+}
+
+function table(kind, heads, rows) {
+  const top = el("tr", {}, ...heads.map((name) => el("th", { scope: "col" }, name)));
+  return el("table", { class: kind }, el("thead", {}, top), el("tbody", {}, ...rows));
+}
+
+// A bar as long as a share of its place, between -1 and 1.
+function barOf(share, kind = "") {
+  const bar = el("span", { class: `bar ${kind}` }, el("span"));
+  bar.firstChild.style.width = `${(100 * Math.min(Math.abs(share), 1)).toFixed(2)}%`;
+  bar.classList.toggle("minus", share < 0);
+  return bar;
+}
+
 // Rows of (word, number, bar): [{word, number, share}].
 function bars(rows) {
-  return el("div", { class: "bars" }, ...rows.flatMap((row) => {
-    const bar = el("span", { class: "bar" }, el("span"));
-    bar.firstChild.style.width = `${(100 * Math.min(Math.abs(row.share), 1)).toFixed(2)}%`;
-    bar.classList.toggle("minus", row.share < 0);
-    return [row.word, row.number, bar];
-  }));
+  return el("div", { class: "bars" }, ...rows.flatMap((row) => [row.word, row.number, barOf(row.share)]));
 }
 
 function body(id) {

@@ -42,9 +42,11 @@ function keepTopP(logits, p) {
   const spare = f32(1 - f32(p)); // the least likely go as long as they add up to no more than this
   const order = Float32Array.from(logits).sort();
   const probs = softmax(order);
-  let below = 0, place = 0; // `below`: the probability of all that are less likely than order[place]
+  let below = 0;
+  let place = 0; // `below`: the probability of all that are less likely than order[place]
   while (place < order.length) {
-    let end = place, mass = 0;
+    let end = place;
+    let mass = 0;
     while (end < order.length && order[end] === order[place]) mass += probs[end++];
     if (below + mass > spare || end === order.length) break;
     below += mass;
@@ -59,7 +61,8 @@ function keepTopP(logits, p) {
 
 // The tokens that are at least p times as likely as the most likely one.
 function keepMinP(logits, p) {
-  const most = largest(logits), least = f32(p);
+  const most = largest(logits);
+  const least = f32(p);
   return logits.map((x) => (f32(Math.exp(f32(x - most))) < least ? -Infinity : x));
 }
 
@@ -85,7 +88,8 @@ function chancesOf(logits, settings) {
 
 // A draw: the first id at which the probabilities so far exceed `uniform`, in [0, 1).
 function draw(chances, uniform) {
-  let total = 0, last = 0;
+  let total = 0;
+  let last = 0;
   for (const p of chances) total += p;
   for (let id = 0, sum = 0; id < chances.length; id++) {
     if (chances[id] === 0) continue;

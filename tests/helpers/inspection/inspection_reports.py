@@ -33,7 +33,7 @@ def random_report(
     rng = np.random.default_rng(7)
 
     def numbers(*shape: int, scale: float = 1.0) -> Any:
-        return np.vectorize(lambda x: float(f"{x:.5g}"))(scale * rng.gamma(0.7, 1.0, shape)).tolist()
+        return np.vectorize(lambda x: float(f"{x:.5g}"), otypes=[float])(scale * rng.gamma(0.7, 1.0, shape)).tolist()
 
     def guesses(*shape: int, among: int) -> Any:
         """[..., among] of [id, probability], the likeliest first."""

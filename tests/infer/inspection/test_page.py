@@ -131,6 +131,8 @@ def test_every_number_on_the_page_is_that_of_the_report(report, monkeypatch, tmp
                 shown_id, share, word = record["words"][f"{kind}.{layer}.{t}"]
                 assert (int(shown_id), float(share)) == (token, pytest.approx(probability, abs=5.1e-5))
                 assert not re.search(r"[\x00-\x1f\u202e\u2066\u2028]", word)
+    outside = [attributes for tag, attributes, _ in elements.all() if attributes.get("class") == "cell outside"]
+    assert len(outside) == sum(t - k >= 4 for t in range(7) for k in range(t + 1))  # the window is 4
     assert record["keys"] == [
         {"token": 2, "layer": 2, "head": 4},  # where the loop above has ended
         {"token": 2, "layer": 1, "head": 2},
@@ -180,6 +182,23 @@ def test_sections_that_a_report_has_not_are_left_out(report, monkeypatch, tmp_pa
         "tokens",
         "parameters",
     }
+
+
+@pytest.mark.slow
+def test_a_text_of_one_token_and_sections_that_lack_a_part(monkeypatch, tmp_path):
+    report = random_report(length=1, window=None)
+    for key in ("heads", "rollout", "entropy", "attribution", "code"):
+        del report[key]
+    del report["generation"]["sampled"]
+    report["comparison"] |= {"layers": [], "note": "<b>models of other sizes</b>", "parted": None}
+    elements, console = browse(driven(report, monkeypatch), tmp_path)
+    assert console == ""
+    assert [text for _, _, text in elements.all(id="problems")] == [""]
+    sections = {attributes["id"]: text for tag, attributes, text in elements.all(id=None) if tag == "section"}
+    assert "attribution" not in sections
+    assert "<b>models of other sizes</b>" in sections["comparison"]
+    assert "By chance" not in sections["generation"]
+    assert "no sliding window" in sections["attention"]
 
 
 SETTINGS = [
