@@ -154,7 +154,8 @@ def _residual(seen: readings.Seen) -> dict[str, Any]:
 
 
 def _lens(checkpoint: Checkpoint, seen: readings.Seen, step: Callable[[], None]) -> dict[str, Any]:
-    config, found = checkpoint.config, {}
+    config = checkpoint.config
+    found: dict[str, Any] = {}
     for name, point in {"mid": "resid_mid", "post": "resid_post"}.items():
         found[name] = []
         for layer in range(config.num_hidden_layers):  # one after another: it takes a while

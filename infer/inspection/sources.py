@@ -16,6 +16,9 @@ from phi3_jax.model.rope import rotate
 
 from ..sampling import processors
 from ..sampling.pick import process
+from .comparison import compare
+from .sizes import parts
+from .timeline import timeline
 
 # The sections of the report, and the parts of the model that the page names.
 PARTS: dict[str, Callable[..., Any]] = {
@@ -43,6 +46,9 @@ PARTS: dict[str, Callable[..., Any]] = {
     "top_p": processors.keep_top_p,
     "min_p": processors.keep_min_p,
     "sampling": process,
+    "parameters": parts,
+    "generation": timeline,
+    "comparison": compare,
     "points": Tap,
     "run": inspection.run,
 }

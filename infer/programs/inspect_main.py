@@ -237,7 +237,15 @@ def _prompt_text() -> str:
 def _check_flags() -> None:
     """Raises ValueError for flags that contradict one another, or that would have no effect."""
     prompts = [flag for flag in (_PROMPT, _PROMPT_FILE) if flag.value is not None]
-    about_prompts = [_CHAT, _PARSE_SPECIAL, common.SYSTEM, _GENERATE, _COMPARE, _COMPARE_ADAPTER, _COMPARE_QUANTIZE]
+    about_prompts: list[flags.FlagHolder[Any]] = [
+        _CHAT,
+        _PARSE_SPECIAL,
+        common.SYSTEM,
+        _GENERATE,
+        _COMPARE,
+        _COMPARE_ADAPTER,
+        _COMPARE_QUANTIZE,
+    ]
     about_prompts += [common.TEMPERATURE, common.SEED]
     if _WEIGHTS.value:
         if given := [*prompts, *(flag for flag in about_prompts if flag.present)]:

@@ -17,6 +17,7 @@ from phi3_jax.adapters import LoraConfig, attach, init_adapter
 from phi3_jax.infer import inspection
 from phi3_jax.infer.engine.buckets import own_cache_dtype
 from phi3_jax.infer.inspection.report import require_size, sampling_defaults
+from phi3_jax.infer.inspection.texts import add_vocabulary
 from phi3_jax.kernels import why_unavailable
 
 IDS = [5, 96, 17, 3, 41, 5, 96, 60, 0, 88, 17, 17, 23, 71, 9, 34, 52, 41, 5, 96, 2, 77, 13]  # behind the window of 19
@@ -175,6 +176,9 @@ def test_texts_and_sizes(tiny, report):
     assert [token["id"] for token in report["tokens"]] == IDS
     assert report["vocabulary"]["96"] == "<96>"  # there is no tokenizer
     root = Path(phi3_jax.__file__).parent.parent
+    page = (root / "infer/inspection/page/template.html").read_text(encoding="utf-8")
+    named = {key for keys in re.findall(r'data-code="(.*?)"', page) for key in keys.split()}
+    assert {"tokens", "softmax", "parameters"} <= named <= report["code"].keys()  # each part of the page has its code
     for place in report["code"].values():
         line = (root / place["module"]).read_text(encoding="utf-8").splitlines()[place["line"] - 1]
         name = place["name"].rsplit(".", 1)[-1]
@@ -191,6 +195,22 @@ def test_files_are_as_the_schema_says(tiny, report):
     assert problems(report | {"rollout": [0.5] * (T - 1)}, "The report", sizes) == ["rollout: 22, not T"]
     assert problems(report | {"prompt": 5}, "The report", sizes) == ["prompt: 5 is not text"]
     assert problems({k: v for k, v in report.items() if k != "prompt"}, "The report", sizes) == ["prompt is missing"]
+
+
+@pytest.mark.slow
+def test_the_whole_file(tiny, int4_folder, report):
+    """With a timeline and a comparison."""
+    report = dict(report)
+    report["generation"] = inspection.timeline(tiny, IDS, 3, 1.5, 7)
+    report["comparison"] = inspection.compare(tiny, phi3_jax.load(int4_folder), IDS, "int4")
+    add_vocabulary(report, None)
+    assert problems(report, "The report", {"T": T, "L": 3, "N": 6}) == []
+    steps = report["generation"]["greedy"] + report["generation"]["sampled"]
+    named = {step["id"] for step in steps} | {pair[0] for pair in report["comparison"]["top"]}
+    named |= {pair[0] for step in steps for pair in step["runners"]}
+    assert {str(token) for token in named} <= report["vocabulary"].keys()
+    assert report["generation"]["greedy"][0]["id"] == report["next"]["top"][0][0]
+    close(report["generation"]["greedy"][0]["probability"], report["next"]["top"][0][2])
 
 
 TYPES = {
@@ -296,7 +316,7 @@ def kinds(tiny, folder):
 
 
 @pytest.mark.slow
-def test_weights_of_every_kind(tiny, tmp_path):
+def test_weights_of_every_kind(tiny, tmp_path, quick_compilation):
     """The report of each is about what the model computes with them, and its parts are the logit."""
     plain = None
     for name, checkpoint in kinds(tiny, tmp_path):

@@ -16,6 +16,7 @@ from cache_folders import own_cache
 import phi3_jax
 from phi3_jax.infer.inspection import summary
 from phi3_jax.infer.programs import inspect_main
+from phi3_jax.infer.sampling import Sampling
 
 PROMPT = "The capital of France is"
 
@@ -88,6 +89,69 @@ def test_no_text_moves_the_cursor():
     assert summary.shown("日本語", 10) == "|日本語|  "
 
 
+class Loaded(str):
+    """What stands for a checkpoint: how it was loaded."""
+
+    tokenizer = None
+
+
+def test_what_is_loaded_run_and_compared(monkeypatch, tmp_path):
+    """Each flag reaches what it is for; nothing is computed."""
+    calls = []
+
+    def load(path, dtype, *, quantize, adapter, on_progress):
+        calls.append(("load", path, quantize, adapter))
+        return Loaded(f"{path} {quantize} {adapter}")
+
+    def recorded(name, result):
+        return lambda *args, **kwargs: calls.append((name, *args)) or result
+
+    monkeypatch.setattr(phi3_jax, "load", load)
+    monkeypatch.setattr(inspect_main, "_ids", lambda checkpoint, text: [len(text)])
+    monkeypatch.setattr(inspect_main, "require_size", lambda *args: None)
+    monkeypatch.setattr(inspect_main, "sampling_defaults", lambda checkpoint: Sampling(temperature=0.6))
+    monkeypatch.setattr(
+        inspect_main, "collect", lambda *args, sampling, **kwargs: {"temperature": sampling.temperature}
+    )
+    monkeypatch.setattr(inspect_main.texts, "add_vocabulary", lambda *args: None)
+    monkeypatch.setattr(inspect_main.summary, "lines", lambda *args: [])
+    for name in ("compare", "timeline"):
+        monkeypatch.setattr(inspect_main, name, recorded(name, name))
+    base = ["--prompt", "abc", "--format", "json", "--output", f"{tmp_path}/out", "--checkpoint", "/a/m.gguf"]
+
+    def result(*args):
+        calls.clear()
+        assert in_process(*base, *args) == 0
+        return json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr("phi3_jax.infer.programs.flags.holds_integers", lambda path: False)
+    assert result() == {"temperature": 0.6}
+    assert calls == [("load", "/a/m.gguf", None, None)]
+    ours = "/a/m.gguf int8 x/y"
+    assert result(
+        "--quantize", "int8", "--adapter", "x/y", "--generate", "5", "--temperature", "0.9", "--seed", "4"
+    ) == {
+        "temperature": 0.9,
+        "generation": "timeline",
+    }
+    assert calls == [("load", "/a/m.gguf", "int8", "x/y"), ("timeline", ours, [3], 5, 0.9, 4)]
+    assert result("--quantize", "int8", "--adapter", "x/y", "--compare_quantize", "int4")["comparison"] == "compare"
+    assert calls[1:] == [
+        ("load", "/a/m.gguf", "int4", "x/y"),
+        ("compare", ours, "/a/m.gguf int4 x/y", [3], "m with y, int4"),
+    ]
+    result("--quantize", "int8", "--adapter", "x/y", "--compare_adapter", "z/")
+    assert calls[1:] == [
+        ("load", "/a/m.gguf", "int8", "z/"),
+        ("compare", ours, "/a/m.gguf int8 z/", [3], "m with z, int8"),
+    ]
+    result("--quantize", "int8", "--adapter", "x/y", "--compare", "/a/m.gguf")
+    assert calls[1:] == [
+        ("load", "/a/m.gguf", None, None),
+        ("compare", ours, "/a/m.gguf None None", [3], "m"),
+    ]
+
+
 def started(*args, **options):
     command = [sys.executable, "-m", "phi3_jax.infer.programs.inspect_main", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
@@ -135,9 +199,8 @@ def test_colours_only_where_they_are_wanted(monkeypatch):
 def test_errors_are_one_line(tmp_path):
     for args, told in [
         (["--prompt", "a", "--format", "svg"], "--format=svg: value should be one of <html|png|json>"),
-        (["--prompt", "a", "--tempreture", "1"], "there is no --tempreture; did you mean --temperature?"),
         (["--prompt", "a", "--checkpoint", f"{tmp_path}/none"], "no such folder or file"),
-        (["--prompt", "a", "--format", "json", "--output", "/dev/full"], "No space left on device"),
+        (["--weights", "--preset", "phi-4", "--format", "json", "--output", "/dev/full"], "No space left on device"),
     ]:
         done = started(*args)
         assert done.returncode == 1
