@@ -60,10 +60,17 @@ document.querySelector(".choices .main")?.click();
 for (const e of document.querySelectorAll("[data-lens]"))
   words[e.dataset.lens] = [e.querySelector("bdi").dataset.id, e.style.getPropertyValue("--p"), e.textContent];
 const keys = [], stops = [], moved = [];
+function focused() { // a window that has not the focus sends no events of it
+  if (document.hasFocus()) return;
+  document.activeElement.dispatchEvent(new FocusEvent("focus"));
+  document.activeElement.dispatchEvent(new FocusEvent("focusin", { bubbles: true }));
+}
 for (const [group, first, key] of [[".line", 1, "ArrowRight"], [".heads", 2, "ArrowDown"], [".heads", 2, "End"]]) {
   const button = document.querySelector(group)?.querySelectorAll("button")[first];
   button?.focus();
+  focused();
   button?.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  focused();
   keys.push({ ...chosen });
 }
 for (const group of document.querySelectorAll(".line, .heads, table.layers"))
