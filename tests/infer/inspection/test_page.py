@@ -219,7 +219,8 @@ def test_sections_that_a_report_has_not_are_left_out(report, monkeypatch, tmp_pa
 @pytest.mark.slow
 def test_a_text_of_one_token_and_sections_that_lack_a_part(monkeypatch, tmp_path):
     report = random_report(length=1, window=None)
-    for key in ("heads", "rollout", "entropy", "attribution", "code"):
+    report["heads"] = {name: [[None] * 5] * 3 for name in report["heads"]}  # there is no token before the only one
+    for key in ("rollout", "entropy", "attribution", "code"):
         del report[key]
     del report["generation"]["sampled"]
     report["comparison"] |= {"layers": [], "note": "<b>models of other sizes</b>", "parted": None}
