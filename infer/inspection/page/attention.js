@@ -75,7 +75,7 @@ function paintHead(button, l, n, look) {
     const all = report.heads[look];
     const most = look === "entropy" ? Math.max(...all.flat()) : 1;
     button.replaceChildren();
-    shade(button, all[l][n] / most);
+    shade(button, all[l][n] / (most || 1));
     const text = `layer ${l}, head ${n}: ${HABITS[look]} ${format(all[l][n], 2)}`;
     button.title = text;
     button.setAttribute("aria-label", text);

@@ -33,11 +33,10 @@ function drawResidual() {
     picture.replaceChildren(residualChart(width || 640, t));
   };
   watch(draw);
-  new ResizeObserver(() => {
-    if (picture.clientWidth === width) return;
-    width = picture.clientWidth;
-    requestAnimationFrame(draw);
-  }).observe(picture);
+  onWidth(picture, (now) => {
+    width = now;
+    draw();
+  });
 }
 
 function residualChart(width, t) {
@@ -154,9 +153,8 @@ function drawLens() {
     detail,
     frame,
   );
-  requestAnimationFrame(() => {
-    frame.scrollLeft = frame.scrollWidth; // what follows the last token is what one wants first
-  });
+  // What follows the last token is what one wants first.
+  onWidth(frame, () => (frame.scrollLeft = frame.scrollWidth));
   show(rows.at(-1), report.tokens.length - 1);
 }
 

@@ -255,6 +255,17 @@ function bars(rows) {
   return el("div", { class: "bars" }, ...rows.flatMap((row) => [row.word, row.number, barOf(row.share)]));
 }
 
+// Calls react(width) where an element gets another width than it had: at first, too.
+function onWidth(element, react) {
+  let width = null;
+  const look = () => {
+    if (element.clientWidth === width) return;
+    width = element.clientWidth;
+    requestAnimationFrame(() => react(width));
+  };
+  new ResizeObserver(look).observe(element);
+}
+
 function body(id) {
   return document.querySelector(`#${id} .body`);
 }

@@ -35,6 +35,7 @@ PLACES = [
     {"temperature": 150, "topK": 0, "topP": 69, "minP": 40},
 ]
 MEANT = [(0.7, 5, 1.0, 0.0), (1.5, 0, 0.7, 0.4)]
+SAID = [["0.70", "5", "1.00, off", "0.00, off"], ["1.50", "off", "0.70", "0.40"]]
 
 # Every token, layer, head and way to look is shown in turn; what has stood there is written down.
 DRIVE = """
@@ -60,10 +61,17 @@ document.querySelector(".choices .main")?.click();
 for (const e of document.querySelectorAll("[data-lens]"))
   words[e.dataset.lens] = [e.querySelector("bdi").dataset.id, e.style.getPropertyValue("--p"), e.textContent];
 const keys = [], stops = [], moved = [];
+function focused() { // a window that has not the focus sends no events of it
+  if (document.hasFocus()) return;
+  document.activeElement.dispatchEvent(new FocusEvent("focus"));
+  document.activeElement.dispatchEvent(new FocusEvent("focusin", { bubbles: true }));
+}
 for (const [group, first, key] of [[".line", 1, "ArrowRight"], [".heads", 2, "ArrowDown"], [".heads", 2, "End"]]) {
   const button = document.querySelector(group)?.querySelectorAll("button")[first];
   button?.focus();
+  focused();
   button?.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  focused();
   keys.push({ ...chosen });
 }
 for (const group of document.querySelectorAll(".line, .heads, table.layers"))
@@ -73,7 +81,8 @@ for (const places of report.next ? PLACES : []) {
     slider.value = places[slider.id.split("-")[0]];
     slider.dispatchEvent(new Event("input"));
   }
-  moved.push([...document.querySelectorAll("td.live")].map((cell) => cell.textContent));
+  const outputs = [...document.querySelectorAll(".sliders output")].map((each) => each.textContent);
+  moved.push([outputs, [...document.querySelectorAll("td.live")].map((cell) => cell.textContent)]);
 }
 document.body.append(el("pre", { id: "seen" }, JSON.stringify({ seen, words, keys, stops, moved })));
 """
@@ -131,6 +140,12 @@ def test_every_number_on_the_page_is_that_of_the_report(report, monkeypatch, tmp
                 shown_id, share, word = record["words"][f"{kind}.{layer}.{t}"]
                 assert (int(shown_id), float(share)) == (token, pytest.approx(probability, abs=5.1e-5))
                 assert not re.search(r"[\x00-\x1f\u202e\u2066\u2028]", word)
+    check_dots(report, [attributes for tag, attributes, _ in elements.all(cx=None) if tag == "circle"])
+    cells = [(attributes, text) for tag, attributes, text in elements.all(style=None) if tag == "rect" and text]
+    assert len(cells) == 22
+    for attributes, text in cells:  # the darker, the more
+        share = float(re.search(r"--p: ([\d.]+)", attributes["style"])[1])
+        check_number(text, round(share**2, 3), text)
     outside = [attributes for tag, attributes, _ in elements.all() if attributes.get("class") == "cell outside"]
     assert len(outside) == sum(t - k >= 4 for t in range(7) for k in range(t + 1))  # the window is 4
     assert record["keys"] == [
@@ -139,7 +154,8 @@ def test_every_number_on_the_page_is_that_of_the_report(report, monkeypatch, tmp
         {"token": 2, "layer": 2, "head": 4},
     ]
     assert set(record["stops"]) == {1}  # Tab goes on to the next group
-    for meant, texts in zip(MEANT, record["moved"], strict=True):
+    for meant, said, (outputs, texts) in zip(MEANT, SAID, record["moved"], strict=True):
+        assert outputs == said
         expected = reshaped(report, *meant)
         for (token, *_), text in zip(report["next"]["top"], texts, strict=True):
             if expected[token] == 0:
@@ -148,6 +164,22 @@ def test_every_number_on_the_page_is_that_of_the_report(report, monkeypatch, tmp
                 check_number(text, expected[token], str(meant))
     (link,) = [attributes["href"] for _, attributes, text in elements.all(href=None) if "tokenizer.py:110" in text]
     assert link.startswith("file:")
+
+
+def check_dots(report, dots: list[dict[str, str]]) -> None:
+    """Each dot is at its layer, and at the logarithm of its number."""
+    assert len(dots) == 3 * report["model"]["layers"] + 1
+    rows = []
+    for dot in dots:
+        key, *layer, t = dot["data-path"].split(".")[1:]
+        values = report["residual"][key]
+        value = values[int(layer[0])][int(t)] if layer else values[int(t)]
+        rows.append((int(layer[0]) if layer else -1, np.log10(value), float(dot["cx"]), float(dot["cy"])))
+    layer, size, x, y = np.array(rows).T
+    for number, place, sign in ((layer, x, 1), (size, y, -1)):
+        slope, start = np.polyfit(number, place, 1)
+        assert slope * sign > 0
+        np.testing.assert_allclose(slope * number + start, place, atol=0.1)
 
 
 def reshaped(report, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -187,7 +219,8 @@ def test_sections_that_a_report_has_not_are_left_out(report, monkeypatch, tmp_pa
 @pytest.mark.slow
 def test_a_text_of_one_token_and_sections_that_lack_a_part(monkeypatch, tmp_path):
     report = random_report(length=1, window=None)
-    for key in ("heads", "rollout", "entropy", "attribution", "code"):
+    report["heads"] = {name: [[None] * 5] * 3 for name in report["heads"]}  # there is no token before the only one
+    for key in ("rollout", "entropy", "attribution", "code"):
         del report[key]
     del report["generation"]["sampled"]
     report["comparison"] |= {"layers": [], "note": "<b>models of other sizes</b>", "parted": None}
