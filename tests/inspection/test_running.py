@@ -1,6 +1,8 @@
 """What is read, against the slow decoder: any layers, places and heads, with a cache, and of weights of every kind."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ def test_chosen_layers_places_and_heads_of_ragged_rows(tiny, reads):
     mask = np.arange(T) >= np.array([[0], [9]])
     chosen = {"layers": [2, 0], "positions": [[0, T - 1], [-1, 11]], "heads": HEADS.tolist()}
     got = inspection.run(tiny.config, tiny.params, TOKENS, reads, token_positions=positions_from_mask(mask), **chosen)
-    assert tuple(got) == (tuple(POINTS) if reads == "*" else reads)
+    assert set(got) == set(POINTS if reads == "*" else reads)
     for row, (start, places) in enumerate([(0, [0, T - 1]), (9, [T - 10, 2])]):
         expected = slow(tiny, TOKENS[row, start:])
         for name, value in got.items():
@@ -75,7 +77,7 @@ def test_chosen_layers_places_and_heads_of_ragged_rows(tiny, reads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["float32", "int8", "unset"])
+@pytest.mark.parametrize("kind", ["int8", "unset"])
 def test_decoding_with_a_ring_of_slots(tiny, kind):
     """Fewer slots than tokens; memory that was left as it came is not looked at."""
     config = dataclasses.replace(tiny.config, sliding_window=7)
@@ -85,7 +87,7 @@ def test_decoding_with_a_ring_of_slots(tiny, kind):
     if kind == "unset" and why_not_cpu(jnp.float32) is None:  # the worst that memory may hold
         cache = dataclasses.replace(cache, k=jnp.full_like(cache.k, jnp.nan), v=jnp.full_like(cache.v, jnp.nan))
     start = 0
-    for size in (5, 1, 4, 3, 5, 1, 1, 3):
+    for size in (5, 1, 1, 5, 5, 5, 1):
         where = slice(start, start + size)
         got, cache = inspection.run(
             config, tiny.params, TOKENS[:, where], ["*"], cache=cache, rope_lengths=[[T]], layers=[2, 1]
@@ -114,35 +116,41 @@ def close_runs(got, wanted, names, share):
         assert off.mean() < share * spread, (name, off.mean() / spread)
 
 
-NAMES = [name for name in POINTS if name not in ("attn.scores",)]
+NAMES = [
+    "attn.rot_k",
+    "attn.pattern",
+    "attn.result",
+    "resid_mid",
+    "ln2.scale",
+    "mlp.pre",
+    "mlp.post",
+    "ln_final.out",
+    "logits",
+]
 
 
 @pytest.mark.slow
 def test_packed_and_unrolled_weights_and_adapters(tiny, tmp_path):
     phi3_jax.save(tiny, tmp_path / "floats")
-    rows = phi3_jax.load(tmp_path / "floats", quantize="int8", layout="rows")
     packed = phi3_jax.load(tmp_path / "floats", quantize="int8", layout="packed")
     lora = adapters.LoraConfig(rank=3, alpha=2.0, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
     adapter = adapters.init_adapter(tiny.config, lora, jax.random.key(0))
     adapter = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), adapter)
-    exact = inspection.run(tiny.config, tiny.params, TOKENS, NAMES)
-    merged = inspection.run(tiny.config, adapters.merge(tiny.params, adapter, lora), TOKENS, NAMES)
-    split = tiny.params | {"layers": jax.tree.map(lambda leaf: PerLayer(tuple(leaf)), tiny.params["layers"])}
     edits = [
         inspection.scale(tiny.config, "attn.z", 0.5, layers=[1]),
         inspection.zero(tiny.config, "mlp_out", [2], [4]),
     ]
-    edited = inspection.run(tiny.config, tiny.params, TOKENS, NAMES, edits=edits)
-    for params, wanted, options, share in (
-        (split, exact, {}, 1e-5),
-        (split, edited, {"edits": edits}, 1e-5),
-        (adapters.attach(tiny.params, adapter, lora), merged, {}, 1e-5),
-        (rows.params, exact, {}, 0.1),
-        (packed.params, exact, {}, 0.1),
-        (packed.params, edited, {"edits": edits}, 0.1),
-        (adapters.attach(packed.params, adapter, lora), merged, {}, 0.1),
+    plain, merged = (
+        inspection.run(tiny.config, each, TOKENS, NAMES, edits=edits)
+        for each in (tiny.params, adapters.merge(tiny.params, adapter, lora))
+    )
+    split = tiny.params | {"layers": jax.tree.map(lambda leaf: PerLayer(tuple(leaf)), tiny.params["layers"])}
+    for params, wanted, share in (
+        (split, plain, 1e-5),
+        (adapters.attach(tiny.params, adapter, lora), merged, 1e-5),
+        (adapters.attach(packed.params, adapter, lora), merged, 0.1),
     ):
-        close_runs(inspection.run(tiny.config, params, TOKENS, NAMES, **options), wanted, NAMES, share)
+        close_runs(inspection.run(tiny.config, params, TOKENS, NAMES, edits=edits), wanted, NAMES, share)
 
 
 @pytest.mark.slow
@@ -153,7 +161,7 @@ def test_a_bfloat16_model_keeps_its_types(tiny):
     edits = [inspection.add(tiny.config, "resid_mid", vector, [1], [2]), inspection.scale(tiny.config, "attn.q", 2.0)]
     got = inspection.run(tiny.config, low, TOKENS, NAMES, edits=edits)
     names = {name for name, value in got.items() if value.dtype == jnp.float32}
-    assert names == {"ln1.scale", "ln2.scale", "ln_final.scale", "attn.pattern", "logits"}
+    assert names == {"ln2.scale", "attn.pattern", "logits"}
     assert {value.dtype for name, value in got.items() if name not in names} == {jnp.dtype(jnp.bfloat16)}
     close_runs(got, inspection.run(tiny.config, wide, TOKENS, NAMES, edits=edits), NAMES, 0.1)
 
@@ -238,3 +246,20 @@ def test_tokens_that_do_not_fit_into_the_cache_are_refused(tiny):
     cache = cache.claim(jnp.broadcast_to(jnp.arange(T), (2, T)))
     with pytest.raises(ValueError, match="positions up to 28 do not fit into a cache of 23 slots"):
         inspection.run(tiny.config, tiny.params, TOKENS[:, :6], cache=cache)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_guide_runs_as_printed(tiny):
+    """All blocks but the first, which loads the demo."""
+    text = (Path(inspection.__file__).parent / "README.md").read_text(encoding="utf-8")
+    names = {"config": tiny.config, "params": tiny.params, "tokens": jnp.asarray(TOKENS[:1, :5])}
+    names |= {"jax": jax, "jnp": jnp, "inspection": inspection}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1:]
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, names)
+    assert names["seen"]["resid_post"].shape == (2, 1, 1, 24)
+    assert names["seen"]["attn.pattern"].shape == (2, 1, 1, 1, 5)
+    assert names["each"].shape == (6, 1, 1, 97)
+    assert names["found"].slopes["attn.z"].shape == names["found"].values["attn.z"].shape == (3, 1, 5, 6, 8)
+    assert all(f"`{name}`" in text or f"`.{name.split('.')[-1]}`" in text for name in POINTS)

@@ -61,26 +61,25 @@ def test_slopes_of_chosen_layers_places_and_heads(tiny, tokens):
         assert logits.shape == (B, 2, 97)
         return weight * jnp.sin(logits[:, 1]).sum()
 
-    def of(reads, weight, **options):
+    def of(weight, **options):
         run = jax.tree_util.Partial(third, weight)
-        return inspection.gradients(tiny.config, tiny.params, tokens, run, reads, logits_at=[4, -1], **options)
+        return inspection.gradients(tiny.config, tiny.params, tokens, run, READS, logits_at=[4, -1], **options)
 
     whole = inspection.gradients(tiny.config, tiny.params, tokens, metric, READS)
-    for reads in (READS, READS[:3]):  # with all logits, and with those of the metric only
-        some = of(reads, 2.0, layers=[2, 0], positions=[[1, 20], [7, 20]], heads=[5, 3, 0])
-        assert some.metric == pytest.approx(2 * float(whole.metric), abs=1e-3)
-        places, layers = np.array([[1, 20], [7, 20]]), np.array([2, 0])[:, None, None]
-        rows = np.arange(B)[:, None]
-        expected = {
-            "resid_pre": whole.slopes["resid_pre"][layers, rows, places],
-            "attn.v": whole.slopes["attn.v"][layers, rows, places][..., np.array([1, 1, 0]), :],
-            "attn.pattern": whole.slopes["attn.pattern"]
-            .swapaxes(2, 3)[layers, rows, places]
-            .swapaxes(2, 3)[:, :, [5, 3, 0]],
-            "logits": whole.slopes["logits"][rows, places],
-        }
-        for name in reads:
-            np.testing.assert_allclose(some.slopes[name], 2 * expected[name], atol=1e-3, err_msg=name)
+    some = of(2.0, layers=[2, 0], positions=[[1, 20], [7, 20]], heads=[5, 3, 0])
+    assert some.metric == pytest.approx(2 * float(whole.metric), abs=1e-3)
+    places, layers = np.array([[1, 20], [7, 20]]), np.array([2, 0])[:, None, None]
+    rows = np.arange(B)[:, None]
+    expected = {
+        "resid_pre": whole.slopes["resid_pre"][layers, rows, places],
+        "attn.v": whole.slopes["attn.v"][layers, rows, places][..., np.array([1, 1, 0]), :],
+        "attn.pattern": whole.slopes["attn.pattern"]
+        .swapaxes(2, 3)[layers, rows, places]
+        .swapaxes(2, 3)[:, :, [5, 3, 0]],
+        "logits": whole.slopes["logits"][rows, places],
+    }
+    for name in READS:
+        np.testing.assert_allclose(some.slopes[name], 2 * expected[name], atol=1e-3, err_msg=name)
 
 
 @pytest.mark.slow
@@ -90,7 +89,8 @@ def test_slopes_on_weights_of_every_kind(tiny, tokens, tmp_path):
     rows, packed = (phi3_jax.load(tmp_path / "floats", quantize="int8", layout=layout) for layout in ("rows", "packed"))
     split = tiny.params | {"layers": jax.tree.map(lambda leaf: PerLayer(tuple(leaf)), tiny.params["layers"])}
     for params, same in ((packed.params, rows.params), (split, tiny.params)):
-        got, expected = (inspection.gradients(tiny.config, each, tokens, metric, READS[:3]) for each in (params, same))
-        for name in READS[:3]:
-            room = 1e-3 * float(jnp.abs(expected.slopes[name]).max())
-            np.testing.assert_allclose(got.slopes[name], expected.slopes[name], atol=room, err_msg=name)
+        got, expected = (
+            inspection.gradients(tiny.config, each, tokens, metric, ["attn.v"]).slopes["attn.v"]
+            for each in (params, same)
+        )
+        np.testing.assert_allclose(got, expected, atol=1e-3 * float(jnp.abs(expected).max()))
