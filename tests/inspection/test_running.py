@@ -86,11 +86,11 @@ def test_decoding_with_a_ring_of_slots(tiny, kind):
     cache = phi3_jax.KVCache.create(config, 2, 11, jnp.int8 if kind == "int8" else jnp.float32, kind == "unset")
     if kind == "unset" and why_not_cpu(jnp.float32) is None:  # the worst that memory may hold
         cache = dataclasses.replace(cache, k=jnp.full_like(cache.k, jnp.nan), v=jnp.full_like(cache.v, jnp.nan))
-    start = 0
+    start, reads = 0, ["*"] if kind == "unset" else ["attn.k", "attn.pattern", "logits"]
     for size in (5, 1, 1, 5, 5, 5, 1):
         where = slice(start, start + size)
         got, cache = inspection.run(
-            config, tiny.params, TOKENS[:, where], ["*"], cache=cache, rope_lengths=[[T]], layers=[2, 1]
+            config, tiny.params, TOKENS[:, where], reads, cache=cache, rope_lengths=[[T]], layers=[2, 1]
         )
         for row, whole in enumerate(expected):
             slots = np.asarray(cache.positions[row])
@@ -100,9 +100,9 @@ def test_decoding_with_a_ring_of_slots(tiny, kind):
                 mine = np.asarray(value[row] if name in OUTER else value[:, row])
                 if "S" in POINTS[name]:
                     wanted, mine = wanted[..., slots[slots >= 0]], mine[..., slots >= 0]
-                if kind == "int8" and name not in ("embed", "attn.scores"):
+                if kind == "int8":
                     assert np.abs(mine - wanted).mean() < 0.1 * np.abs(wanted).mean(), name
-                elif kind != "int8":
+                else:
                     close(mine, wanted, name, atol=2e-4)
         start += size
     assert start == T
@@ -147,7 +147,6 @@ def test_packed_and_unrolled_weights_and_adapters(tiny, tmp_path):
     split = tiny.params | {"layers": jax.tree.map(lambda leaf: PerLayer(tuple(leaf)), tiny.params["layers"])}
     for params, wanted, share in (
         (split, plain, 1e-5),
-        (adapters.attach(tiny.params, adapter, lora), merged, 1e-5),
         (adapters.attach(packed.params, adapter, lora), merged, 0.1),
     ):
         close_runs(inspection.run(tiny.config, params, TOKENS, NAMES, edits=edits), wanted, NAMES, share)

@@ -8,7 +8,6 @@ import pytest
 import phi3_jax
 from phi3_jax import inspection
 from phi3_jax.inspection.running import compiled
-from phi3_jax.kernels import PerLayer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -83,14 +82,11 @@ def test_slopes_of_chosen_layers_places_and_heads(tiny, tokens):
 
 
 @pytest.mark.slow
-def test_slopes_on_weights_of_every_kind(tiny, tokens, tmp_path):
-    """Packed integers are multiplied by XLA on the way back: as those of rows are."""
+def test_slopes_on_packed_integers(tiny, tokens, tmp_path):
+    """They are multiplied by XLA on the way back: as those of rows are."""
     phi3_jax.save(tiny, tmp_path / "floats")
-    rows, packed = (phi3_jax.load(tmp_path / "floats", quantize="int8", layout=layout) for layout in ("rows", "packed"))
-    split = tiny.params | {"layers": jax.tree.map(lambda leaf: PerLayer(tuple(leaf)), tiny.params["layers"])}
-    for params, same in ((packed.params, rows.params), (split, tiny.params)):
-        got, expected = (
-            inspection.gradients(tiny.config, each, tokens, metric, ["attn.v"]).slopes["attn.v"]
-            for each in (params, same)
-        )
-        np.testing.assert_allclose(got, expected, atol=1e-3 * float(jnp.abs(expected).max()))
+    loaded = [phi3_jax.load(tmp_path / "floats", quantize="int8", layout=layout) for layout in ("rows", "packed")]
+    expected, got = (
+        inspection.gradients(tiny.config, each.params, tokens, metric, ["attn.v"]).slopes["attn.v"] for each in loaded
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-3 * float(jnp.abs(expected).max()))
