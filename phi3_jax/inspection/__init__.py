@@ -7,7 +7,7 @@ attribution.py divides a logit among its sources, heads.py says what heads look 
 steering.py makes a vector that turns a text.
 
 Pure functions of a config and parameters; the points themselves are in model/points.py, because the decoder passes
-them. `phi3_jax.infer.inspection` draws the page.
+them. README.md shows how. `phi3_jax.infer.inspection` draws the page.
 """
 
 from phi3_jax.inspection.attribution import Attribution as Attribution
@@ -35,6 +35,7 @@ from phi3_jax.inspection.patching import logit_difference as logit_difference
 from phi3_jax.inspection.patching import patch_sweep as patch_sweep
 from phi3_jax.inspection.patching import sweep as sweep
 from phi3_jax.inspection.running import by_layer as by_layer
+from phi3_jax.inspection.running import compiled as compiled
 from phi3_jax.inspection.running import matching as matching
 from phi3_jax.inspection.running import run as run
 from phi3_jax.inspection.slopes import gradients as gradients

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import slow_decoder
 
+import phi3_jax
 from phi3_jax import inspection
-from phi3_jax.inspection import POINTS
+from phi3_jax.inspection import POINTS, Hooks
 from phi3_jax.inspection.running import compiled
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T = 2, 9
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(0, 97, (B, T))
-READS = ("attn.pattern", "mlp.post", "resid_post", "logits")
+READS = ("attn.pattern", "resid_post", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +121,106 @@ def elsewhere(each):
     return dataclasses.replace(each, layers=layers, positions=positions, heads=heads, value=-0.5 * each.value)
 
 
-def test_every_edit_equals_loops_and_other_numbers_compile_nothing(tiny):
-    others = tuple(map(elsewhere, WANTED))
+SOME = tuple(each for each in WANTED if each.point in ("attn.q", "attn.v", "attn.pattern", "resid_mid", "resid_post"))
+
+
+@pytest.mark.parametrize("some", [SOME, pytest.param(WANTED, marks=pytest.mark.slow)])
+def test_edits_equal_loops_and_other_numbers_compile_nothing(tiny, some):
     before = compiled._cache_size()
-    for wanted in (WANTED, others):
+    for wanted in (some, tuple(map(elsewhere, some))):
         got = inspection.run(tiny.config, tiny.params, TOKENS, READS, edits=[each.edit(tiny.config) for each in wanted])
         expected = by_loops(tiny, wanted)
         for name in READS:
             np.testing.assert_allclose(got[name], expected[name], atol=2e-3, err_msg=name)
     assert compiled._cache_size() == before + 1
+
+
+def test_values_of_named_layers_and_heads_are_put_where_they_belong(tiny):
+    """As `run` returns them for the same layers and heads, in any order."""
+    value = normal(2, B, 1, 3, 8)
+    edit = inspection.replace(tiny.config, "attn.z", value, layers=[2, 0], positions=[4], heads=[5, 1, 2])
+    expected = np.zeros((3, B, 1, 6, 8), np.float32)
+    for i, layer in enumerate([2, 0]):
+        for j, head in enumerate([5, 1, 2]):
+            expected[layer, :, :, head] = value[i, :, :, j]
+    np.testing.assert_array_equal(edit.value, expected)
+    np.testing.assert_array_equal(edit.layers, [True, False, True])
+    np.testing.assert_array_equal(edit.heads, [False, True, True, False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda c: inspection.zero(c, "resid_pst"), r"did you mean resid_post\?"),
+        (lambda c: inspection.zero(c, "resid_pre", heads=[0]), "resid_pre has no heads: its axes are BTD"),
+        (lambda c: inspection.zero(c, "embed", layers=[0]), "embed has no layers"),
+        (lambda c: inspection.zero(c, "attn.k", heads=[2]), r"heads \[2\]: there are 2, 0 to 1"),
+        (lambda c: inspection.zero(c, "attn.q", layers=[1.5]), r"layers are numbers, not \[1.5\]"),
+        (lambda c: inspection.zero(c, "attn.q", positions=[-1]), r"positions \[-1\]: an edit counts them from 0 on"),
+        (lambda c: inspection.zero(c, "attn.q", positions=[[2, -1], [3, 3]]), r"positions \[3, 3\]: each can be named"),
+        (lambda c: inspection.add(c, "resid_pre", np.zeros(23)), r"\(LBTD\): D must be 24 or 1"),
+        (lambda c: inspection.add(c, "embed", np.zeros((3, 1, 1, 24))), r"\(LBTD\): L must be 1"),
+        (lambda c: inspection.add(c, "resid_pre", np.zeros((3, 1)), positions=[2]), r"\(LBTD\): T must be 1"),
+        (lambda c: inspection.add(c, "embed", np.zeros((1, 1, 1, 1, 24))), "it has the axes LBTD"),
+    ],
+)
+def test_edits_that_cannot_be_are_named(tiny, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tiny.config)
+
+
+@pytest.mark.slow
+def test_a_batch_of_edits_is_a_loop_over_them(tiny):
+    """What another run had there is put at each layer, position and head; one program runs all."""
+    other = inspection.run(tiny.config, tiny.params, TOKENS[::-1], ["attn.z"])["attn.z"]
+    places = [(layer, position, head) for layer in (0, 2) for position in (0, 5, 8) for head in (1, 4)]
+
+    def patched(layer, position, head):
+        edit = inspection.replace(config := tiny.config, "attn.z", other)
+        edit = inspection.moved(config, dataclasses.replace(edit, value=edit.value[:, :, 0:1]), layer, position, head)
+        return compiled(config, tiny.params, jnp.asarray(TOKENS), None, None, Hooks(("logits",), edits=(edit,)))[0][
+            "logits"
+        ]
+
+    together = jax.jit(jax.vmap(patched))(*jnp.asarray(places).T)
+    for got, (layer, position, head) in zip(together, places, strict=True):
+        value = other[layer, :, :1, head][None, :, :, None]
+        edit = inspection.replace(tiny.config, "attn.z", value, [layer], [position], [head])
+        expected = inspection.run(tiny.config, tiny.params, TOKENS, edits=[edit])["logits"]
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+        assert position == 0 or np.abs(got[:, :position] - together[-1][:, :position]).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_positions_are_those_of_the_text_while_decoding(tiny):
+    """An edit of position 5 is made once: in the step that position 5 is in."""
+    edits = [
+        inspection.add(tiny.config, "resid_mid", normal(24), [1], [5]),
+        inspection.zero(tiny.config, "logits", positions=[7]),
+    ]
+    whole = inspection.run(tiny.config, tiny.params, TOKENS, edits=edits)["logits"]
+    cache, parts = phi3_jax.KVCache.create(tiny.config, B, T), []
+    for start, end in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        seen, cache = inspection.run(tiny.config, tiny.params, TOKENS[:, start:end], edits=edits, cache=cache)
+        parts.append(seen["logits"])
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
+    assert (np.asarray(whole[:, 7]) == 0).all()
+
+
+@pytest.mark.slow
+def test_a_frozen_norm_is_that_of_another_run(tiny):
+    """With all scales replaced by their own, nothing changes; what is added then passes the last norm linearly."""
+    scales = inspection.run(tiny.config, tiny.params, TOKENS, ["*.scale"])
+    frozen = [inspection.replace(tiny.config, name, value) for name, value in scales.items()]
+    plain = inspection.run(tiny.config, tiny.params, TOKENS)["logits"]
+    np.testing.assert_allclose(
+        inspection.run(tiny.config, tiny.params, TOKENS, edits=frozen)["logits"], plain, atol=1e-4
+    )
+    vector = normal(24)
+
+    def moved(times):
+        edits = [*frozen, inspection.add(tiny.config, "resid_post", times * vector, [2])]
+        return inspection.run(tiny.config, tiny.params, TOKENS, edits=edits)["logits"] - plain
+
+    np.testing.assert_allclose(moved(3.0), 3 * moved(1.0), atol=1e-3)
+    assert np.abs(moved(1.0)).max() > 0.1

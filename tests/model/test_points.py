@@ -55,7 +55,7 @@ def program(tiny, params, walk, with_cache=False, of=lambda function: function):
 @pytest.mark.parametrize(
     ("walk", "with_cache", "of"),
     [
-        ("slice", False, jax.grad),
+        pytest.param("slice", False, jax.grad, marks=pytest.mark.slow),
         pytest.param("slice", False, jax.jit, marks=pytest.mark.slow),
         ("index", True, jax.jit),
         pytest.param("index", False, jax.grad, marks=pytest.mark.slow),
