@@ -80,9 +80,10 @@ def _check_vocabulary(checkpoint: Checkpoint, other: Checkpoint) -> None:
     sizes = checkpoint.config.vocab_size, other.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(f"models of {sizes[0]} and {sizes[1]} tokens cannot be compared: they need one vocabulary")
-    if checkpoint.tokenizer is None or other.tokenizer is None:
+    own, its = checkpoint.tokenizer, other.tokenizer
+    if own is None or its is None:
         return
-    pieces = [[model.tokenizer.piece(i) for i in range(sizes[0])] for model in (checkpoint, other)]
+    pieces = [[tokenizer.piece(i) for i in range(sizes[0])] for tokenizer in (own, its)]
     if differ := [i for i, (a, b) in enumerate(zip(*pieces, strict=True)) if a != b]:
         i = differ[0]
         raise ValueError(

@@ -74,7 +74,7 @@ def test_quantisations_and_adapters(tiny, int4_folder):
     a, b = compare(tiny, attached, IDS), compare(tiny, merged, IDS)
     np.testing.assert_allclose(a["kl"], b["kl"], atol=2e-3, rtol=1e-2)
     assert np.mean(a["kl"]) > 0.01
-    int4, packed = (phi3_jax.load(int4_folder, layout=layout) for layout in ("rows", None))
+    int4, packed = (phi3_jax.load(int4_folder, layout=layout) for layout in ("rows", "packed"))
     int8 = phi3_jax.load(int4_folder.parent / "floats", quantize="int8")
     far, as_packed, near = (compare(tiny, other, IDS) for other in (int4, packed, int8))
     np.testing.assert_allclose(far["kl"], as_packed["kl"], atol=0.05)
