@@ -3,6 +3,8 @@
 The functions of the engine's loop (engine/decoding.py), so that the tokens are those of `generate`: prompts are read in
 the same chunks, tokens picked by the same sampler, and all is read again where LongRoPE's border is crossed. One
 program reads, one picks the token after that, and one takes a step; other edits of the same shapes need no other.
+Only where values of single heads or attention's weights are read, XLA computes attention in place of the kernels, and
+rounds otherwise: where two tokens are as good as equally likely, another may be picked then.
 
 Axis letters: L layer, B batch (one row), T query (one token), S slot of the cache, V vocab.
 """
