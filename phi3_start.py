@@ -54,6 +54,11 @@ def generate() -> None:
     _run("phi3_jax.infer.programs.generate_main")
 
 
+def inspect() -> None:
+    """phi3-inspect."""
+    _run("phi3_jax.infer.programs.inspect_main")
+
+
 def quantize() -> None:
     """phi3-quantize."""
     _run("phi3_jax.infer.programs.quantize_main")

@@ -27,6 +27,7 @@ infer.prompts infer.sampling
 infer.engine
 infer.answer
 infer.generate infer.conversation infer.beam infer.benchmark
+infer.inspection
 infer.__init__
 infer.programs
 train.values
@@ -49,7 +50,8 @@ def module_name(path: Path) -> str:
     return name if name.startswith("phi3_jax.") else f"phi3_jax.{name}"
 
 
-MODULES = {module_name(path): path for top in STOREYS for path in sorted((ROOT / top).rglob("*.py"))}
+SOURCES = [path for top in STOREYS for path in sorted((ROOT / top).rglob("*.py"))]
+MODULES = {module_name(path): path for path in SOURCES if path.parent.name != "notebooks"}  # these are documents
 
 
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}

@@ -12,13 +12,14 @@ import pytest
 import phi3_jax
 
 ROOT = Path(phi3_jax.__file__).parent.parent
+NOTEBOOKS = ROOT / "infer" / "inspection" / "notebooks"  # documents, which stay in the repository
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_folder_with_code_is_in_the_package_list():
     setuptools = PROJECT["tool"]["setuptools"]
     folders = {path.parent for top in ("phi3_jax", "infer", "train") for path in (ROOT / top).rglob("*.py")}
-    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders - {NOTEBOOKS}}
     names = {name if name.startswith("phi3_jax") else f"phi3_jax.{name}" for name in names}
     assert names == set(setuptools["packages"])
     for name, folder in setuptools["package-dir"].items():
@@ -48,7 +49,8 @@ def test_the_wheel_holds_the_library_and_both_applications_once(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
     sources = {"phi3_start.py"} | {str(path.relative_to(ROOT)) for path in (ROOT / "phi3_jax").rglob("*.py")}
     for top in ("infer", "train"):
-        sources |= {f"phi3_jax/{path.relative_to(ROOT)}" for path in (ROOT / top).rglob("*.py")}
+        paths = [path for path in (ROOT / top).rglob("*.py") if path.parent != NOTEBOOKS]
+        sources |= {f"phi3_jax/{path.relative_to(ROOT)}" for path in paths}
     assert sorted(names) == sorted(sources)
     others = {
         str(path.relative_to(ROOT)) for kind in ("cpp", "h", "typed") for path in ROOT.glob(f"phi3_jax/**/*.{kind}")

@@ -1,5 +1,5 @@
-"""The programs that run models: phi3-generate, phi3-chat, phi3-benchmark, phi3-quantize, phi3-export and
-phi3-random-checkpoint.
+"""The programs that run models: phi3-generate, phi3-chat, phi3-inspect, phi3-benchmark, phi3-quantize, phi3-export
+and phi3-random-checkpoint.
 
 A program is a module whose name ends in _main, with flags, progress bars and exit codes; flags.py has the flags that
 several share, calls.py prints the calls of tools, requests.py and answer_file.py read and write the JSON lines of

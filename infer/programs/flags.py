@@ -157,6 +157,11 @@ def load_draft(path: str, checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Checkpoin
     return _load(path, DTYPE.value, QUANTIZE.value, adapter)
 
 
+def load_other(path: str, quantize: str | None, adapter: str | None) -> phi3_jax.Checkpoint:
+    """Loads another model than --checkpoint, with the same --dtype unless it is integers already."""
+    return _load(path, "auto" if holds_integers(path) else DTYPE.value, quantize, adapter)
+
+
 def _load(path: str, dtype: str, quantize: str | None, adapter: str | None) -> phi3_jax.Checkpoint:
     with progress_bar("loading") as on_progress:
         checkpoint = phi3_jax.load(path, dtype, quantize=quantize, adapter=adapter, on_progress=on_progress)

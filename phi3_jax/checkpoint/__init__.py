@@ -4,7 +4,7 @@ load_save.py has the two functions that users call; each kind of file has a modu
 package (gguf/, and peft/ for adapters); unfused.py has Llama's names, assemble.py stacks the tensors over the layers
 (adapted.py: with an adapter), as_floats.py makes floats of them again, and placement.py says where they are put. Other
 packages use the names below, the modules of gguf/, and `atomic_write`; benchmarks `assemble` weights of a
-`tensor_source` of their own.
+`tensor_source` of their own, and the table of weights reads what is in files (stored_tensors.py).
 """
 
 from phi3_jax.checkpoint.as_floats import as_floats as as_floats
@@ -29,3 +29,4 @@ from phi3_jax.checkpoint.placement import Layout as Layout
 from phi3_jax.checkpoint.placement import auto_dtype as auto_dtype
 from phi3_jax.checkpoint.placement import fastest_layout as fastest_layout
 from phi3_jax.checkpoint.quantized_files import is_quantized as is_quantized
+from phi3_jax.checkpoint.stored_tensors import stored_tensors as stored_tensors

@@ -1,8 +1,13 @@
 """Changes of a run's values, as data: a point, masks that say where, and what is put there.
 
-All of these functions take where they change something: `layers` (numbers; negative ones count from the end),
-`positions` (of tokens, from 0 on) and `heads` (of keys and values those heads); None means everywhere. Changing the
-numbers, but not how many positions there are, needs no other program.
+All of these functions take where they change something; None means everywhere:
+
+    layers     numbers; negative ones count from the end
+    positions  of tokens, as the model counts them from 0 on, also where a cache holds the earlier ones: int [P], or
+               [B, P] for each row its own, where -1 is none
+    heads      numbers of query heads; at keys and values, of key-value heads
+
+Other numbers need no other program, as long as there are as many positions.
 
 Axis letters: L layer, B batch, T query, N query heads, K key-value heads, P chosen positions.
 """
@@ -18,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.points import OUTER, POINTS, Edit
+from phi3_jax.model.points import OUTER, POINTS, Edit, require_known
 
 Numbers = Sequence[int] | None
 
@@ -49,10 +54,11 @@ def replace(
 
     Args:
       value: floats that broadcast, as NumPy does it, to the point's axes (POINTS) behind one for the layers, which is
-        how `run` returns them. Of T there may be 1, or as many as `positions`; without `positions` as many as tokens.
+        how `run` returns them: of layers and heads all, 1, or as many as are named, in that order; of T as many as
+        `positions`, or 1; without `positions` as many as there are tokens, or 1.
 
     Raises:
-      ValueError: an unknown point; a layer or head that the model has not; a value of another shape.
+      ValueError: an unknown point; a layer, position or head that cannot be; a value of another shape.
     """
     return _edit(config, point, 0.0, value, layers, positions, heads)
 
@@ -67,9 +73,11 @@ def change(
 ) -> Edit:
     """A function makes the new values of the old: float32, one layer's, with the point's axes; jax must trace it.
 
-    Another function needs another program; the same function object does not.
+    It gets all positions and heads; the others keep their old values. Another function needs another program; the same
+    one does not, and arrays that change can be bound to it: `jax.tree_util.Partial(function, array)`.
     """
-    return dataclasses.replace(_edit(config, point, 0.0, 0.0, layers, positions, heads), function=function)
+    edit = _edit(config, point, 0.0, 0.0, layers, positions, heads)
+    return dataclasses.replace(edit, function=jax.tree_util.Partial(function))
 
 
 def moved(config: Phi3Config, edit: Edit, layer: Any = None, position: Any = None, head: Any = None) -> Edit:
@@ -89,7 +97,10 @@ def numbers(chosen: Numbers, count: int, what: str) -> np.ndarray:
     Raises:
       ValueError: a number that is out of range, or that is there twice.
     """
-    found = np.arange(count, dtype=np.int32) if chosen is None else np.asarray(chosen, np.int32).reshape(-1)
+    found = np.arange(count) if chosen is None else np.asarray(chosen).reshape(-1)
+    if len(found) and found.dtype.kind not in "iu":
+        raise ValueError(f"{what} are numbers, not {found.tolist()}")
+    found = found.astype(np.int32)
     if len(found) and not (-count <= found.min() and found.max() < count):
         raise ValueError(f"{what} {found.tolist()}: there are {count}, 0 to {count - 1}")
     found = found % max(count, 1)
@@ -101,43 +112,68 @@ def numbers(chosen: Numbers, count: int, what: str) -> np.ndarray:
 def _edit(
     config: Phi3Config, point: str, factor: Any, value: Any, layers: Numbers, positions: Any, heads: Numbers
 ) -> Edit:
-    if point not in POINTS:
-        raise ValueError(f"there is no point {point!r}: known are {', '.join(POINTS)}")
+    require_known(point)
     if heads is not None and not set("NK") & set(POINTS[point]):
         raise ValueError(f"{point} has no heads: its axes are {POINTS[point]}")
     if layers is not None and point in OUTER:
         raise ValueError(f"{point} has no layers")
-    L = config.num_hidden_layers
+    chosen = {"L": None if layers is None else numbers(layers, config.num_hidden_layers, "layers")}
+    chosen["N"] = chosen["K"] = None if heads is None else numbers(heads, _heads(config, point), "heads")
+    positions = None if positions is None else _positions(positions)
     return Edit(
         point=point,
-        layers=jnp.asarray(np.isin(np.arange(L), numbers(layers, L, "layers"))),
-        positions=None if positions is None else jnp.asarray(positions, jnp.int32),
-        heads=None if heads is None else jnp.asarray(_mask(heads, _heads(config, point))),
-        factor=_wide(config, point, factor, positions),
-        value=_wide(config, point, value, positions),
+        layers=_mask(chosen["L"], config.num_hidden_layers),
+        positions=positions,
+        heads=None if heads is None else _mask(chosen["N"], _heads(config, point)),
+        factor=_wide(config, point, factor, positions, chosen),
+        value=_wide(config, point, value, positions, chosen),
     )
 
 
-def _mask(chosen: Numbers, count: int) -> np.ndarray:
-    return np.isin(np.arange(count), numbers(chosen, count, "heads"))
+def _mask(chosen: np.ndarray | None, count: int) -> jax.Array:
+    return jnp.ones(count, bool) if chosen is None else jnp.asarray(np.isin(np.arange(count), chosen))
 
 
 def _heads(config: Phi3Config, point: str) -> int:
     return config.num_attention_heads if "N" in POINTS[point] else config.num_key_value_heads
 
 
-def _wide(config: Phi3Config, point: str, value: Any, positions: Any) -> jax.Array:
-    """The value as `Edit` wants it."""
-    value, axes = jnp.asarray(value, jnp.float32), POINTS[point]
+def _positions(positions: Any) -> jax.Array:
+    """int32 [P] or [B, P]. Raises ValueError for what cannot be positions."""
+    if isinstance(positions, jax.core.Tracer):
+        return jnp.atleast_1d(positions)
+    found = np.atleast_1d(np.asarray(positions))
+    if found.ndim > 2 or found.dtype.kind not in "iu":
+        raise ValueError(f"positions are numbers [P] or [B, P], not {found.tolist()}")
+    if found.min(initial=0) < (-1 if found.ndim == 2 else 0):
+        raise ValueError(
+            f"positions {found.tolist()}: an edit counts them from 0 on, for the next tokens have some, too"
+        )
+    for row in np.atleast_2d(found):
+        if len(set(row[row >= 0])) < (row >= 0).sum():
+            raise ValueError(f"positions {row.tolist()}: each can be named once")
+    return jnp.asarray(found, jnp.int32)
+
+
+def _wide(
+    config: Phi3Config, point: str, value: Any, positions: jax.Array | None, chosen: dict[str, np.ndarray | None]
+) -> jax.Array:
+    """The value as `Edit` wants it: all layers and heads, or one for all of them."""
+    value, axes = jnp.asarray(value, jnp.float32), "L" + POINTS[point]
     if value.ndim == 0:
         return value
-    if value.ndim > len(axes) + 1:
-        raise ValueError(f"a value of shape {value.shape} for {point}: it has the axes L{axes}")
-    value = value.reshape((1,) * (len(axes) + 1 - value.ndim) + value.shape)
-    known = {"L": config.num_hidden_layers, "N": config.num_attention_heads, "K": config.num_key_value_heads}
+    if value.ndim > len(axes):
+        raise ValueError(f"a value of shape {value.shape} for {point}: it has the axes {axes}")
+    value = value.reshape((1,) * (len(axes) - value.ndim) + value.shape)
+    known = {"L": 1 if point in OUTER else config.num_hidden_layers}
+    known |= {"N": config.num_attention_heads, "K": config.num_key_value_heads}
     known |= {"H": config.head_dim, "D": config.hidden_size, "F": config.intermediate_size, "V": config.vocab_size}
-    known |= {"T": jnp.shape(positions)[-1]} if positions is not None else {}
-    for axis, size in zip("L" + axes, value.shape, strict=True):
-        if size not in (1, known.get(axis, size)):
-            raise ValueError(f"a value of shape {value.shape} for {point} (L{axes}): {axis} must be {known[axis]} or 1")
+    known |= {} if positions is None else {"T": positions.shape[-1]}
+    for place, axis in enumerate(axes):
+        size, own = value.shape[place], chosen.get(axis)
+        if own is not None and size == len(own) != 1:  # the values of those that are named, in that order
+            room = jnp.zeros((*value.shape[:place], known[axis], *value.shape[place + 1 :]), jnp.float32)
+            value = room.at[(*(slice(None),) * place, own)].set(value)
+        elif size not in (1, known.get(axis, size)):
+            raise ValueError(f"a value of shape {value.shape} for {point} ({axes}): {axis} must be {known[axis]} or 1")
     return value

@@ -19,8 +19,8 @@ import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import Numbers, numbers
-from phi3_jax.model import KVCache, Params, Phi3
-from phi3_jax.model.points import POINTS, Edit, Hooks, Tap
+from phi3_jax.model import KVCache, Params, Phi3, decoder
+from phi3_jax.model.points import FLOAT32, POINTS, Edit, Hooks, Tap, require_known
 
 LIMIT = 4 << 30
 Seen = dict[str, jax.Array]
@@ -37,6 +37,8 @@ def run(
     heads: Numbers = None,
     edits: Sequence[Edit] = (),
     token_positions: Any = None,
+    segments: Any = None,
+    rope_lengths: Any = None,
     cache: KVCache | None = None,
     limit: int = LIMIT,
 ) -> Any:
@@ -51,7 +53,8 @@ def run(
       heads: the query heads that are read; of keys and values those that these heads use.
       edits: the changes, in order (edits.py).
       token_positions: int32 [B, T], -1 for padding; by default 0, 1, 2, ..., or what follows in `cache`.
-      cache: keys and values of earlier tokens.
+      segments, rope_lengths: see `Phi3`.
+      cache: keys and values of earlier tokens; scores and weights are those of its slots (`KVCache.positions`).
       limit: bytes that what is read may take.
 
     Returns:
@@ -59,13 +62,20 @@ def run(
       residual stream, or float32 (norms' scales, attention's scores and weights, logits). With a cache (dict, cache).
 
     Raises:
-      ValueError: unknown names; layers, positions or heads out of range; more bytes than `limit`.
+      ValueError: unknown names; layers, positions or heads out of range; edits that do not fit; more bytes than
+        `limit`; tokens that do not fit into the cache.
     """
     tokens = jnp.asarray(tokens)
-    hooks = _hooks(config, tokens, reads, layers, positions, heads, edits)
-    keys = tokens.shape[1] if cache is None else cache.capacity
-    _check_size(hooks, config, tokens.shape, keys, limit)
-    seen, cache = compiled(config, params, tokens, token_positions, cache, hooks)
+    hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
+    check_size(hooks, config, params, tokens.shape, tokens.shape[1] if cache is None else cache.capacity, limit)
+    arrays = (
+        None if each is None else jnp.asarray(each, jnp.int32) for each in (token_positions, segments, rope_lengths)
+    )
+    token_positions, segments, rope_lengths = arrays
+    decoder.check_arguments(tokens, segments, cache)
+    if cache is not None:  # raises: compiled, it could only give NaN
+        decoder.known_overflows(cache, decoder.known_positions(tokens, token_positions, cache), config.sliding_window)
+    seen, cache = compiled(config, params, tokens, token_positions, cache, hooks, segments, rope_lengths)
     return seen if cache is None else (seen, cache)
 
 
@@ -77,55 +87,97 @@ def compiled(
     token_positions: jax.Array | None,
     cache: KVCache | None,
     hooks: Hooks,
+    segments: jax.Array | None = None,
+    rope_lengths: jax.Array | None = None,
 ) -> tuple[Seen, KVCache | None]:
     """The program of `run`, for those who differentiate it or run it under `jax.vmap`."""
-    model, variables = Phi3(config), {"params": params}
-    if token_positions is None and "logits" in {edit.point for edit in hooks.edits}:
-        start = jnp.zeros(len(tokens), jnp.int32) if cache is None else cache.lengths
-        token_positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    result: Any = model.apply(variables, tokens, token_positions, cache=cache, hooks=hooks, method="hidden")
-    x, cache, seen = result
+    x, spots, seen, cache = hidden(
+        config, params, tokens, token_positions, cache, hooks, segments=segments, rope_lengths=rope_lengths
+    )
     if "logits" in hooks.reads:
         # Only those that are read are computed: all logits of a prompt would be T x V.
-        if hooks.positions is not None:
-            x = jnp.take_along_axis(x, jnp.atleast_2d(hooks.positions)[..., None], axis=1)
-            if token_positions is not None:
-                token_positions = jnp.take_along_axis(token_positions, jnp.atleast_2d(hooks.positions), axis=1)
-        at = Tap(dataclasses.replace(hooks, positions=None), config, token_positions, seen)
-        at("logits", jnp.asarray(model.apply(variables, x, method="unembed")))
-        seen = at.kept
+        x, spots = at_places(x, hooks.positions), at_places(spots, hooks.positions)
+        _, seen = logits(config, params, x, spots, dataclasses.replace(hooks, positions=None), seen)
     return seen, cache
 
 
+def hidden(
+    config: Phi3Config,
+    params: Params,
+    tokens: jax.Array,
+    token_positions: jax.Array | None,
+    cache: KVCache | None,
+    hooks: Hooks,
+    remat: decoder.Remat = "none",
+    **others: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, Seen, KVCache | None]:
+    """Everything before the logits -> (what they are made of [B, T, D], positions int32 [B, T], values, cache)."""
+    spots = decoder.known_positions(tokens, token_positions, cache)
+    model = Phi3(config, remat=remat)
+    arguments: dict[str, Any] = {"positions": token_positions, "cache": cache, "hooks": hooks, **others}
+    result: Any = model.apply({"params": params}, tokens, **arguments, method="hidden")
+    x, cache, seen = result
+    return x, spots, seen, cache
+
+
+def logits(
+    config: Phi3Config, params: Params, x: jax.Array, spots: jax.Array, hooks: Hooks, seen: Seen
+) -> tuple[jax.Array, Seen]:
+    """x [B, P, D], what `hidden` returns, of tokens at the positions `spots` [B, P] -> (logits [B, P, V], values)."""
+    at = Tap(hooks, config, spots, seen)
+    return at("logits", jnp.asarray(Phi3(config).apply({"params": params}, x, method="unembed"))), at.kept
+
+
+def at_places(array: jax.Array, chosen: jax.Array | None) -> jax.Array:
+    """[B, T, ...] -> [B, P, ...]: those at the places `chosen`, [P] or [B, P]; None is all."""
+    if chosen is None:
+        return array
+    chosen = jnp.atleast_2d(chosen)
+    return jnp.take_along_axis(array, chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 2)), axis=1)
+
+
 def by_layer(
-    config: Phi3Config, params: Params, tokens: Any, reads: Sequence[str], *, at_once: int = 1, **options: Any
-) -> Iterator[tuple[list[int], Seen]]:
-    """`run` for some layers after the others, where all of them would take too much memory -> (layers, values).
+    config: Phi3Config,
+    params: Params,
+    tokens: Any,
+    reads: Sequence[str],
+    *,
+    layers: Numbers = None,
+    at_once: int = 1,
+    **options: Any,
+) -> Iterator[tuple[list[int], Any]]:
+    """`run` for some layers after the others, where all would take too much memory -> (layers, what it returns).
 
     The model runs again for each step; the program is compiled once, if `at_once` divides the number of layers.
     """
-    for first in range(0, config.num_hidden_layers, at_once):
-        layers = list(range(first, min(first + at_once, config.num_hidden_layers)))
-        yield layers, run(config, params, tokens, reads, layers=layers, **options)
+    asked = numbers(layers, config.num_hidden_layers, "layers").tolist()
+    for first in range(0, len(asked), at_once):
+        some = asked[first : first + at_once]
+        yield some, run(config, params, tokens, reads, layers=some, **options)
 
 
 def matching(patterns: Sequence[str]) -> tuple[str, ...]:
     """The names of points that match, in the order in which a run passes them.
 
     Raises:
-      ValueError: a pattern that nothing matches.
+      ValueError: a pattern that nothing matches, or that names a layer.
     """
     found = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        plain = re.sub(r"^blocks\.(\d+|\*)\.", "", pattern).replace("hook_", "")
+        if named := re.match(r"blocks\.(\d+)\.", pattern):
+            raise ValueError(
+                f"{pattern!r} names a layer: write blocks.*.{pattern[named.end() :]} and layers=[{named[1]}]"
+            )
+        plain = re.sub(r"^blocks\.\*\.", "", pattern).replace("hook_", "").replace("attn_scores", "scores")
         names = [name for name in POINTS if fnmatch.fnmatchcase(name, plain) or name == f"attn.{plain}"]
         if not names:
+            require_known(plain)
             raise ValueError(f"no point matches {pattern!r}: there are {', '.join(POINTS)}")
         found |= set(names)
     return tuple(name for name in POINTS if name in found)
 
 
-def _hooks(
+def chosen(
     config: Phi3Config,
     tokens: jax.Array,
     reads: Sequence[str],
@@ -134,25 +186,43 @@ def _hooks(
     heads: Numbers,
     edits: Sequence[Edit],
 ) -> Hooks:
+    """What `run` is asked for, as the decoder wants it. Raises ValueError as `run` does."""
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.shape}")
     L, N = config.num_hidden_layers, config.num_attention_heads
+    for name, asked in (("layers", layers), ("positions", positions), ("heads", heads)):
+        if asked is not None and np.size(asked) == 0:
+            raise ValueError(f"no {name} are named to be read: leave {name}= out to read all")
     read_layers = None if layers is None else jnp.asarray(numbers(layers, L, "layers"))
     read_heads = None if heads is None else jnp.asarray(numbers(heads, N, "heads"))
-    if positions is not None and not isinstance(positions, jax.Array):
-        T = tokens.shape[1]
-        rows = [numbers(row, T, "positions") for row in np.atleast_2d(np.asarray(positions))]
-        positions = jnp.asarray(np.stack(rows) if np.ndim(positions) == 2 else rows[0])
-    return Hooks(matching(reads), read_layers, positions, read_heads, tuple(edits))
+    read_places = None if positions is None else places(positions, tokens.shape[1])
+    return Hooks(matching(reads), read_layers, read_places, read_heads, tuple(edits))
 
 
-def _check_size(hooks: Hooks, config: Phi3Config, size: tuple[int, ...], keys: int, limit: int) -> None:
-    sizes = {name: 4 * math.prod(hooks.shape(name, config, size, keys)) for name in hooks.reads}
+def places(chosen: Any, count: int) -> jax.Array:
+    """int32 [P] or [B, P]: places among `count` tokens; negative ones count from the end. Raises ValueError."""
+    if isinstance(chosen, jax.core.Tracer):
+        return chosen
+    rows = [numbers(row, count, "positions") for row in np.atleast_2d(np.asarray(chosen))]
+    return jnp.asarray(np.stack(rows) if np.ndim(chosen) == 2 else rows[0])
+
+
+def check_size(hooks: Hooks, config: Phi3Config, params: Params, size: tuple[int, ...], keys: int, limit: int) -> None:
+    """Raises ValueError if what is read, or one layer's weights of attention, takes more than `limit` bytes."""
+    stream = jax.eval_shape(
+        functools.partial(Phi3(config).apply, method="embed"), {"params": params}, jnp.zeros((1, 1), int)
+    )
+    types = {name: jnp.float32 if name in FLOAT32 else stream.dtype for name in hooks.reads}
+    shapes = {name: hooks.shape(name, config, size, keys) for name in hooks.reads}
+    sizes = {name: jnp.dtype(types[name]).itemsize * math.prod(shape) for name, shape in shapes.items()}
+    if Tap(hooks, config, None, {}).wants_weights:  # of all queries and heads, whatever is read of them
+        name = "attn.pattern of one layer"
+        shapes[name] = (size[0], config.num_attention_heads, size[1], keys)
+        sizes[name] = 4 * math.prod(shapes[name])
     if sum(sizes.values()) > limit:
         largest = max(sizes, key=lambda name: sizes[name])
-        shape = hooks.shape(largest, config, size, keys)
         raise ValueError(
-            f"what is read would take {sum(sizes.values()) / 1e9:.1f} GB, {largest} {list(shape)} alone "
+            f"what is read would take {sum(sizes.values()) / 1e9:.1f} GB, {largest} {list(shapes[largest])} alone "
             f"{sizes[largest] / 1e9:.1f} GB, and the limit is {limit / 1e9:.1f} GB: choose fewer layers, positions or "
             "heads, read layer by layer (`by_layer`), or raise `limit`"
         )

@@ -74,7 +74,8 @@ def rms_norm(
     if at is None:
         at = NO_TAP
     if at.wants(f"{name}.scale"):
-        rate = 1 / at(f"{name}.scale", 1 / rate[..., 0])[..., None]
+        divisor = at(f"{name}.scale", 1 / rate[..., 0])
+        rate = 1 / divisor[..., None] if at.changes(f"{name}.scale") else rate  # 1 / (1 / rate) rounds
     normed = at(f"{name}.normalized", (x32 * rate).astype(x.dtype))
     # Weights may be wider than x: beside integers, those of a file stay as they are.
     return at(f"{name}.out", (own * normed).astype(x.dtype))
@@ -263,7 +264,7 @@ class Phi3(nn.Module):
         x, cache_out, read = self.hidden(tokens, positions, segments, cache, rope_lengths, hooks)
         logits = self.unembed(x)
         if hooks is not None:
-            at = Tap(hooks, self.config, _positions(tokens, positions, cache), read)
+            at = Tap(hooks, self.config, known_positions(tokens, positions, cache), read)
             logits, read = at("logits", logits), at.kept
         result: list[Any] = [logits]
         result += [] if cache is None else [cache_out]
@@ -285,10 +286,10 @@ class Phi3(nn.Module):
 
         Arguments are those of `__call__`, and `embedded` [B, T, D], which replaces the tokens' embeddings.
         """
-        _check(tokens, segments, cache)
+        check_arguments(tokens, segments, cache)
         in_order = cache is None and (self.in_order or (positions is None and segments is None))
-        positions = _positions(tokens, positions, cache)
-        overflows = None if cache is None else _overflows(cache, positions, self.config.sliding_window)
+        positions = known_positions(tokens, positions, cache)
+        overflows = None if cache is None else known_overflows(cache, positions, self.config.sliding_window)
         if cache is not None:
             cache = cache.claim(positions)
         k_positions = positions if cache is None else cache.positions
@@ -304,6 +305,8 @@ class Phi3(nn.Module):
         at = Tap(hooks, self.config, positions, kept)
         x = at("embed", x)
         (x, cache, at.kept), _ = self._layers(cache)((x, cache, at.kept), Shared(cos, sin, visible, hooks))
+        if overflows is not None and hooks is not None:  # an edit may have replaced what came from NaN
+            x = jnp.where(overflows[:, None, None], jnp.nan, x)
         return rms_norm(x, self.norm(), self.config.rms_norm_eps, None, at, "ln_final"), cache, at.kept
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -358,7 +361,7 @@ class Phi3(nn.Module):
         return walk
 
 
-def _positions(tokens: jax.Array, positions: jax.Array | None, cache: KVCache | None) -> jax.Array:
+def known_positions(tokens: jax.Array, positions: jax.Array | None, cache: KVCache | None) -> jax.Array:
     """int32 [B, T]: those given, or else 0, 1, 2, ..., behind what is in the cache."""
     if positions is None:
         steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -366,7 +369,8 @@ def _positions(tokens: jax.Array, positions: jax.Array | None, cache: KVCache | 
     return positions.astype(jnp.int32)  # with jax_enable_x64, sums with `arange` are int64
 
 
-def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None) -> None:
+def check_arguments(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None) -> None:
+    """Raises ValueError for tokens of another shape or type, and those that contradict segments or the cache."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.dtype} {tokens.shape}")
     if cache is None:
@@ -378,7 +382,7 @@ def _check(tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None)
         raise ValueError(f"tokens {tokens.shape} do not fit a cache of {rows} rows and {capacity} slots")
 
 
-def _overflows(cache: KVCache, positions: jax.Array, sliding_window: int | None) -> jax.Array:
+def known_overflows(cache: KVCache, positions: jax.Array, sliding_window: int | None) -> jax.Array:
     """`cache.overflows`. Raises ValueError if the positions are known, because nothing is being compiled."""
     rows = cache.overflows(positions, sliding_window)
     if not isinstance(rows, jax.core.Tracer) and rows.any():

@@ -16,19 +16,21 @@ V vocab, P chosen positions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.spelling import did_you_mean
 
 _NORM = {"scale": "BT", "normalized": "BTD", "out": "BTD"}
 
 # The axes of each value. q, k, v are before the rotation; a norm's scale is what it divides by; `normalized` is before
 # its weight, `out` after it. attn.result is what each head adds to attn_out. mlp.pre is the gate before silu,
-# mlp.pre_linear what it is multiplied with, mlp.post their product. With a cache, keys S are its slots.
+# mlp.pre_linear what it is multiplied with, mlp.post their product. With a cache, keys S are its slots. Scores of keys
+# that a query must not see are about -3e38, and stay hidden whatever an edit makes of them.
 POINTS: dict[str, str] = {
     "embed": "BTD",
     "resid_pre": "BTD",
@@ -54,9 +56,16 @@ POINTS: dict[str, str] = {
     "logits": "BTV",
 }
 OUTER = ("embed", "ln_final.scale", "ln_final.normalized", "ln_final.out", "logits")  # the points that have no layer
-_FLOAT32 = ("ln1.scale", "ln2.scale", "ln_final.scale", "attn.scores", "attn.pattern", "logits")
+# The points of float32; the others are of the residual stream's type.
+FLOAT32 = ("ln1.scale", "ln2.scale", "ln_final.scale", "attn.scores", "attn.pattern", "logits")
 _PROJECTED = ("attn.q", "attn.k", "attn.v", "attn.rot_q", "attn.rot_k")
 _WEIGHED = ("attn.scores", "attn.pattern")
+
+
+def require_known(name: str) -> None:
+    """Raises ValueError for a name that is not in POINTS."""
+    if name not in POINTS:
+        raise ValueError(f"there is no point {name!r}{did_you_mean(name, POINTS) or ';'} known are {', '.join(POINTS)}")
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +73,8 @@ _WEIGHED = ("attn.scores", "attn.pattern")
 class Edit:
     """A change of one point's values, where the masks say so: factor * old + value, or function(old) if there is one.
 
-    All but `point` and `function` are arrays, so that another change of the same shapes needs no other program, and
-    `jax.vmap` runs many of them at once. `inspection` has functions that make them.
+    All but `point` are arrays, so that another change of the same shapes needs no other program, and `jax.vmap` runs
+    many of them at once. `inspection` has functions that make them.
 
     Attributes:
       point: of POINTS.
@@ -74,7 +83,8 @@ class Edit:
       heads: bool [N], or [K] for keys and values; None means all.
       factor, value: scalars, or arrays with the point's axes behind an L (also for points without layers); each size
         may be 1, and that of T is P where positions are given.
-      function: of the float32 values of one layer and what has no mask; it must be jittable, and hashable as it is.
+      function: of the float32 values of one layer, with all positions and heads; jax must trace it. Another function
+        needs another program, other arrays in a `Partial` do not.
     """
 
     point: str = dataclasses.field(metadata={"static": True})
@@ -83,21 +93,27 @@ class Edit:
     heads: jax.Array | None
     factor: jax.Array
     value: jax.Array
-    function: Callable[[jax.Array], jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
+    function: jax.tree_util.Partial | None = None
 
     def apply(self, old: jax.Array, positions: jax.Array, number: Any) -> jax.Array:
-        """The changed values of one layer; positions int32 [B, T] are those of its tokens."""
+        """The changed values of one layer; positions int32 [B, T] are those of its tokens.
+
+        Raises:
+          ValueError: the edit's arrays do not fit these values.
+        """
         axes = POINTS[self.point]
         wide = old.astype(jnp.float32)
         if self.function is not None:
             new = self.function(wide)
+            if new.shape != wide.shape:
+                raise ValueError(f"{self.point}: the function makes {list(new.shape)} of {list(wide.shape)}")
         else:
-            factor, value = (self._at(each, axes, positions, number) for each in (self.factor, self.value))
-            new = jnp.where(factor == 0, 0.0, factor * wide) + value  # 0 * inf is NaN: what is replaced is forgotten
+            factor, value = (self._at(each, old.shape, positions, number) for each in (self.factor, self.value))
+            # 0 * inf is NaN: what is replaced is forgotten.
+            new = factor * jnp.where((factor == 0) & ~jnp.isfinite(wide), 0.0, wide) + value
         where = self.layers[number if self.layers.shape[0] > 1 else 0] | (self.point in OUTER)
         if self.positions is not None:
-            chosen = (self._matches(positions)).any(axis=-1)
-            where = where & _along(chosen, axes, "BT")
+            where = where & _along(self._matches(positions).any(axis=-1), axes, "BT")
         if self.heads is not None:
             where = where & _along(self.heads, axes, "NK")
         return jnp.where(where, new.astype(old.dtype), old)
@@ -105,14 +121,24 @@ class Edit:
     def _matches(self, positions: jax.Array) -> jax.Array:
         """bool [B, T, P]: which token is at which of the chosen positions."""
         chosen = jnp.asarray(self.positions)
+        if chosen.ndim == 2 and len(chosen) not in (1, len(positions)):
+            raise ValueError(f"{self.point}: positions for {len(chosen)} rows, where there are {len(positions)}")
         return (positions[..., None] == chosen[..., None, :]) & (positions >= 0)[..., None]
 
-    def _at(self, array: jax.Array, axes: str, positions: jax.Array, number: Any) -> jax.Array:
-        """One layer's part of a factor or value, its chosen positions spread over the tokens."""
+    def _at(self, array: jax.Array, size: tuple[int, ...], positions: jax.Array, number: Any) -> jax.Array:
+        """One layer's part of a factor or value; that of its chosen positions is spread over the tokens of `size`."""
         if array.ndim == 0:
             return array.astype(jnp.float32)
-        own = (array[0] if array.shape[0] == 1 else array[number]).astype(jnp.float32)
+        axes = POINTS[self.point]
         place = axes.index("T")
+        room = list(size)
+        if self.positions is not None:
+            room[place] = self.positions.shape[-1]
+        if any(own not in (1, wanted) for own, wanted in zip(array.shape[1:], room, strict=True)):
+            raise ValueError(
+                f"{self.point}: an edit of shape {list(array.shape)}, where [L, {str(room)[1:]} is changed"
+            )
+        own = (array[0] if array.shape[0] == 1 else array[number]).astype(jnp.float32)
         if self.positions is None or own.shape[place] == 1:
             return own
         which = _along(self._matches(positions).argmax(axis=-1), axes, "BT")  # [B, T], and 1 for other axes
@@ -131,6 +157,8 @@ class Hooks:
       positions: int32 [P] or [B, P]: places along T, of this call, that are read; None reads all.
       heads: int32 [any]: the query heads that are read, of keys and values those that they use; None reads all.
       edits: in the order in which they are made. What is read has been changed.
+      probes: zeros of the shapes that are read, by name, which are added to what is read: the gradient with respect to
+        a probe is that with respect to the value.
     """
 
     reads: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -138,11 +166,12 @@ class Hooks:
     positions: jax.Array | None = None
     heads: jax.Array | None = None
     edits: tuple[Edit, ...] = ()
+    probes: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a name that is not in POINTS."""
-        if unknown := {*self.reads, *(edit.point for edit in self.edits)} - POINTS.keys():
-            raise ValueError(f"there are no points {sorted(unknown)}: known are {', '.join(POINTS)}")
+        for name in (*self.reads, *(edit.point for edit in self.edits), *self.probes):
+            require_known(name)
 
     def shape(self, name: str, config: Phi3Config, size: tuple[int, ...], keys: int) -> tuple[int, ...]:
         """The shape of what is read at one point of `size` [B, T] tokens, L in front unless it is one of OUTER."""
@@ -159,7 +188,7 @@ class Hooks:
     def nothing(self, config: Phi3Config, size: tuple[int, ...], keys: int, dtype: Any) -> dict[str, jax.Array]:
         """Room for what is read in the layers; dtype is that of the residual stream."""
         names = [name for name in self.reads if name not in OUTER]
-        types = {name: jnp.float32 if name in _FLOAT32 else dtype for name in names}
+        types = {name: jnp.float32 if name in FLOAT32 else dtype for name in names}
         return {name: jnp.zeros(self.shape(name, config, size, keys), types[name]) for name in names}
 
     def select(self, name: str, value: jax.Array, group: int) -> jax.Array:
@@ -200,6 +229,8 @@ class Tap:
         for edit in self.hooks.edits:
             if edit.point == name:
                 value = edit.apply(value, self.positions, self.number)
+        if name in self.hooks.probes:
+            value = value + self._probe(name, value)
         if name in self.hooks.reads:
             read = self.hooks.select(name, value, self.group)
             self.kept = self.kept | {name: read if name in OUTER else self._stored(name, read)}
@@ -211,7 +242,9 @@ class Tap:
 
     def changes(self, name: str) -> bool:
         """Whether this point is changed."""
-        return self.hooks is not None and any(edit.point == name for edit in self.hooks.edits)
+        if self.hooks is None:
+            return False
+        return name in self.hooks.probes or any(edit.point == name for edit in self.hooks.edits)
 
     @property
     def wants_heads(self) -> bool:
@@ -224,12 +257,25 @@ class Tap:
         return self.wants(*_WEIGHED)
 
     def _stored(self, name: str, value: jax.Array) -> jax.Array:
-        assert self.hooks is not None
-        place, layers = self.number, self.hooks.layers
-        if layers is not None:  # a layer that nobody reads gets a place behind the end, where nothing is stored
-            place = jnp.where(layers == self.number, jnp.arange(len(layers)), len(layers)).min()
         room = self.kept[name]
-        return room.at[place].set(value.astype(room.dtype), mode="drop")
+        return room.at[self._place()].set(value.astype(room.dtype), mode="drop")
+
+    def _place(self) -> Any:
+        """The layer's place among those that are read; a layer that nobody reads gets one behind the end."""
+        assert self.hooks is not None
+        if (layers := self.hooks.layers) is None:
+            return self.number
+        return jnp.where(layers == self.number, jnp.arange(len(layers)), len(layers)).min()
+
+    def _probe(self, name: str, value: jax.Array) -> jax.Array:
+        """The probe's numbers where the value is read, 0 elsewhere."""
+        assert self.hooks is not None
+        probe = self.hooks.probes[name]
+        if name not in OUTER:
+            probe = probe.at[self._place()].get(mode="fill", fill_value=0)
+        read = functools.partial(self.hooks.select, name, group=self.group)
+        [spread] = jax.linear_transpose(read, value)(probe)
+        return spread
 
 
 NO_TAP = Tap(None, None, None, {})

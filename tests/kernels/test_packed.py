@@ -99,6 +99,44 @@ def test_bfloat16_products_are_near_those_of_the_reference(rows):
     assert linear(jnp.asarray(x, jnp.bfloat16), tensor, jnp.int32(2)).dtype == jnp.bfloat16
 
 
+def test_rows_under_vmap_are_more_rows_of_one_product():
+    random = np.random.default_rng(8)
+    weight = pack({"layers": {"w": jnp.asarray(random.standard_normal((3, 129, 95)), jnp.float32)}})["layers"]["w"]
+    x = jnp.asarray(random.standard_normal((2, 3, 4, 95)), jnp.float32)
+
+    def product(x, layer=2):
+        return linear(x, weight, jnp.int32(layer))
+
+    twice = jax.jit(jax.vmap(jax.vmap(product), in_axes=1, out_axes=1))
+    np.testing.assert_allclose(twice(x), product(x), atol=1e-5)
+    assert "while" not in twice.lower(x).as_text()  # else each row would read all weights again
+
+
+@pytest.mark.slow
+def test_products_under_vmap_of_weights_and_of_derivatives():
+    random = np.random.default_rng(8)
+    weight = pack({"layers": {"w": jnp.asarray(random.standard_normal((3, 129, 95)), jnp.float32)}})["layers"]["w"]
+    x = jnp.asarray(random.standard_normal((2, 3, 4, 95)), jnp.float32)
+
+    def product(x, layer=2):
+        return linear(x, weight, jnp.int32(layer))
+
+    layers = jax.vmap(product)(x[:, 0], jnp.arange(2))
+    np.testing.assert_allclose(layers, [product(x[i, 0], i) for i in range(2)], atol=1e-5)
+    apart = jax.tree.map(lambda leaf: leaf[:, None], weight)  # a batch of weights
+    found = jax.vmap(lambda x, weight: linear(x, weight, jnp.int32(0)))(jnp.stack([x[0]] * 3), apart)
+    np.testing.assert_allclose(found, [product(x[0], i) for i in range(3)], atol=1e-5)
+
+    def loss(x):
+        return (product(x) ** 2).sum()
+
+    slopes = jax.grad(lambda x: jax.vmap(loss)(x).sum())(x)
+    np.testing.assert_allclose(slopes, jax.vmap(jax.grad(loss))(x), rtol=1e-4)
+    np.testing.assert_allclose(slopes, jax.grad(loss)(x), rtol=1e-4)
+    forward = jax.jvp(jax.vmap(loss), (x,), (x,))[1]
+    np.testing.assert_allclose(forward, jax.vmap(lambda x: jax.jvp(loss, (x,), (x,))[1])(x), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("bits", "group", "symmetric"), KINDS)
 def test_integer_products_are_those_of_activations_rounded_by_group(bits, group, symmetric):
     rows = integers((3, 71, 190), bits, group, symmetric)

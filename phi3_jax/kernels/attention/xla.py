@@ -20,7 +20,8 @@ def attention(
 
     Args:
       at: is called with "attn.scores" and "attn.pattern", and these, float32 [B, N, T, S]: the scores before and the
-        weights after the softmax; it returns what is used in their place. Scores of hidden keys are about -3e38.
+        weights after the softmax; it returns what is used in their place. Scores of hidden keys are about -3e38, also
+        of those that it returns.
     """
     k, v = (each[..., : q.shape[-1]].astype(q.dtype) for each in _floats(kv))
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
@@ -31,6 +32,9 @@ def attention(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     if at is not None:
         scores = at("attn.scores", scores.reshape(B, N, T, S)).reshape(scores.shape)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        # Slots that hold nothing may be memory as it came, and 0 * NaN is NaN.
+        v = jnp.where((visible.k_positions >= 0)[:, None, :, None], v, 0)
     probs = jax.nn.softmax(scores, axis=-1)
     if at is not None:
         probs = at("attn.pattern", probs.reshape(B, N, T, S)).reshape(probs.shape)

@@ -1,0 +1,54 @@
+"""Tokens as a reader sees them: the pieces of a prompt, and the texts of all ids that a report names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from phi3_jax.text import Tokenizer
+
+Report = dict[str, Any]
+
+
+def tokens(tokenizer: Tokenizer | None, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The tokens of a prompt: the id, the vocabulary's piece, the text, and its bytes, which may cut a character."""
+
+    def one(place: int, token: int) -> dict[str, Any]:
+        piece = None if tokenizer is None or _is_unknown(tokenizer, token) else tokenizer.piece(token)
+        data = b"" if piece is None or tokenizer is None else tokenizer.token_bytes(token, opens_text=place == 0)
+        return {"id": token, "piece": piece, "text": text_of(tokenizer, token, place == 0), "bytes": list(data)}
+
+    return [one(place, int(token)) for place, token in enumerate(ids)]
+
+
+def text_of(tokenizer: Tokenizer | None, token: int, opens_text: bool = False) -> str:
+    """What a token adds to a text; "<17>" for an id without any, and U+FFFD for parts of a character."""
+    if tokenizer is None or _is_unknown(tokenizer, token):
+        return f"<{token}>"
+    return tokenizer.token_bytes(token, opens_text=opens_text).decode("utf-8", "replace")
+
+
+def add_vocabulary(report: Report, tokenizer: Tokenizer | None) -> None:
+    """Puts the texts of all ids that the report's sections name into its "vocabulary"."""
+    report["vocabulary"] = {str(token): text_of(tokenizer, token) for token in sorted(set(_named(report)))}
+
+
+def _named(report: Report) -> Iterator[int]:
+    """The ids in all sections; pairs and triples [id, number, ...] begin with theirs."""
+    yield from (token["id"] for token in report["tokens"])
+    for row in report.get("embedding", {}).get("nearest", []):
+        yield from (pair[0] for pair in row)
+    for layers in report.get("lens", {}).values():
+        yield from (pair[0] for layer in layers for place in layer for pair in place)
+    if "attribution" in report:
+        yield report["attribution"]["id"]
+    yield from (entry[0] for entry in report.get("next", {}).get("top", []))
+    generation = report.get("generation", {})
+    for step in [*generation.get("greedy", []), *generation.get("sampled", [])]:
+        yield from (step["id"], *(pair[0] for pair in step["runners"]))
+    yield from (pair[0] for pair in report.get("comparison", {}).get("top", []))
+
+
+def _is_unknown(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether the tokenizer has nothing for an id: some embeddings have more rows than it has pieces."""
+    return token >= tokenizer.vocab_size or tokenizer.piece(token) is None

@@ -1,0 +1,146 @@
+"""phi3-inspect, in this process where only its words matter, and started as a program where that does."""
+
+import base64
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from cache_folders import own_cache
+
+import phi3_jax
+from phi3_jax.infer.inspection import summary
+from phi3_jax.infer.programs import inspect_main
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_compilation_cache(tmp_path_factory):
+    """The programs' compilation cache, apart from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", own_cache(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def in_process(*args):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["phi3-inspect", *args])
+        return inspect_main.main()
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], 'give one of --prompt and --prompt_file, as in --prompt "The capital of France is"'),
+        (["--prompt", "a", "--prompt_file", "b"], "give one of --prompt and --prompt_file"),
+        (["--prompt", "a", "--output", "/nowhere/there"], "--output=/nowhere/there: there is no folder /nowhere"),
+        (["--prompt", "a", "--output", "/tmp"], "--output=/tmp: that is a folder; name a file in it"),
+        (["--prompt", "a", "--system", "b"], "--system needs --chat"),
+        (["--prompt", "a", "--seed", "3"], "--seed needs --generate"),
+        (["--prompt", "a", "--preset", "phi-4"], "--preset needs --weights"),
+        (["--prompt", "a", "--chat", "--parse_special"], "--parse_special is for a text as it is"),
+        (["--weights", "--prompt", "a"], "--weights is about the model alone: leave --prompt out"),
+        (["--weights", "--generate", "3"], "--weights is about the model alone: leave --generate out"),
+        (["--weights", "--format", "html"], "--weights prints its table, and writes --format=json"),
+        (["--weights", "--preset", "phi-4", "--checkpoint", "demo"], "--preset is the sizes alone"),
+    ],
+)
+def test_flags_that_do_not_go_together(args, told, monkeypatch):
+    monkeypatch.setattr(phi3_jax, "load", lambda *args, **kwargs: pytest.fail("a model is loaded"))
+    with pytest.raises(ValueError, match=told.replace("(", r"\(")):
+        in_process(*args)
+
+
+def test_a_preset_needs_no_weights(tmp_path, capfd):
+    assert in_process("--weights", "--preset", "phi-3-mini", "--format", "json", "--output", f"{tmp_path}/mini") == 0
+    table = json.loads((tmp_path / "mini.json").read_text(encoding="utf-8"))
+    assert table["total"]["count"] == 3_821_079_552
+    assert "phi-3-mini: 3.82 billion parameters" in capfd.readouterr().out
+
+
+def test_names_of_files(monkeypatch, tmp_path):
+    def places(*args):
+        with flagsaver.flagsaver():
+            flags.FLAGS(["phi3-inspect", *args])
+            return {kind: str(place) for kind, place in inspect_main._places().items()}
+
+    monkeypatch.chdir(tmp_path)
+    assert places("--prompt", "a") == {"html": "inspect.html"}
+    assert places("--format", "json", "--output", "some.json") == {"json": "some.json"}
+    assert places("--format", "json", "--output", "some.v2") == {"json": "some.v2.json"}
+    assert places("--format", "html", "--format", "json", "--output", "a.html") == {"html": "a.html", "json": "a.json"}
+    os.mkfifo("pipe")
+    assert places("--format", "json", "--output", "pipe") == {"json": "pipe"}
+    assert places("--format", "json", "--output", "/dev/stdout") == {"json": "/dev/stdout"}
+    with pytest.raises(ValueError, match="takes one --format, not 2"):
+        places("--format", "json", "--format", "html", "--output", "/dev/stdout")
+
+
+def test_no_text_moves_the_cursor():
+    assert summary.shown("a\033[2Jb\n", 18) == "|a\\x1b[2Jb\\n|     "
+    assert summary.shown("a long text, which is cut", 18) == "|a long text, wh~|"
+    assert summary.shown("日本語", 10) == "|日本語|  "
+
+
+def started(*args, **options):
+    command = [sys.executable, "-m", "phi3_jax.infer.programs.inspect_main", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.mark.slow
+def test_as_a_user_runs_it(demo, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    (tmp_path / "out.json").write_text("old", encoding="utf-8")
+    done = started("--prompt_file", f"{tmp_path}/prompt.txt", "--format", "json", "--output", f"{tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert sorted(os.listdir(tmp_path)) == ["out.json", "prompt.txt"]  # and nothing half written
+    ids = demo.tokenizer.encode(PROMPT)
+    logits = np.asarray(phi3_jax.Phi3(demo.config).apply({"params": demo.params}, np.asarray([ids])))[0]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(report["next"]["logits"]), "<f4"), logits[-1], 0, 2e-3)
+    assert [report["vocabulary"][str(token)] for token, *_ in report["next"]["top"][:3]] == [
+        " Paris",
+        " the",
+        " London",
+    ]
+    assert [token["text"] for token in report["tokens"]] == ["The", " capital", " of", " France", " is"]
+    assert report["model"]["name"] == "demo"
+    lines = done.stdout.splitlines()
+    assert lines[0] == "demo: 134.5 million parameters, 30 layers x 9 heads, width 576, float32"
+    assert any("| Paris|" in line and "77.2" in line for line in lines)
+    assert "looks at | France| 0.90" in done.stdout
+    assert "\033" not in done.stdout
+    assert f"{tmp_path}/out.json: 0.3 MB" in done.stderr
+
+
+def test_colours_only_where_they_are_wanted(monkeypatch):
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert inspect_main._is_coloured()
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert not inspect_main._is_coloured()
+    os.close(leader)
+
+
+@pytest.mark.slow
+def test_errors_are_one_line(tmp_path):
+    for args, told in [
+        (["--prompt", "a", "--format", "svg"], "--format=svg: value should be one of <html|png|json>"),
+        (["--prompt", "a", "--tempreture", "1"], "there is no --tempreture; did you mean --temperature?"),
+        (["--prompt", "a", "--checkpoint", f"{tmp_path}/none"], "no such folder or file"),
+        (["--prompt", "a", "--format", "json", "--output", "/dev/full"], "No space left on device"),
+    ]:
+        done = started(*args)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") <= 2
+        assert told in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
