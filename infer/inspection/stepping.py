@@ -22,8 +22,9 @@ import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
-from phi3_jax.inspection import Edit, Hooks, matching
-from phi3_jax.inspection.edits import Numbers, numbers
+from phi3_jax.inspection import Edit, Hooks
+from phi3_jax.inspection.edits import Numbers
+from phi3_jax.inspection.running import chosen
 from phi3_jax.model import Params, slots_needed
 
 from ..engine import Options, decoding
@@ -105,12 +106,8 @@ def steps(
             beside = "pass edits beside them" if field.name == "edits" else "leave it out"
             raise ValueError(f"steps do not understand options.{field.name}: {beside}")
     options, config = dataclasses.replace(options, edits=tuple(edits)), checkpoint.config  # which checks them
-    hooks = Hooks(
-        reads=matching((*([reads] if isinstance(reads, str) else reads), "logits")),
-        layers=None if layers is None else jnp.asarray(numbers(layers, config.num_hidden_layers, "layers")),
-        heads=None if heads is None else jnp.asarray(numbers(heads, config.num_attention_heads, "heads")),
-        edits=options.edits,
-    )
+    reads = (*([reads] if isinstance(reads, str) else reads), "logits")
+    hooks = chosen(config, jnp.asarray([ids]), reads, layers, None, heads, options.edits)
     settings = decoding.Settings(
         limits=jnp.asarray([min(new, config.max_position_embeddings - len(ids))], jnp.int32),
         end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),

@@ -81,6 +81,7 @@ def test_quantisations_and_adapters(tiny, int4_folder):
     assert np.mean(near["kl"]) < 0.2 * np.mean(far["kl"])
 
 
+@pytest.mark.slow
 def test_models_of_other_sizes_are_compared_by_what_they_say(tiny):
     config = dataclasses.replace(tiny.config, num_hidden_layers=1, hidden_size=16, tie_word_embeddings=True)
     other = dataclasses.replace(tiny, config=config, params=phi3_jax.random_params(config))
@@ -91,6 +92,9 @@ def test_models_of_other_sizes_are_compared_by_what_they_say(tiny):
     assert (
         found["note"] == "the other model has 1 layers of width 16, this one 3 of 24: only their outputs are compared"
     )
+
+
+def test_what_cannot_be_compared_is_refused(tiny):
     fewer = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, vocab_size=96))
     with pytest.raises(ValueError, match="97 and 96 tokens"):
         compare(tiny, fewer, IDS)
