@@ -37,11 +37,12 @@ def kl(own, other):
 
 @pytest.fixture(scope="module")
 def changed(tiny):
-    """Another model: the last two layers' MLPs differ."""
+    """Another model: the last two layers' MLPs differ, and the last norm."""
     params = jax.tree.map(lambda x: x, tiny.params)
     weight = params["layers"]["mlp"]["down_proj"]["weight"]
     noise = jax.random.normal(jax.random.key(1), weight.shape) * 0.1
     params["layers"]["mlp"]["down_proj"]["weight"] = weight + noise.at[0].set(0.0)
+    params["norm"]["weight"] = params["norm"]["weight"] * 1.3
     return dataclasses.replace(tiny, params=params)
 
 
@@ -77,7 +78,7 @@ def test_quantisations_and_adapters(tiny, int4_folder):
     int4, packed = (phi3_jax.load(int4_folder, layout=layout) for layout in ("rows", "packed"))
     int8 = phi3_jax.load(int4_folder.parent / "floats", quantize="int8")
     far, as_packed, near = (compare(tiny, other, IDS) for other in (int4, packed, int8))
-    np.testing.assert_allclose(far["kl"], as_packed["kl"], atol=0.05)
+    np.testing.assert_allclose(far["kl"], as_packed["kl"], atol=0.15)
     assert np.mean(near["kl"]) < 0.2 * np.mean(far["kl"])
 
 

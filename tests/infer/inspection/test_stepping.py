@@ -102,7 +102,7 @@ def test_all_kinds_of_weights_and_an_integer_cache(tiny, int4_folder, kind):
     for number in (0, 1, 17, NEW - 1):
         ids = [*PROMPT, *(step.token for step in read[:number])]
         expected = at_once(checkpoint, ids, reads=reads)
-        same_values(read[number], expected, 0.3 if is_rough else 0.01 if "int4" in kind else 1e-3)
+        same_values(read[number], expected, 0.6 if is_rough else 0.01 if "int4" in kind else 1e-3)
 
 
 @pytest.mark.slow
