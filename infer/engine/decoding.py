@@ -30,7 +30,8 @@ from .news import has_watched, news
 from .state import DecodeState as DecodeState
 from .state import Settings as Settings
 from .state import begin as begin
-from .state import hooks_of, must_restart
+from .state import hooks_of
+from .state import must_restart as must_restart
 from .state import restart as restart
 
 Seen = dict[str, jax.Array]
@@ -221,7 +222,7 @@ def unroll(config: Phi3Config, params: Params, state: DecodeState, settings: Set
     def turn(state: DecodeState, _: None) -> tuple[DecodeState, None]:
         none = no_guesses(state)
         # Gradients through an indexed stack of layers would cost O(L^2).
-        state, x, _ = forward(config, params, state, none, hooks, walk="slice")
+        state, x = forward(config, params, state, none, hooks, walk="slice")[:2]
         return accept(config, params, state, x, none, settings, hooks=hooks)[0], None
 
     return jax.lax.scan(turn, state, None, length=steps)[0]

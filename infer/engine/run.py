@@ -103,7 +103,7 @@ class Run:
             edits=options.edits,
         )
         # Where there are none, calls are those of beam search, whose programs they share then.
-        self._edits = {"edits": options.edits} if options.edits else {}
+        self._edits: dict[str, Any] = {"edits": options.edits} if options.edits else {}
         # Not worth a program of its own for greedy rows, as the loop has on accelerators.
         self._answering = dataclasses.replace(self._settings, sampling=self._settings.sampling.for_any())
         self._masks = _grammar_masks(checkpoint, grammars, options)

@@ -16,8 +16,8 @@ import numpy as np
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection import run
-from phi3_jax.model import Params, Phi3
-from phi3_jax.model.decoder import rms_norm
+from phi3_jax.inspection.lens import guesses, logits_of
+from phi3_jax.model import Params
 
 from ..prompts import check_prompt
 from .rounding import rounded
@@ -65,13 +65,13 @@ def compare(checkpoint: Checkpoint, other: Checkpoint, ids: Sequence[int], name:
         found = [{"cosine": rounded(c), "kl": rounded(k)} for c, k in zip(cosine, kl, strict=True)]
         below = np.flatnonzero(cosine.mean(axis=1) < PARTED)
         parted = int(below[0]) if len(below) else None
-    top, probabilities = _top(its, other.params, streams[1][-1, 0, -1])
+    top = guesses(its, other.params, streams[1][-1:, :, -1:], min(TOP, its.vocab_size), None)
     return {
         "name": name,
         "kl": rounded(kl[-1]),
         "layers": found,
         "parted": parted,
-        "top": [[int(i), rounded(p)] for i, p in zip(np.asarray(top), np.asarray(probabilities), strict=True)],
+        "top": [[int(i), rounded(p)] for i, p in zip(top.ids[0, 0, 0], top.probabilities[0, 0, 0], strict=True)],
         "note": note,
     }
 
@@ -80,9 +80,10 @@ def _check_vocabulary(checkpoint: Checkpoint, other: Checkpoint) -> None:
     sizes = checkpoint.config.vocab_size, other.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(f"models of {sizes[0]} and {sizes[1]} tokens cannot be compared: they need one vocabulary")
-    if checkpoint.tokenizer is None or other.tokenizer is None:
+    own, its = checkpoint.tokenizer, other.tokenizer
+    if own is None or its is None:
         return
-    pieces = [[model.tokenizer.piece(i) for i in range(sizes[0])] for model in (checkpoint, other)]
+    pieces = [[tokenizer.piece(i) for i in range(sizes[0])] for tokenizer in (own, its)]
     if differ := [i for i, (a, b) in enumerate(zip(*pieces, strict=True)) if a != b]:
         i = differ[0]
         raise ValueError(
@@ -118,20 +119,7 @@ def _divergence(
         return jnp.pad(flat, ((0, -len(flat) % _AT_ONCE), (0, 0))).reshape(-1, _AT_ONCE, flat.shape[-1])
 
     def of_block(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logs = jax.nn.log_softmax(_logits(own, params, pair[0]))
-        return (jnp.exp(logs) * (logs - jax.nn.log_softmax(_logits(its, its_params, pair[1])))).sum(-1)
+        logs = jax.nn.log_softmax(logits_of(own, params, pair[0]))
+        return (jnp.exp(logs) * (logs - jax.nn.log_softmax(logits_of(its, its_params, pair[1])))).sum(-1)
 
     return jax.lax.map(of_block, (blocks(mine), blocks(theirs))).reshape(-1)[: L * T].reshape(L, T)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _top(config: Phi3Config, params: Params, stream: jax.Array) -> tuple[jax.Array, jax.Array]:
-    probabilities = jax.nn.softmax(_logits(config, params, stream[None])[0])
-    values, ids = jax.lax.top_k(probabilities, min(TOP, len(probabilities)))
-    return ids, values
-
-
-def _logits(config: Phi3Config, params: Params, stream: jax.Array) -> jax.Array:
-    """The logit lens: the final norm and the head on the residual stream [..., D] of any place -> float32 [..., V]."""
-    normed = rms_norm(stream, params["norm"]["weight"], config.rms_norm_eps)
-    return jnp.asarray(Phi3(config).apply({"params": params}, normed, method="unembed"))

@@ -3,6 +3,8 @@
 The functions of the engine's loop (engine/decoding.py), so that the tokens are those of `generate`: prompts are read in
 the same chunks, tokens picked by the same sampler, and all is read again where LongRoPE's border is crossed. One
 program reads, one picks the token after that, and one takes a step; other edits of the same shapes need no other.
+Only where values of single heads or attention's weights are read, XLA computes attention in place of the kernels, and
+rounds otherwise: where two tokens are as good as equally likely, another may be picked then.
 
 Axis letters: L layer, B batch (one row), T query (one token), S slot of the cache, V vocab.
 """
@@ -20,8 +22,9 @@ import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
-from phi3_jax.inspection import Edit, Hooks, matching
-from phi3_jax.inspection.edits import Numbers, numbers
+from phi3_jax.inspection import Edit, Hooks
+from phi3_jax.inspection.edits import Numbers
+from phi3_jax.inspection.running import chosen
 from phi3_jax.model import Params, slots_needed
 
 from ..engine import Options, decoding
@@ -103,12 +106,8 @@ def steps(
             beside = "pass edits beside them" if field.name == "edits" else "leave it out"
             raise ValueError(f"steps do not understand options.{field.name}: {beside}")
     options, config = dataclasses.replace(options, edits=tuple(edits)), checkpoint.config  # which checks them
-    hooks = Hooks(
-        reads=matching((*([reads] if isinstance(reads, str) else reads), "logits")),
-        layers=None if layers is None else jnp.asarray(numbers(layers, config.num_hidden_layers, "layers")),
-        heads=None if heads is None else jnp.asarray(numbers(heads, config.num_attention_heads, "heads")),
-        edits=options.edits,
-    )
+    reads = (*([reads] if isinstance(reads, str) else reads), "logits")
+    hooks = chosen(config, jnp.asarray([ids]), reads, layers, None, heads, options.edits)
     settings = decoding.Settings(
         limits=jnp.asarray([min(new, config.max_position_embeddings - len(ids))], jnp.int32),
         end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),

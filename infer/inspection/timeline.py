@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.inspection import entropy
 
 from ..engine import Options
 from ..sampling import Sampling
@@ -57,12 +57,12 @@ def timeline(
 def told(step: Step) -> dict[str, Any]:
     """One step of a timeline; it must have read attn.pattern, of all layers and heads or of some."""
     looked = step.by_position(step.seen["attn.pattern"].mean(axis=(0, 1, 2, 3)))
-    probability, ids, probabilities, entropy = map(np.asarray, _told(step.logits, step.token))
+    probability, ids, probabilities, open_ = map(np.asarray, _told(step.logits, step.token))
     return {
         "id": step.token,
         "probability": rounded(probability),
         "runners": [[int(token), rounded(p)] for token, p in zip(ids, probabilities, strict=True)],
-        "entropy": rounded(entropy),
+        "entropy": rounded(open_),
         "looked": np.round(1000 * looked).astype(int).tolist(),
     }
 
@@ -70,7 +70,6 @@ def told(step: Step) -> dict[str, Any]:
 @jax.jit
 def _told(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Of logits [V]: the token's probability, the runners' ids and probabilities, the entropy."""
-    logs = jax.nn.log_softmax(logits)
-    probabilities = jnp.exp(logs)
+    probabilities = jax.nn.softmax(logits)
     values, ids = jax.lax.top_k(probabilities.at[token].set(-1.0), min(RUNNERS, len(logits) - 1))
-    return probabilities[token], ids, values, -jnp.where(probabilities > 0, probabilities * logs, 0.0).sum()
+    return probabilities[token], ids, values, entropy(logits)

@@ -37,11 +37,12 @@ def kl(own, other):
 
 @pytest.fixture(scope="module")
 def changed(tiny):
-    """Another model: the last two layers' MLPs differ."""
+    """Another model: the last two layers' MLPs differ, and the last norm."""
     params = jax.tree.map(lambda x: x, tiny.params)
     weight = params["layers"]["mlp"]["down_proj"]["weight"]
     noise = jax.random.normal(jax.random.key(1), weight.shape) * 0.1
     params["layers"]["mlp"]["down_proj"]["weight"] = weight + noise.at[0].set(0.0)
+    params["norm"]["weight"] = params["norm"]["weight"] * 1.3
     return dataclasses.replace(tiny, params=params)
 
 
@@ -74,13 +75,14 @@ def test_quantisations_and_adapters(tiny, int4_folder):
     a, b = compare(tiny, attached, IDS), compare(tiny, merged, IDS)
     np.testing.assert_allclose(a["kl"], b["kl"], atol=2e-3, rtol=1e-2)
     assert np.mean(a["kl"]) > 0.01
-    int4, packed = (phi3_jax.load(int4_folder, layout=layout) for layout in ("rows", None))
+    int4, packed = (phi3_jax.load(int4_folder, layout=layout) for layout in ("rows", "packed"))
     int8 = phi3_jax.load(int4_folder.parent / "floats", quantize="int8")
     far, as_packed, near = (compare(tiny, other, IDS) for other in (int4, packed, int8))
-    np.testing.assert_allclose(far["kl"], as_packed["kl"], atol=0.05)
+    np.testing.assert_allclose(far["kl"], as_packed["kl"], atol=0.15)
     assert np.mean(near["kl"]) < 0.2 * np.mean(far["kl"])
 
 
+@pytest.mark.slow
 def test_models_of_other_sizes_are_compared_by_what_they_say(tiny):
     config = dataclasses.replace(tiny.config, num_hidden_layers=1, hidden_size=16, tie_word_embeddings=True)
     other = dataclasses.replace(tiny, config=config, params=phi3_jax.random_params(config))
@@ -91,6 +93,9 @@ def test_models_of_other_sizes_are_compared_by_what_they_say(tiny):
     assert (
         found["note"] == "the other model has 1 layers of width 16, this one 3 of 24: only their outputs are compared"
     )
+
+
+def test_what_cannot_be_compared_is_refused(tiny):
     fewer = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, vocab_size=96))
     with pytest.raises(ValueError, match="97 and 96 tokens"):
         compare(tiny, fewer, IDS)

@@ -22,11 +22,9 @@ def edits_of(config, factor=0.5):
     steering = np.random.default_rng(1).normal(size=config.hidden_size) * factor
     return (
         add(config, "resid_post", steering, layers=[1]),
-        zero(
-            config, "attn.z", layers=[0, 2], positions=np.asarray([2, 21]), heads=[1, 4]
-        ),  # of the prompt, and of the answer
-        replace(config, "embed", steering, positions=np.asarray([17])),
-        add(config, "logits", 40 * np.eye(97)[11], positions=np.asarray([9])),
+        zero(config, "attn.z", layers=[0, 2], positions=[2, 21], heads=[1, 4]),  # of the prompt, and of the answer
+        replace(config, "embed", steering, positions=[17]),
+        add(config, "logits", 40 * np.eye(97)[11], positions=[9]),
     )
 
 
@@ -50,7 +48,7 @@ def same_values(step, expected, tolerance=2e-4):
 
 
 def test_values_and_tokens_are_those_of_whole_texts_with_the_same_changes(tiny):
-    """Greedily; changes at all tokens, and at places in prompt and answer; `generate` makes the same ones."""
+    """Greedily; changes at all tokens, and at places in prompt and answer."""
     edits, ids = edits_of(tiny.config), list(PROMPT)
     for step in steps(tiny, PROMPT, NEW, READS, edits, options=CHUNK):
         expected = at_once(tiny, ids, edits)
@@ -59,76 +57,73 @@ def test_values_and_tokens_are_those_of_whole_texts_with_the_same_changes(tiny):
         ids.append(step.token)
     assert len(ids) == len(PROMPT) + NEW
     assert ids[10] == 11  # the logits of position 9 were changed
-    options = dataclasses.replace(CHUNK, edits=edits)
-    assert generate(tiny, [PROMPT], NEW, options=options)[0].token_ids == ids[len(PROMPT) :]
-    assert stepping._turn._cache_size() == stepping._answer._cache_size() == 1
     other = [step.token for step in steps(tiny, PROMPT, NEW, READS, edits_of(tiny.config, -2.0), options=CHUNK)]
     assert other != ids[len(PROMPT) :]
     assert stepping._turn._cache_size() == stepping._answer._cache_size() == 1  # edits are data
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["length", "capacity", "batch"])
+@pytest.mark.parametrize("policy", ["length", "batch"])
 def test_tokens_are_those_of_generate(tiny, policy):
-    ended = dataclasses.replace(tiny, generation=dataclasses.replace(tiny.generation, eos_token_ids=(69, 90)))
+    checkpoint = dataclasses.replace(tiny, generation=dataclasses.replace(tiny.generation, eos_token_ids=(69, 90)))
     options, lengths = dataclasses.replace(CHUNK, rope_policy=policy), set()
-    settings = [
-        Sampling(),
+    for sampling in (
         Sampling(temperature=1.3, seed=2**32 - 1, top_k=30, repetition_penalty=1.2),
         Sampling(temperature=0.7, seed=3, top_p=0.9, presence_penalty=1.0, banned_tokens=[56, 37], min_new_tokens=4),
         Sampling(forced_tokens=[8, 8], no_repeat_ngram_size=2),
-    ]
-    for checkpoint in (tiny, ended):
-        for sampling in settings:
-            expected = generate(checkpoint, [PROMPT], NEW, sampling=sampling, options=options)[0].token_ids
-            found = [step.token for step in steps(checkpoint, PROMPT, NEW, sampling=sampling, options=options)]
-            assert found == expected
-            lengths.add(len(found))
-    assert len(lengths) > 1  # some ended
-
-
-def variants(tiny, int4_folder):
-    lora = LoraConfig(rank=2, alpha=8.0)
-    adapter = jax.tree.map(lambda x: x + 0.3, init_adapter(tiny.config, lora, jax.random.key(1)))
-    yield "adapter", dataclasses.replace(tiny, params=attach(tiny.params, adapter, lora))
-    for name, options in {"int4": {"layout": "rows"}, "packed": {}}.items():
-        yield name, phi3_jax.load(int4_folder, **options)
-    yield "packed int8", phi3_jax.load(int4_folder.parent / "floats", quantize="int8")
-    yield "unrolled", phi3_jax.load(int4_folder.parent / "floats", layout="layers")
+        Sampling(),
+    ):
+        expected = generate(checkpoint, [PROMPT], NEW, sampling=sampling, options=options)[0].token_ids
+        found = [step.token for step in steps(checkpoint, PROMPT, NEW, sampling=sampling, options=options)]
+        assert found == expected
+        lengths.add(len(found))
+    assert len(lengths) > 1  # some met an end
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
-def test_all_kinds_of_weights_and_an_integer_cache(tiny, int4_folder, cache_dtype):
-    options, reads = Options(prefill_chunk=4, cache_dtype=cache_dtype), ("resid_post", "attn.pattern", "attn.z")
-    for name, checkpoint in variants(tiny, int4_folder):
-        expected = generate(checkpoint, [PROMPT], NEW, options=options)[0].token_ids
-        assert [step.token for step in steps(checkpoint, PROMPT, NEW, options=options)] == expected, name
-        read = list(steps(checkpoint, PROMPT, NEW, reads, options=options))
-        for step in read[:: NEW - 1]:
-            ids = [*PROMPT, *(each.token for each in read[: step.place - len(PROMPT)])]
-            same_values(step, at_once(checkpoint, ids, reads=reads), 0.25 if cache_dtype else 0.06)
+@pytest.mark.parametrize("kind", ["adapter", "int4 rows", "int4 packed, int8 cache", "a buffer per layer"])
+def test_all_kinds_of_weights_and_an_integer_cache(tiny, int4_folder, kind):
+    options, reads = CHUNK, ("resid_post", "attn.pattern", "attn.z")
+    if kind == "adapter":
+        lora = LoraConfig(rank=2, alpha=8.0)
+        adapter = jax.tree.map(lambda x: x + 0.3, init_adapter(tiny.config, lora, jax.random.key(1)))
+        checkpoint = dataclasses.replace(tiny, params=attach(tiny.params, adapter, lora))
+    elif kind == "a buffer per layer":
+        checkpoint = phi3_jax.load(int4_folder.parent / "floats", layout="layers")
+    else:
+        checkpoint = phi3_jax.load(int4_folder, layout="packed" if "packed" in kind else "rows")
+    is_rough = "int8 cache" in kind
+    options = dataclasses.replace(options, cache_dtype="int8" if is_rough else "float32")
+    found = [step.token for step in steps(checkpoint, PROMPT, NEW, options=options)]
+    assert found == generate(checkpoint, [PROMPT], NEW, options=options)[0].token_ids
+    # Values of heads are not computed by the kernels, which round otherwise: beside int8, tokens may differ for it.
+    read = list(steps(checkpoint, PROMPT, NEW, reads, options=options))
+    assert is_rough or found == [step.token for step in read]
+    for number in (0, 1, 17, NEW - 1):
+        ids = [*PROMPT, *(step.token for step in read[:number])]
+        expected = at_once(checkpoint, ids, reads=reads)
+        same_values(read[number], expected, 0.6 if is_rough else 0.01 if "int4" in kind else 1e-3)
 
 
 @pytest.mark.slow
 def test_steering_in_the_engine(tiny):
-    """With batches, speculation, grammar-free sampling and a prompt cache, the tokens are those of steps."""
+    """In batches, with guesses and with a prompt cache the tokens are those of steps, past the border of LongRoPE."""
     from phi3_jax.infer import PromptLookup, Run
 
     edits, prompts = edits_of(tiny.config), [PROMPT, [11, 2, 31, 8, 11, 2, 31], [90, 4]]
     sampling = Sampling(temperature=0.8, seed=5)
-    expected = [[s.token for s in steps(tiny, p, 9, (), edits, sampling, options=CHUNK)] for p in prompts]
-    plain = [[s.token for s in steps(tiny, p, 9, (), (), sampling, options=CHUNK)] for p in prompts]
+    expected = [[s.token for s in steps(tiny, p, 12, (), edits, sampling, options=CHUNK)] for p in prompts]
+    plain = [[s.token for s in steps(tiny, p, 12, (), (), sampling, options=CHUNK)] for p in prompts]
     assert all(a != b for a, b in zip(expected, plain, strict=True))
     for speculation in (None, PromptLookup(3, 2, 1)):
         options = dataclasses.replace(CHUNK, edits=edits, speculation=speculation)
-        found = generate(tiny, prompts, 9, sampling=[sampling] * 3, options=options)
+        found = generate(tiny, prompts, 12, sampling=[sampling] * 3, options=options)
         assert [row.token_ids for row in found] == expected
     options = dataclasses.replace(CHUNK, edits=edits)
     first = Run(tiny, [prompts[1][:4]], [2], [sampling], options)
     first.advance()
     cached = dataclasses.replace(options, prompt_cache=first.prompt_cache())
-    again = Run(tiny, [prompts[1]], [9], [sampling], cached)
+    again = Run(tiny, [prompts[1]], [12], [sampling], cached)
     assert again.reused == 4
     found = []
     while not again.is_over:
@@ -136,15 +131,20 @@ def test_steering_in_the_engine(tiny):
     assert found == expected[1]
     other = dataclasses.replace(cached, edits=edits_of(tiny.config, 2.0))
     with pytest.raises(ValueError, match="another model"):
-        Run(tiny, [prompts[1]], [9], [sampling], other)
+        Run(tiny, [prompts[1]], [12], [sampling], other)
 
 
+@pytest.mark.slow
 def test_a_function_changes_values_at_every_step(tiny):
     edit = change(tiny.config, "mlp.post", jnp.abs, layers=[1])
     first = next(steps(tiny, PROMPT, 2, ("mlp.post",), [edit], layers=[0, 1]))
     assert (np.asarray(first.seen["mlp.post"][1]) >= 0).all()
     assert (np.asarray(first.seen["mlp.post"][0]) < 0).any()
     assert first.seen["mlp.post"].shape == (2, 1, 1, 40)
+    infinite = steps(tiny, PROMPT, 3, edits=[add(tiny.config, "logits", np.inf, positions=[3])])
+    next(infinite)
+    with pytest.raises(ValueError, match=r"logits for token 2 of the answer are not finite"):
+        next(infinite)
 
 
 def test_what_makes_no_sense_is_refused(tiny):
@@ -153,18 +153,16 @@ def test_what_makes_no_sense_is_refused(tiny):
         (add(config, "embed", np.zeros((3, 24))), "T must be 1, or the edit must name the positions"),
         (scale(config, "attn.pattern", np.zeros(7)), "S must be 1"),
         (add(config, "embed", np.zeros((2, 1, 24))), "B must be 1"),
-        (zero(config, "embed", positions=np.asarray([[1], [2]])), "positions for each row"),
+        (zero(config, "embed", positions=[[1], [2]]), "positions for each row"),
     ):
         with pytest.raises(ValueError, match=words):
             Options(edits=(edit,))
     for arguments, words in (
         (([], 3), "is empty"),
         ((PROMPT, 0), "at least 1"),
-        ((PROMPT, 3, ("nothing",)), "no point matches"),
+        ((PROMPT, 3, ("nothing",)), "no point 'nothing'"),
     ):
         with pytest.raises(ValueError, match=words):
             steps(tiny, *arguments)
     with pytest.raises(ValueError, match=r"options\.logprobs: leave it out"):
         steps(tiny, PROMPT, 3, options=Options(logprobs=0))
-    with pytest.raises(ValueError, match="not finite"):
-        list(steps(tiny, PROMPT, 3, edits=[add(config, "logits", np.inf, positions=np.asarray([3]))]))

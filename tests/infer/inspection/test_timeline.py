@@ -33,8 +33,9 @@ def test_a_step_is_told_as_numpy_tells_it():
     rng = np.random.default_rng(0)
     logits, pattern = 3 * rng.normal(size=13).astype(np.float32), rng.random((2, 3, 5), np.float32)
     slots = pattern[..., [3, 4, 0, 1, 2]]  # positions 5, 6, 2, 3, 4
-    step = Step(4, 7, {"logits": logits[None, None], "attn.pattern": slots[:, None, :, None]})
-    same_step(told(step), logits, np.pad(pattern, [(0, 0), (0, 0), (2, 0)]))
+    seen = {"logits": logits[None, None], "attn.pattern": slots[:, None, :, None]}
+    for token in (int(logits.argmax()), int(logits.argmin())):
+        same_step(told(Step(token, 7, seen)), logits, np.pad(pattern, [(0, 0), (0, 0), (2, 0)]))
 
 
 @pytest.mark.slow
