@@ -12,7 +12,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.py"))
 PICTURES = {
     "first_walk": ["attention", "lens", "next"],
     "heads_that_copy": ["heads", "silenced", "surprise"],
-    "patching": ["patching"],
+    "patching": ["patching", "patching_heads"],
     "steering": ["steering"],
     "what_int4_does": ["int4"],
 }
