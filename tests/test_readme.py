@@ -20,13 +20,14 @@ def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
     for block in blocks:
         exec(block, names)
     assert "Paris" in capsys.readouterr().out
-    assert names["seen"]["attention"].shape == (30, 1, 9, 2, 2)
+    assert names["seen"]["attn.pattern"].shape == (30, 1, 9, 2, 2)
     assert [call.name for call in names["reply"].calls][:1] == ["weather"]
     assert names["cache"].lengths.tolist() == [2]
 
 
 def test_the_files_that_the_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "train/README.md", "phi3_jax/kernels/README.md"):
+    guides = ("train/README.md", "phi3_jax/kernels/README.md", "infer/inspection/README.md")
+    for document in ("README.md", "CONTRIBUTING.md", *guides):
         path = ROOT / document
         for name in re.findall(r"\]\(([\w/.]+)\)", path.read_text()):
             assert (path.parent / name).exists(), (document, name)

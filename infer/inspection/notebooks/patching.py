@@ -73,17 +73,16 @@ one = inspection.run(config, params, [france], positions=[-1], edits=[patch(10, 
 np.testing.assert_allclose(difference[10, COUNTRY], one[rome] - one[paris], atol=1e-2)
 assert (np.delete(difference, [COUNTRY, LAST], axis=1) < -5).all()  # other words do not matter
 
-figure, axes = plt.subplots(figsize=(5.2, 6.4), num="patching")
+figure, axes = plt.subplots(figsize=(8.5, 3.1), num="patching")
 most = np.abs(difference).max()
-image = axes.imshow(difference, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
-axes.set(xticks=range(len(words)), xticklabels=words, ylabel="after layer", xlabel="the word that is replaced")
-axes.set_title("France's stream replaced by Italy's")
-figure.colorbar(image, label="← Paris      logit of Rome less that of Paris      Rome →")
+image = axes.imshow(difference.T, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+axes.set(yticks=range(len(words)), yticklabels=words, xlabel="after layer", title="France's stream replaced by Italy's")
+figure.colorbar(image, label="← Paris      Rome →")
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The picture has two columns and one step. Up to layer 22 everything is at the country: replaced there, the model says
+# The picture has two stripes and one step. Up to layer 22 everything is at the country: replaced there, the model says
 # Rome, and the last word does not matter. From layer 23 on it is the other way round. So this model keeps the country
 # at the country's place for 23 layers, and moves what is asked of it to the last word **in one layer**. A larger model
 # is rarely so tidy: there the step is spread over several layers.
@@ -112,10 +111,10 @@ print(f"layer {layer}, head {head}: {by_head[layer, head]:.1f}; the next best {n
 assert (layer, head) == (moves, 4)
 assert by_head[layer, head] > 0 > np.sort(by_head, axis=None)[-2]
 
-figure, axes = plt.subplots(figsize=(4.6, 6.4), num="patching_heads")
-image = axes.imshow(by_head, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
-axes.set(xticks=range(N), xlabel="head", ylabel="layer", title="what one head hands to the last word")
-figure.colorbar(image, label="← Paris      logit of Rome less that of Paris      Rome →")
+figure, axes = plt.subplots(figsize=(8.5, 3.1), num="patching_heads")
+image = axes.imshow(by_head.T, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+axes.set(yticks=range(N), ylabel="head", xlabel="layer", title="what one head hands to the last word, replaced")
+figure.colorbar(image, label="← Paris      Rome →")
 figure.tight_layout()
 plt.show()
 
