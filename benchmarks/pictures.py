@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from PIL import Image
 
 import phi3_jax
@@ -63,9 +64,20 @@ def report_pictures() -> None:
             return
         page, shot = Path(folder) / "page.html", Path(folder) / "page.png"
         page.write_text(html(report), encoding="utf-8")
-        flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1250", f"--screenshot={shot}"]
-        subprocess.run([browser, *flags, page.as_uri() + "#attention"], check=True, capture_output=True, timeout=120)
-        store(shot, "page")
+        flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,2600", f"--screenshot={shot}"]
+        subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True, timeout=120)
+        with Image.open(shot) as opened:
+            part = io.BytesIO()
+            attention_part(opened.convert("RGB")).save(part, "PNG")
+        store(part, "page")
+
+
+def attention_part(page: Image.Image) -> Image.Image:
+    """The page's part about attention, which begins below the third line from edge to edge."""
+    rows = np.asarray(page)[:, 100:-100]
+    is_line = (rows == rows[:, :1]).all(axis=(1, 2)) & (rows[:, 0] != rows[0, 0]).any(axis=1)
+    top = int(np.flatnonzero(is_line & ~np.roll(is_line, 1))[2])
+    return page.crop((0, top + 4, page.width, min(top + 980, page.height)))
 
 
 def store(source: Path | io.BytesIO, name: str, widest: int = 1200) -> None:
