@@ -99,7 +99,7 @@ assert highest(induction, 1) == [(18, 6)]
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 4.6), width_ratios=(1, 1, 2), num="heads")
 for axes, score, title in ((left, previous, "previous token"), (middle, induction, "induction")):
     axes.imshow(score, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.set(xticks=range(N), xlabel="head", ylabel="layer", title=title)
 right.imshow(pattern[18, 0, 6], cmap="Blues", vmin=0, vmax=1)
 right.set(xlabel="is looked at", ylabel="looks", title="layer 18, head 6, on one of the texts")
 figure.tight_layout()
