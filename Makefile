@@ -16,7 +16,7 @@ KILLS := 60
 SIGNALS := 150
 FAULTS := tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py
 
-.PHONY: demo finetune-demo qlora-demo test test-slow fuzz lint parity test-accelerators check-device clean
+.PHONY: demo finetune-demo qlora-demo test test-slow fuzz lint parity test-accelerators check-device pictures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -109,6 +109,11 @@ check-device:
 	rm -rf $(CHECKOUT) && mkdir -p $(CHECKOUT)
 	ln -s $(CURDIR)/phi3_jax/* $(CURDIR)/infer $(CURDIR)/train $(CHECKOUT)
 	PYTHONPATH=$(CURDIR)/build/checkout $(DEVICE_PYTHON) tests/device/check.py --json $(DEVICE_JSON) $(DEVICE_FLAGS)
+
+# The pictures of infer/inspection/README.md, by its notebooks; that of the page needs a Chromium.
+pictures: $(VENV)/.demo
+	$(BIN)/pip install -q -e '.[plot]'
+	$(BIN)/python benchmarks/pictures.py
 
 clean:
 	rm -rf .venv .venv-parity .venv-newest .venv-accelerators build dist *.egg-info

@@ -26,13 +26,8 @@ def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
 
 
 def test_the_files_that_the_documents_name_exist():
-    for document in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "train/README.md",
-        "phi3_jax/kernels/README.md",
-        "phi3_jax/inspection/README.md",
-    ):
+    guides = ("train", "phi3_jax/kernels", "phi3_jax/inspection", "infer/inspection")
+    for document in ("README.md", "CONTRIBUTING.md", *(f"{folder}/README.md" for folder in guides)):
         path = ROOT / document
         for name in re.findall(r"\]\(([\w/.]+)\)", path.read_text()):
             assert (path.parent / name).exists(), (document, name)

@@ -65,6 +65,9 @@ def nearest(token, count=6):
 for word in (" France", " king", " Monday"):
     print(f"{word!r:10} {nearest(tokenizer.encode(word)[0])}")
 
+own, cosines = inspection.nearest(config, params, table[ids[FRANCE]], top=7)  # the same, in the library
+assert [tokenizer.decode([int(i)]) for i in own[1:]] == [word for word, _ in nearest(ids[FRANCE])]
+
 # %% [markdown]
 # What does the model itself have at this point? `inspection.run` runs the model and returns the values that we name.
 # `embed` is this one; `resid_pre` is what goes into each layer, and so on. We ask for all that we need below at once.
@@ -206,6 +209,9 @@ places = {name: place(paris, seen[name][:, 0, LAST]) for name in ("resid_mid", "
 for number in (0, 10, 20, 22, 23, 24, 27, 28, 29):
     print(f"layer {number:2}: {places['resid_mid'][number]:6} {places['resid_post'][number]:6}")
 
+lens = inspection.logit_lens(config, params, [ids], target=paris, positions=[-1])  # the same, in the library
+for name, own in lens.items():
+    np.testing.assert_allclose(own.target_rank[:, 0, 0] + 1, places[name], rtol=0.01, atol=1)
 assert places["resid_post"][22] > 1000 > 500 > places["resid_mid"][23]
 assert places["resid_post"][-1] == 1
 
@@ -237,6 +243,7 @@ assert says[0] == " France"
 probabilities = softmax(logits[LAST])
 assert abs(probabilities.sum() - 1) < 1e-4
 entropy = -(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum()
+np.testing.assert_allclose(entropy, inspection.entropy(logits[LAST]), atol=1e-3)
 print(f"entropy {entropy:.2f}: as open as {np.exp(entropy):.1f} words of the same probability")
 
 order = np.argsort(-probabilities)[:10]

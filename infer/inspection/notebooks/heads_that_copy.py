@@ -48,9 +48,8 @@ tokens = np.tile(random, 2)  # [B, T]: four such texts
 def look(edits=()):
     """The patterns [L, B, N, T, T] of the texts, and the surprise [B, T - 1] at each token but the first."""
     seen = inspection.run(config, params, tokens, ["attn.pattern", "logits"], edits=edits)
-    logs = np.asarray(jax.nn.log_softmax(seen["logits"]))
-    surprise = -np.take_along_axis(logs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-    return np.asarray(seen["attn.pattern"]), surprise
+    surprise = inspection.surprise(seen["logits"], tokens)[:, 1:]
+    return np.asarray(seen["attn.pattern"]), np.asarray(surprise)
 
 
 pattern, surprise = look()
@@ -91,13 +90,16 @@ def highest(score, count):
 previous, induction = scores(pattern)
 for name, score in (("previous token", previous), ("induction", induction)):
     print(name, [(layer, head, round(float(score[layer, head]), 2)) for layer, head in highest(score, 6)])
+library = inspection.head_scores(config, params, tokens)  # the same, for texts of any kind
+np.testing.assert_allclose(previous, library.previous, atol=1e-2)
+np.testing.assert_allclose(induction, library.induction, atol=1e-2)
 assert highest(previous, 1) == [(16, 0)]
 assert highest(induction, 1) == [(18, 6)]
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 4.6), width_ratios=(1, 1, 2), num="heads")
 for axes, score, title in ((left, previous, "previous token"), (middle, induction, "induction")):
     axes.imshow(score, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.set(xticks=range(N), xlabel="head", ylabel="layer", title=title)
 right.imshow(pattern[18, 0, 6], cmap="Blues", vmin=0, vmax=1)
 right.set(xlabel="is looked at", ylabel="looks", title="layer 18, head 6, on one of the texts")
 figure.tight_layout()

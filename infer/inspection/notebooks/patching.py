@@ -10,13 +10,11 @@
 
 # %%
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
 import phi3_jax
 from phi3_jax import inspection
-from phi3_jax.inspection.running import compiled
 
 checkpoint = phi3_jax.load("demo")
 config, params, tokenizer = checkpoint.config, checkpoint.params, checkpoint.tokenizer
@@ -62,41 +60,29 @@ print("at the last word:", says(france, [patch(10, LAST)]))
 # %% [markdown]
 # ## All of them
 #
-# Thirty layers and five words are 150 runs. Since an edit is data, `jax.vmap` makes one program of all of them. Of each
-# we keep how much the model prefers " Rome" to " Paris": the difference of their logits, above 0 if it is Rome.
-
+# Thirty layers and five words are 150 runs. `patch_sweep` makes all of them in one compiled program, and computes only
+# what a patch can change: the layers and words behind it. Of each run we keep how much the model prefers " Rome" to
+# " Paris": the difference of their logits, above 0 if it is Rome.
 
 # %%
-@jax.jit
-def sweep(params, edits):
-    """An edit for each word -> the difference of the logits for each layer and word, [L, T]."""
+prefers = inspection.logit_difference(rome, paris)
+difference = np.asarray(inspection.patch_sweep(config, params, [france], [italy], prefers, point="resid_post"))
+print(difference.shape)  # [L, T]
 
-    def difference(edit, layer):
-        hooks = inspection.Hooks(
-            ("logits",), positions=jnp.array([LAST]), edits=(inspection.moved(config, edit, layer),)
-        )
-        logits = compiled(config, params, jnp.array([france]), None, None, hooks)[0]["logits"][0, 0]
-        return logits[rome] - logits[paris]
-
-    by_layer = jax.vmap(difference, in_axes=(None, 0))
-    return jax.lax.map(lambda edit: by_layer(edit, jnp.arange(L)), edits).T
-
-
-edits = [patch(0, position) for position in range(len(words))]
-difference = np.asarray(sweep(params, jax.tree.map(lambda *each: jnp.stack(each), *edits)))
+one = inspection.run(config, params, [france], positions=[-1], edits=[patch(10, COUNTRY)])["logits"][0, 0]
+np.testing.assert_allclose(difference[10, COUNTRY], one[rome] - one[paris], atol=1e-2)
 assert (np.delete(difference, [COUNTRY, LAST], axis=1) < -5).all()  # other words do not matter
 
-figure, axes = plt.subplots(figsize=(5.2, 6.4), num="patching")
+figure, axes = plt.subplots(figsize=(8.5, 3.1), num="patching")
 most = np.abs(difference).max()
-image = axes.imshow(difference, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
-axes.set(xticks=range(len(words)), xticklabels=words, ylabel="after layer", xlabel="the word that is replaced")
-axes.set_title("France's stream replaced by Italy's")
-figure.colorbar(image, label="← Paris      logit of Rome less that of Paris      Rome →")
+image = axes.imshow(difference.T, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+axes.set(yticks=range(len(words)), yticklabels=words, xlabel="after layer", title="France's stream replaced by Italy's")
+figure.colorbar(image, label="← Paris      Rome →")
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The picture has two columns and one step. Up to layer 22 everything is at the country: replaced there, the model says
+# The picture has two stripes and one step. Up to layer 22 everything is at the country: replaced there, the model says
 # Rome, and the last word does not matter. From layer 23 on it is the other way round. So this model keeps the country
 # at the country's place for 23 layers, and moves what is asked of it to the last word **in one layer**. A larger model
 # is rarely so tidy: there the step is spread over several layers.
@@ -112,15 +98,25 @@ assert (difference[moves:, LAST] > 0).all()
 # %% [markdown]
 # ## The head that carries it
 #
-# Only attention moves anything from word to word. Which of the 9 heads of layer 23 does? We replace what a single head
-# hands to the last word (`attn.z`, its 64 numbers).
+# Only attention moves anything from word to word. Which of the 270 heads does? We replace what a single head hands
+# to the last word (`attn.z`, its 64 numbers).
 
 # %%
-for head in range(N):
-    z = kept["attn.z"][:, :, [LAST]]
-    edit = inspection.replace(config, "attn.z", z, layers=[moves], positions=[LAST], heads=[head])
-    print(head, says(france, [edit]))
-    assert (next(iter(says(france, [edit]))) == " Rome") == (head == 4)
+by_head = inspection.patch_sweep(
+    config, params, [france], [italy], prefers, point="attn.z", positions=[LAST], heads=None
+)
+by_head = np.asarray(by_head)[:, 0]  # [L, N]
+layer, head = np.unravel_index(by_head.argmax(), (L, N))
+print(f"layer {layer}, head {head}: {by_head[layer, head]:.1f}; the next best {np.sort(by_head, axis=None)[-2]:.1f}")
+assert (layer, head) == (moves, 4)
+assert by_head[layer, head] > 0 > np.sort(by_head, axis=None)[-2]
+
+figure, axes = plt.subplots(figsize=(8.5, 3.1), num="patching_heads")
+image = axes.imshow(by_head.T, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+axes.set(yticks=range(N), ylabel="head", xlabel="layer", title="what one head hands to the last word, replaced")
+figure.colorbar(image, label="← Paris      Rome →")
+figure.tight_layout()
+plt.show()
 
 # %% [markdown]
 # Head 4 alone turns the answer: 64 of the 17,280 numbers that all heads together hand to the last word. It is

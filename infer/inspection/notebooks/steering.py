@@ -7,12 +7,15 @@
 # layer. Nothing is trained.
 
 # %%
+import dataclasses
+
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 import phi3_jax
 from phi3_jax import inspection
+from phi3_jax.infer import Options, generate
 
 checkpoint = phi3_jax.load("demo")
 config, params, tokenizer = checkpoint.config, checkpoint.params, checkpoint.tokenizer
@@ -27,68 +30,60 @@ LAYER = 16  # about the middle: words have been understood there, and the answer
 pairs = [
     ("I love this", "I hate this"),
     ("This is wonderful", "This is terrible"),
-    ("What a great day", "What a bad day"),
-    ("She was happy and kind", "She was angry and cruel"),
-    ("It was the best film", "It was the worst film"),
+    ("A great day", "A bad day"),
+    ("The best film", "The worst film"),
+    ("She felt happy", "She felt angry"),
 ]
-
-
-def last_word(text):
-    """The residual stream of a text's last word after LAYER, float [D]."""
-    tokens = tokenizer.encode(text)
-    seen = inspection.run(config, params, [tokens], ["resid_post"], layers=[LAYER], positions=[-1])
-    return np.asarray(seen["resid_post"])[0, 0, 0]
-
-
-differences = np.stack([last_word(good) - last_word(bad) for good, bad in pairs])
-direction = differences.mean(axis=0)
+good, bad = ([tokenizer.encode(text) for text in texts] for texts in zip(*pairs, strict=True))  # [5, 3] each
+streams = [
+    np.asarray(inspection.run(config, params, texts, ["resid_post"], layers=[LAYER], positions=[-1])["resid_post"])
+    for texts in (good, bad)
+]
+differences = (streams[0] - streams[1])[0, :, 0]  # [5, D]
 unit = differences / np.linalg.norm(differences, axis=1, keepdims=True)
 print("cosines of the five differences with one another:")
 print((unit @ unit.T).round(2))
-print(
-    f"the direction is {np.linalg.norm(direction):.0f} long, a word about {np.linalg.norm(last_word(pairs[0][0])):.0f}"
-)
 
 # %% [markdown]
-# The five differences have something in common: chance would give cosines of about 0 ± 0.04 in 576 dimensions.
+# The five differences have something in common: by chance, cosines of 576 numbers would be about 0 ± 0.04. So we take
+# their mean. `steering_vector` does the same, and makes an edit of it, which adds it to every word after layer 16.
 
 # %%
 assert (unit @ unit.T)[np.triu_indices(5, 1)].mean() > 0.1
 
+steering = inspection.steering_vector(config, params, good, bad, LAYER, positions=(-1,))
+direction = np.asarray(steering.value).reshape(-1)
+np.testing.assert_allclose(direction, differences.mean(axis=0), atol=1e-3)
+print(f"the direction is {np.linalg.norm(direction):.0f} long, a word about {np.linalg.norm(streams[0][0, 0, 0]):.0f}")
+
 # %% [markdown]
 # ## Before and after
 #
-# `add` is an edit: the direction, times a strength, is added to every word after layer 16. With a cache the model reads
-# only the new token in each step, and the edit is made there, too. The strength is data, so all of this is one program
-# for the text and one for a new token.
+# `Options(edits=...)` lets `generate` write with edits in force: they are made while the text is read, and at every new
+# word. The strength is data, so that all strengths are one program.
 
 
 # %%
-def write(text, strength, count=18):
-    """What the model writes after a text, greedily, steered."""
-    edit = inspection.add(config, "resid_post", strength * direction, layers=[LAYER])
-    cache = phi3_jax.KVCache.create(config, batch=1, capacity=64)
-    new, written = tokenizer.encode(text), []
-    for _ in range(count):
-        seen, cache = inspection.run(config, params, [new], positions=[-1], edits=[edit], cache=cache)
-        new = [int(seen["logits"][0, 0].argmax())]
-        written += new
-    return tokenizer.decode(written)
+def steered(strength):
+    """The edit, so many times as strong."""
+    return dataclasses.replace(steering, value=strength * steering.value)
 
 
 FILM = "I went to see the film, and I thought it was"
-texts = (FILM, "Today I feel")
-answers = {(text, strength): write(text, strength) for text in texts for strength in (-1, 0, 1)}
-for (text, strength), answer in answers.items():
-    print(f"{strength:+}  {text} ...{answer!r}")
+texts = [FILM, "Today I feel"]
+answers = {}
+for strength in (-1, 0, 1):
+    results = generate(checkpoint, texts, max_new_tokens=18, options=Options(edits=(steered(strength),)))
+    answers[strength] = [result.text for result in results]
+    for text, answer in zip(texts, answers[strength], strict=True):
+        print(f"{strength:+}  {text} ...{answer!r}")
 
 # %% [markdown]
-# Without steering it is what the model writes anyway:
+# Strength 0 is what the model writes anyway:
 
 # %%
-plain = phi3_jax.infer.generate(checkpoint, [FILM], max_new_tokens=18)[0].text
-assert answers[FILM, 0] == plain
-assert len({answers[FILM, strength] for strength in (-1, 0, 1)}) == 3
+assert answers[0] == [result.text for result in generate(checkpoint, texts, max_new_tokens=18)]
+assert all(len({answers[strength][i] for strength in answers}) == 3 for i in range(len(texts)))
 
 # %% [markdown]
 # ## How strong?
@@ -104,8 +99,8 @@ known = {kind: [tokenizer.encode(f" {word}")[0] for word in each] for kind, each
 strengths = np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
 shares = {kind: [] for kind in known}
 for strength in strengths:
-    edit = inspection.add(config, "resid_post", strength * direction, layers=[LAYER])
-    logits = inspection.run(config, params, [tokenizer.encode(FILM)], positions=[-1], edits=[edit])["logits"][0, 0]
+    film = [tokenizer.encode(FILM)]
+    logits = inspection.run(config, params, film, positions=[-1], edits=[steered(strength)])["logits"][0, 0]
     probabilities = np.asarray(jax.nn.softmax(logits))
     for kind, each in known.items():
         shares[kind].append(probabilities[each].sum())
@@ -124,12 +119,12 @@ print(f"praise {praise[middle]:.3f}, at most {praise.max():.3f} at strength {str
 print(f"blame  {blame[middle]:.3f}, at most {blame.max():.3f} at strength {strengths[blame.argmax()]}")
 assert strengths[praise.argmax()] > 0 > strengths[blame.argmax()]
 assert praise.max() > 1.5 * praise[middle]
-assert blame.max() > 20 * blame[middle]
+assert blame.max() > 10 * blame[middle]
 
 # %% [markdown]
 # Too much of it and the model falls apart: the stream is pushed to where no word has ever been, and neither praise nor
 # blame makes sense there.
 
 # %%
-print(f"+6  {write(FILM, 6)!r}")
+print(f"+6  {generate(checkpoint, texts, max_new_tokens=18, options=Options(edits=(steered(6),)))[0].text!r}")
 assert praise[-1] < praise.max() / 3

@@ -78,11 +78,11 @@ def run(params, edits=()):
 
 stream, logs = run(floats.params)
 streams = {"int8": run(int8)[0], "int4": run(int4)[0]}
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), num="int4")
+errors = {}  # of the streams after each layer, [L]
 for name, other in streams.items():
-    errors = np.linalg.norm(other - stream, axis=-1) / np.linalg.norm(stream, axis=-1)  # [L, T]
-    left.plot(errors[:, 1:].mean(axis=1), "o-", label=name)
-    print(f"{name}: after the first layer {errors[0, 1:].mean():.1%}, after the last {errors[-1, 1:].mean():.1%}")
+    of_words = np.linalg.norm(other - stream, axis=-1) / np.linalg.norm(stream, axis=-1)  # [L, T]
+    errors[name] = of_words[:, 1:].mean(axis=1)
+    print(f"{name}: after the first layer {errors[name][0]:.1%}, after the last {errors[name][-1]:.1%}")
 
 # %% [markdown]
 # Are these the values of the model that really computes with integers? They are, within what rounding does: the points
@@ -155,6 +155,9 @@ for layer in range(L):
 fall = -np.diff(left_over)
 print("the costliest layers:", {int(layer): round(float(fall[layer]), 2) for layer in np.argsort(-fall)[:3]})
 
+figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), num="int4")
+for name, each in errors.items():
+    left.plot(each, "o-", label=name)
 left.set(xlabel="layer", ylabel="error of the stream", title="the error grows")
 left.legend()
 right.plot(range(-1, L), left_over, "o-", color="tab:orange")
