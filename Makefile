@@ -16,7 +16,7 @@ KILLS := 60
 SIGNALS := 150
 FAULTS := tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py
 
-.PHONY: demo finetune-demo qlora-demo test test-slow fuzz lint parity test-accelerators check-device pictures clean
+.PHONY: demo finetune-demo qlora-demo test test-slow test-all fuzz lint parity test-accelerators check-device pictures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -44,7 +44,11 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m slow $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow $(TESTS)
+
+# Both in one run, in which they share what they load and compile; without lint.
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Damaged files for every reader, kills and signals: tests/faults/README.md.
 fuzz: $(VENV)/.test

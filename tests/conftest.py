@@ -1,16 +1,30 @@
+import contextlib
 import importlib.util
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from jax._src import compiler
 
 import phi3_jax
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background: what tests start would, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files of minutes come first, where pytest-xdist leaves the order as it is (--no-loadscope-reorder): begun last, each
+# would leave one of two processes without work.
+LONGEST = ("test_train_main.py", "test_signals.py", "test_native.py", "test_packaging.py", "test_kills.py")
+LONGEST += ("test_emulator.py", "test_readers.py", "test_generate_main.py", "test_chat_main.py", "test_evaluate.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,7 +34,29 @@ def _shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # each process has a folder of its own below it
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quicker_compilation() -> Iterator[None]:
+    """Where most optimizations are off, loops are not compiled by way of MLIR, either, which halves the time again."""
+    option = ("xla_cpu_use_fusion_emitters", False)
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=dict([option])).lower(0).compile()
+    except jax.errors.JaxRuntimeError:  # jaxlib 0.12 has no other way
+        yield
+        return
+    get_options = compiler.get_compile_options
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        found = get_options(*args, **kwargs)
+        if jax.config.read("jax_disable_most_optimizations"):
+            found.env_option_overrides = [*found.env_option_overrides, option]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,12 +111,24 @@ def demo() -> phi3_jax.Checkpoint:
     return phi3_jax.load("demo")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly_made(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where all of a file's tests compile quickly, what its fixtures make does, too."""
+    marks = request.node.iter_markers("usefixtures")
+    with _quickly(any("quick_compilation" in mark.args for mark in marks)):
+        yield
+
+
 @pytest.fixture
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """For tests that compile many programs and run each for a moment: a third of the time. Not for the demo's size."""
-    if "demo" in request.fixturenames:
+    with _quickly("demo" not in request.fixturenames):
         yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@contextlib.contextmanager
+def _quickly(quickly: bool) -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -22,6 +22,8 @@ from phi3_jax.checkpoint import auto_dtype, fastest_layout, hub, placement, safe
 from phi3_jax.kernels import PackedTensor, QuantizedTensor
 from phi3_jax.kernels.native import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 needs_kernels = pytest.mark.skipif(build.why_unavailable() is not None, reason=f"no kernels: {build.why_unavailable()}")
 
 

@@ -10,6 +10,8 @@ import phi3_jax
 from phi3_jax.checkpoint import quantized_files
 from phi3_jax.kernels.native import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 needs_kernels = pytest.mark.skipif(build.why_unavailable() is not None, reason=f"no kernels: {build.why_unavailable()}")
 
 

@@ -16,6 +16,8 @@ from phi3_jax.adapters import LoraConfig
 from phi3_jax.checkpoint import named_tensors, save_adapter
 from phi3_jax.kernels import why_unavailable
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def tensors_of(checkpoint: phi3_jax.Checkpoint) -> dict[str, np.ndarray]:
     return {name: np.asarray(tensor) for name, tensor in named_tensors(checkpoint.params)}

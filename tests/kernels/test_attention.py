@@ -8,6 +8,8 @@ import pytest
 from phi3_jax.kernels.attention import attention, why_not_cpu
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_integers_have_scales_of_their_own_for_keys_and_for_values(implementation):

@@ -11,6 +11,8 @@ from phi3_jax.kernels.linear.quantized import GROUPS, ZERO
 from phi3_jax.model import parameter_shapes
 from phi3_jax.quantization import Format, formats, parse_format
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MATRICES = [f"layers/{name}/weight" for name in ("self_attn/o_proj", "mlp/gate_up_proj", "mlp/down_proj")]
 QKV, EMBEDDING, HEAD = "layers/self_attn/qkv_proj/weight", "embed_tokens/weight", "lm_head/weight"
 NORMS = ["norm/weight", "layers/input_layernorm/weight", "layers/post_attention_layernorm/weight"]

@@ -15,6 +15,8 @@ from phi3_jax.train.adam8bit import BLOCK, decode, encode
 from phi3_jax.train.optimizer import decayed, make_optimizer, schedule
 from phi3_jax.train.settings import Settings, adapter_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDENS = Path(__file__).parents[1] / "goldens_training"
 RATES = safetensors.numpy.load_file(GOLDENS / "schedules" / "expected.safetensors")
 
@@ -37,9 +39,9 @@ def test_rates_after_the_warm_up_are_those_of_transformers_and_end_where_they_sh
 def run(settings, gradients, start):
     optimizer = make_optimizer(settings)
     params = {"w": jnp.asarray(start, jnp.float32)}
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for gradient in gradients:
-        updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+        updates, state = update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
         params = optax.apply_updates(params, updates)
     return np.asarray(params["w"])
 

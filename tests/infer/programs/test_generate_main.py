@@ -15,6 +15,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from cache_folders import own_cache
+from forked_programs import forked
 from generate_program import in_process
 from spoiled import spoiled, with_bytes
 
@@ -328,6 +329,14 @@ def test_a_second_start_does_not_compile_again(demo, tmp_path, monkeypatch):
     assert {path.name for path in compiled.iterdir()} == first
 
 
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The program, started in milliseconds; what it says on both of its streams comes together."""
+    folder = tmp_path_factory.mktemp("started")
+    with forked("phi3_jax.infer.programs.generate_main", folder / "log", own_cache(folder)) as forks:
+        yield forks
+
+
 def test_program_answers_and_reports(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", own_cache(tmp_path))
     done = run_program("--checkpoint", "demo", *CHAT, "--compilation_cache_dir=")
@@ -348,12 +357,11 @@ def test_program_answers_and_reports(demo, tmp_path, monkeypatch):
         (["--checkpoint", "demo", "--prompt", "two", "words"], "unexpected arguments ['words']; quote text"),
     ],
 )
-def test_program_errors_are_one_line(demo, args, message):
-    done = run_program(*args)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""
+def test_program_errors_are_one_line(demo, started, args, message):
+    code, told, _ = started.run(*args)
+    assert code == 1
+    assert message in told
+    assert len(told.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -383,13 +391,13 @@ def test_ctrl_c_prints_what_there_is(demo):
 OTHERS = ("benchmark", "chat", "export", "quantize", "random")  # programs with flags of their own
 
 
-def test_help_is_grouped_by_topic():
-    done = run_program("--help")
-    assert done.returncode == 0
-    topics = [line for line in done.stdout.splitlines() if line and not line.startswith(" ")]
+def test_help_is_grouped_by_topic(started):
+    code, told, _ = started.run("--help")
+    assert code == 0
+    topics = [line for line in told.splitlines() if line and not line.startswith(" ")]
     assert topics[0].startswith("phi3-generate: ")
     assert {"Prompt", "Many prompts", "Model", "Drawing tokens", "Beam search", "Starting faster"} <= set(topics)
-    shown = {line.strip().lstrip("-").partition("=")[0] for line in done.stdout.splitlines() if line.startswith("  --")}
+    shown = {line.strip().lstrip("-").partition("=")[0] for line in told.splitlines() if line.startswith("  --")}
     own = {
         flag.name
         for module, module_flags in flags.FLAGS.flags_by_module_dict().items()

@@ -14,6 +14,8 @@ import safetensors.numpy
 from phi3_jax.infer.sampling import Sampling, SamplingArrays, processors
 from phi3_jax.infer.sampling import pick as sampling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDENS = Path(__file__).parents[2] / "goldens_sampling" / "expected.safetensors"
 TENSORS = safetensors.numpy.load_file(GOLDENS)
 with safetensors.safe_open(GOLDENS, "numpy") as file:

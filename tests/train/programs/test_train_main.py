@@ -1,5 +1,6 @@
 """phi3-train as a user runs it: stopped, killed, on a full disk."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from absl import flags
 from absl.testing import flagsaver
 from batches import read_only, small_disk
 from cache_folders import own_cache
+from forked_programs import Forked, forked
 from training_runs import tensors, write_data, write_run
 
 from phi3_jax.train.programs import train_main
@@ -25,6 +28,7 @@ from phi3_jax.train.run.records.metrics import TIMES, read
 from phi3_jax.train.settings import Settings
 
 STEPS = 12
+TELL_ALL = ["--tell_every", "0"]
 
 
 def arguments(settings: Settings) -> list[str]:
@@ -45,7 +49,7 @@ class Program:
         self.env = {**os.environ, "XDG_CACHE_HOME": own_cache(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def start(self, *args: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "phi3_jax.train.programs.train_main", "--tell_every", "0", *args]
+        command = [sys.executable, "-m", "phi3_jax.train.programs.train_main", *TELL_ALL, *args]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.env, cwd=cwd
         )
@@ -146,33 +150,54 @@ def test_eight_devices(program, whole, tmp_path, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
+@contextlib.contextmanager
+def forks_of(program: Program, folder: Path) -> Iterator[Forked]:
+    """The same program, started in milliseconds instead of seconds."""
+    with forked("phi3_jax.train.programs.train_main", folder / "log", program.env["XDG_CACHE_HOME"]) as forks:
+        yield forks
+
+
+def is_alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def kill(forks: Forked, number: int) -> int:
+    """-> the exit code; 0 of a program that has ended before."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(number, signal.SIGKILL)
+    return forks.wait()
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments(program, whole, tmp_path):
     settings = dataclasses.replace(whole, output=str(tmp_path / "run"), save_every=1, eval_every=2)
     expected = dataclasses.replace(settings, output=str(tmp_path / "whole"))
-    begun = time.perf_counter()
-    assert program.run(*arguments(expected))[0] == 0
-    longest = time.perf_counter() - begun
-    rng = random.Random(7)
-    furthest = kills = 0
-    while kills < 20:
-        with program.start(*arguments(settings)) as process:
+    with forks_of(program, tmp_path) as forks:
+        code, err, longest = forks.run(*TELL_ALL, *arguments(expected))
+        assert code == 0, err
+        rng = random.Random(7)
+        furthest = kills = 0
+        while kills < 20:
+            number = forks.start(*TELL_ALL, *arguments(settings))
             # Some in the first seconds, when files are opened and read, most of them among the steps.
-            time.sleep(rng.uniform(0.4, 1.0) * longest)
-            process.kill()
-            _, err = process.communicate()
-        if process.returncode == 0:  # it was faster, and begins anew
-            require_equal(settings, expected)
-            shutil.rmtree(settings.output)
-            furthest = 0
-            continue
-        kills += 1
-        assert process.returncode == -signal.SIGKILL, err
-        assert "cannot be read" not in err
-        # What was reached once is not lost.
-        assert max(steps_of(settings), default=0) >= furthest
-        furthest = max(steps_of(settings), default=0)
-    code, _, err = program.run(*arguments(settings))
+            time.sleep(rng.uniform(0.1, 1.0) * longest)
+            code, err = kill(forks, number), (tmp_path / "log").read_text()
+            if code == 0:  # it was faster, and begins anew
+                require_equal(settings, expected)
+                shutil.rmtree(settings.output)
+                furthest = 0
+                continue
+            kills += 1
+            assert code == -signal.SIGKILL, err
+            assert "cannot be read" not in err
+            # What was reached once is not lost.
+            assert max(steps_of(settings), default=0) >= furthest
+            furthest = max(steps_of(settings), default=0)
+        code, err, _ = forks.run(*TELL_ALL, *arguments(settings))
     assert code == 0, err
     assert "cannot be read" not in err
     require_equal(settings, expected)
@@ -199,32 +224,30 @@ def test_kills_with_a_mixture_and_epochs(program, whole, tmp_path):
         eval_every=2,
     )
     expected = dataclasses.replace(settings, output=str(tmp_path / "whole"))
-    begun = time.perf_counter()
-    code, out, err = program.run(*arguments(expected))
-    longest = time.perf_counter() - begun
-    assert code == 0, err
-    steps = int(re.search(r"adapter: (\d+) steps", out)[1])
-    assert f"; {steps} steps of 4 rows = " in err
-    assert re.search(r"\d+ lines cut, which lost \d+ tokens", err)
-    rng, reached, kills = random.Random(8), set(), 0
-    while kills < 3:
-        with program.start(*arguments(settings)) as process:
+    with forks_of(program, tmp_path) as forks:
+        code, told, longest = forks.run(*TELL_ALL, *arguments(expected))
+        assert code == 0, told
+        steps = int(re.search(r"adapter: (\d+) steps", told)[1])
+        assert f"; {steps} steps of 4 rows = " in told
+        assert re.search(r"\d+ lines cut, which lost \d+ tokens", told)
+        rng, reached, kills = random.Random(8), set(), 0
+        while kills < 3:
+            number = forks.start(*TELL_ALL, *arguments(settings))
             before = max(steps_of(settings), default=0)
-            while process.poll() is None and max(steps_of(settings), default=0) < min(before + 1, steps - 1):
+            while is_alive(number) and max(steps_of(settings), default=0) < min(before + 1, steps - 1):
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.1) * longest)
-            process.kill()
-            _, err = process.communicate()
-        if process.returncode == 0:  # it was faster, and begins anew
-            require_equal(settings, expected)
-            shutil.rmtree(settings.output)
-            continue
-        kills += 1
-        assert process.returncode == -signal.SIGKILL, err
-        reached.add(max(steps_of(settings)))
-    assert len(reached) > 1
-    code, _, err = program.run(*arguments(settings))
-    assert code == 0, err
+            code = kill(forks, number)
+            if code == 0:  # it was faster, and begins anew
+                require_equal(settings, expected)
+                shutil.rmtree(settings.output)
+                continue
+            kills += 1
+            assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
+            reached.add(max(steps_of(settings)))
+        assert len(reached) > 1
+        code, told, _ = forks.run(*TELL_ALL, *arguments(settings))
+    assert code == 0, told
     require_equal(settings, expected)
 
 
