@@ -39,6 +39,10 @@ VERBOSE = flags.DEFINE_bool(
     "Say on standard error which implementation runs and why not another; in a chat also where the time went.",
 )
 
+PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")
+CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the checkpoint's chat template.")
+PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "Let text such as <|user|> in the prompt be special tokens.")
 SYSTEM = flags.DEFINE_string("system", None, "A system message at the beginning of a chat.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most tokens of an answer.", lower_bound=1)
 MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "The least tokens of an answer: it does not end before.")

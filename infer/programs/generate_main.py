@@ -36,10 +36,6 @@ from .answer_file import AnswerFile
 from .calls import print_calls
 from .requests import Request, read_requests
 
-_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's message.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")
-_CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the checkpoint's chat template.")
-_PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "Let text such as <|user|> in the prompt be special tokens.")
 _INPUT = flags.DEFINE_string(
     "input",
     None,
@@ -73,7 +69,7 @@ _SAVE_PROMPT_CACHE = flags.DEFINE_string(
 )
 
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "Prompt": [_PROMPT, _PROMPT_FILE, _CHAT, common.SYSTEM, _PARSE_SPECIAL],
+    "Prompt": [common.PROMPT, common.PROMPT_FILE, common.CHAT, common.SYSTEM, common.PARSE_SPECIAL],
     "Many prompts": [_INPUT, _OUTPUT, _BATCH_SIZE, _LOGPROBS, _ECHO],
     **{topic: list(holders) for topic, holders in common.TOPICS.items()},
     "Beam search": [_BEAMS, _LENGTH_PENALTY],
@@ -92,14 +88,14 @@ def main() -> int:
     common.check()
     if _INPUT.value and _OUTPUT.value:
         return answer_file(Path(_INPUT.value), Path(_OUTPUT.value))
-    text, tools = _prompt_text(), common.tools() if _CHAT.value else None
+    text, tools = _prompt_text(), common.tools() if common.CHAT.value else None
     common.grammar(tools)  # raises before the model is loaded
     checkpoint = common.load_checkpoint()
     tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
-    if _CHAT.value:
+    if common.CHAT.value:
         ids = phi3_jax.encode_chat(tokenizer, _with_system([_user(text)]), tools=tools, most=most)
         return answer_prompt(checkpoint, ids, tools)
-    ids = tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False, most=most)
+    ids = tokenizer.encode(text, parse_special=common.PARSE_SPECIAL.value, add_eos=False, most=most)
     return answer_prompt(checkpoint, ids)
 
 
@@ -169,7 +165,9 @@ def answer_file(input_: Path, output: Path) -> int:
     if _BEAMS.value == 1:
         # The last batch may be short: it runs the others' programs.
         options = dataclasses.replace(options, rows=min(_BATCH_SIZE.value, len(requests)))
-    own = {flag.name: flag.value for flag in (_CHAT, _PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS, _LENGTH_PENALTY)}
+    own = {
+        flag.name: flag.value for flag in (common.CHAT, common.PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS, _LENGTH_PENALTY)
+    }
     shared = {name: value for name, value in common.settings().items() if name not in _ONLY_SPEED}
     if (tools := common.tools()) is not None:
         shared[common.TOOLS.name] = tools  # what the file says, not only its name
@@ -256,7 +254,7 @@ def _check_request(request: Request, name: str) -> None:
     own = request.fields.keys() & {"tools", *(field.name for field in dataclasses.fields(Sampling))}
     if _BEAMS.value > 1 and own:
         raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")
-    if request.tools is not None and request.messages is None and not _CHAT.value:
+    if request.tools is not None and request.messages is None and not common.CHAT.value:
         raise ValueError(f'{name}: "tools" are for chats: give "messages", or --chat')
     try:
         common.grammar(_tools(request))  # raises if the line has no tools and --tool_choice wants calls
@@ -269,11 +267,11 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
     tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
     text = request.prompt or ""
     try:
-        if request.messages is not None or _CHAT.value:
+        if request.messages is not None or common.CHAT.value:
             messages = [_user(text)] if request.messages is None else request.messages
             ids = phi3_jax.encode_chat(tokenizer, _with_system(messages), tools=_tools(request), most=most)
         else:
-            ids = tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False, most=most)
+            ids = tokenizer.encode(text, parse_special=common.PARSE_SPECIAL.value, add_eos=False, most=most)
         SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -283,7 +281,7 @@ def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -
 
 def _tools(request: Request) -> list[Any] | None:
     """What a request's answer may call: its own tools, or those of --tools if it is a chat."""
-    if request.messages is None and not _CHAT.value:
+    if request.messages is None and not common.CHAT.value:
         return None
     return common.tools() if request.tools is None else request.tools
 
@@ -298,14 +296,14 @@ def _with_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _prompt_text() -> str:
-    if _PROMPT_FILE.value is None:
-        return _PROMPT.value or ""
-    return sys.stdin.read() if _PROMPT_FILE.value == "-" else read_text(_PROMPT_FILE.value)
+    if common.PROMPT_FILE.value is None:
+        return common.PROMPT.value or ""
+    return sys.stdin.read() if common.PROMPT_FILE.value == "-" else read_text(common.PROMPT_FILE.value)
 
 
 def _check_flags() -> None:
     """Raises ValueError for flags that contradict one another, or that would have no effect."""
-    prompts = [flag for flag in (_PROMPT, _PROMPT_FILE, _INPUT) if flag.value is not None]
+    prompts = [flag for flag in (common.PROMPT, common.PROMPT_FILE, _INPUT) if flag.value is not None]
     if len(prompts) != 1:
         raise ValueError("give one of --prompt, --prompt_file and --input")
     if (_INPUT.value is None) != (_OUTPUT.value is None):
@@ -313,9 +311,9 @@ def _check_flags() -> None:
     for flag in (_LOGPROBS, _ECHO):
         if flag.present and _INPUT.value is None:
             raise ValueError(f"--{flag.name} goes into the lines of --output: give --input and --output")
-    if common.SYSTEM.value is not None and not _CHAT.value and _INPUT.value is None:
+    if common.SYSTEM.value is not None and not common.CHAT.value and _INPUT.value is None:
         raise ValueError("--system needs --chat")
-    if common.TOOLS.value is not None and not _CHAT.value and _INPUT.value is None:
+    if common.TOOLS.value is not None and not common.CHAT.value and _INPUT.value is None:
         raise ValueError("--tools needs --chat")
     if _SAVE_PROMPT_CACHE.value and (_INPUT.value or _BEAMS.value > 1):
         raise ValueError("--save_prompt_cache is for one prompt, without beams")

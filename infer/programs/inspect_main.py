@@ -36,10 +36,6 @@ from ..inspection.picture import save_png
 from ..inspection.report import require_size, sampling_defaults
 from . import flags as common
 
-_PROMPT = flags.DEFINE_string("prompt", None, "The text to read, or with --chat the user's message.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")
-_CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the checkpoint's chat template.")
-_PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "Let text such as <|user|> in the prompt be special tokens.")
 _FORMAT = flags.DEFINE_multi_enum(
     "format",
     ["html"],
@@ -48,7 +44,10 @@ _FORMAT = flags.DEFINE_multi_enum(
     "--weights only json, and by default nothing.",
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", "inspect", "The files' name, to which .html, .png or .json is added where it does not end so."
+    "output",
+    None,
+    "The files' name, by default inspect; .html, .png or .json is added where it does not end so.",
+    allow_override=True,  # phi3-generate's goes beside it in the process of the tests
 )
 _GENERATE = flags.DEFINE_integer(
     "generate",
@@ -76,7 +75,7 @@ _CONTEXT = flags.DEFINE_integer(
 
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
     "Model": [CHECKPOINT, ADAPTER, common.DTYPE, QUANTIZE, common.VERBOSE],
-    "Prompt": [_PROMPT, _PROMPT_FILE, _CHAT, common.SYSTEM, _PARSE_SPECIAL],
+    "Prompt": [common.PROMPT, common.PROMPT_FILE, common.CHAT, common.SYSTEM, common.PARSE_SPECIAL],
     "What is written": [_FORMAT, _OUTPUT],
     "How it goes on": [_GENERATE, common.TEMPERATURE, common.SEED],
     "Beside another model": [_COMPARE, _COMPARE_ADAPTER, _COMPARE_QUANTIZE],
@@ -190,7 +189,7 @@ def _write(written: dict[str, Any], kind: str, place: Path) -> None:
 
 def _places() -> dict[str, Path]:
     """Where each format is written. Raises ValueError or ImportError, before a model is loaded, where it cannot be."""
-    output, kinds = Path(_OUTPUT.value), list(dict.fromkeys(_FORMAT.value))
+    output, kinds = Path(_OUTPUT.value or "inspect"), list(dict.fromkeys(_FORMAT.value))
     if _WEIGHTS.value and not _FORMAT.present:
         return {}
     if not output.parent.is_dir():
@@ -216,8 +215,8 @@ def _places() -> dict[str, Path]:
 
 def _ids(checkpoint: phi3_jax.Checkpoint, text: str) -> list[int]:
     tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
-    if not _CHAT.value:
-        return tokenizer.encode(text, parse_special=_PARSE_SPECIAL.value, add_eos=False, most=most)
+    if not common.CHAT.value:
+        return tokenizer.encode(text, parse_special=common.PARSE_SPECIAL.value, add_eos=False, most=most)
     system = [] if common.SYSTEM.value is None else [{"role": "system", "content": common.SYSTEM.value}]
     return phi3_jax.encode_chat(tokenizer, [*system, {"role": "user", "content": text}], most=most)
 
@@ -229,17 +228,17 @@ def _name(checkpoint: str, adapter: str | None) -> str:
 
 
 def _prompt_text() -> str:
-    if _PROMPT_FILE.value is None:
-        return _PROMPT.value or ""
-    return sys.stdin.read() if _PROMPT_FILE.value == "-" else read_text(_PROMPT_FILE.value)
+    if common.PROMPT_FILE.value is None:
+        return common.PROMPT.value or ""
+    return sys.stdin.read() if common.PROMPT_FILE.value == "-" else read_text(common.PROMPT_FILE.value)
 
 
 def _check_flags() -> None:
     """Raises ValueError for flags that contradict one another, or that would have no effect."""
-    prompts = [flag for flag in (_PROMPT, _PROMPT_FILE) if flag.value is not None]
+    prompts = [flag for flag in (common.PROMPT, common.PROMPT_FILE) if flag.value is not None]
     about_prompts: list[flags.FlagHolder[Any]] = [
-        _CHAT,
-        _PARSE_SPECIAL,
+        common.CHAT,
+        common.PARSE_SPECIAL,
         common.SYSTEM,
         _GENERATE,
         _COMPARE,
@@ -259,9 +258,9 @@ def _check_flags() -> None:
         raise ValueError(f"--{given[0].name} needs --weights")
     if len(prompts) != 1:
         raise ValueError('give one of --prompt and --prompt_file, as in --prompt "The capital of France is"')
-    if common.SYSTEM.value is not None and not _CHAT.value:
+    if common.SYSTEM.value is not None and not common.CHAT.value:
         raise ValueError("--system needs --chat")
-    if _CHAT.value and _PARSE_SPECIAL.value:
+    if common.CHAT.value and common.PARSE_SPECIAL.value:
         raise ValueError("--parse_special is for a text as it is: leave it or --chat out")
     if common.SEED.present and _GENERATE.value is None:
         raise ValueError("--seed needs --generate")
