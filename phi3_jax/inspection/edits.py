@@ -77,7 +77,7 @@ def change(
     one does not, and arrays that change can be bound to it: `jax.tree_util.Partial(function, array)`.
     """
     edit = _edit(config, point, 0.0, 0.0, layers, positions, heads)
-    return dataclasses.replace(edit, function=jax.tree_util.Partial(function))
+    return dataclasses.replace(edit, function=as_data(function))
 
 
 def moved(config: Phi3Config, edit: Edit, layer: Any = None, position: Any = None, head: Any = None) -> Edit:
@@ -89,6 +89,12 @@ def moved(config: Phi3Config, edit: Edit, layer: Any = None, position: Any = Non
     if head is not None:
         edit = dataclasses.replace(edit, heads=jnp.arange(_heads(config, edit.point)) == head)
     return edit
+
+
+def as_data(function: Callable[..., jax.Array]) -> jax.tree_util.Partial:
+    """A function as a pytree, which compiled programs take as data: arrays that a `Partial` has bound are its leaves."""
+    # A Partial of a Partial would make constants of them.
+    return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
 
 
 def numbers(chosen: Numbers, count: int, what: str) -> np.ndarray:

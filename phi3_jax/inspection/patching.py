@@ -19,7 +19,7 @@ import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection import forks
-from phi3_jax.inspection.edits import Numbers, add, moved, numbers, replace
+from phi3_jax.inspection.edits import Numbers, add, as_data, moved, numbers, replace
 from phi3_jax.inspection.running import compiled, run
 from phi3_jax.model import Params, Phi3
 from phi3_jax.model.points import OUTER, POINTS, Edit, Hooks
@@ -28,7 +28,10 @@ Metric = Callable[[jax.Array], jax.Array]
 
 
 def logit_difference(right: Any, wrong: Any) -> Metric:
-    """A metric: the logit of one token minus that of another, the mean over rows.
+    """A metric: the logit of one token minus that of another, the mean over rows (and places).
+
+    It takes logits [B, V] as `sweep` has them, and [B, P, V] as `gradients` and `ablation` do. An id that is out of
+    range gives NaN.
 
     Args:
       right, wrong: token ids, or int [B]. They are data: other ids need no other program.
@@ -89,10 +92,10 @@ def sweep(
     arguments = (config, params, tokens, jnp.asarray(token_positions), edit, jnp.asarray(chosen))
     if outer or edit.function is not None or edit.positions is not None:
         given = tuple(each if is_swept else None for each, is_swept in zip(places, swept, strict=True))
-        found = _whole(*arguments, given, _as_data(metric), max(at_once // tokens.size, 1))
+        found = _whole(*arguments, given, as_data(metric), max(at_once // tokens.size, 1))
     else:
         packed, index = forks.batches(token_positions, places[0], places[1], at_once)
-        found = forks.measured(*arguments, packed, _as_data(metric))
+        found = forks.measured(*arguments, packed, as_data(metric))
         found = found.reshape(len(chosen), -1, *found.shape[3:])[:, index]
     shape = [len(axis) for axis, is_swept in zip(axes, swept, strict=True) if is_swept]
     return found.reshape(len(chosen), *shape, *found.shape[2:])
@@ -145,7 +148,7 @@ def attribution_patching(
     if point in OUTER or POINTS[point][:2] != "BT":
         raise ValueError(f"{point} (axes {POINTS[point]}) has no values for each layer and token")
     values = _others(config, params, tokens, other, point, token_positions)
-    own, slope = _slopes(config, params, jnp.asarray(tokens), token_positions, point, _as_data(metric))
+    own, slope = _slopes(config, params, jnp.asarray(tokens), token_positions, point, as_data(metric))
     product = slope * (values.astype(jnp.float32) - own.astype(jnp.float32))  # [L, B, T, ...]
     per_head = bool(set("NK") & set(POINTS[point]))
     product = product.sum(axis=tuple(range(3 + per_head, product.ndim)))
@@ -242,10 +245,8 @@ def _others(config: Phi3Config, params: Params, tokens: Any, other: Any, point: 
 
 
 def _logit_difference(right: jax.Array, wrong: jax.Array, logits: jax.Array) -> jax.Array:
-    rows = jnp.arange(len(logits))
-    return (logits[rows, right] - logits[rows, wrong]).mean()
+    def of(ids: jax.Array) -> jax.Array:
+        ids = ids.reshape(-1, *[1] * (logits.ndim - 1))
+        return jnp.take_along_axis(logits, jnp.broadcast_to(ids, (*logits.shape[:-1], 1)), axis=-1)
 
-
-def _as_data(metric: Metric) -> Metric:
-    """The metric as a pytree, which a compiled program can be given."""
-    return metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
+    return (of(right) - of(wrong)).mean()

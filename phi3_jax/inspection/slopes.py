@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.inspection.edits import Numbers
+from phi3_jax.inspection.edits import Numbers, as_data
 from phi3_jax.inspection.running import LIMIT, Seen, at_places, check_size, chosen, hidden, logits, places
 from phi3_jax.kernels import has_packed, has_per_layer
 from phi3_jax.model import Params
@@ -75,7 +75,7 @@ def gradients(
     arrays = (
         None if each is None else jnp.asarray(each, jnp.int32) for each in (token_positions, segments, rope_lengths)
     )
-    return _compiled(config, params, tokens, jax.tree_util.Partial(metric), at, hooks, *arrays)
+    return _compiled(config, params, tokens, as_data(metric), at, hooks, *arrays)
 
 
 @functools.partial(jax.jit, static_argnames="config")

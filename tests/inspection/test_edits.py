@@ -148,6 +148,16 @@ def test_values_of_named_layers_and_heads_are_put_where_they_belong(tiny):
     np.testing.assert_array_equal(edit.heads, [False, True, True, False, False, True])
 
 
+def test_numbers_that_a_function_has_bound_are_data(tiny):
+    """Programs are told apart by the structure of what they are given."""
+
+    def edit(number):
+        function = jax.tree_util.Partial(jnp.multiply, jnp.float32(number))
+        return inspection.change(tiny.config, "mlp_out", function)
+
+    assert jax.tree.structure(edit(2)) == jax.tree.structure(edit(3))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

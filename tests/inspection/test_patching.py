@@ -139,6 +139,16 @@ def test_attribution_equals_differences(tiny, quick_compilation):
         np.testing.assert_allclose(found[layer, position, head], (ends[1] - ends[0]) / 2e-2, rtol=2e-2, atol=2e-3)
 
 
+def test_a_difference_of_logits_of_one_place_or_more():
+    logits = rng.normal(size=(B, 2, 97)).astype(np.float32)
+    right = np.array([5, 60, 7])
+    each = [logits[b, :, right[b]] - logits[b, :, 96] for b in range(B)]
+    prefers = inspection.logit_difference(right, 96)
+    np.testing.assert_allclose(prefers(jnp.asarray(logits)), np.mean(each), rtol=1e-5)
+    np.testing.assert_allclose(prefers(jnp.asarray(logits[:, 1])), np.mean(each, axis=0)[1], rtol=1e-5)
+    assert np.isnan(inspection.logit_difference(97, 96)(jnp.asarray(logits)))
+
+
 def test_refused(tiny):
     def sweep(edit, tokens=TOKENS, **options):
         return inspection.sweep(tiny.config, tiny.params, tokens, edit, METRIC, **options)

@@ -7,6 +7,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax import inspection
+from phi3_jax.inspection import slopes
 from phi3_jax.inspection.running import compiled
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -79,6 +80,10 @@ def test_slopes_of_chosen_layers_places_and_heads(tiny, tokens):
     }
     for name in READS:
         np.testing.assert_allclose(some.slopes[name], 2 * expected[name], atol=1e-3, err_msg=name)
+    before = slopes._compiled._cache_size()
+    other = of(3.0, layers=[1, 0], positions=[[1, 2], [7, 20]], heads=[5, 3, 1])
+    assert other.metric == pytest.approx(1.5 * float(some.metric), abs=1e-3)
+    assert slopes._compiled._cache_size() == before
 
 
 @pytest.mark.slow
