@@ -92,7 +92,7 @@ def moved(config: Phi3Config, edit: Edit, layer: Any = None, position: Any = Non
 
 
 def as_data(function: Callable[..., jax.Array]) -> jax.tree_util.Partial:
-    """A function as a pytree, which compiled programs take as data: arrays that a `Partial` has bound are its leaves."""
+    """A function as a pytree, which compiled programs take as data: what a `Partial` has bound are its leaves."""
     # A Partial of a Partial would make constants of them.
     return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
 

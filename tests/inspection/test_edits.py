@@ -12,6 +12,8 @@ import phi3_jax
 from phi3_jax import inspection
 from phi3_jax.inspection import POINTS, Hooks
 from phi3_jax.inspection.running import compiled
+from phi3_jax.kernels.attention import xla
+from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -146,6 +148,25 @@ def test_values_of_named_layers_and_heads_are_put_where_they_belong(tiny):
     np.testing.assert_array_equal(edit.value, expected)
     np.testing.assert_array_equal(edit.layers, [True, False, True])
     np.testing.assert_array_equal(edit.heads, [False, True, True, False, False, True])
+
+
+@pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min])
+def test_no_score_shows_a_query_what_it_must_not_see(lowest):
+    """Neither padding, nor later tokens, nor those outside of the window, even if all that it sees gets the lowest."""
+    positions = np.array([[-1, 0, 1, 2, 3]])
+    visible = Visibility(jnp.asarray(positions), jnp.asarray(positions), window=3)
+    q, k, v = (jnp.asarray(normal(1, 5, heads, 4)) for heads in (2, 1, 1))
+    seen = {}
+
+    def at(name, value):
+        seen[name] = np.asarray(value)
+        return jnp.full_like(value, lowest) if name == "attn.scores" else value
+
+    z = xla.attention(q, KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2)), visible, at)
+    for t, keys in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [2, 3, 4])):
+        expected = np.isin(np.arange(5), keys) / len(keys)
+        np.testing.assert_allclose(seen["attn.pattern"][0, :, t], [expected] * 2, atol=1e-6)
+        np.testing.assert_allclose(z[0, t], [v[0, keys, 0].mean(axis=0)] * 2, atol=1e-6)
 
 
 def test_numbers_that_a_function_has_bound_are_data(tiny):

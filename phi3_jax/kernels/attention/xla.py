@@ -21,7 +21,8 @@ def attention(
     Args:
       at: is called with "attn.scores" and "attn.pattern", and these, float32 [B, N, T, S]: the scores before and the
         weights after the softmax; it returns what is used in their place. Scores of hidden keys are about -3e38, also
-        of those that it returns.
+        of those that it returns, and lower than any other: where it returns -inf for all keys that a query sees, these
+        have the same weight.
     """
     k, v = (each[..., : q.shape[-1]].astype(q.dtype) for each in _floats(kv))
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
@@ -29,10 +30,11 @@ def attention(
     q = q.reshape(B, T, K, N // K, H)
     exact = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=exact, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask[:, None, None], scores, lowest)
     if at is not None:
         scores = at("attn.scores", scores.reshape(B, N, T, S)).reshape(scores.shape)
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, None, None], jnp.maximum(scores, lowest / 2), lowest)
         # Slots that hold nothing may be memory as it came, and 0 * NaN is NaN.
         v = jnp.where((visible.k_positions >= 0)[:, None, :, None], v, 0)
     probs = jax.nn.softmax(scores, axis=-1)
