@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.inspection.edits import moved, numbers, replace, zero
-from phi3_jax.inspection.running import by_layer, compiled, run
+from phi3_jax.inspection.edits import as_data, moved, replace, zero
+from phi3_jax.inspection.running import by_layer, compiled, places, run
 from phi3_jax.kernels.attention.masks import attention_mask
 from phi3_jax.model import Params
 from phi3_jax.model.points import Edit, Hooks
@@ -123,8 +122,8 @@ def ablation(
     """What each head is worth: the metric without it, less the metric with it -> [L, N, ...].
 
     Args:
-      metric: a function that jax can trace, of logits float32 [B, P, V]. The same function object again needs no
-        compilation.
+      metric: of logits float32 [B, P, V], an array: `logit_difference`, or another function that jax can trace, each
+        of which needs a program of its own.
       mean: put the head's mean output over the tokens in its place, rather than zeros: what it does anyway, whatever
         the token, is left.
       positions: places along T whose logits the metric gets.
@@ -136,20 +135,19 @@ def ablation(
     """
     if at_once < 1:
         raise ValueError(f"at_once={at_once}: at least one run is computed at a time")
-    tokens, places = _placed(tokens, token_positions)
+    tokens, spots = _placed(tokens, token_positions)
     if mean:
         z = run(config, params, tokens, ["attn.z"], token_positions=token_positions)["attn.z"]
-        there = (places >= 0)[None, :, :, None, None]
+        there = (spots >= 0)[None, :, :, None, None]
         total = jnp.where(there, z.astype(jnp.float32), 0).sum(axis=(1, 2), keepdims=True)
         edit = replace(config, "attn.z", total / there.sum())
     else:
         edit = zero(config, "attn.z")
-    rows = [numbers(row, tokens.shape[1], "positions") for row in np.atleast_2d(np.asarray(positions))]
-    chosen = jnp.asarray(np.stack(rows) if np.ndim(positions) == 2 else rows[0])
-    return _without(config, metric, at_once, params, tokens, token_positions, chosen, edit)
+    chosen = places(positions, tokens.shape)
+    return _without(config, as_data(metric), at_once, params, tokens, token_positions, chosen, edit)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "metric", "at_once"))
+@functools.partial(jax.jit, static_argnames=("config", "at_once"))
 def _without(
     config: Phi3Config,
     metric: Callable[[jax.Array], jax.Array],

@@ -195,15 +195,17 @@ def chosen(
             raise ValueError(f"no {name} are named to be read: leave {name}= out to read all")
     read_layers = None if layers is None else jnp.asarray(numbers(layers, L, "layers"))
     read_heads = None if heads is None else jnp.asarray(numbers(heads, N, "heads"))
-    read_places = None if positions is None else places(positions, tokens.shape[1])
+    read_places = None if positions is None else places(positions, tokens.shape)
     return Hooks(matching(reads), read_layers, read_places, read_heads, tuple(edits))
 
 
-def places(chosen: Any, count: int) -> jax.Array:
-    """int32 [P] or [B, P]: places among `count` tokens; negative ones count from the end. Raises ValueError."""
+def places(chosen: Any, size: tuple[int, ...]) -> jax.Array:
+    """int32 [P] or [B, P]: places in rows of `size` [B, T]; negative ones count from the end. Raises ValueError."""
     if isinstance(chosen, jax.core.Tracer):
         return chosen
-    rows = [numbers(row, count, "positions") for row in np.atleast_2d(np.asarray(chosen))]
+    if np.ndim(chosen) > 2 or (np.ndim(chosen) == 2 and len(chosen) not in (1, size[0])):
+        raise ValueError(f"positions of shape {np.shape(chosen)}: they are [P], or [B, P] for {size[0]} rows")
+    rows = [numbers(row, size[1], "positions") for row in np.atleast_2d(np.asarray(chosen))]
     return jnp.asarray(np.stack(rows) if np.ndim(chosen) == 2 else rows[0])
 
 

@@ -71,7 +71,7 @@ def gradients(
     tokens = jnp.asarray(tokens)
     hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
     check_size(hooks, config, params, tokens.shape, tokens.shape[1], limit // 2)
-    at = None if logits_at is None else places(logits_at, tokens.shape[1])
+    at = None if logits_at is None else places(logits_at, tokens.shape)
     arrays = (
         None if each is None else jnp.asarray(each, jnp.int32) for each in (token_positions, segments, rope_lengths)
     )

@@ -144,6 +144,12 @@ def test_a_program_for_all_heads_and_other_texts(tiny, quick_compilation):
     count = heads._without._cache_size()
     inspection.ablation(tiny.config, tiny.params, TOKENS[:, 9:18], likelihood, **(options | {"positions": [2, 3]}))
     assert heads._without._cache_size() == count
+    for right in (5, 7):
+        prefers = inspection.logit_difference(right, 96)
+        found = inspection.ablation(tiny.config, tiny.params, TOKENS[:, :9], prefers, **options)
+        assert found.shape == (3, 6)
+        assert np.abs(found).min() > 0
+    assert heads._without._cache_size() == count + 1
 
 
 def test_places_that_are_not_there_are_refused(tiny):

@@ -218,6 +218,7 @@ def test_names_are_those_that_a_field_knows():
         ({"reads": ["embed"], "heads": [6]}, r"heads \[6\]: there are 6"),
         ({"reads": ["embed"], "positions": [23]}, r"positions \[23\]: there are 23"),
         ({"reads": ["embed"], "positions": [0.5]}, r"positions are numbers, not \[0.5\]"),
+        ({"reads": ["embed"], "positions": [[0], [1], [2]]}, r"positions of shape \(3, 1\): .* for 2 rows"),
         (
             {"reads": ["attn.pattern", "embed"], "limit": 38000},
             r"would take 0.0 GB, attn.pattern \[3, 2, 6, 23, 23\] alone 0.0 GB, and the limit",
