@@ -72,8 +72,8 @@ def sweep(
       The metric [layers, positions, heads, ...], without the axes that are not swept.
 
     Raises:
-      ValueError: layers, positions or heads that are not there; an edit that has its own positions where they are
-        swept; a point that has no layers, or no heads, where they are swept.
+      ValueError: layers, positions or heads that are not there; an edit that has its own where they are swept; a point
+        that has no layers, or no heads, where they are swept.
     """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2:
@@ -81,8 +81,8 @@ def sweep(
     if token_positions is None:
         token_positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     token_positions = np.asarray(token_positions, np.int32)
-    _check(edit, layers, positions, heads)
-    outer, swept = edit.point in OUTER, (positions != (), heads != ())
+    outer, swept = edit.point in OUTER, tuple(each is None or np.size(each) > 0 for each in (positions, heads))
+    _check(edit, layers, *swept)
     count = config.num_key_value_heads if "K" in POINTS[edit.point] else config.num_attention_heads
     chosen = numbers([0] if outer else layers, config.num_hidden_layers, "layers")
     axes = [numbers(positions, int(token_positions.max()) + 1, "positions"), numbers(heads, count, "heads")]
@@ -224,15 +224,17 @@ def _at_position(edit: Edit, token_positions: jax.Array, position: jax.Array) ->
     return dataclasses.replace(edit, factor=cut(edit.factor), value=cut(edit.value))
 
 
-def _check(edit: Edit, layers: Numbers, positions: Numbers, heads: Numbers) -> None:
+def _check(edit: Edit, layers: Numbers, over_positions: bool, over_heads: bool) -> None:
     axes = POINTS[edit.point]
+    if not isinstance(edit.layers, jax.core.Tracer) and not np.all(edit.layers):
+        raise ValueError("a sweep moves the change from layer to layer: make it without layers")
     if edit.point in OUTER and layers is not None:
         raise ValueError(f"{edit.point} has no layers to sweep over")
-    if heads != () and not set("NK") & set(axes):
+    if over_heads and not set("NK") & set(axes):
         raise ValueError(f"{edit.point} has no heads to sweep over: its axes are {axes}")
-    if positions != () and edit.positions is not None:
+    if over_positions and edit.positions is not None:
         raise ValueError("a sweep over positions moves the change: make it without positions")
-    if heads != () and edit.heads is not None:
+    if over_heads and edit.heads is not None:
         raise ValueError("a sweep over heads moves the change: make it without heads")
 
 

@@ -91,7 +91,7 @@ def test_sweep_over_heads(tiny, quick_compilation):
 def test_sweep_over_positions_and_heads(tiny, quick_compilation):
     factor = rng.normal(size=(3, B, T, 2, 8)).astype(np.float32)
     edit = inspection.scale(tiny.config, "attn.k", factor)
-    options = {"layers": [2, 0], "positions": [5, -1], "heads": [1], **RAGGED}
+    options = {"layers": [2, 0], "positions": np.array([5, -1]), "heads": np.array([1]), **RAGGED}
     found = inspection.sweep(tiny.config, tiny.params, TOKENS, edit, METRIC, **options)
     assert found.shape == (2, 2, 1)
     for i, layer in enumerate((2, 0)):
@@ -159,6 +159,10 @@ def test_refused(tiny):
         sweep(inspection.zero(tiny.config, "resid_pre", positions=np.array([1])), positions=None)
     with pytest.raises(ValueError, match="make it without heads"):
         sweep(inspection.zero(tiny.config, "attn.z", heads=[1]), heads=None)
+    with pytest.raises(ValueError, match="make it without layers"):
+        sweep(inspection.zero(tiny.config, "attn.z", layers=[1]))
+    with pytest.raises(ValueError, match="make it without positions"):  # an array of one is not an empty one
+        sweep(inspection.zero(tiny.config, "resid_pre", positions=[1]), positions=np.array([2]))
     with pytest.raises(ValueError, match="embed has no layers"):
         sweep(inspection.zero(tiny.config, "embed"), layers=[1], positions=None)
     with pytest.raises(ValueError, match=r"positions \[23\]: there are 23"):
