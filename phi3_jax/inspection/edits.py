@@ -1,6 +1,7 @@
 """Changes of a run's values, as data: a point, masks that say where, and what is put there.
 
-All of these functions take where they change something; None means everywhere:
+All of these functions take a point by its name, ours or TransformerLens', and where they change something; None means
+everywhere:
 
     layers     numbers; negative ones count from the end
     positions  of tokens, as the model counts them from 0 on, also where a cache holds the earlier ones: int [P], or
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.model.points import OUTER, POINTS, Edit, require_known
+from phi3_jax.model.points import OUTER, POINTS, Edit, plain_name, require_known
 
 Numbers = Sequence[int] | None
 
@@ -81,13 +82,20 @@ def change(
 
 
 def moved(config: Phi3Config, edit: Edit, layer: Any = None, position: Any = None, head: Any = None) -> Edit:
-    """The same change at another layer, position or head: int32 scalars, which `jax.vmap` may run through."""
+    """The same change at another layer, position or head: int32 scalars, which `jax.vmap` may run through.
+
+    Raises:
+      ValueError: a point that has no layers, or no heads; numbers that cannot be. Of those that `jax.vmap` runs through
+        only the program knows: where there is no such layer, position or head, it changes nothing.
+    """
+    _check_axes(edit.point, layer, head)
     if layer is not None:
-        edit = dataclasses.replace(edit, layers=jnp.arange(config.num_hidden_layers) == layer)
+        edit = dataclasses.replace(edit, layers=_one(layer, config.num_hidden_layers, "layers"))
     if position is not None:
-        edit = dataclasses.replace(edit, positions=jnp.asarray(position, jnp.int32)[..., None])
+        position = position if isinstance(position, jax.core.Tracer) else np.asarray(position)
+        edit = dataclasses.replace(edit, positions=_positions(position[..., None]))
     if head is not None:
-        edit = dataclasses.replace(edit, heads=jnp.arange(_heads(config, edit.point)) == head)
+        edit = dataclasses.replace(edit, heads=_one(head, _heads(config, edit.point), "heads"))
     return edit
 
 
@@ -118,11 +126,9 @@ def numbers(chosen: Numbers, count: int, what: str) -> np.ndarray:
 def _edit(
     config: Phi3Config, point: str, factor: Any, value: Any, layers: Numbers, positions: Any, heads: Numbers
 ) -> Edit:
+    point = plain_name(point)
     require_known(point)
-    if heads is not None and not set("NK") & set(POINTS[point]):
-        raise ValueError(f"{point} has no heads: its axes are {POINTS[point]}")
-    if layers is not None and point in OUTER:
-        raise ValueError(f"{point} has no layers")
+    _check_axes(point, layers, heads)
     chosen = {"L": None if layers is None else numbers(layers, config.num_hidden_layers, "layers")}
     chosen["N"] = chosen["K"] = None if heads is None else numbers(heads, _heads(config, point), "heads")
     positions = None if positions is None else _positions(positions)
@@ -134,6 +140,21 @@ def _edit(
         factor=_wide(config, point, factor, positions, chosen),
         value=_wide(config, point, value, positions, chosen),
     )
+
+
+def _check_axes(point: str, layers: Any, heads: Any) -> None:
+    if heads is not None and not set("NK") & set(POINTS[point]):
+        raise ValueError(f"{point} has no heads: its axes are {POINTS[point]}")
+    if layers is not None and point in OUTER:
+        raise ValueError(f"{point} has no layers")
+
+
+def _one(number: Any, count: int, what: str) -> jax.Array:
+    """bool [count]: the mask of one number, which may be negative, and may be traced."""
+    if not isinstance(number, jax.core.Tracer):
+        number = numbers(number, count, what)
+    each = jnp.arange(count)
+    return (each == number) | (each == number + count)
 
 
 def _mask(chosen: np.ndarray | None, count: int) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import numbers
-from phi3_jax.inspection.running import run
+from phi3_jax.inspection.running import matching, run
 from phi3_jax.inspection.tuned import TunedLens, unit
 from phi3_jax.model import Params, Phi3
 from phi3_jax.model.decoder import rms_norm
@@ -56,7 +56,7 @@ def logit_lens(
 
     Args:
       tokens: int [B, T].
-      points: of the residual stream: resid_pre, resid_mid, resid_post.
+      points: of the residual stream: resid_pre, resid_mid, resid_post, or a pattern of them.
       top: how many guesses, k.
       target: int, broadcastable to [B, T]: tokens whose probability and rank are wanted, too.
       tuned: maps from each layer's stream to the last one's (`fit_tuned_lens`), with which early layers can be read;
@@ -68,13 +68,14 @@ def logit_lens(
       ValueError: a point that is not of the residual stream, or not resid_post with `tuned`; `top` is not 1 to V; what
         `run` raises.
     """
+    points = matching(points)
     if wrong := [name for name in points if name not in ("resid_pre", "resid_mid", "resid_post")]:
         raise ValueError(f"the lens looks at resid_pre, resid_mid and resid_post, not at {', '.join(wrong)}")
-    if tuned is not None and tuple(points) != ("resid_post",):
+    if tuned is not None and points != ("resid_post",):
         raise ValueError(f"a tuned lens is fitted to resid_post, not to {', '.join(points)}: name that point alone")
     if not 1 <= top <= config.vocab_size:
         raise ValueError(f"top={top}: there are 1 to {config.vocab_size} next tokens")
-    seen = run(config, params, tokens, tuple(points), **options)
+    seen = run(config, params, tokens, points, **options)
     seen = seen[0] if isinstance(seen, tuple) else seen
     if target is not None:
         target = jnp.asarray(target, jnp.int32)

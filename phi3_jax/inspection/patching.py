@@ -22,7 +22,7 @@ from phi3_jax.inspection import forks
 from phi3_jax.inspection.edits import Numbers, add, as_data, moved, numbers, replace
 from phi3_jax.inspection.running import compiled, run
 from phi3_jax.model import Params, Phi3
-from phi3_jax.model.points import OUTER, POINTS, Edit, Hooks
+from phi3_jax.model.points import OUTER, POINTS, Edit, Hooks, plain_name, require_known
 
 Metric = Callable[[jax.Array], jax.Array]
 
@@ -118,7 +118,7 @@ def patch_sweep(
       tokens, other: int [B, T]; the values of `other` are put into the run of `tokens`.
       options: of `sweep`, which has the others, too.
     """
-    values = _others(config, params, tokens, other, point, options.get("token_positions"))
+    values = _others(config, params, tokens, other, plain_name(point), options.get("token_positions"))
     edit = replace(config, point, values)
     return sweep(config, params, tokens, edit, metric, positions=positions, **options)
 
@@ -143,10 +143,13 @@ def attribution_patching(
       it is, if metrics were straight lines.
 
     Raises:
-      ValueError: a point that has no layers, or whose values are not those of one token.
+      ValueError: an unknown point, one that has no layers, or whose values are not those of one token.
     """
+    point = plain_name(point)
+    require_known(point)
     if point in OUTER or POINTS[point][:2] != "BT":
         raise ValueError(f"{point} (axes {POINTS[point]}) has no values for each layer and token")
+    token_positions = None if token_positions is None else jnp.asarray(token_positions, jnp.int32)
     values = _others(config, params, tokens, other, point, token_positions)
     own, slope = _slopes(config, params, jnp.asarray(tokens), token_positions, point, as_data(metric))
     product = slope * (values.astype(jnp.float32) - own.astype(jnp.float32))  # [L, B, T, ...]

@@ -9,7 +9,6 @@ import dataclasses
 import fnmatch
 import functools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import Numbers, numbers
 from phi3_jax.model import KVCache, Params, Phi3, decoder
-from phi3_jax.model.points import FLOAT32, POINTS, Edit, Hooks, Tap, require_known
+from phi3_jax.model.points import FLOAT32, POINTS, Edit, Hooks, Tap, plain_name, require_known
 
 LIMIT = 4 << 30
 Seen = dict[str, jax.Array]
@@ -95,9 +94,10 @@ def compiled(
         config, params, tokens, token_positions, cache, hooks, segments=segments, rope_lengths=rope_lengths
     )
     if "logits" in hooks.reads:
-        # Only those that are read are computed: all logits of a prompt would be T x V.
-        x, spots = at_places(x, hooks.positions), at_places(spots, hooks.positions)
-        _, seen = logits(config, params, x, spots, dataclasses.replace(hooks, positions=None), seen)
+        if not hooks.changes("logits"):  # Only those that are read are computed: all of a prompt would be T x V.
+            x, spots = at_places(x, hooks.positions), at_places(spots, hooks.positions)
+            hooks = dataclasses.replace(hooks, positions=None)
+        _, seen = logits(config, params, x, spots, hooks, seen)
     return seen, cache
 
 
@@ -164,12 +164,8 @@ def matching(patterns: Sequence[str]) -> tuple[str, ...]:
     """
     found = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if named := re.match(r"blocks\.(\d+)\.", pattern):
-            raise ValueError(
-                f"{pattern!r} names a layer: write blocks.*.{pattern[named.end() :]} and layers=[{named[1]}]"
-            )
-        plain = re.sub(r"^blocks\.\*\.", "", pattern).replace("hook_", "").replace("attn_scores", "scores")
-        names = [name for name in POINTS if fnmatch.fnmatchcase(name, plain) or name == f"attn.{plain}"]
+        plain = plain_name(pattern)
+        names = [name for name in POINTS if fnmatch.fnmatchcase(name, plain)]
         if not names:
             require_known(plain)
             raise ValueError(f"no point matches {pattern!r}: there are {', '.join(POINTS)}")
@@ -193,6 +189,9 @@ def chosen(
     for name, asked in (("layers", layers), ("positions", positions), ("heads", heads)):
         if asked is not None and np.size(asked) == 0:
             raise ValueError(f"no {name} are named to be read: leave {name}= out to read all")
+    for edit in edits:
+        if len(edit.layers) != L:
+            raise ValueError(f"{edit.point}: an edit of a model of {len(edit.layers)} layers, where there are {L}")
     read_layers = None if layers is None else jnp.asarray(numbers(layers, L, "layers"))
     read_heads = None if heads is None else jnp.asarray(numbers(heads, N, "heads"))
     read_places = None if positions is None else places(positions, tokens.shape)
@@ -210,17 +209,19 @@ def places(chosen: Any, size: tuple[int, ...]) -> jax.Array:
 
 
 def check_size(hooks: Hooks, config: Phi3Config, params: Params, size: tuple[int, ...], keys: int, limit: int) -> None:
-    """Raises ValueError if what is read, or one layer's weights of attention, takes more than `limit` bytes."""
+    """Raises ValueError if what is read, with what one layer makes for it, takes more than `limit` bytes."""
     stream = jax.eval_shape(
         functools.partial(Phi3(config).apply, method="embed"), {"params": params}, jnp.zeros((1, 1), int)
     )
     types = {name: jnp.float32 if name in FLOAT32 else stream.dtype for name in hooks.reads}
     shapes = {name: hooks.shape(name, config, size, keys) for name in hooks.reads}
     sizes = {name: jnp.dtype(types[name]).itemsize * math.prod(shape) for name, shape in shapes.items()}
-    if Tap(hooks, config, None, {}).wants_weights:  # of all queries and heads, whatever is read of them
-        name = "attn.pattern of one layer"
-        shapes[name] = (size[0], config.num_attention_heads, size[1], keys)
-        sizes[name] = 4 * math.prod(shapes[name])
+    at, whole = Tap(hooks, config, None, {}), Hooks()
+    for name, is_made in (("attn.pattern", at.wants_weights), ("attn.result", at.wants("attn.result"))):
+        if is_made:  # of all queries and heads, whatever is read of them
+            one = f"{name} of one layer"
+            shapes[one] = whole.shape(name, config, size, keys)[1:]
+            sizes[one] = (4 if name in FLOAT32 else stream.dtype.itemsize) * math.prod(shapes[one])
     if sum(sizes.values()) > limit:
         largest = max(sizes, key=lambda name: sizes[name])
         raise ValueError(

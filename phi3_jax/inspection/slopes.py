@@ -98,7 +98,7 @@ def _compiled(
     def forward(probes: Seen) -> tuple[jax.Array, Seen]:
         asked = dataclasses.replace(hooks, probes=probes)
         x, spots, values, _ = hidden(config, params, tokens, token_positions, None, asked, remat, **lengths)
-        if "logits" in hooks.reads:
+        if "logits" in hooks.reads or hooks.changes("logits"):
             out, values = logits(config, params, x, spots, asked, values)
             return metric(at_places(out, logits_at)), values
         x, spots = at_places(x, logits_at), at_places(spots, logits_at)

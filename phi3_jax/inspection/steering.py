@@ -14,7 +14,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import add
 from phi3_jax.inspection.running import run
 from phi3_jax.model import Params
-from phi3_jax.model.points import Edit
+from phi3_jax.model.points import OUTER, POINTS, Edit, plain_name
 
 
 def steering_vector(
@@ -33,8 +33,9 @@ def steering_vector(
 ) -> Edit:
     """An edit that adds strength * (mean of the texts with - mean of those without) to a layer's residual stream.
 
-    Of one pair of texts it is activation addition (arXiv:2308.10248), of many pairs that differ in their last token,
-    with `positions=(-1,)`, contrastive activation addition (arXiv:2312.06681).
+    Of many pairs of texts that differ in their last token, with `positions=(-1,)`, it is contrastive activation
+    addition (arXiv:2312.06681). Activation addition (arXiv:2308.10248) is the same of one pair, but adds each place's
+    difference at that place, where this adds the mean.
 
     Args:
       tokens_with, tokens_without: int [B, T]; the two need not have the same B and T.
@@ -45,8 +46,13 @@ def steering_vector(
       at: the positions of tokens at which the edit adds; None means all.
 
     Raises:
-      ValueError: what `run` and `add` raise.
+      ValueError: a point of another kind; what `run` and `add` raise.
     """
+    point = plain_name(point)
+    if point in OUTER or POINTS.get(point) != "BTD":
+        raise ValueError(
+            f"{point} is no vector for each token of a layer: name resid_post, or another with the axes LBTD"
+        )
     means = [
         _mean(config, params, tokens, layer, point, positions, token_positions)
         for tokens, token_positions in ((tokens_with, positions_with), (tokens_without, positions_without))

@@ -74,7 +74,8 @@ def analogy(
 ) -> tuple[jax.Array, jax.Array]:
     """ "king" - "man" + "woman" (arXiv:1301.3781): the tokens nearest to a sum of rows -> ids [k], cosines [k].
 
-    As there, each row is divided by its norm before, and the words themselves are left out.
+    As there, the words themselves are left out. Each row is divided by its norm before it is added (Mikolov, Yih and
+    Zweig, 2013).
 
     Args:
       plus: tokens whose rows are added: king, woman.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -60,6 +61,18 @@ OUTER = ("embed", "ln_final.scale", "ln_final.normalized", "ln_final.out", "logi
 FLOAT32 = ("ln1.scale", "ln2.scale", "ln_final.scale", "attn.scores", "attn.pattern", "logits")
 _PROJECTED = ("attn.q", "attn.k", "attn.v", "attn.rot_q", "attn.rot_k")
 _WEIGHED = ("attn.scores", "attn.pattern")
+
+
+def plain_name(name: str) -> str:
+    """A name, or a pattern of names, as TransformerLens has it -> ours: "blocks.*.attn.hook_z", or "z", is attn.z.
+
+    Raises:
+      ValueError: a name of one layer's point.
+    """
+    if named := re.match(r"blocks\.(\d+)\.", name):
+        raise ValueError(f"{name!r} names a layer: write blocks.*.{name[named.end() :]} and layers=[{named[1]}]")
+    plain = re.sub(r"^blocks\.\*\.", "", name).replace("hook_", "").replace("attn_scores", "scores")
+    return f"attn.{plain}" if f"attn.{plain}" in POINTS else plain
 
 
 def require_known(name: str) -> None:
@@ -153,7 +166,8 @@ class Hooks:
 
     Attributes:
       reads: names of POINTS.
-      layers: int32 [any]: the layers that are read; None reads all. No number may be there twice.
+      layers: int32 [any]: the layers that are read, negative ones from the end; None reads all. No layer may be there
+        twice.
       positions: int32 [P] or [B, P]: places along T, of this call, that are read; None reads all.
       heads: int32 [any]: the query heads that are read, of keys and values those that they use; None reads all.
       edits: in the order in which they are made. What is read has been changed.
@@ -172,6 +186,10 @@ class Hooks:
         """Raises ValueError for a name that is not in POINTS."""
         for name in (*self.reads, *(edit.point for edit in self.edits), *self.probes):
             require_known(name)
+
+    def changes(self, name: str) -> bool:
+        """Whether a point is changed."""
+        return name in self.probes or any(edit.point == name for edit in self.edits)
 
     def shape(self, name: str, config: Phi3Config, size: tuple[int, ...], keys: int) -> tuple[int, ...]:
         """The shape of what is read at one point of `size` [B, T] tokens, L in front unless it is one of OUTER."""
@@ -221,6 +239,7 @@ class Tap:
     ) -> None:
         self.hooks, self.positions, self.kept, self.number = hooks, positions, kept, number
         self.group = config.num_attention_heads // config.num_key_value_heads if config else 1
+        self.depth = config.num_hidden_layers if config else 0
 
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
         """The value, changed as the edits say; it is kept if somebody reads it."""
@@ -242,9 +261,7 @@ class Tap:
 
     def changes(self, name: str) -> bool:
         """Whether this point is changed."""
-        if self.hooks is None:
-            return False
-        return name in self.hooks.probes or any(edit.point == name for edit in self.hooks.edits)
+        return self.hooks is not None and self.hooks.changes(name)
 
     @property
     def wants_heads(self) -> bool:
@@ -265,7 +282,8 @@ class Tap:
         assert self.hooks is not None
         if (layers := self.hooks.layers) is None:
             return self.number
-        return jnp.where(layers == self.number, jnp.arange(len(layers)), len(layers)).min()
+        here = (layers == self.number) | (layers == self.number - self.depth)
+        return jnp.where(here, jnp.arange(len(layers)), len(layers)).min()
 
     def _probe(self, name: str, value: jax.Array) -> jax.Array:
         """The probe's numbers where the value is read, 0 elsewhere."""

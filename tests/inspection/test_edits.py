@@ -150,6 +150,22 @@ def test_values_of_named_layers_and_heads_are_put_where_they_belong(tiny):
     np.testing.assert_array_equal(edit.heads, [False, True, True, False, False, True])
 
 
+@pytest.mark.parametrize("name", ["attn.z", "z", "blocks.*.attn.hook_z"])
+def test_names_of_an_edit_are_those_that_can_be_read(tiny, name):
+    assert inspection.zero(tiny.config, name).point == "attn.z"
+
+
+def test_an_edit_is_moved(tiny):
+    """By numbers that are known, and by those that a program runs through."""
+    edit = inspection.zero(tiny.config, "attn.k")
+    masks = jax.vmap(lambda n: inspection.moved(tiny.config, edit, n, n + 2, n).layers)(jnp.arange(-2, 3))
+    np.testing.assert_array_equal(masks, np.eye(3)[[1, 2, 0, 1, 2]])
+    found = inspection.moved(tiny.config, edit, -1, 4, -2)
+    np.testing.assert_array_equal(found.layers, [False, False, True])
+    np.testing.assert_array_equal(found.heads, [True, False])
+    np.testing.assert_array_equal(found.positions, [4])
+
+
 @pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min])
 def test_no_score_shows_a_query_what_it_must_not_see(lowest):
     """Neither padding, nor later tokens, nor those outside of the window, even if all that it sees gets the lowest."""
@@ -183,12 +199,21 @@ def test_numbers_that_a_function_has_bound_are_data(tiny):
     ("make", "message"),
     [
         (lambda c: inspection.zero(c, "resid_pst"), r"did you mean resid_post\?"),
+        (lambda c: inspection.zero(c, "blocks.1.hook_resid_pre"), r"write blocks.\*.hook_resid_pre and layers=\[1\]"),
         (lambda c: inspection.zero(c, "resid_pre", heads=[0]), "resid_pre has no heads: its axes are BTD"),
         (lambda c: inspection.zero(c, "embed", layers=[0]), "embed has no layers"),
         (lambda c: inspection.zero(c, "attn.k", heads=[2]), r"heads \[2\]: there are 2, 0 to 1"),
         (lambda c: inspection.zero(c, "attn.q", layers=[1.5]), r"layers are numbers, not \[1.5\]"),
         (lambda c: inspection.zero(c, "attn.q", positions=[-1]), r"positions \[-1\]: an edit counts them from 0 on"),
         (lambda c: inspection.zero(c, "attn.q", positions=[[2, -1], [3, 3]]), r"positions \[3, 3\]: each can be named"),
+        (lambda c: inspection.moved(c, inspection.zero(c, "attn.k"), layer=3), r"layers \[3\]: there are 3"),
+        (lambda c: inspection.moved(c, inspection.zero(c, "attn.k"), head=2), r"heads \[2\]: there are 2"),
+        (
+            lambda c: inspection.moved(c, inspection.zero(c, "attn.k"), position=-1),
+            r"\[-1\]: an edit counts them from 0",
+        ),
+        (lambda c: inspection.moved(c, inspection.zero(c, "mlp_out"), head=0), "mlp_out has no heads"),
+        (lambda c: inspection.moved(c, inspection.zero(c, "logits"), layer=0), "logits has no layers"),
         (lambda c: inspection.add(c, "resid_pre", np.zeros(23)), r"\(LBTD\): D must be 24 or 1"),
         (lambda c: inspection.add(c, "embed", np.zeros((3, 1, 1, 24))), r"\(LBTD\): L must be 1"),
         (lambda c: inspection.add(c, "resid_pre", np.zeros((3, 1)), positions=[2]), r"\(LBTD\): T must be 1"),
@@ -236,6 +261,20 @@ def test_positions_are_those_of_the_text_while_decoding(tiny):
         parts.append(seen["logits"])
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-4)
     assert (np.asarray(whole[:, 7]) == 0).all()
+
+
+@pytest.mark.slow
+def test_an_edit_of_all_logits_is_one_of_those_that_are_read(tiny):
+    value = normal(B, T, 97)
+    edits = [inspection.add(tiny.config, "logits", value)]
+    plain = inspection.run(tiny.config, tiny.params, TOKENS)["logits"]
+    got = inspection.run(tiny.config, tiny.params, TOKENS, edits=edits, positions=[[4, 0], [8, 3]])["logits"]
+    places, rows = np.array([[4, 0], [8, 3]]), np.arange(B)[:, None]
+    np.testing.assert_allclose(got, (plain + value)[rows, places], atol=1e-4)
+    found = inspection.gradients(
+        tiny.config, tiny.params, TOKENS, lambda x: x[0, 0, 7], ["embed"], edits=edits, logits_at=places
+    )
+    np.testing.assert_allclose(found.metric, (plain + value)[0, 4, 7], atol=1e-4)
 
 
 @pytest.mark.slow

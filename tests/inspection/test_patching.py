@@ -169,5 +169,7 @@ def test_refused(tiny):
         sweep(inspection.zero(tiny.config, "resid_pre"), positions=[23])
     with pytest.raises(ValueError, match="must have the same shape"):
         inspection.patch_sweep(tiny.config, tiny.params, TOKENS, OTHER[:, 1:], METRIC)
+    with pytest.raises(ValueError, match=r"did you mean resid_pre\?"):
+        inspection.attribution_patching(tiny.config, tiny.params, TOKENS, OTHER, METRIC, point="resid_per")
     with pytest.raises(ValueError, match=r"attn\.pattern .* has no values"):
         inspection.attribution_patching(tiny.config, tiny.params, TOKENS, OTHER, METRIC, point="attn.pattern")

@@ -237,6 +237,8 @@ def test_the_size_of_what_is_refused_is_counted(tiny):
         ValueError, match=r"take 240.0 GB, attn.pattern of one layer \[1, 6, 100000, 100000\] alone 240.0 GB"
     ):
         inspection.run(tiny.config, tiny.params, long, ["attn.pattern"], layers=[0], positions=[-1], heads=[0])
+    with pytest.raises(ValueError, match=r"attn.result of one layer \[1, 100000, 6, 24\] alone 0.1 GB"):
+        inspection.run(tiny.config, tiny.params, long, ["attn.result"], layers=[0], positions=[-1], limit=1 << 20)
 
 
 @pytest.mark.slow

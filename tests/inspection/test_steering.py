@@ -26,6 +26,12 @@ def test_a_steering_vector_is_a_difference_of_means(tiny, quick_compilation):
     np.testing.assert_array_equal(difference[:, [0, 1, 2, 4]], 0)
 
 
+@pytest.mark.parametrize("point", ["embed", "attn.z", "resid_pst"])
+def test_a_point_that_has_no_such_vector_is_refused(tiny, point):
+    with pytest.raises(ValueError, match=f"{point} is no vector for each token of a layer"):
+        inspection.steering_vector(tiny.config, tiny.params, WITH, WITHOUT, 0, point=point)
+
+
 @pytest.mark.slow
 def test_some_places_alone(tiny, quick_compilation):
     """The last token of each text, wherever it is; a place of padding counts nothing."""

@@ -12,6 +12,7 @@ from phi3_jax.inspection import Hooks, zero
 from phi3_jax.inspection.running import compiled
 from phi3_jax.kernels import PerLayer
 from phi3_jax.model import decoder
+from phi3_jax.model.points import Tap
 
 B, T = 3, 11
 TOKENS = jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -91,6 +92,12 @@ def test_only_what_is_asked_for_is_kept(tiny):
     assert not every & found
     assert f"{B}x1x{c.vocab_size}" in found
     assert f"{B}x{T}x{c.vocab_size}" not in found
+
+
+def test_layers_are_counted_from_either_end(tiny):
+    hooks = Hooks(("resid_post",), layers=jnp.asarray([-1, 0]))
+    for number, expected in enumerate((1, 2, 0)):
+        assert Tap(hooks, tiny.config, None, {}, number)._place() == expected
 
 
 @pytest.mark.parametrize("reads", [("attn.qq",), ("blocks",)])
