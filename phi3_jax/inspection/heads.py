@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import as_data, moved, replace, zero
-from phi3_jax.inspection.running import by_layer, compiled, places, run
+from phi3_jax.inspection.running import by_layer, compiled, in_rows, places, run
 from phi3_jax.kernels.attention.masks import attention_mask
 from phi3_jax.model import Params
 from phi3_jax.model.points import Edit, Hooks
@@ -144,6 +145,7 @@ def ablation(
     else:
         edit = zero(config, "attn.z")
     chosen = places(positions, tokens.shape)
+    token_positions = None if token_positions is None else spots
     return _without(config, as_data(metric), at_once, params, tokens, token_positions, chosen, edit)
 
 
@@ -175,9 +177,7 @@ def _placed(tokens: Any, token_positions: Any) -> tuple[jax.Array, jax.Array]:
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.shape}")
-    if token_positions is None:
-        token_positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    return tokens, jnp.broadcast_to(jnp.asarray(token_positions, jnp.int32), tokens.shape)
+    return tokens, in_rows(tokens, np.arange(tokens.shape[1]) if token_positions is None else token_positions)
 
 
 def _patterns(

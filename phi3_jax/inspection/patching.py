@@ -20,7 +20,7 @@ import numpy as np
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection import forks
 from phi3_jax.inspection.edits import Numbers, add, as_data, moved, numbers, replace
-from phi3_jax.inspection.running import compiled, run
+from phi3_jax.inspection.running import compiled, in_rows, run
 from phi3_jax.model import Params, Phi3
 from phi3_jax.model.points import OUTER, POINTS, Edit, Hooks, plain_name, require_known
 
@@ -78,9 +78,9 @@ def sweep(
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.shape}")
-    if token_positions is None:
-        token_positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    token_positions = np.asarray(token_positions, np.int32)
+    token_positions = np.arange(tokens.shape[1]) if token_positions is None else token_positions
+    with jax.ensure_compile_time_eval():  # what is swept is laid out before anything is traced
+        token_positions = np.asarray(in_rows(tokens, token_positions))
     outer, swept = edit.point in OUTER, tuple(each is None or np.size(each) > 0 for each in (positions, heads))
     _check(edit, layers, *swept)
     count = config.num_key_value_heads if "K" in POINTS[edit.point] else config.num_attention_heads
@@ -149,7 +149,7 @@ def attribution_patching(
     require_known(point)
     if point in OUTER or POINTS[point][:2] != "BT":
         raise ValueError(f"{point} (axes {POINTS[point]}) has no values for each layer and token")
-    token_positions = None if token_positions is None else jnp.asarray(token_positions, jnp.int32)
+    token_positions = None if token_positions is None else in_rows(tokens, token_positions)
     values = _others(config, params, tokens, other, point, token_positions)
     own, slope = _slopes(config, params, jnp.asarray(tokens), token_positions, point, as_data(metric))
     product = slope * (values.astype(jnp.float32) - own.astype(jnp.float32))  # [L, B, T, ...]

@@ -67,10 +67,9 @@ def run(
     tokens = jnp.asarray(tokens)
     hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
     check_size(hooks, config, params, tokens.shape, tokens.shape[1] if cache is None else cache.capacity, limit)
-    arrays = (
-        None if each is None else jnp.asarray(each, jnp.int32) for each in (token_positions, segments, rope_lengths)
-    )
-    token_positions, segments, rope_lengths = arrays
+    token_positions = None if token_positions is None else in_rows(tokens, token_positions)
+    segments = None if segments is None else in_rows(tokens, segments, "segments")
+    rope_lengths = None if rope_lengths is None else jnp.asarray(rope_lengths, jnp.int32)
     decoder.check_arguments(tokens, segments, cache)
     if cache is not None:  # raises: compiled, it could only give NaN
         decoder.known_overflows(cache, decoder.known_positions(tokens, token_positions, cache), config.sliding_window)
@@ -185,6 +184,8 @@ def chosen(
     """What `run` is asked for, as the decoder wants it. Raises ValueError as `run` does."""
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be integers of shape [B, T], not {tokens.shape}")
+    if tokens.size == 0:
+        raise ValueError(f"there are no tokens: their shape is {tokens.shape}")
     L, N = config.num_hidden_layers, config.num_attention_heads
     for name, asked in (("layers", layers), ("positions", positions), ("heads", heads)):
         if asked is not None and np.size(asked) == 0:
@@ -196,6 +197,14 @@ def chosen(
     read_heads = None if heads is None else jnp.asarray(numbers(heads, N, "heads"))
     read_places = None if positions is None else places(positions, tokens.shape)
     return Hooks(matching(reads), read_layers, read_places, read_heads, tuple(edits))
+
+
+def in_rows(tokens: Any, given: Any, name: str = "token_positions") -> jax.Array:
+    """int32 [B, T], of what is given for each token, or for those of one row. Raises ValueError."""
+    size, own = np.shape(tokens), np.shape(given)
+    if own not in (size, (1, *size[1:]), size[1:]):
+        raise ValueError(f"{name} of shape {list(own)}, where tokens are {list(size)}")
+    return jnp.broadcast_to(jnp.asarray(given, jnp.int32), size)
 
 
 def places(chosen: Any, size: tuple[int, ...]) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import Numbers, as_data
-from phi3_jax.inspection.running import LIMIT, Seen, at_places, check_size, chosen, hidden, logits, places
+from phi3_jax.inspection.running import LIMIT, Seen, at_places, check_size, chosen, hidden, in_rows, logits, places
 from phi3_jax.kernels import has_packed, has_per_layer
 from phi3_jax.model import Params
 from phi3_jax.model.decoder import Remat
@@ -72,10 +72,10 @@ def gradients(
     hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
     check_size(hooks, config, params, tokens.shape, tokens.shape[1], limit // 2)
     at = None if logits_at is None else places(logits_at, tokens.shape)
-    arrays = (
-        None if each is None else jnp.asarray(each, jnp.int32) for each in (token_positions, segments, rope_lengths)
-    )
-    return _compiled(config, params, tokens, as_data(metric), at, hooks, *arrays)
+    token_positions = None if token_positions is None else in_rows(tokens, token_positions)
+    segments = None if segments is None else in_rows(tokens, segments, "segments")
+    rope_lengths = None if rope_lengths is None else jnp.asarray(rope_lengths, jnp.int32)
+    return _compiled(config, params, tokens, as_data(metric), at, hooks, token_positions, segments, rope_lengths)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -92,12 +92,11 @@ def _compiled(
 ) -> Gradients:
     # On the way back packed weights are made floats: one layer's at a time, where layers are computed again.
     remat: Remat = "full" if has_packed(params) and not has_per_layer(params) else "none"
-
-    lengths = {"segments": segments, "rope_lengths": rope_lengths}
+    others = {"segments": segments, "rope_lengths": rope_lengths}
 
     def forward(probes: Seen) -> tuple[jax.Array, Seen]:
         asked = dataclasses.replace(hooks, probes=probes)
-        x, spots, values, _ = hidden(config, params, tokens, token_positions, None, asked, remat, **lengths)
+        x, spots, values, _ = hidden(config, params, tokens, token_positions, None, asked, remat, **others)
         if "logits" in hooks.reads or hooks.changes("logits"):
             out, values = logits(config, params, x, spots, asked, values)
             return metric(at_places(out, logits_at)), values

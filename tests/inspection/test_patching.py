@@ -167,6 +167,8 @@ def test_refused(tiny):
         sweep(inspection.zero(tiny.config, "embed"), layers=[1], positions=None)
     with pytest.raises(ValueError, match=r"positions \[23\]: there are 23"):
         sweep(inspection.zero(tiny.config, "resid_pre"), positions=[23])
+    with pytest.raises(ValueError, match=r"token_positions of shape \[2, 23\], where tokens are \[3, 23\]"):
+        sweep(inspection.zero(tiny.config, "resid_pre"), token_positions=POSITIONS[:2])
     with pytest.raises(ValueError, match="must have the same shape"):
         inspection.patch_sweep(tiny.config, tiny.params, TOKENS, OTHER[:, 1:], METRIC)
     with pytest.raises(ValueError, match=r"did you mean resid_pre\?"):

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 T = 23  # past the window of 19 and LongRoPE's border of 16
 TOKENS = np.random.default_rng(4).integers(0, 97, (2, T))
 HEADS = np.array([5, 1, 2])
+FOREIGN = inspection.Edit("embed", jnp.ones(4, bool), None, None, jnp.ones(()), jnp.zeros(()))
 
 
 def slow(tiny, row, **options):
@@ -218,6 +219,11 @@ def test_names_are_those_that_a_field_knows():
         ({"reads": ["embed"], "heads": [6]}, r"heads \[6\]: there are 6"),
         ({"reads": ["embed"], "positions": [23]}, r"positions \[23\]: there are 23"),
         ({"reads": ["embed"], "positions": [0.5]}, r"positions are numbers, not \[0.5\]"),
+        (
+            {"reads": ["embed"], "token_positions": [[0] * T] * 3},
+            r"token_positions of shape \[3, 23\], where .* \[2, 23\]",
+        ),
+        ({"reads": ["embed"], "edits": [FOREIGN]}, "embed: an edit of a model of 4 layers, where there are 3"),
         ({"reads": ["embed"], "positions": [[0], [1], [2]]}, r"positions of shape \(3, 1\): .* for 2 rows"),
         (
             {"reads": ["attn.pattern", "embed"], "limit": 38000},
