@@ -82,7 +82,7 @@ def sweep(
     with jax.ensure_compile_time_eval():  # what is swept is laid out before anything is traced
         token_positions = np.asarray(in_rows(tokens, token_positions))
     outer, swept = edit.point in OUTER, tuple(each is None or np.size(each) > 0 for each in (positions, heads))
-    _check(edit, layers, *swept)
+    _check(edit, tokens.shape, layers, *swept)
     count = config.num_key_value_heads if "K" in POINTS[edit.point] else config.num_attention_heads
     chosen = numbers([0] if outer else layers, config.num_hidden_layers, "layers")
     axes = [numbers(positions, int(token_positions.max()) + 1, "positions"), numbers(heads, count, "heads")]
@@ -227,8 +227,13 @@ def _at_position(edit: Edit, token_positions: jax.Array, position: jax.Array) ->
     return dataclasses.replace(edit, factor=cut(edit.factor), value=cut(edit.value))
 
 
-def _check(edit: Edit, layers: Numbers, over_positions: bool, over_heads: bool) -> None:
+def _check(edit: Edit, size: tuple[int, ...], layers: Numbers, over_positions: bool, over_heads: bool) -> None:
     axes = POINTS[edit.point]
+    for array in (edit.factor, edit.value):
+        for axis, count in zip("BT", size, strict=True):
+            own = array.shape[1 + axes.index(axis)] if array.ndim else 1
+            if own not in (1, count) and not (axis == "T" and edit.positions is not None):
+                raise ValueError(f"{edit.point}: an edit of shape {list(array.shape)} for tokens {list(size)}")
     if not isinstance(edit.layers, jax.core.Tracer) and not np.all(edit.layers):
         raise ValueError("a sweep moves the change from layer to layer: make it without layers")
     if edit.point in OUTER and layers is not None:

@@ -167,6 +167,9 @@ def test_refused(tiny):
         sweep(inspection.zero(tiny.config, "embed"), layers=[1], positions=None)
     with pytest.raises(ValueError, match=r"positions \[23\]: there are 23"):
         sweep(inspection.zero(tiny.config, "resid_pre"), positions=[23])
+    for shape in ((B, T - 1, 24), (B - 1, 1, 24)):
+        with pytest.raises(ValueError, match=r"resid_pre: an edit of shape \[1, .*, 24\] for tokens \[3, 23\]"):
+            sweep(inspection.replace(tiny.config, "resid_pre", np.zeros(shape)), positions=None)
     with pytest.raises(ValueError, match=r"token_positions of shape \[2, 23\], where tokens are \[3, 23\]"):
         sweep(inspection.zero(tiny.config, "resid_pre"), token_positions=POSITIONS[:2])
     with pytest.raises(ValueError, match="must have the same shape"):
