@@ -1,4 +1,4 @@
-"""Which parts of the model speak for a token: direct logit attribution (arXiv:2211.00593, section 2).
+"""Which parts of the model speak for a token: direct logit attribution (used in arXiv:2211.00593, for instance).
 
 The residual stream at the end is the sum of what the embedding, every head and every MLP put into it. Once the final
 norm has been read as what it was in this run, a factor for each number of the stream, a token's logit is linear in
