@@ -23,6 +23,7 @@ from phi3_jax.kernels.attention.masks import attention_mask
 from phi3_jax.model import Params
 from phi3_jax.model.points import Edit, Hooks
 
+_exact: Any = {"precision": jax.lax.Precision.HIGHEST}
 AT_ONCE = 1 << 28  # bytes of patterns that exist at a time
 
 
@@ -76,7 +77,7 @@ def pattern_scores(config: Phi3Config, pattern: jax.Array, tokens: jax.Array, po
     scores = {name: _share(pattern, seen & kind) for name, kind in kinds.items()}
     logs = jnp.log(jnp.where(pattern > 0, pattern, 1.0))
     asked = q[:, :, 0] >= 1
-    entropy = -jnp.einsum("LBNTS,LBNTS,BT->LN", pattern, logs, asked) / asked.sum()
+    entropy = -jnp.einsum("LBNTS,LBNTS,BT->LN", pattern, logs, asked, **_exact) / asked.sum()
     return HeadScores(**scores, entropy=entropy)
 
 
@@ -103,7 +104,7 @@ def rolled(whole: jax.Array, pattern: jax.Array) -> jax.Array:
     """`rollout` [B, T, S] taken on through layers whose patterns [some of L, B, N, T, S] one has."""
 
     def step(whole: jax.Array, own: jax.Array) -> tuple[jax.Array, None]:
-        mixed = jnp.einsum("BTS,BSR->BTR", own.mean(axis=1), whole, precision=jax.lax.Precision.HIGHEST)
+        mixed = jnp.einsum("BTS,BSR->BTR", own.mean(axis=1), whole, **_exact)
         return (mixed + whole) / 2, None
 
     return jax.lax.scan(step, whole, pattern)[0]
@@ -194,5 +195,5 @@ def _patterns(
 
 def _share(pattern: jax.Array, wanted: jax.Array) -> jax.Array:
     """The mean weight [L, N] on the wanted keys (bool [B, T, S]), over the queries that have one."""
-    given = jnp.einsum("LBNTS,BTS->LN", pattern, wanted.astype(pattern.dtype))
+    given = jnp.einsum("LBNTS,BTS->LN", pattern, wanted.astype(pattern.dtype), **_exact)
     return given / wanted.any(axis=-1).sum()

@@ -73,4 +73,4 @@ def _mean(
         places = jnp.broadcast_to(jnp.asarray(token_positions), jnp.shape(tokens))
         counts = jnp.take_along_axis(places, where % places.shape[1], axis=1) >= 0
     weights = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return jnp.einsum("BPD,BP->D", x, weights) / x.shape[0]
+    return jnp.einsum("BPD,BP->D", x, weights, precision=jax.lax.Precision.HIGHEST) / x.shape[0]

@@ -97,7 +97,7 @@ def _solved(sums: _Sums, ridge: float) -> TunedLens:
         xx = xx / sums.tokens - jnp.outer(own, own)
         xx = xx + ridge * jnp.trace(xx) / D * jnp.eye(D)
         weight = jax.scipy.linalg.solve(xx, (yx / sums.tokens - jnp.outer(mean[-1], own)).T, assume_a="pos").T
-        return TunedLens(weight, mean[-1] - weight @ own)
+        return TunedLens(weight, mean[-1] - jnp.matmul(weight, own, **_exact))
 
     found = jax.lax.map(of_layer, (mean, sums.xx, sums.yx))
     return TunedLens(found.weight.at[-1].set(jnp.eye(D)), found.bias.at[-1].set(0))

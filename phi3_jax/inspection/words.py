@@ -83,7 +83,8 @@ def analogy(
     """
     whole = token_rows(params, [*plus, *minus], table)
     signs = jnp.asarray([1.0] * len(plus) + [-1.0] * len(minus))
-    return nearest(config, params, signs @ _unit(whole), top=top, table=table, exclude=(*plus, *minus))
+    total = (signs[:, None] * _unit(whole)).sum(axis=0)
+    return nearest(config, params, total, top=top, table=table, exclude=(*plus, *minus))
 
 
 def entropy(logits: jax.Array) -> jax.Array:
