@@ -101,7 +101,8 @@ def _boxed(figure: Any, word: str, ink: str, paper: str, edge: str) -> Any:
 
 def _attention(axes: Any, report: dict[str, Any], names: list[str], first: int, colours: Any) -> None:
     layer, head = first_head(report)
-    _plain(axes, f"Layer {layer}, head {head}: what each token looks at")
+    among = f", among the last {len(names)}" if first else ""
+    _plain(axes, f"Layer {layer}, head {head}: what each token looks at{among}")
     if "attention" not in report:
         return
     size = len(names)

@@ -66,7 +66,7 @@ function residualChart(width, t) {
   const tick = (where, text, line = 18) => svg("text", { class: "tick", x: where, y: height - line }, text);
   picture.append(tick(x(-1), "embed"), tick((left + width) / 2, "layer", 4));
   const step = Math.ceil(L / (width / 34));
-  for (let l = width > 700 ? 0 : step; l < L; l += step) picture.append(tick(x(l), l));
+  for (let l = x(0) - x(-1) > 34 ? 0 : step; l < L; l += step) picture.append(tick(x(l), l));
   for (const key of ["mlp", "attention", "post"]) picture.append(...seriesOf(key, t, x, y));
   return picture;
 }
