@@ -244,6 +244,7 @@ def test_a_text_of_one_token_and_sections_that_lack_a_part(monkeypatch, tmp_path
     for key in ("rollout", "entropy", "residual", "code"):
         del report[key]
     del report["generation"]["sampled"]
+    report["generation"]["texts"] = {"greedy": "<i>\U0001f9ed</i>"}
     report["comparison"] |= {"layers": [], "note": "<b>models of other sizes</b>", "parted": None}
     elements, console = browse(driven(report, monkeypatch), tmp_path)
     assert console == ""
@@ -252,6 +253,7 @@ def test_a_text_of_one_token_and_sections_that_lack_a_part(monkeypatch, tmp_path
     assert "residual" not in sections
     assert "<b>models of other sizes</b>" in sections["comparison"]
     assert "By chance" not in sections["generation"]
+    assert "<i>\U0001f9ed</i>" in sections["generation"]
     assert "no sliding window" in sections["attention"]
 
 
