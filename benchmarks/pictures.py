@@ -58,7 +58,7 @@ def report_pictures() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_png(report, Path(folder) / "walk.png")
         store(Path(folder) / "walk.png", "walk")
-        browser = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         if browser is None:
             print("no Chromium is installed: page.png stays as it is")
             return

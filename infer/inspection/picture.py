@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def save_png(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, left=0.07, right=0.975, top=0.76, bottom=0.07, wspace=0.16, hspace=0.42)
     _title(figure, report, names, first)
-    _lens(figure.add_subplot(grid[:, 1]), report, names, first, colours)
+    _lens(figure.add_subplot(grid[:, 1]), report, names, colours)
     _attention(figure.add_subplot(grid[0, 0]), report, names, first, colours)
     _top(figure.add_subplot(grid[1, 0]), report)
     with new_file(Path(path), overwrite=True) as partial:
@@ -46,7 +47,8 @@ def shown(text: str) -> str:
     if not inner:
         return "·" * len(text) or "∅"
     before, after = text.index(inner[0]), len(text) - len(text.rstrip(" "))
-    inner = "".join(char if char.isprintable() else f"U+{ord(char):04X}" for char in inner.replace("\n", "↵"))
+    inner = inner.replace("\n", "↵").replace("\t", "⇥")
+    inner = "".join(char if char.isprintable() else f"U+{ord(char):04X}" for char in inner)
     if len(inner) > _LONGEST:
         inner = inner[: _LONGEST - 1] + "…"
     return "·" * before + inner + "·" * after
@@ -57,7 +59,7 @@ def first_head(report: dict[str, Any]) -> tuple[int, int]:
     heads = report.get("attribution", {}).get("heads", [[0.0]])
     return max(
         ((layer, head) for layer, row in enumerate(heads) for head in range(len(row))),
-        key=lambda at: heads[at[0]][at[1]],
+        key=lambda at: -math.inf if heads[at[0]][at[1]] is None else heads[at[0]][at[1]],
     )
 
 
@@ -66,26 +68,41 @@ def _title(figure: Any, report: dict[str, Any], names: list[str], first: int) ->
     model = report["model"]
     subtitle = f"{model['name']}: {model['layers']} layers, {model['heads']} heads, {model['weights']}"
     figure.text(0.025, 0.92, subtitle, fontsize=10, color=_FAINT)
-    x, renderer = 0.025, figure.canvas.get_renderer()
-    for i, name in enumerate((["…"] if first else []) + names):
-        token = i - bool(first)
-        box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": _LINE}
-        text = figure.text(x, 0.862, name, fontsize=11, color=_INK, bbox=box, parse_math=False)
-        width = text.get_window_extent(renderer).width / figure.bbox.width
-        if token >= 0:
-            number = str(report["tokens"][first + token]["id"])
-            figure.text(x + width / 2, 0.826, number, fontsize=7.5, color=_FAINT, ha="center")
-        x += width + 0.018
+    words = [_boxed(figure, name, _INK, "white", _LINE) for name in names]
+    answer = None
     if "next" in report:
         token, _, probability = report["next"]["top"][0]
-        answer = f"{shown(report['vocabulary'].get(str(token), str(token)))}  {probability:.2f}"
-        box = {"boxstyle": "round,pad=0.35", "facecolor": _BLUE, "edgecolor": _BLUE}
-        figure.text(x + 0.012, 0.862, answer, fontsize=11, color="white", bbox=box, parse_math=False)
+        said = f"{shown(report['vocabulary'].get(str(token), str(token)))}  {probability:.2f}"
+        answer = _boxed(figure, said, "white", _BLUE, _BLUE)
+    renderer, gap = figure.canvas.get_renderer(), 0.018
+    widths = [each.get_window_extent(renderer).width / figure.bbox.width for each in (*words, answer) if each]
+    start = 0  # what does not fit into the line is left out at its beginning
+    while 0.06 + sum(widths[start:]) + gap * len(widths[start:]) > 0.98 and start < len(words):
+        words[start].remove()
+        start += 1
+    x = 0.025
+    if first + start:
+        figure.text(x, 0.862, "…", fontsize=11, color=_INK)
+        x += 0.025
+    for t in range(start, len(words)):
+        words[t].set_x(x)
+        number = str(report["tokens"][first + t]["id"])
+        figure.text(x + widths[t] / 2, 0.826, number, fontsize=7.5, color=_FAINT, ha="center")
+        x += widths[t] + gap
+    if answer:
+        answer.set_x(x + 0.012)
+
+
+def _boxed(figure: Any, word: str, ink: str, paper: str, edge: str) -> Any:
+    """A word in the line of tokens, for which a place is to be found."""
+    box = {"boxstyle": "round,pad=0.35", "facecolor": paper, "edgecolor": edge}
+    return figure.text(0, 0.862, word, fontsize=11, color=ink, bbox=box, parse_math=False)
 
 
 def _attention(axes: Any, report: dict[str, Any], names: list[str], first: int, colours: Any) -> None:
     layer, head = first_head(report)
-    _plain(axes, f"Layer {layer}, head {head}: what each token looks at")
+    among = f", among the last {len(names)}" if first else ""
+    _plain(axes, f"Layer {layer}, head {head}: what each token looks at{among}")
     if "attention" not in report:
         return
     size = len(names)
@@ -102,7 +119,7 @@ def _attention(axes: Any, report: dict[str, Any], names: list[str], first: int, 
     _words(axes.set_xticks, size, names, rotation=40, ha="right")
 
 
-def _lens(axes: Any, report: dict[str, Any], names: list[str], first: int, colours: Any) -> None:
+def _lens(axes: Any, report: dict[str, Any], names: list[str], colours: Any) -> None:
     _plain(axes, "What each layer would say next (logit lens)")
     if "lens" not in report:
         return

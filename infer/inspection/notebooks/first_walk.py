@@ -9,7 +9,8 @@
 # Every step is computed here in plain NumPy, in a few lines, and then compared with what the model itself computed at
 # the same place. An `assert` after each step says so: if this notebook runs to its end, all of it is true.
 #
-# The model is SmolLM2-135M, which `"demo"` names (`make demo` installs it). It is built like Phi-3, only much smaller.
+# The model is SmolLM2-135M, which `"demo"` names (`make demo` installs it; the pictures need matplotlib, too:
+# `pip install -e '.[plot]'`). It is built like Phi-3, only much smaller.
 
 # %%
 import jax

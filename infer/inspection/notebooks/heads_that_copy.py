@@ -169,10 +169,12 @@ figure.tight_layout()
 plt.show()
 
 print("the story, without 8 induction heads:", says(story, without(highest(induction, 8))))
-assert copying[-1][:, HALF:].mean() > 2.5 * second
+lost = (copying[-1][:, HALF:].mean() - second) / (first - second)
+print(f"of what copying saves, {lost:.0%} is lost")
+assert 0.7 < lost < 0.85
 assert others[-1][:, HALF:].mean() < 1.2 * second
 assert abs(copying[-1][:, : HALF - 1].mean() - first) < 0.5  # what is new is read as before
 assert says(story, without(highest(induction, 8)))["ib"] < 0.5
 
 # %% [markdown]
-# Eight heads of 270 are nearly all of this model's copying. What is new to it, it reads as well as before.
+# Eight heads of 270 do three quarters of this model's copying. What is new to it, it reads as well as before.

@@ -198,7 +198,9 @@ function timeline(place, key, title) {
     shade(button, step.probability);
     line.append(button);
   });
-  place.append(el("div", {}, el("h3", {}, title), line, detail));
+  const whole = report.generation.texts?.[key]; // in which characters are whole that several tokens share
+  const written = whole === undefined ? null : el("p", { class: "written" }, el("bdi", {}, spelled(whole)));
+  place.append(el("div", {}, el("h3", {}, title), written, line, detail));
   if (steps.length) show(0);
 }
 

@@ -68,19 +68,19 @@ function thumbnail(rows) {
 }
 
 function paintHead(button, l, n, look) {
+  const name = `layer ${l}, head ${n}`;
   if (look === "pattern") {
     shade(button, 0);
     button.replaceChildren(thumbnail(report.attention.thousandths[l][n]));
-  } else {
-    const all = report.heads[look];
-    const most = look === "entropy" ? Math.max(...all.flat()) : 1;
-    button.replaceChildren();
-    shade(button, all[l][n] / (most || 1));
-    const text = `layer ${l}, head ${n}: ${HABITS[look]} ${format(all[l][n], 2)}`;
-    button.title = text;
-    button.setAttribute("aria-label", text);
-    button.dataset.path = `heads.${look}.${l}.${n}`;
+    delete button.dataset.path;
+    return call(button, name);
   }
+  const all = report.heads[look];
+  const most = look === "entropy" ? Math.max(...all.flat()) : 1;
+  button.replaceChildren();
+  shade(button, all[l][n] / (most || 1));
+  button.dataset.path = `heads.${look}.${l}.${n}`;
+  call(button, `${name}: ${HABITS[look]} ${format(all[l][n], 2)}`);
 }
 
 // Keys across, queries down. Cells before the sliding window are hatched, later tokens stay empty.
@@ -242,11 +242,12 @@ function noteWindow() {
 function drawRollout(place) {
   const most = Math.max(...report.rollout);
   place.append(
-    el("h3", {}, "All layers together: where the last token’s content comes from"),
+    el("h3", {}, "All layers together: attention rollout"),
     el(
       "p",
       { class: "note" },
-      "Rollout multiplies the layers’ mean weights, and counts the stream that stays in place as half.",
+      "A rough estimate of where the last token’s content comes from: the layers’ mean weights are multiplied, and " +
+        "the stream that stays in place counts as half. Where most heads rest on the first token, it gets nearly all.",
     ),
   );
   watch(

@@ -28,6 +28,10 @@ function drawResidual() {
       num(`residual.embed.${t}`),
       " and ends with ",
       num(`residual.post.${last}.${t}`),
+      `. In layer ${chosen.layer} attention adds `,
+      num(`residual.attention.${chosen.layer}.${t}`),
+      ", and the MLP ",
+      num(`residual.mlp.${chosen.layer}.${t}`),
       ".",
     );
     picture.replaceChildren(residualChart(width || 640, t));
@@ -56,13 +60,13 @@ function residualChart(width, t) {
     const level = y(10 ** power);
     picture.append(
       svg("line", { class: "rule", x1: left, x2: width - right, y1: level, y2: level }),
-      svg("text", { x: left - 6, y: level, class: "row" }, large(10 ** power)),
+      svg("text", { x: left - 6, y: level, class: "row" }, power < 0 ? String(10 ** power) : large(10 ** power)),
     );
   }
   const tick = (where, text, line = 18) => svg("text", { class: "tick", x: where, y: height - line }, text);
   picture.append(tick(x(-1), "embed"), tick((left + width) / 2, "layer", 4));
   const step = Math.ceil(L / (width / 34));
-  for (let l = width > 700 ? 0 : step; l < L; l += step) picture.append(tick(x(l), l));
+  for (let l = x(0) - x(-1) > 34 ? 0 : step; l < L; l += step) picture.append(tick(x(l), l));
   for (const key of ["mlp", "attention", "post"]) picture.append(...seriesOf(key, t, x, y));
   return picture;
 }
@@ -90,7 +94,7 @@ function layerTable(place, label, rows, cell, detail) {
   const lines = rows.map((row) =>
     el(
       "tr",
-      { class: row.class ?? null },
+      {},
       el("th", { scope: "row" }, row.name),
       ...report.tokens.map((_, t) => {
         const show = () => {
@@ -125,7 +129,7 @@ function drawLens() {
   const detail = sentence();
   const L = report.model.layers;
   const rows = Array.from({ length: L }, (_, l) => [
-    { kind: "mid", l, name: `${l} attention`, class: "mid" },
+    { kind: "mid", l, name: `${l} attention` },
     { kind: "post", l, name: `${l}` },
   ]).flat();
   const show = ({ kind, l }, t) => {
@@ -144,17 +148,20 @@ function drawLens() {
     button.dataset.lens = `${kind}.${l}.${t}`;
     shade(button, probability);
   };
-  layerTable(frame, "What each layer would say", rows, cell, show);
-  frame.classList.add("only-post");
+  // What follows the last token is what one wants first.
+  const toEnd = () => (frame.scrollLeft = frame.scrollWidth);
+  const draw = (key) => {
+    const wanted = rows.filter(({ kind }) => key === "both" || kind === "post");
+    layerTable(frame, "What each layer would say", wanted, cell, show);
+    toEnd();
+  };
   place.append(
-    choices("Read", { post: "after each layer", both: "after attention, too" }, "post", (key) =>
-      frame.classList.toggle("only-post", key === "post"),
-    ),
+    choices("Read", { post: "after each layer", both: "after attention, too" }, "post", draw),
     detail,
     frame,
   );
-  // What follows the last token is what one wants first.
-  onWidth(frame, () => (frame.scrollLeft = frame.scrollWidth));
+  draw("post");
+  onWidth(frame, toEnd);
   show(rows.at(-1), report.tokens.length - 1);
 }
 
@@ -163,8 +170,7 @@ function paintShare(button, l, n, most) {
   const isHead = n < report.model.heads;
   const path = isHead ? `attribution.heads.${l}.${n}` : `attribution.mlps.${l}`;
   const text = `layer ${l}, ${isHead ? `head ${n}` : "MLP"}: ${format(at(path), 2)}`;
-  button.title = text;
-  button.setAttribute("aria-label", text);
+  call(button, text);
   button.dataset.path = path;
   shade(button, at(path) / most);
 }

@@ -16,11 +16,24 @@ const PARTS = {
 
 // The head that said most for the predicted word is shown first.
 function chooseFirstHead() {
-  const heads = report.attribution?.heads;
-  if (!heads) return;
-  const most = Math.max(...heads.flat());
-  const layer = heads.findIndex((row) => row.includes(most));
-  Object.assign(chosen, { layer, head: heads[layer].indexOf(most) });
+  let most = -Infinity;
+  report.attribution?.heads.forEach((row, layer) =>
+    row.forEach((x, head) => {
+      if (x === null || x <= most) return;
+      most = x;
+      Object.assign(chosen, { layer, head });
+    }),
+  );
+}
+
+// One choice changes sentences in all parts: only those of the part that has the focus are read out.
+function quietOthers() {
+  const live = [...document.querySelectorAll("main [aria-live]")];
+  const hush = ({ target }) => {
+    const here = target.closest("section");
+    for (const each of live) each.setAttribute("aria-live", here.contains(each) ? "polite" : "off");
+  };
+  document.getElementById("main").addEventListener("focus", hush, true); // before the focus chooses anything
 }
 
 function drawHeadline() {
@@ -61,6 +74,7 @@ function start() {
       .append(el("li", {}, el("a", { href: `#${section.id}` }, section.querySelector("h2").textContent)));
     PARTS[section.id]();
   }
+  quietOthers();
   const footer = document.querySelector("footer");
   const read = codeLinks(footer);
   if (read) footer.append(read);

@@ -87,10 +87,10 @@ function visible(text) {
   );
 }
 
-// Line ends stay; other characters that show nothing, or turn the direction of what follows, are spelled.
+// Line ends and tabs stay; other characters that show nothing, or turn the direction of what follows, are spelled.
 function spelled(text) {
   const code = (c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
-  return text.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\p{Cn}]/gu, code);
+  return text.replace(/(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\p{Cn}]/gu, code);
 }
 
 // The same as an element, its marks of spaces fainter. bdi: a text that runs from right to left keeps to itself.
@@ -119,6 +119,12 @@ function choose(change) {
   if (Object.entries(change).every(([name, value]) => chosen[name] === value)) return;
   Object.assign(chosen, change);
   for (const draw of watchers) draw();
+}
+
+// What a button without words is called, for eyes and ears.
+function call(button, name) {
+  button.title = name;
+  button.setAttribute("aria-label", name);
 }
 
 // Colour: CSS mixes it, from a share between -1 and 1, so that light, dark and paper need no script.
@@ -214,7 +220,7 @@ function choices(label, names, start, pick) {
         "button",
         {
           type: "button",
-          "aria-pressed": key === start,
+          "aria-pressed": String(key === start),
           onclick: (event) => {
             for (const button of group.querySelectorAll("button"))
               button.setAttribute("aria-pressed", button === event.currentTarget);

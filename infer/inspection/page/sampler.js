@@ -47,7 +47,8 @@ function keepTopP(logits, p) {
   while (place < order.length) {
     let end = place;
     let mass = 0;
-    while (end < order.length && order[end] === order[place]) mass += probs[end++];
+    do mass += probs[end++];
+    while (order[end] === order[place]); // not even once where they are NaN
     if (below + mass > spare || end === order.length) break;
     below += mass;
     place = end;

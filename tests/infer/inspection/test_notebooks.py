@@ -90,3 +90,8 @@ def test_the_guide_knows_every_point():
     assert untold == {"ln2.scale", "ln2.normalized", "ln2.out"}  # `ln2.*`
     for name in re.findall(r"`(?:inspection\.)?(\w+)\(config", text):
         assert callable(getattr(phi3_jax.inspection, name)), name
+    analyses = text.partition("### Analyse")[2].partition("## The notebooks")[0]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", analyses, re.MULTILINE)
+    assert len(rows) > 9
+    for name in re.findall(r"\w+", " ".join(rows)):
+        assert callable(getattr(phi3_jax.inspection, name)), name

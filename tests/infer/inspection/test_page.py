@@ -39,8 +39,16 @@ SAID = [["0.70", "5", "1.00, off", "0.00, off"], ["1.50", "off", "0.70", "0.40"]
 
 # Every token, layer, head and way to look is shown in turn; what has stood there is written down.
 DRIVE = """
-const BUTTONS = ".choices button:not(.main), #generation .line button, .layers button";
-const seen = {}, words = {};
+const BUTTONS = [".choices button:not(.main)", "#generation .line button, .layers button"]; // choices make some
+const seen = {}, words = {}, stops = [];
+function countStops() {
+  for (const group of document.querySelectorAll(".line, .heads, table.layers")) {
+    const all = [...group.querySelectorAll("button:not([tabindex='-1'])")];
+    stops.push(all.filter((button) => button.getClientRects().length).length);
+  }
+}
+countStops();
+const unsaid = document.querySelectorAll(".choices[role=group] button:not([aria-pressed])").length;
 function note() {
   for (const e of document.querySelectorAll("[data-path]")) {
     const text = e.matches(".num, text") ? e.textContent : (e.getAttribute("aria-label") ?? e.textContent);
@@ -49,24 +57,31 @@ function note() {
   for (const e of document.querySelectorAll("[data-looked]")) (seen[e.dataset.looked] ??= {})[e.title] = 1000;
 }
 note();
-for (const button of document.querySelectorAll(BUTTONS)) {
-  button.focus?.();
-  button.click?.();
-  note();
-}
+for (const some of BUTTONS)
+  for (const button of document.querySelectorAll(some)) {
+    button.focus?.();
+    button.click?.();
+    note();
+  }
 for (let token = 0; token < report.tokens.length; token++)
   for (let layer = 0; layer < report.model.layers; layer++)
     for (let head = 0; head < report.model.heads; head++) { choose({ token, layer, head }); note(); }
 document.querySelector(".choices .main")?.click();
 for (const e of document.querySelectorAll("[data-lens]"))
   words[e.dataset.lens] = [e.querySelector("bdi").dataset.id, e.style.getPropertyValue("--p"), e.textContent];
-const keys = [], stops = [], moved = [];
+document.querySelector("#lens .choices button")?.click();
+document.querySelector("#attention .choices button")?.click();
+const pattern = document.querySelector("#attention .heads button")?.title;
+const keys = [], moved = [];
 function focused() { // a window that has not the focus sends no events of it
   if (document.hasFocus()) return;
   document.activeElement.dispatchEvent(new FocusEvent("focus"));
   document.activeElement.dispatchEvent(new FocusEvent("focusin", { bubbles: true }));
 }
-for (const [group, first, key] of [[".line", 1, "ArrowRight"], [".heads", 2, "ArrowDown"], [".heads", 2, "End"]]) {
+const PRESSES = [
+  [".line", 1, "ArrowRight"], [".heads", 2, "ArrowDown"], [".heads", 2, "End"], ["#lens table", 1, "ArrowDown"],
+];
+for (const [group, first, key] of PRESSES) {
   const button = document.querySelector(group)?.querySelectorAll("button")[first];
   button?.focus();
   focused();
@@ -74,8 +89,8 @@ for (const [group, first, key] of [[".line", 1, "ArrowRight"], [".heads", 2, "Ar
   focused();
   keys.push({ ...chosen });
 }
-for (const group of document.querySelectorAll(".line, .heads, table.layers"))
-  stops.push(group.querySelectorAll("button:not([tabindex='-1'])").length);
+countStops();
+const live = [...document.querySelectorAll("main [aria-live=polite]")].map((each) => each.closest("section").id);
 for (const places of report.next ? PLACES : []) {
   for (const slider of document.querySelectorAll(".sliders input")) {
     slider.value = places[slider.id.split("-")[0]];
@@ -84,7 +99,8 @@ for (const places of report.next ? PLACES : []) {
   const outputs = [...document.querySelectorAll(".sliders output")].map((each) => each.textContent);
   moved.push([outputs, [...document.querySelectorAll("td.live")].map((cell) => cell.textContent)]);
 }
-document.body.append(el("pre", { id: "seen" }, JSON.stringify({ seen, words, keys, stops, moved })));
+const record = { seen, words, keys, stops, moved, unsaid, pattern, live };
+document.body.append(el("pre", { id: "seen" }, JSON.stringify(record)));
 """
 
 
@@ -152,8 +168,12 @@ def test_every_number_on_the_page_is_that_of_the_report(report, monkeypatch, tmp
         {"token": 2, "layer": 2, "head": 4},  # where the loop above has ended
         {"token": 2, "layer": 1, "head": 2},
         {"token": 2, "layer": 2, "head": 4},
+        {"token": 1, "layer": 2, "head": 4},
     ]
     assert set(record["stops"]) == {1}  # Tab goes on to the next group
+    assert set(record["live"]) == {"lens"}  # of the parts that follow, a screen reader reads only where the focus is
+    assert record["unsaid"] == 0
+    assert record["pattern"] == "layer 0, head 0"
     for meant, said, (outputs, texts) in zip(MEANT, SAID, record["moved"], strict=True):
         assert outputs == said
         expected = reshaped(report, *meant)
@@ -220,17 +240,20 @@ def test_sections_that_a_report_has_not_are_left_out(report, monkeypatch, tmp_pa
 def test_a_text_of_one_token_and_sections_that_lack_a_part(monkeypatch, tmp_path):
     report = random_report(length=1, window=None)
     report["heads"] = {name: [[None] * 5] * 3 for name in report["heads"]}  # there is no token before the only one
-    for key in ("rollout", "entropy", "attribution", "code"):
+    report["attribution"]["heads"] = report["heads"]["self"]
+    for key in ("rollout", "entropy", "residual", "code"):
         del report[key]
     del report["generation"]["sampled"]
+    report["generation"]["texts"] = {"greedy": "<i>\U0001f9ed</i>"}
     report["comparison"] |= {"layers": [], "note": "<b>models of other sizes</b>", "parted": None}
     elements, console = browse(driven(report, monkeypatch), tmp_path)
     assert console == ""
     assert [text for _, _, text in elements.all(id="problems")] == [""]
     sections = {attributes["id"]: text for tag, attributes, text in elements.all(id=None) if tag == "section"}
-    assert "attribution" not in sections
+    assert "residual" not in sections
     assert "<b>models of other sizes</b>" in sections["comparison"]
     assert "By chance" not in sections["generation"]
+    assert "<i>\U0001f9ed</i>" in sections["generation"]
     assert "no sliding window" in sections["attention"]
 
 
@@ -260,7 +283,8 @@ const results = rows.map((row) => settings.map((each) => {
   const kept = Array.from(left, (x) => x > -Infinity ? 1 : 0).join("");
   return { kept, chances: [...chances], draws: draws.map((u) => draw(chances, u)) };
 }));
-document.body.textContent = JSON.stringify(results);
+const ends = keepTopP(Float32Array.of(NaN, 1), 0.5).length;
+document.body.textContent = JSON.stringify([ends, ...results]);
 """
 
 
@@ -281,7 +305,8 @@ def test_the_sliders_compute_what_the_sampler_computes(tmp_path, quick_compilati
     elements, console = browse(f"<!doctype html><body><script>{script}</script></body>", tmp_path)
     assert console == ""
     ((_, _, text),) = [each for each in elements.all() if each[0] == "body"]
-    results = json.loads(text)
+    ends, *results = json.loads(text)
+    assert ends == 2
 
     params = SamplingArrays.of([Sampling(**case) for case in cases], V)
     ones = jnp.ones(len(cases), jnp.int32)

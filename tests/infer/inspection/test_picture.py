@@ -40,15 +40,26 @@ def test_a_picture_of_a_bare_report_has_empty_places(report, tmp_path):
     assert imread(tmp_path / "a.png").min() < 0.3  # its title
 
 
+def test_the_answer_has_a_place_behind_however_long_tokens(tmp_path):
+    names = ("format", "version", "model", "prompt", "tokens", "vocabulary", "next")
+    report = {key: value for key, value in random_report(16, texts=(" characterise",) * 2).items() if key in names}
+    save_png(report, tmp_path / "a.png")
+    line = imread(tmp_path / "a.png")[140:175]
+    blue = np.argwhere((np.abs(line[..., :3] - np.array([0x1F, 0x5F, 0xA8]) / 255) < 0.02).all(axis=-1))[:, 1]
+    assert blue.min() > 975
+    assert blue.max() < 1930
+
+
 def test_the_first_head_is_the_one_that_said_most(report):
     heads = np.array(report["attribution"]["heads"])
     assert first_head(report) == np.unravel_index(heads.argmax(), heads.shape)
     assert first_head({}) == (0, 0)
+    assert first_head({"attribution": {"heads": [[None, -2.0], [-1.0, None]]}}) == (1, 0)
 
 
 def test_texts_are_shown_on_one_line():
-    assert [shown(text) for text in (" France", "a ", "  ", "", "a\nb", "\u202ex", " characterisation")] == [
-        "·France", "a·", "··", "∅", "a↵b", "U+202Ex", "·characteri…",
+    assert [shown(text) for text in (" France", "a ", "  ", "", "a\n\tb", "\u202ex", " characterisation")] == [
+        "·France", "a·", "··", "∅", "a↵⇥b", "U+202Ex", "·characteri…",
     ]  # fmt: skip
 
 
