@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from without_points import Bare
 
 import phi3_jax
 from phi3_jax.infer import Options, Sampling, generate
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.sampling import SamplingArrays
+from phi3_jax.model import decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11, 11, 11, 2, 31, 8], [90, 4, 77, 15, 60]]
@@ -37,6 +39,27 @@ def written(config, params, settings):
     state = decoding.begin(config, settings, tokens, 23, jnp.float32, logprobs=0)
     state, last = decoding.read(config, params, state, jnp.zeros((3, 24)), jnp.int32(0), 8)
     return decoding.unroll(config, params, decoding.answer(config, params, state, last, settings), settings, STEPS)
+
+
+def programs(tiny):
+    """The programs of a run without edits as text; `decode` has the parts of `answer` and `step`."""
+    settings = settings_of(jnp.asarray([4, 5, 6], jnp.uint32))
+    tokens, place, steps = jnp.zeros((3, 23), jnp.int32), jnp.int32(0), jnp.int32(3)
+    state, last = decoding.begin(tiny.config, settings, tokens, 26, jnp.float32, logprobs=0), jnp.zeros((3, 24))
+    read, decode = (each.__wrapped__ for each in (decoding.read, decoding.decode))
+    return [
+        jax.jit(lambda *args: read(tiny.config, *args, 8, True)).lower(tiny.params, state, last, place).as_text(),
+        jax.jit(lambda *args: decode(tiny.config, *args)).lower(tiny.params, state, settings, steps).as_text(),
+    ]
+
+
+@pytest.mark.slow
+def test_without_edits_the_programs_are_the_same_text_as_without_points(tiny, monkeypatch):
+    with_points = programs(tiny)
+    for module in (decoder, decoding):
+        monkeypatch.setattr(module, "Tap", Bare)
+        monkeypatch.setattr(module, "NO_TAP", Bare())
+    assert programs(tiny) == with_points
 
 
 @pytest.mark.slow
