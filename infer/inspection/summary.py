@@ -151,8 +151,7 @@ def _heads(report: Report, style: Style) -> list[str]:
 def _generation(report: Report, style: Style) -> list[str]:
     generation = report["generation"]
     found = [style("how it goes on", _BOLD)]
-    for name in ("greedy", "sampled"):
-        text = "".join(report["vocabulary"].get(str(step["id"]), "") for step in generation.get(name, []))
+    for name, text in generation["texts"].items():
         label = name if name == "greedy" else f"at {generation['temperature']:g}"
         found.append(f"  {label:8} {shown(text)}")
     return found
