@@ -102,7 +102,7 @@ def main() -> int:
     print("\n".join(told), file=sys.stderr if is_taken else sys.stdout, flush=True)
     for kind, place in places.items():
         _write(written, kind, place)
-        if place.is_file():
+        if place.is_file() and not _is_standard_output(place):
             print(f"{place}: {place.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     return 0
 
