@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from cache_folders import own_cache
+from inspection_reports import random_report
 
 import phi3_jax
 from phi3_jax.infer.inspection import summary
@@ -97,6 +98,10 @@ def test_no_text_moves_the_cursor():
     assert summary.shown("a\033[2Jb\n", 18) == "|a\\x1b[2Jb\\n|     "
     assert summary.shown("a long text, which is cut", 18) == "|a long text, wh~|"
     assert summary.shown("日本語", 10) == "|日本語|  "
+    assert summary.shown("\u202ea") == "|\\u202ea|"
+    lines = summary.lines(random_report())
+    assert all(line.isprintable() for line in lines[1:])  # but for the model's name
+    assert "  greedy   |</script><img src=x onerror=alert(1)>|" in lines
 
 
 class Loaded(str):
