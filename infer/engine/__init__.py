@@ -1,9 +1,9 @@
 """Token ids in, token ids out: prompts are read in chunks, and answers written by one compiled loop.
 
-decoding.py has the compiled functions; prefill.py and run.py call them for a batch, as options.py says; speculation.py
-guesses tokens ahead, prompt_cache.py keeps the keys and values of a prefix, failures.py says why a row cannot go on,
-news.py what a call has done, timings.py where the time went. Other packages use the names below, `decoding`, `prefill`,
-`failures`, and `buckets` for the sizes of arrays.
+decoding.py has the compiled functions, state.py what they are given and return; prefill.py and run.py call them for a
+batch, as options.py says; speculation.py guesses tokens ahead, prompt_cache.py keeps the keys and values of a prefix,
+failures.py says why a row cannot go on, news.py what a call has done, timings.py where the time went. Other packages
+use the names below, `decoding`, `prefill`, `failures`, `news`, and `buckets` for the sizes of arrays.
 """
 
 from .options import Options as Options

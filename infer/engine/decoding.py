@@ -2,9 +2,9 @@
 
     begin -> read, read, ... -> answer -> decode, decode, ...   (back to read where LongRoPE's border is crossed)
 
-One turn of the loop is `forward` (the newest token through the model), `logits_of` and `accept` (the next token). With
-a drafter (speculation.py) the newest token is followed by guesses: `forward` runs them all at once, and `accept` keeps
-those that would have been picked anyway. state.py has what the functions are given and return.
+One turn of the loop is `forward` (the newest token through the model) and `accept` (the next token). With a drafter
+(speculation.py) the newest token is followed by guesses: `forward` runs them all at once, and `accept` keeps those that
+would have been picked anyway. state.py has what the functions are given and return.
 
 Axis letters: B batch, T prompt chunk, J the newest token and the guesses after it, M tokens of prompt and answer
 together, D model, V vocab.

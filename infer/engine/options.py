@@ -39,7 +39,8 @@ class Options:
       room: make memory for at least this many tokens, prompt and answer together. Runs whose memory is rounded to the
         same room (buckets.py) share their compiled programs.
       edits: changes of values inside of the model (phi3_jax.inspection), in force while prompts are read and answers
-        written, for all rows: steering, for instance. Positions are those of prompt and answer together.
+        written, for all rows: steering, for instance. Positions are those of prompt and answer together. A function
+        must treat each token by itself: it gets those of one call, a chunk of the prompt, or a token and guesses.
       rows: run at least so many rows, prompts that are not there included, so that batches that are not full share the
         programs of those that are.
     """

@@ -149,13 +149,19 @@ class PromptCache:
         _write(Path(path), tensors, metadata | {"sha256": digest.hexdigest()})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], checkpoint: Checkpoint) -> PromptCache:
+    def load(cls, path: str | os.PathLike[str], checkpoint: Checkpoint, edits: Sequence[Edit] = ()) -> PromptCache:
         """Reads a file that `save` wrote.
+
+        Args:
+          edits: those of the run that it comes from (`Options.edits`).
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: it is damaged, not a prompt cache, of another format version, or made with another model.
+          ValueError: it is damaged, not a prompt cache, of another format version, or made with another model or with
+            other edits; or an edit is a function, which no file can tell from another.
         """
+        if any(edit.function is not None for edit in edits):
+            raise ValueError(f"{path}: an edit is a function, which files do not know; read the prompt again instead")
         place, config = Path(path), checkpoint.config
         if not place.is_file():
             raise FileNotFoundError(f"{place}: there is no such file; make the prompt cache first")
@@ -165,7 +171,7 @@ class PromptCache:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{place}: not a safetensors file, or a damaged one ({error}); {_AGAIN}") from None
         with opened as file:
-            own = fingerprint(checkpoint)
+            own = fingerprint(checkpoint, edits)
             is_long = _read_metadata(place, file.metadata() or {}, own, config)
             slices = {name: file.get_slice(name) for name in list(file.keys())}
             shapes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
@@ -353,7 +359,8 @@ def _read_metadata(path: Path, metadata: Mapping[str, str], own: str, config: Ph
         raise ValueError(f"{path}: prompt cache of format version {version}, but only {_VERSION} is known; {_AGAIN}")
     if metadata.get("fingerprint") != own:
         raise ValueError(
-            f"{path}: the prompt cache was made with another model (other weights, dtype or configuration); {_AGAIN}"
+            f"{path}: the prompt cache was made with another model (other weights, dtype, configuration or edits); "
+            f"{_AGAIN}"
         )
     known = {"true": True, "false": False} if config.long_rope else {"false": False}
     if (is_long := metadata.get("is_long")) not in known:

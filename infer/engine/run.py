@@ -220,7 +220,9 @@ class Run:
         if cache is None or not self._prompts:
             return
         if cache.fingerprint != self._model_fingerprint():
-            raise ValueError("the prompt cache was made with another model: make it again with this one")
+            raise ValueError(
+                "the prompt cache was made with another model, or with other edits: make it again with this one"
+            )
         lengths = np.asarray(self._settings.rope_lengths(self._settings.prompt_lengths))[: len(self._prompts)].tolist()
         self.reused = min(
             cache.usable(self._checkpoint.config, prompt, self._is_long(length))

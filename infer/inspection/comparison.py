@@ -19,7 +19,9 @@ from phi3_jax.inspection import run
 from phi3_jax.inspection.lens import guesses, logits_of
 from phi3_jax.model import Params
 
+from ..engine.failures import NOT_FINITE_ADVICE
 from ..prompts import check_prompt
+from . import texts
 from .rounding import rounded
 
 TOP = 5
@@ -44,7 +46,8 @@ def compare(checkpoint: Checkpoint, other: Checkpoint, ids: Sequence[int], name:
       layers that belong together.
 
     Raises:
-      ValueError: the vocabularies differ; the text is empty, has ids outside of it, or is too long.
+      ValueError: the vocabularies differ; the text is empty, has ids outside of it, or is too long; logits are not
+        finite.
     """
     _check_vocabulary(checkpoint, other)
     for model in (checkpoint, other):
@@ -58,6 +61,8 @@ def compare(checkpoint: Checkpoint, other: Checkpoint, ids: Sequence[int], name:
         run(m.config, m.params, tokens, ("resid_post",), layers=layers)["resid_post"] for m in (checkpoint, other)
     ]
     kl = np.asarray(_divergence(own, checkpoint.params, streams[0], its, other.params, streams[1]))
+    if not np.isfinite(kl[-1]).all():
+        raise ValueError(f"the logits of one of the two models are not finite numbers: {NOT_FINITE_ADVICE}")
     found: list[dict[str, Any]] = []
     parted = None
     if note is None:
@@ -83,8 +88,9 @@ def _check_vocabulary(checkpoint: Checkpoint, other: Checkpoint) -> None:
     own, its = checkpoint.tokenizer, other.tokenizer
     if own is None or its is None:
         return
-    pieces = [[tokenizer.piece(i) for i in range(sizes[0])] for tokenizer in (own, its)]
-    if differ := [i for i, (a, b) in enumerate(zip(*pieces, strict=True)) if a != b]:
+    pieces = [[texts.piece(tokenizer, i) for i in range(sizes[0])] for tokenizer in (own, its)]
+    # Of rows that no text comes to, some files have names and others none.
+    if differ := [i for i, (a, b) in enumerate(zip(*pieces, strict=True)) if None not in (a, b) and a != b]:
         i = differ[0]
         raise ValueError(
             f"token {i} is {pieces[0][i]!r} in one model and {pieces[1][i]!r} in the other: models that are compared "

@@ -15,6 +15,7 @@ from phi3_jax import Checkpoint, inspection
 from phi3_jax.json_files import read_object
 from phi3_jax.progress import OnProgress
 
+from ..engine.failures import NOT_FINITE_ADVICE
 from ..prompts import check_prompt
 from ..sampling import Sampling
 from . import readings, texts
@@ -53,7 +54,7 @@ def collect(
 
     Raises:
       ValueError: a prompt that is empty, too long for the model, or whose report would be too large for a page; a
-        generation_config.json with settings that cannot be.
+        generation_config.json with settings that cannot be; logits that are not finite numbers.
     """
     check_prompt(checkpoint, ids, "the prompt")
     config = checkpoint.config
@@ -69,6 +70,8 @@ def collect(
             on_progress(done, steps)
 
     seen = readings.read(checkpoint, ids)
+    if not np.isfinite(seen["logits"]).all():
+        raise ValueError(f"the model's logits are not finite numbers: {NOT_FINITE_ADVICE}")
     step()
     report: dict[str, Any] = {
         "format": FORMAT,

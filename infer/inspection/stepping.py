@@ -90,7 +90,7 @@ def steps(
       new: the most new tokens; there are fewer where one of them ends the answer, or the context is full.
       reads: points, as for `phi3_jax.inspection.run`.
       edits: changes (phi3_jax.inspection) that are made while the prompt is read and at every step. Their positions are
-        those of prompt and answer together; without positions they are made at all tokens.
+        those of prompt and answer together; without positions they are made at all tokens (see `Options.edits`).
       sampling: how tokens are picked; greedily if None.
       layers, heads: those that are read; None reads all.
       options: prefill_chunk, cache_dtype and rope_policy; nothing else may be set.

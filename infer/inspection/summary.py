@@ -151,8 +151,7 @@ def _heads(report: Report, style: Style) -> list[str]:
 def _generation(report: Report, style: Style) -> list[str]:
     generation = report["generation"]
     found = [style("how it goes on", _BOLD)]
-    for name in ("greedy", "sampled"):
-        text = "".join(report["vocabulary"].get(str(step["id"]), "") for step in generation.get(name, []))
+    for name, text in generation["texts"].items():
         label = name if name == "greedy" else f"at {generation['temperature']:g}"
         found.append(f"  {label:8} {shown(text)}")
     return found
@@ -177,7 +176,7 @@ def _comparison(report: Report, style: Style) -> list[str]:
 def shown(text: str, width: int | None = None) -> str:
     """A token's text between bars, in `width` columns of a terminal: nothing in it moves the cursor or sets colours."""
     plain = "".join({"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(each, each) for each in text)
-    plain = "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in plain)
+    plain = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in plain)
     if width is None:
         return f"|{plain}|"
     room = width - 2

@@ -14,18 +14,34 @@ def tokens(tokenizer: Tokenizer | None, ids: Sequence[int]) -> list[dict[str, An
     """The tokens of a prompt: the id, the vocabulary's piece, the text, and its bytes, which may cut a character."""
 
     def one(place: int, token: int) -> dict[str, Any]:
-        piece = None if tokenizer is None or _is_unknown(tokenizer, token) else tokenizer.piece(token)
-        data = b"" if piece is None or tokenizer is None else tokenizer.token_bytes(token, opens_text=place == 0)
-        return {"id": token, "piece": piece, "text": text_of(tokenizer, token, place == 0), "bytes": list(data)}
+        own = piece(tokenizer, token)
+        data = b"" if own is None or tokenizer is None else tokenizer.token_bytes(token, opens_text=place == 0)
+        return {"id": token, "piece": own, "text": text_of(tokenizer, token, place == 0), "bytes": list(data)}
 
     return [one(place, int(token)) for place, token in enumerate(ids)]
 
 
+def piece(tokenizer: Tokenizer | None, token: int) -> str | None:
+    """The vocabulary's string for an id; None if it has nothing: some embeddings have more rows than it has pieces."""
+    return None if tokenizer is None or token >= tokenizer.vocab_size else tokenizer.piece(token)
+
+
 def text_of(tokenizer: Tokenizer | None, token: int, opens_text: bool = False) -> str:
     """What a token adds to a text; "<17>" for an id without any, and U+FFFD for parts of a character."""
-    if tokenizer is None or _is_unknown(tokenizer, token):
+    if tokenizer is None or piece(tokenizer, token) is None:
         return f"<{token}>"
     return tokenizer.token_bytes(token, opens_text=opens_text).decode("utf-8", "replace")
+
+
+def joined(tokenizer: Tokenizer | None, ids: Sequence[int]) -> str:
+    """What tokens add to a text together: a character whose bytes several of them share is whole."""
+
+    def one(token: int) -> bytes:
+        if tokenizer is None or piece(tokenizer, token) is None:
+            return f"<{token}>".encode()
+        return tokenizer.token_bytes(token)
+
+    return b"".join(map(one, ids)).decode("utf-8", "replace")
 
 
 def add_vocabulary(report: Report, tokenizer: Tokenizer | None) -> None:
@@ -47,8 +63,3 @@ def _named(report: Report) -> Iterator[int]:
     for step in [*generation.get("greedy", []), *generation.get("sampled", [])]:
         yield from (step["id"], *(pair[0] for pair in step["runners"]))
     yield from (pair[0] for pair in report.get("comparison", {}).get("top", []))
-
-
-def _is_unknown(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether the tokenizer has nothing for an id: some embeddings have more rows than it has pieces."""
-    return token >= tokenizer.vocab_size or tokenizer.piece(token) is None

@@ -16,6 +16,7 @@ from phi3_jax.inspection import entropy
 
 from ..engine import Options
 from ..sampling import Sampling
+from . import texts
 from .rounding import rounded
 from .stepping import Step, steps
 
@@ -37,8 +38,8 @@ def timeline(
       options: as for `steps`.
 
     Returns:
-      {"greedy": [step], "sampled": [step], "temperature", "seed"}, JSON values; a step is
-      {"id", "probability", "runners": [[id, probability]], "entropy", "looked"}. Probabilities are the model's own,
+      {"greedy": [step], "sampled": [step], "texts": {"greedy", "sampled"}, "temperature", "seed"}, JSON values; a step
+      is {"id", "probability", "runners": [[id, probability]], "entropy", "looked"}. Probabilities are the model's own,
       softmax(logits), in both runs, before temperature: so the two can be compared. The runners are the RUNNERS most
       likely tokens but the one that was taken; the entropy is in nats. "looked" is the attention, averaged over all
       layers and heads, from the token before this one to each token so far, itself included, in thousandths.
@@ -50,8 +51,11 @@ def timeline(
     def run(sampling: Sampling) -> list[dict[str, Any]]:
         return [told(step) for step in steps(checkpoint, ids, new, ("attn.pattern",), (), sampling, options=options)]
 
-    sampling = Sampling(temperature=temperature, seed=seed)
-    return {"greedy": run(Sampling()), "sampled": run(sampling), "temperature": temperature, "seed": seed}
+    found = {"greedy": run(Sampling()), "sampled": run(Sampling(temperature=temperature, seed=seed))}
+    written = {
+        name: texts.joined(checkpoint.tokenizer, [step["id"] for step in those]) for name, those in found.items()
+    }
+    return {**found, "texts": written, "temperature": temperature, "seed": seed}
 
 
 def told(step: Step) -> dict[str, Any]:

@@ -54,8 +54,7 @@ def weigh(
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     total, done, found = sum(_count(leaf) for leaf in leaves.values()), 0, []
     for path, leaf in leaves.items():
-        names = tensor_names(path, config.num_hidden_layers)
-        sources = None if floats is None or not _is_integers(leaf) else [floats[each] for each in names]
+        sources = None if floats is None or not _is_integers(leaf) else _sources(floats, path, config)
         found.append(_row(path, leaf) | _measured(path, leaf, sources))
         done += _count(leaf)
         if on_progress:
@@ -99,7 +98,9 @@ def _table(
     errors: str | None,
 ) -> dict[str, Any]:
     bytes_ = sum(row["bytes"] for row in found)
-    apart = 0 if config.tie_word_embeddings else next(row["bytes"] for row in found if row["name"] == _TABLE)
+    # A tied head has a row of its own where an adapter has parted it from the embedding.
+    has_head = any(row["name"].startswith("lm_head/") for row in found)
+    apart = next(row["bytes"] for row in found if row["name"] == _TABLE) if has_head else 0
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -110,6 +111,14 @@ def _table(
         "token": token_work(config, context, bytes_ - apart, cache_dtype),
         "cache": {"dtype": str(jnp.dtype(cache_dtype)), "bytes_per_token": cache_bytes(config, cache_dtype)},
     }
+
+
+def _sources(floats: Mapping[str, TensorSource], path: str, config: Phi3Config) -> list[TensorSource]:
+    """The tensors that a parameter was made from; of a tied head that an adapter has parted, the embedding's."""
+    names = tensor_names(path, config.num_hidden_layers)
+    if names[0] not in floats and config.tie_word_embeddings:
+        names = tensor_names(_TABLE, 1)
+    return [floats[each] for each in names]
 
 
 def _row(path: str, leaf: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The flags that phi3-generate and phi3-chat share, and the library's objects that they stand for."""
+"""The flags that several programs share, and the library's objects that they stand for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from phi3_jax.command_line.progress import progress_bar
 from phi3_jax.json_files import SETTINGS, decode, parse, read_bytes
 from phi3_jax.kernels import status
 from phi3_jax.model import parameter_shapes
+from phi3_jax.regular_file import read_text
 from phi3_jax.text import call_schema, read_tools
 
 from ..engine import DraftModel, Options, PromptCache, PromptLookup, RopePolicy
@@ -138,6 +139,13 @@ TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
     "Functions to call, in a chat": [TOOLS, TOOL_CHOICE],
     "Speed and memory": [PREFILL_CHUNK, CACHE_DTYPE, ROPE_POLICY, SPECULATE, GUESSES, PROMPT_CACHE],
 }
+
+
+def prompt_text() -> str:
+    """What --prompt or --prompt_file says; a pipe can be read once only."""
+    if PROMPT_FILE.value is None:
+        return PROMPT.value or ""
+    return sys.stdin.read() if PROMPT_FILE.value == "-" else read_text(PROMPT_FILE.value)
 
 
 def load_checkpoint() -> phi3_jax.Checkpoint:

@@ -22,7 +22,6 @@ import phi3_jax
 from phi3_jax.checkpoint import require_tokenizer
 from phi3_jax.command_line.interrupts import asked, interruptible, settle
 from phi3_jax.command_line.program import run_program
-from phi3_jax.regular_file import read_text
 from phi3_jax.text import ToolCallParser
 
 from ..answer import Answer, Generation, write_answers
@@ -88,7 +87,7 @@ def main() -> int:
     common.check()
     if _INPUT.value and _OUTPUT.value:
         return answer_file(Path(_INPUT.value), Path(_OUTPUT.value))
-    text, tools = _prompt_text(), common.tools() if common.CHAT.value else None
+    text, tools = common.prompt_text(), common.tools() if common.CHAT.value else None
     common.grammar(tools)  # raises before the model is loaded
     checkpoint = common.load_checkpoint()
     tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
@@ -293,12 +292,6 @@ def _user(text: str) -> dict[str, str]:
 def _with_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     system = common.SYSTEM.value
     return messages if system is None else [{"role": "system", "content": system}, *messages]
-
-
-def _prompt_text() -> str:
-    if common.PROMPT_FILE.value is None:
-        return common.PROMPT.value or ""
-    return sys.stdin.read() if common.PROMPT_FILE.value == "-" else read_text(common.PROMPT_FILE.value)
 
 
 def _check_flags() -> None:

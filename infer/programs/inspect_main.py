@@ -22,18 +22,18 @@ import jax.numpy as jnp
 from absl import flags
 
 import phi3_jax
-from phi3_jax.checkpoint import holds_integers, require_tokenizer, stored_tensors
+from phi3_jax.checkpoint import holds_integers, require_tokenizer, resolve, stored_tensors
 from phi3_jax.checkpoint.atomic_write import new_file
 from phi3_jax.command_line.model_flags import ADAPTER, CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
-from phi3_jax.regular_file import read_text
 
 from ..engine.buckets import own_cache_dtype
 from ..inspection import collect, compare, summary, texts, timeline, weigh, weigh_shapes
 from ..inspection.html import html
 from ..inspection.picture import save_png
 from ..inspection.report import require_size, sampling_defaults
+from ..sampling import Sampling
 from . import flags as common
 
 _FORMAT = flags.DEFINE_multi_enum(
@@ -77,7 +77,11 @@ _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
     "Model": [CHECKPOINT, ADAPTER, common.DTYPE, QUANTIZE, common.VERBOSE],
     "Prompt": [common.PROMPT, common.PROMPT_FILE, common.CHAT, common.SYSTEM, common.PARSE_SPECIAL],
     "What is written": [_FORMAT, _OUTPUT],
-    "How it goes on": [_GENERATE, common.TEMPERATURE, common.SEED],
+    "How it goes on, by default at the temperature of generation_config.json, or 1": [
+        _GENERATE,
+        common.TEMPERATURE,
+        common.SEED,
+    ],
     "Beside another model": [_COMPARE, _COMPARE_ADAPTER, _COMPARE_QUANTIZE],
     "Weights": [_WEIGHTS, _PRESET, _CONTEXT, common.CACHE_DTYPE],
 }
@@ -89,27 +93,33 @@ def main() -> int:
     places = _places()
     if _WEIGHTS.value:
         table = _weigh()
-        _print(summary.weights_lines(table, _is_coloured()))
-        written = table
+        told, written = summary.weights_lines(table, _is_coloured()), table
     else:
-        written = _inspect(_prompt_text())
-        _print(summary.lines(written, _is_coloured()))
+        written = _inspect(common.prompt_text())
+        told = summary.lines(written, _is_coloured())
+    # Where a file goes to standard output, nothing else may be there.
+    is_taken = any(map(_is_standard_output, places.values()))
+    print("\n".join(told), file=sys.stderr if is_taken else sys.stdout, flush=True)
     for kind, place in places.items():
         _write(written, kind, place)
-        if place.is_file():
+        if place.is_file() and not _is_standard_output(place):
             print(f"{place}: {place.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     return 0
 
 
 def _inspect(text: str) -> dict[str, Any]:
     """The report on a prompt."""
+    if not text and not common.CHAT.value:
+        raise ValueError('the prompt is empty: give it some words, as in --prompt "The capital of France is"')
+    if _COMPARE.value is not None:
+        resolve(_COMPARE.value)  # raises before a model is loaded
     checkpoint = common.load_checkpoint()
     ids = _ids(checkpoint, text)
     require_size(checkpoint, len(ids))  # before another model is loaded
-    other = _load_other()
     sampling = sampling_defaults(checkpoint)
     if common.TEMPERATURE.present:
         sampling = dataclasses.replace(sampling, temperature=common.TEMPERATURE.value)
+    comparison = _compared(checkpoint, ids)
     with progress_bar("reading", unit="") as on_progress:
         report = collect(
             checkpoint,
@@ -122,9 +132,8 @@ def _inspect(text: str) -> dict[str, Any]:
     if _GENERATE.value is not None:
         _say("writing what follows, twice")
         report["generation"] = timeline(checkpoint, ids, _GENERATE.value, sampling.temperature, common.SEED.value)
-    if other is not None:
-        _say("comparing")
-        report["comparison"] = compare(checkpoint, other, ids, _other_name())
+    if comparison is not None:
+        report["comparison"] = comparison
     texts.add_vocabulary(report, checkpoint.tokenizer)
     return report
 
@@ -153,6 +162,15 @@ def _weigh() -> dict[str, Any]:
             floats=stored_tensors(CHECKPOINT.value) if known else None,
             on_progress=on_progress,
         )
+
+
+def _compared(checkpoint: phi3_jax.Checkpoint, ids: Sequence[int]) -> dict[str, Any] | None:
+    """The comparison; before the report, which takes longer, so that what cannot be compared is told soon."""
+    other = _load_other()
+    if other is None:
+        return None
+    _say("comparing")
+    return compare(checkpoint, other, ids, _other_name())
 
 
 def _load_other() -> phi3_jax.Checkpoint | None:
@@ -227,12 +245,6 @@ def _name(checkpoint: str, adapter: str | None) -> str:
     return f"{name} with {Path(adapter).name}" if adapter else name
 
 
-def _prompt_text() -> str:
-    if common.PROMPT_FILE.value is None:
-        return common.PROMPT.value or ""
-    return sys.stdin.read() if common.PROMPT_FILE.value == "-" else read_text(common.PROMPT_FILE.value)
-
-
 def _check_flags() -> None:
     """Raises ValueError for flags that contradict one another, or that would have no effect."""
     prompts = [flag for flag in (common.PROMPT, common.PROMPT_FILE) if flag.value is not None]
@@ -251,6 +263,8 @@ def _check_flags() -> None:
             raise ValueError(f"--weights is about the model alone: leave --{given[0].name} out")
         if _FORMAT.present and set(_FORMAT.value) != {"json"}:
             raise ValueError("--weights prints its table, and writes --format=json; there is no page or picture of it")
+        if _OUTPUT.present and not _FORMAT.present:
+            raise ValueError("--weights prints its table: --output is for the file of --format=json, give both")
         if _PRESET.value and (CHECKPOINT.present or ADAPTER.present):
             raise ValueError("--preset is the sizes alone: leave --checkpoint and --adapter out")
         return
@@ -264,6 +278,7 @@ def _check_flags() -> None:
         raise ValueError("--parse_special is for a text as it is: leave it or --chat out")
     if common.SEED.present and _GENERATE.value is None:
         raise ValueError("--seed needs --generate")
+    Sampling(temperature=common.TEMPERATURE.value, seed=common.SEED.value)  # raises for what cannot be
 
 
 def _is_coloured() -> bool:
@@ -271,8 +286,12 @@ def _is_coloured() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _print(lines: Sequence[str]) -> None:
-    print("\n".join(lines), flush=True)
+def _is_standard_output(place: Path) -> bool:
+    """Whether /dev/stdout or the like is meant, or the same file or pipe by its own name."""
+    try:
+        return os.path.samestat(place.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # there is no such file yet; or standard output is none
+        return False
 
 
 def _say(text: str) -> None:

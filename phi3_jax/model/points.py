@@ -131,6 +131,16 @@ class Edit:
             where = where & _along(self.heads, axes, "NK")
         return jnp.where(where, new.astype(old.dtype), old)
 
+    def require_model(self, config: Phi3Config) -> None:
+        """Raises ValueError if the masks of layers and heads are for other numbers of them."""
+        heads = config.num_attention_heads if "N" in POINTS[self.point] else config.num_key_value_heads
+        for mask, count, what in ((self.layers, config.num_hidden_layers, "layers"), (self.heads, heads, "heads")):
+            if mask is not None and len(mask) != count:
+                raise ValueError(
+                    f"{self.point}: an edit for {len(mask)} {what}, where there are {count}: make it with this model's "
+                    "config"
+                )
+
     def _matches(self, positions: jax.Array) -> jax.Array:
         """bool [B, T, P]: which token is at which of the chosen positions."""
         chosen = jnp.asarray(self.positions)
@@ -204,7 +214,12 @@ class Hooks:
         return (() if name in OUTER else (layers,)) + tuple(sizes[axis] for axis in POINTS[name])
 
     def nothing(self, config: Phi3Config, size: tuple[int, ...], keys: int, dtype: Any) -> dict[str, jax.Array]:
-        """Room for what is read in the layers; dtype is that of the residual stream."""
+        """Room for what is read in the layers; dtype is that of the residual stream.
+
+        Raises ValueError for edits that were made for a model of other sizes, whose masks would be of no use here.
+        """
+        for edit in self.edits:
+            edit.require_model(config)
         names = [name for name in self.reads if name not in OUTER]
         types = {name: jnp.float32 if name in FLOAT32 else dtype for name in names}
         return {name: jnp.zeros(self.shape(name, config, size, keys), types[name]) for name in names}

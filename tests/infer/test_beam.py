@@ -17,6 +17,7 @@ from spoiled import spoiled
 import phi3_jax
 from phi3_jax.infer import DraftModel, Options, PromptCache, PromptLookup, generate
 from phi3_jax.infer.beam import beam_search, search_on
+from phi3_jax.inspection import zero
 from phi3_jax.model import KVCache, slots_needed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -291,6 +292,7 @@ def test_other_models_and_caches_are_refused(tiny):
     for options, name in [
         (Options(prompt_cache=cache), "prompt_cache"),
         (Options(speculation=DraftModel(tiny)), "speculation"),
+        (Options(edits=(zero(tiny.config, "embed"),)), "edits: leave it out"),
     ]:
         with pytest.raises(ValueError, match=f"options.{name}"):
             beam_search(tiny, [[5, 6]], options=options)

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from without_points import Bare
 
 import phi3_jax
 from phi3_jax.inspection import Hooks, zero
@@ -16,23 +17,6 @@ from phi3_jax.model.points import Tap
 
 B, T = 3, 11
 TOKENS = jax.ShapeDtypeStruct((B, T), jnp.int32)
-
-
-class Bare:
-    """What the decoder would be without points."""
-
-    wants_heads = wants_weights = False
-
-    def __init__(self, *_):
-        self.kept = {}
-
-    def __call__(self, name, value):
-        return value
-
-    def wants(self, *names):
-        return False
-
-    changes = wants
 
 
 def per_layer(params):
@@ -116,6 +100,8 @@ def test_a_wrong_shape_of_an_edit_is_named(tiny):
             r"resid_pre: an edit of shape \[1, 3, 12, 1\], where \[L, 3, 11, 24\]",
         ),
         ({"positions": jnp.zeros((B + 1, 1), jnp.int32)}, "positions for 4 rows, where there are 3"),
+        ({"layers": jnp.ones(2, bool)}, "an edit for 2 layers, where there are 3: make it with this model's config"),
+        ({"point": "attn.v", "heads": jnp.ones(6, bool)}, "attn.v: an edit for 6 heads, where there are 2"),
         ({"function": jax.tree_util.Partial(jnp.sum)}, r"the function makes \[\] of \[3, 11, 24\]"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -120,7 +120,13 @@ def random_report(
             "top": [[int(i), float(f"{logits[i]:.5g}"), float(f"{probabilities[i]:.5g}")] for i in best],
             "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": None},
         },
-        "generation": {"greedy": walk(), "sampled": walk(), "temperature": 0.8, "seed": 0},
+        "generation": {
+            "greedy": walk(),
+            "sampled": walk(),
+            "texts": {"greedy": texts[0], "sampled": texts[-1]},
+            "temperature": 0.8,
+            "seed": 0,
+        },
         "comparison": {
             "name": texts[1],
             "kl": numbers(T, scale=0.1),

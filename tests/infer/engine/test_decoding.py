@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from without_points import Bare
 
 import phi3_jax
 from phi3_jax.infer import Options, Sampling, generate
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.sampling import SamplingArrays
+from phi3_jax.inspection import add, scale, zero
+from phi3_jax.model import decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[5, 1, 7], [11, 11, 11, 2, 31, 8], [90, 4, 77, 15, 60]]
@@ -35,16 +38,46 @@ def written(config, params, settings):
     """The state after a whole run, as a function of the weights."""
     tokens = jnp.asarray([prompt + [0] * (23 - len(prompt)) for prompt in PROMPTS])
     state = decoding.begin(config, settings, tokens, 23, jnp.float32, logprobs=0)
-    state, last = decoding.read(config, params, state, jnp.zeros((3, 24)), jnp.int32(0), 8)
+    state, last = decoding.read(config, params, state, jnp.zeros((3, 24)), jnp.int32(0), 8, edits=settings.edits)
     return decoding.unroll(config, params, decoding.answer(config, params, state, last, settings), settings, STEPS)
+
+
+def programs(tiny):
+    """The programs of a run without edits as text; `decode` has the parts of `answer` and `step`."""
+    settings = settings_of(jnp.asarray([4, 5, 6], jnp.uint32))
+    tokens, place, steps = jnp.zeros((3, 23), jnp.int32), jnp.int32(0), jnp.int32(3)
+    state, last = decoding.begin(tiny.config, settings, tokens, 26, jnp.float32, logprobs=0), jnp.zeros((3, 24))
+    read, decode = (each.__wrapped__ for each in (decoding.read, decoding.decode))
+    return [
+        jax.jit(lambda *args: read(tiny.config, *args, 8, True)).lower(tiny.params, state, last, place).as_text(),
+        jax.jit(lambda *args: decode(tiny.config, *args)).lower(tiny.params, state, settings, steps).as_text(),
+    ]
+
+
+@pytest.mark.slow
+def test_without_edits_the_programs_are_the_same_text_as_without_points(tiny, monkeypatch):
+    with_points = programs(tiny)
+    for module in (decoder, decoding):
+        monkeypatch.setattr(module, "Tap", Bare)
+        monkeypatch.setattr(module, "NO_TAP", Bare())
+    assert programs(tiny) == with_points
 
 
 @pytest.mark.slow
 def test_unrolled_steps_are_those_of_the_loop(short):
-    seeds = jnp.asarray([4, 5, 6], jnp.uint32)
-    state = written(short.config, short.params, settings_of(seeds))
+    """With edits, too: of a layer everywhere, of a head of the answer, of the logits."""
+    seeds, config = jnp.asarray([4, 5, 6], jnp.uint32), short.config
+    edits = (
+        scale(config, "mlp_out", 0.5, layers=[1]),
+        zero(config, "attn.z", layers=[2], positions=[7, 9], heads=[0]),
+        add(config, "logits", 30 * np.eye(97)[13], positions=[10]),
+    )
+    state = written(config, short.params, dataclasses.replace(settings_of(seeds), edits=edits))
     rows = [Sampling(1.0, seed=seed) for seed in (4, 5, 6)]
-    expected = generate(short, PROMPTS, STEPS + 1, sampling=rows, options=Options(logprobs=0))
+    expected = generate(short, PROMPTS, STEPS + 1, sampling=rows, options=Options(logprobs=0, edits=edits))
+    assert expected[1].token_ids[11 - 6] == 13
+    plain = generate(short, PROMPTS, STEPS + 1, sampling=rows)
+    assert all(row.token_ids != other.token_ids for row, other in zip(plain, expected, strict=True))
     for row, (prompt, result) in enumerate(zip(PROMPTS, expected, strict=True)):
         end = len(prompt) + STEPS + 1
         assert state.tokens[row, :end].tolist() == prompt + result.token_ids

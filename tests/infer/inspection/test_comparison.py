@@ -101,3 +101,30 @@ def test_what_cannot_be_compared_is_refused(tiny):
         compare(tiny, fewer, IDS)
     with pytest.raises(ValueError, match="is empty"):
         compare(tiny, tiny, [])
+    damaged = dataclasses.replace(tiny, params=tiny.params | {"norm": {"weight": np.full(24, np.nan, np.float32)}})
+    with pytest.raises(ValueError, match="of one of the two models are not finite"):
+        compare(tiny, damaged, IDS)
+
+
+class Vocabulary:
+    """Pieces "0", "1", ...; of some ids other ones."""
+
+    def __init__(self, size, other):
+        self.vocab_size, self.other = size, other
+
+    def piece(self, token):
+        assert token < self.vocab_size
+        return self.other.get(token, str(token))
+
+
+def test_vocabularies_are_the_same_where_both_have_a_token(tiny):
+    """Rows of the embedding that nothing comes to have no piece, or are beyond all of them, or have a made-up name."""
+
+    def model(size, other):
+        return dataclasses.replace(tiny, tokenizer=Vocabulary(size, other))
+
+    for one, two in ((model(97, {}), model(90, {})), (model(97, {50: None}), model(97, {50: "<unused>"}))):
+        comparison._check_vocabulary(one, two)
+        comparison._check_vocabulary(two, one)
+    with pytest.raises(ValueError, match="token 7 is '7' in one model and 'seven' in the other"):
+        comparison._check_vocabulary(model(97, {}), model(90, {7: "seven"}))

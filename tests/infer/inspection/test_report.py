@@ -16,6 +16,7 @@ import phi3_jax
 from phi3_jax.adapters import LoraConfig, attach, init_adapter
 from phi3_jax.infer import inspection
 from phi3_jax.infer.engine.buckets import own_cache_dtype
+from phi3_jax.infer.inspection import readings
 from phi3_jax.infer.inspection.report import require_size, sampling_defaults
 from phi3_jax.infer.inspection.texts import add_vocabulary
 from phi3_jax.kernels import why_unavailable
@@ -288,6 +289,12 @@ def test_prompts_that_are_too_long(tiny):
     require_size(mini, 192)
     with pytest.raises(ValueError, match="the prompt is empty"):
         inspection.collect(tiny, [], "")
+
+
+def test_numbers_that_are_none_are_told(tiny, monkeypatch):
+    monkeypatch.setattr(readings, "read", lambda *_: {"logits": np.asarray([[[1.0, np.nan]]])})
+    with pytest.raises(ValueError, match="logits are not finite numbers: the weights may be damaged"):
+        inspection.collect(tiny, IDS, "")
 
 
 def test_how_a_checkpoint_draws(tiny, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import phi3_jax
 from phi3_jax.adapters import LoraConfig, attach, init_adapter
-from phi3_jax.infer import Options, Sampling, generate
+from phi3_jax.infer import DraftModel, Options, PromptCache, PromptLookup, Run, Sampling, engine, generate
 from phi3_jax.infer.inspection import stepping, steps
 from phi3_jax.inspection import add, change, replace, run, scale, zero
 
@@ -105,24 +105,31 @@ def test_all_kinds_of_weights_and_an_integer_cache(tiny, int4_folder, kind):
         same_values(read[number], expected, 0.6 if is_rough else 0.01 if "int4" in kind else 1e-3)
 
 
-@pytest.mark.slow
-def test_steering_in_the_engine(tiny):
-    """In batches, with guesses and with a prompt cache the tokens are those of steps, past the border of LongRoPE."""
-    from phi3_jax.infer import PromptLookup, Run
+class Everything:
+    words, mask, push = 4, staticmethod(lambda row: np.full(4, 0xFFFFFFFF, np.uint32)), staticmethod(lambda *_: None)
 
+
+@pytest.mark.slow
+def test_steering_in_the_engine(tiny, tmp_path, monkeypatch):
+    """In batches, with guesses, a grammar, a prompt cache: tokens are those of steps, past the border of LongRoPE."""
     edits, prompts = edits_of(tiny.config), [PROMPT, [11, 2, 31, 8, 11, 2, 31], [90, 4]]
     sampling = Sampling(temperature=0.8, seed=5)
     expected = [[s.token for s in steps(tiny, p, 12, (), edits, sampling, options=CHUNK)] for p in prompts]
     plain = [[s.token for s in steps(tiny, p, 12, (), (), sampling, options=CHUNK)] for p in prompts]
     assert all(a != b for a, b in zip(expected, plain, strict=True))
-    for speculation in (None, PromptLookup(3, 2, 1)):
+    for speculation in (None, PromptLookup(3, 2, 1), DraftModel(tiny, 2), "a grammar"):
+        if speculation == "a grammar":  # one that allows everything: the host acts between the halves of a turn
+            monkeypatch.setattr(engine.run, "_grammar_masks", lambda *_: Everything)
+            speculation = None
         options = dataclasses.replace(CHUNK, edits=edits, speculation=speculation)
         found = generate(tiny, prompts, 12, sampling=[sampling] * 3, options=options)
         assert [row.token_ids for row in found] == expected
+    monkeypatch.undo()
     options = dataclasses.replace(CHUNK, edits=edits)
     first = Run(tiny, [prompts[1][:4]], [2], [sampling], options)
     first.advance()
-    cached = dataclasses.replace(options, prompt_cache=first.prompt_cache())
+    first.prompt_cache().save(tmp_path / "prompt")
+    cached = dataclasses.replace(options, prompt_cache=PromptCache.load(tmp_path / "prompt", tiny, edits))
     again = Run(tiny, [prompts[1]], [12], [sampling], cached)
     assert again.reused == 4
     found = []
@@ -130,8 +137,12 @@ def test_steering_in_the_engine(tiny):
         found += again.advance()[0].token_ids
     assert found == expected[1]
     other = dataclasses.replace(cached, edits=edits_of(tiny.config, 2.0))
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="another model, or with other edits"):
         Run(tiny, [prompts[1]], [12], [sampling], other)
+    function = change(tiny.config, "mlp.post", jnp.abs)
+    for others, told in (((), "configuration or edits"), (edits[:2], "or edits"), ((function,), "is a function")):
+        with pytest.raises(ValueError, match=told):
+            PromptCache.load(tmp_path / "prompt", tiny, others)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from phi3_jax.infer import Options, Sampling, generate
-from phi3_jax.infer.inspection import Step, timeline
+from phi3_jax.infer.inspection import Step, texts, timeline
 from phi3_jax.infer.inspection.timeline import told
 from phi3_jax.inspection import run
 
@@ -56,3 +56,20 @@ def test_a_timeline_is_that_of_whole_texts(tiny):
             pattern = np.asarray(seen["attn.pattern"])[:, 0, :, last, : last + 1]
             same_step(found[name][number], np.asarray(seen["logits"])[0, last], pattern)
     assert ids != [step["id"] for step in found["greedy"]]
+    assert found["texts"]["sampled"] == "".join(f"<{token}>" for token in ids)  # there is no tokenizer
+
+
+def test_characters_that_tokens_share_are_whole_in_a_text():
+    parts = [" é".encode()[:2], " é".encode()[2:], b"a", b"\xff"]
+
+    class ByBytes:
+        vocab_size = 4
+
+        def piece(self, token):
+            return str(token)
+
+        def token_bytes(self, token, opens_text=False):
+            return parts[token]
+
+    assert [texts.text_of(ByBytes(), token) for token in range(5)] == [" \ufffd", "\ufffd", "a", "\ufffd", "<4>"]
+    assert texts.joined(ByBytes(), [0, 1, 2, 3, 4, 2]) == " éa\ufffd<4>a"

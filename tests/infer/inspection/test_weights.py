@@ -144,6 +144,22 @@ def test_an_adapter_counts_but_its_base_is_compared(tiny, tiny_folder):
     assert table["total"]["bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(kept.params))
 
 
+@pytest.mark.slow
+def test_a_tied_head_that_an_adapter_has_parted(tiny, tmp_path, quick_compilation):
+    config = dataclasses.replace(tiny.config, tie_word_embeddings=True)
+    phi3_jax.save(dataclasses.replace(tiny, config=config, params=phi3_jax.random_params(config)), tmp_path / "tied")
+    loaded = phi3_jax.load(tmp_path / "tied", quantize="int8", layout="rows")
+    lora = LoraConfig(rank=2, alpha=4, targets=("embed_tokens",))
+    params = attach(loaded.params, init_adapter(config, lora, jax.random.key(1)), lora)
+    tied, parted = (
+        weigh(config, each, **OPTIONS, floats=stored_tensors(tmp_path / "tied")) for each in (loaded.params, params)
+    )
+    table = of(tied, "embed_tokens/weight")
+    assert of(parted, "lm_head/weight")["error"] == of(parted, "embed_tokens/weight")["error"] == table["error"] > 0
+    # A token reads the table once, as the head.
+    assert parted["token"]["weight_bytes"] == tied["token"]["weight_bytes"]
+
+
 def test_the_table_as_text(tiny):
     lines = summary.weights_lines(weigh(tiny.config, tiny.params, **OPTIONS))
     text = "\n".join(lines)

@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from cache_folders import own_cache
+from inspection_reports import random_report
 
 import phi3_jax
 from phi3_jax.infer.inspection import summary
@@ -44,6 +45,10 @@ def in_process(*args):
         (["--prompt", "a", "--output", "/tmp"], "--output=/tmp: that is a folder; name a file in it"),
         (["--prompt", "a", "--system", "b"], "--system needs --chat"),
         (["--prompt", "a", "--seed", "3"], "--seed needs --generate"),
+        (["--prompt", "a", "--generate", "3", "--seed", "-1"], "seed=-1"),
+        (["--prompt", ""], "the prompt is empty: give it some words"),
+        (["--prompt_file", "/dev/null"], "the prompt is empty: give it some words"),
+        (["--weights", "--output", "b"], "--output is for the file of --format=json, give both"),
         (["--prompt", "a", "--preset", "phi-4"], "--preset needs --weights"),
         (["--prompt", "a", "--chat", "--parse_special"], "--parse_special is for a text as it is"),
         (["--weights", "--prompt", "a"], "--weights is about the model alone: leave --prompt out"),
@@ -56,6 +61,12 @@ def test_flags_that_do_not_go_together(args, told, monkeypatch):
     monkeypatch.setattr(phi3_jax, "load", lambda *args, **kwargs: pytest.fail("a model is loaded"))
     with pytest.raises(ValueError, match=told.replace("(", r"\(")):
         in_process(*args)
+
+
+def test_another_model_that_is_not_there_is_told_before_ours_is_loaded(monkeypatch):
+    monkeypatch.setattr(phi3_jax, "load", lambda *args, **kwargs: pytest.fail("a model is loaded"))
+    with pytest.raises(FileNotFoundError, match="/nowhere/there: no such folder or file"):
+        in_process("--prompt", "a", "--compare", "/nowhere/there")
 
 
 def test_a_preset_needs_no_weights(tmp_path, capfd):
@@ -87,6 +98,10 @@ def test_no_text_moves_the_cursor():
     assert summary.shown("a\033[2Jb\n", 18) == "|a\\x1b[2Jb\\n|     "
     assert summary.shown("a long text, which is cut", 18) == "|a long text, wh~|"
     assert summary.shown("日本語", 10) == "|日本語|  "
+    assert summary.shown("\u202ea") == "|\\u202ea|"
+    lines = summary.lines(random_report())
+    assert all(line.isprintable() for line in lines[1:])  # but for the model's name
+    assert "  greedy   |</script><img src=x onerror=alert(1)>|" in lines
 
 
 class Loaded(str):
@@ -107,6 +122,7 @@ def test_what_is_loaded_run_and_compared(monkeypatch, tmp_path):
         return lambda *args, **kwargs: calls.append((name, *args)) or result
 
     monkeypatch.setattr(phi3_jax, "load", load)
+    monkeypatch.setattr(inspect_main, "resolve", lambda path: path)
     monkeypatch.setattr(inspect_main, "_ids", lambda checkpoint, text: [len(text)])
     monkeypatch.setattr(inspect_main, "require_size", lambda *args: None)
     monkeypatch.setattr(inspect_main, "sampling_defaults", lambda checkpoint: Sampling(temperature=0.6))
@@ -207,3 +223,16 @@ def test_errors_are_one_line(tmp_path):
         assert done.stderr.count("\n") <= 2
         assert told in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_file_may_go_to_standard_output(tmp_path):
+    for place in ("/dev/stdout", f"{tmp_path}/pipe"):
+        if "pipe" in place:
+            os.mkfifo(place)
+            reader = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+        done = started("--weights", "--preset", "phi-4", "--format", "json", "--output", place)
+        assert done.returncode == 0, done.stderr
+        text, told = (done.stdout, done.stderr) if "pipe" not in place else (os.read(reader, 1 << 16), done.stdout)
+        assert json.loads(text)["format"] == "phi3-weights"
+        assert told.startswith("phi-4: 14.66 billion parameters")
