@@ -191,8 +191,7 @@ def chosen(
         if asked is not None and np.size(asked) == 0:
             raise ValueError(f"no {name} are named to be read: leave {name}= out to read all")
     for edit in edits:
-        if len(edit.layers) != L:
-            raise ValueError(f"{edit.point}: an edit of a model of {len(edit.layers)} layers, where there are {L}")
+        edit.require_model(config)
     read_layers = None if layers is None else jnp.asarray(numbers(layers, L, "layers"))
     read_heads = None if heads is None else jnp.asarray(numbers(heads, N, "heads"))
     read_places = None if positions is None else places(positions, tokens.shape)

@@ -223,7 +223,7 @@ def test_names_are_those_that_a_field_knows():
             {"reads": ["embed"], "token_positions": [[0] * T] * 3},
             r"token_positions of shape \[3, 23\], where .* \[2, 23\]",
         ),
-        ({"reads": ["embed"], "edits": [FOREIGN]}, "embed: an edit of a model of 4 layers, where there are 3"),
+        ({"reads": ["embed"], "edits": [FOREIGN]}, "embed: an edit for 4 layers, where there are 3"),
         ({"reads": ["embed"], "positions": [[0], [1], [2]]}, r"positions of shape \(3, 1\): .* for 2 rows"),
         (
             {"reads": ["attn.pattern", "embed"], "limit": 38000},
