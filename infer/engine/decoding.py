@@ -91,20 +91,10 @@ def read_chunk(
     places = begin + jnp.arange(size)
     positions = jnp.where(places < state.lengths[:, None], places, -1)
     tokens = jnp.take(state.tokens, places, axis=1, mode="clip")
-    model, variables = Phi3(config), {"params": params}
-    result: Any = model.apply(
-        variables,
-        tokens,
-        positions,
-        cache=state.cache,
-        rope_lengths=state.rope_lengths[:, None],
-        hooks=hooks,
-        method="hidden",
-    )
-    x, cache, seen = result
+    x, cache, seen = _hidden(Phi3(config), params, state, tokens, positions, hooks)
     record, failed = state.logprobs, state.failed
     if echo and record is not None:
-        logits: Any = model.apply(variables, x, method="unembed")
+        logits: Any = Phi3(config).apply({"params": params}, x, method="unembed")
         logits = Tap(hooks, config, positions, {})("logits", logits)
         failed = jnp.where((~is_finite(logits) & (positions >= 0)).any(axis=1), NOT_FINITE, failed)
         beyond = state.tokens.shape[1]
@@ -248,17 +238,16 @@ def forward(
     # A row that is done runs along with the others; position -1 keeps its token out of the cache.
     is_real = jnp.pad(guesses >= 0, ((0, 0), (1, 0)), constant_values=True) & ~state.done[:, None]
     positions = jnp.where(is_real, state.lengths[:, None] - 1 + jnp.arange(tokens.shape[1]), -1)
-    result: Any = Phi3(config, walk).apply(
-        {"params": params},
-        tokens,
-        positions,
-        cache=state.cache,
-        rope_lengths=state.rope_lengths[:, None],
-        hooks=hooks,
-        method="hidden",
-    )
-    x, cache, seen = result
+    x, cache, seen = _hidden(Phi3(config, walk), params, state, tokens, positions, hooks)
     return dataclasses.replace(state, cache=cache), x, seen
+
+
+def _hidden(
+    model: Phi3, params: Params, state: DecodeState, tokens: jax.Array, positions: jax.Array, hooks: Hooks | None
+) -> Any:
+    """`Phi3.hidden` of tokens [B, T] behind those of the state's cache."""
+    options: Any = {"cache": state.cache, "rope_lengths": state.rope_lengths[:, None], "hooks": hooks}
+    return model.apply({"params": params}, tokens, positions, **options, method="hidden")
 
 
 def accept(

@@ -16,7 +16,7 @@ import numpy as np
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection import run
-from phi3_jax.inspection.lens import guesses, logits_of
+from phi3_jax.inspection.lens import guesses, in_steps, logits_of
 from phi3_jax.model import Params
 
 from ..engine.failures import NOT_FINITE_ADVICE
@@ -26,7 +26,6 @@ from .rounding import rounded
 
 TOP = 5
 PARTED = 0.99  # the cosine of two residual streams below which models have parted
-_AT_ONCE = 64  # tokens of which there are logits at a time
 
 
 def compare(checkpoint: Checkpoint, other: Checkpoint, ids: Sequence[int], name: str = "") -> dict[str, Any]:
@@ -120,12 +119,8 @@ def _divergence(
     """KL of what the logit lens reads from streams [L, 1, T, D] of two models -> [L, T]; some tokens at a time."""
     L, _, T, _ = mine.shape
 
-    def blocks(x: jax.Array) -> jax.Array:
-        flat = x.reshape(L * T, -1)
-        return jnp.pad(flat, ((0, -len(flat) % _AT_ONCE), (0, 0))).reshape(-1, _AT_ONCE, flat.shape[-1])
-
-    def of_block(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def of_some(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         logs = jax.nn.log_softmax(logits_of(own, params, pair[0]))
         return (jnp.exp(logs) * (logs - jax.nn.log_softmax(logits_of(its, its_params, pair[1])))).sum(-1)
 
-    return jax.lax.map(of_block, (blocks(mine), blocks(theirs))).reshape(-1)[: L * T].reshape(L, T)
+    return in_steps(of_some, (mine.reshape(L * T, -1), theirs.reshape(L * T, -1))).reshape(L, T)

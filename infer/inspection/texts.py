@@ -28,20 +28,18 @@ def piece(tokenizer: Tokenizer | None, token: int) -> str | None:
 
 def text_of(tokenizer: Tokenizer | None, token: int, opens_text: bool = False) -> str:
     """What a token adds to a text; "<17>" for an id without any, and U+FFFD for parts of a character."""
-    if tokenizer is None or piece(tokenizer, token) is None:
-        return f"<{token}>"
-    return tokenizer.token_bytes(token, opens_text=opens_text).decode("utf-8", "replace")
+    return _bytes(tokenizer, token, opens_text).decode("utf-8", "replace")
 
 
 def joined(tokenizer: Tokenizer | None, ids: Sequence[int]) -> str:
     """What tokens add to a text together: a character whose bytes several of them share is whole."""
+    return b"".join(_bytes(tokenizer, token) for token in ids).decode("utf-8", "replace")
 
-    def one(token: int) -> bytes:
-        if tokenizer is None or piece(tokenizer, token) is None:
-            return f"<{token}>".encode()
-        return tokenizer.token_bytes(token)
 
-    return b"".join(map(one, ids)).decode("utf-8", "replace")
+def _bytes(tokenizer: Tokenizer | None, token: int, opens_text: bool = False) -> bytes:
+    if tokenizer is None or piece(tokenizer, token) is None:
+        return f"<{token}>".encode()
+    return tokenizer.token_bytes(token, opens_text=opens_text)
 
 
 def add_vocabulary(report: Report, tokenizer: Tokenizer | None) -> None:

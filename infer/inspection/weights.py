@@ -167,7 +167,7 @@ def _blocks(leaf: Any, layer: int | None, compared: bool) -> Iterator[tuple[int,
             block = _table_rows(leaf, ids)
             yield start, block, _table_rows(_base(leaf), ids) if compared else block
         return
-    one = leaf[layer] if isinstance(leaf, PerLayer) else leaf
+    one = _layer(leaf, layer)
     place = None if isinstance(leaf, PerLayer) else layer
     block = matrix(one, place)
     yield 0, block, matrix(_base(one), place) if compared and isinstance(one, LoraTensor) else block
@@ -177,7 +177,7 @@ def _table_rows(leaf: Any, ids: jax.Array) -> np.ndarray:
     return np.asarray(inspection.token_rows({"embed_tokens": {"weight": leaf}}, ids))
 
 
-def _layer(leaf: Any, number: int) -> Any:
+def _layer(leaf: Any, number: int | None) -> Any:
     return leaf[number] if isinstance(leaf, PerLayer) else leaf
 
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.inspection.edits import as_data, moved, replace, zero
-from phi3_jax.inspection.running import by_layer, compiled, in_rows, places, run
+from phi3_jax.inspection.edits import replace, zero
+from phi3_jax.inspection.patching import sweep
+from phi3_jax.inspection.running import by_layer, in_rows, run
 from phi3_jax.kernels.attention.masks import attention_mask
 from phi3_jax.model import Params
-from phi3_jax.model.points import Edit, Hooks
+from phi3_jax.model.points import Edit
 
 _exact: Any = {"precision": jax.lax.Precision.HIGHEST}
 AT_ONCE = 1 << 28  # bytes of patterns that exist at a time
@@ -117,26 +118,21 @@ def ablation(
     metric: Callable[[jax.Array], jax.Array],
     *,
     mean: bool = False,
-    positions: Any = (-1,),
     token_positions: Any = None,
-    at_once: int = 8,
+    **options: Any,
 ) -> jax.Array:
     """What each head is worth: the metric without it, less the metric with it -> [L, N, ...].
 
     Args:
-      metric: of logits float32 [B, P, V], an array: `logit_difference`, or another function that jax can trace, each
-        of which needs a program of its own.
+      metric: of the last token's logits float32 [B, V], an array, as for `sweep`.
       mean: put the head's mean output over the tokens in its place, rather than zeros: what it does anyway, whatever
         the token, is left.
-      positions: places along T whose logits the metric gets.
       token_positions: int32 [B, T], -1 for padding.
-      at_once: how many runs are computed together, from 1 on; all of them are one program.
+      options: layers and at_once, see `sweep`.
 
     Raises:
-      ValueError: positions out of range; `at_once` below 1.
+      ValueError: what `sweep` raises.
     """
-    if at_once < 1:
-        raise ValueError(f"at_once={at_once}: at least one run is computed at a time")
     tokens, spots = _placed(tokens, token_positions)
     if mean:
         z = run(config, params, tokens, ["attn.z"], token_positions=token_positions)["attn.z"]
@@ -145,33 +141,10 @@ def ablation(
         edit = replace(config, "attn.z", total / there.sum())
     else:
         edit = zero(config, "attn.z")
-    chosen = places(positions, tokens.shape)
-    token_positions = None if token_positions is None else spots
-    return _without(config, as_data(metric), at_once, params, tokens, token_positions, chosen, edit)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "at_once"))
-def _without(
-    config: Phi3Config,
-    metric: Callable[[jax.Array], jax.Array],
-    at_once: int,
-    params: Params,
-    tokens: jax.Array,
-    token_positions: jax.Array | None,
-    positions: jax.Array,
-    edit: Edit,
-) -> jax.Array:
-    def measured(*edits: Edit) -> jax.Array:
-        hooks = Hooks(("logits",), positions=positions, edits=edits)
-        return metric(compiled(config, params, tokens, token_positions, None, hooks)[0]["logits"])
-
-    L, N = config.num_hidden_layers, config.num_attention_heads
-
-    def without(number: jax.Array) -> jax.Array:
-        return measured(moved(config, edit, layer=number // N, head=number % N))
-
-    changed = jax.lax.map(without, jnp.arange(L * N), batch_size=at_once)
-    return changed.reshape(L, N, *changed.shape[1:]) - measured()
+    last = np.asarray(spots).argmax(axis=-1)[:, None]
+    logits = run(config, params, tokens, positions=last, token_positions=token_positions)["logits"][:, 0]
+    without = sweep(config, params, tokens, edit, metric, heads=None, token_positions=token_positions, **options)
+    return without - metric(logits)
 
 
 def _placed(tokens: Any, token_positions: Any) -> tuple[jax.Array, jax.Array]:

@@ -125,12 +125,12 @@ def guesses(
         rank = (logits > own).sum(axis=-1, dtype=jnp.int32)
         return Guesses(ids, jnp.exp(highest - total), jnp.exp(own - total)[:, 0], rank)
 
-    found = _in_steps(of_some, (residual.reshape(-1, residual.shape[-1]), wanted.reshape(-1)))
+    found = in_steps(of_some, (residual.reshape(-1, residual.shape[-1]), wanted.reshape(-1)))
     found = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), found)
     return found._replace(target_probability=None, target_rank=None) if target is None else found
 
 
-def _in_steps(function: Callable[[Any], Any], arrays: Any) -> Any:
+def in_steps(function: Callable[[Any], Any], arrays: Any) -> Any:
     """A function of arrays [R, ...], all called with the same few rows of R at a time."""
     R = jax.tree.leaves(arrays)[0].shape[0]
     size = min(R, ROWS)

@@ -19,9 +19,10 @@ import numpy as np
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection import forks
-from phi3_jax.inspection.edits import Numbers, add, as_data, moved, numbers, replace
+from phi3_jax.inspection.edits import Numbers, as_data, moved, numbers, replace
 from phi3_jax.inspection.running import compiled, in_rows, run
-from phi3_jax.model import Params, Phi3
+from phi3_jax.inspection.slopes import gradients
+from phi3_jax.model import Params
 from phi3_jax.model.points import OUTER, POINTS, Edit, Hooks, plain_name, require_known
 
 Metric = Callable[[jax.Array], jax.Array]
@@ -151,8 +152,11 @@ def attribution_patching(
         raise ValueError(f"{point} (axes {POINTS[point]}) has no values for each layer and token")
     token_positions = None if token_positions is None else in_rows(tokens, token_positions)
     values = _others(config, params, tokens, other, point, token_positions)
-    own, slope = _slopes(config, params, jnp.asarray(tokens), token_positions, point, as_data(metric))
-    product = slope * (values.astype(jnp.float32) - own.astype(jnp.float32))  # [L, B, T, ...]
+    last = [-1] if token_positions is None else np.asarray(token_positions).argmax(axis=-1)[:, None]
+    of_last = jax.tree_util.Partial(_of_last, as_data(metric))
+    found = gradients(config, params, tokens, of_last, [point], token_positions=token_positions, logits_at=last)
+    own, slope = found.values[point], found.slopes[point]
+    product = slope.astype(jnp.float32) * (values.astype(jnp.float32) - own.astype(jnp.float32))  # [L, B, T, ...]
     per_head = bool(set("NK") & set(POINTS[point]))
     product = product.sum(axis=tuple(range(3 + per_head, product.ndim)))
     if token_positions is None:
@@ -161,26 +165,6 @@ def attribution_patching(
     row, column = np.nonzero(where >= 0)
     sums = jnp.zeros((len(product), where.max() + 1, *product.shape[3:]))
     return sums.at[:, where[row, column]].add(product[:, row, column])
-
-
-@functools.partial(jax.jit, static_argnames=("config", "point"))
-def _slopes(
-    config: Phi3Config, params: Params, tokens: jax.Array, token_positions: Any, point: str, metric: Metric
-) -> tuple[jax.Array, jax.Array]:
-    """The values of a point in all layers, and the metric's gradient there, both [L, B, T, ...]."""
-
-    def end(added: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hooks = Hooks((point, "ln_final.out"), edits=(dataclasses.replace(edit, value=added),))
-        seen, _ = compiled(config, params, tokens, token_positions, None, hooks)
-        last = tokens.shape[1] - 1 if token_positions is None else token_positions.argmax(axis=-1)
-        x = seen["ln_final.out"][jnp.arange(len(tokens)), last]
-        logits = Phi3(config).apply({"params": params}, x, method="unembed")
-        return metric(jnp.asarray(logits)), seen[point]
-
-    edit, keys = add(config, point, 0.0), tokens.shape[1]
-    shape = Hooks((point,)).shape(point, config, tokens.shape, keys)
-    slope, own = jax.grad(end, has_aux=True)(jnp.zeros(shape))
-    return own, slope
 
 
 @functools.partial(jax.jit, static_argnames=("config", "at_once"))
@@ -260,3 +244,8 @@ def _logit_difference(right: jax.Array, wrong: jax.Array, logits: jax.Array) -> 
         return jnp.take_along_axis(logits, jnp.broadcast_to(ids, (*logits.shape[:-1], 1)), axis=-1)
 
     return (of(right) - of(wrong)).mean()
+
+
+def _of_last(metric: Metric, logits: jax.Array) -> jax.Array:
+    """A metric of last logits [B, V], of logits [B, 1, V]."""
+    return metric(logits[:, 0])

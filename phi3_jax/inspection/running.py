@@ -67,9 +67,7 @@ def run(
     tokens = jnp.asarray(tokens)
     hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
     check_size(hooks, config, params, tokens.shape, tokens.shape[1] if cache is None else cache.capacity, limit)
-    token_positions = None if token_positions is None else in_rows(tokens, token_positions)
-    segments = None if segments is None else in_rows(tokens, segments, "segments")
-    rope_lengths = None if rope_lengths is None else jnp.asarray(rope_lengths, jnp.int32)
+    token_positions, segments, rope_lengths = placed(tokens, token_positions, segments, rope_lengths)
     decoder.check_arguments(tokens, segments, cache)
     if cache is not None:  # raises: compiled, it could only give NaN
         decoder.known_overflows(cache, decoder.known_positions(tokens, token_positions, cache), config.sliding_window)
@@ -196,6 +194,15 @@ def chosen(
     read_heads = None if heads is None else jnp.asarray(numbers(heads, N, "heads"))
     read_places = None if positions is None else places(positions, tokens.shape)
     return Hooks(matching(reads), read_layers, read_places, read_heads, tuple(edits))
+
+
+def placed(tokens: Any, token_positions: Any, segments: Any, rope_lengths: Any) -> tuple[jax.Array | None, ...]:
+    """Where tokens are in their texts, as `Phi3` wants it; what is None stays so. Raises ValueError."""
+    return (
+        None if token_positions is None else in_rows(tokens, token_positions),
+        None if segments is None else in_rows(tokens, segments, "segments"),
+        None if rope_lengths is None else jnp.asarray(rope_lengths, jnp.int32),
+    )
 
 
 def in_rows(tokens: Any, given: Any, name: str = "token_positions") -> jax.Array:

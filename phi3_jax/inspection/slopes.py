@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.inspection.edits import Numbers, as_data
-from phi3_jax.inspection.running import LIMIT, Seen, at_places, check_size, chosen, hidden, in_rows, logits, places
+from phi3_jax.inspection.running import LIMIT, Seen, at_places, check_size, chosen, hidden, logits, placed, places
 from phi3_jax.kernels import has_packed, has_per_layer
 from phi3_jax.model import Params
 from phi3_jax.model.decoder import Remat
@@ -72,9 +72,7 @@ def gradients(
     hooks = chosen(config, tokens, reads, layers, positions, heads, edits)
     check_size(hooks, config, params, tokens.shape, tokens.shape[1], limit // 2)
     at = None if logits_at is None else places(logits_at, tokens.shape)
-    token_positions = None if token_positions is None else in_rows(tokens, token_positions)
-    segments = None if segments is None else in_rows(tokens, segments, "segments")
-    rope_lengths = None if rope_lengths is None else jnp.asarray(rope_lengths, jnp.int32)
+    token_positions, segments, rope_lengths = placed(tokens, token_positions, segments, rope_lengths)
     return _compiled(config, params, tokens, as_data(metric), at, hooks, token_positions, segments, rope_lengths)
 
 

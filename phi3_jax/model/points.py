@@ -124,7 +124,7 @@ class Edit:
             factor, value = (self._at(each, old.shape, positions, number) for each in (self.factor, self.value))
             # 0 * inf is NaN: what is replaced is forgotten.
             new = factor * jnp.where((factor == 0) & ~jnp.isfinite(wide), 0.0, wide) + value
-        where = self.layers[number if self.layers.shape[0] > 1 else 0] | (self.point in OUTER)
+        where = self.layers[number] | (self.point in OUTER)
         if self.positions is not None:
             where = where & _along(self._matches(positions).any(axis=-1), axes, "BT")
         if self.heads is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phi3_jax import inspection
-from phi3_jax.inspection import heads
+from phi3_jax.inspection import forks, heads
 from phi3_jax.kernels.attention.masks import attention_mask
 from phi3_jax.model import Phi3
 
@@ -101,7 +101,7 @@ def test_perfect_heads_score_one(tiny):
 
 
 def likelihood(logits):
-    return jax.nn.log_softmax(logits)[:, :, 7]
+    return jax.nn.log_softmax(logits)[:, 7]
 
 
 @pytest.mark.slow
@@ -109,14 +109,16 @@ def likelihood(logits):
 def test_heads_are_taken_out(tiny, mean, quick_compilation):
     """Against a model whose output projection does not read the head, and has the mean's output as a constant."""
     config, tokens, positions = tiny.config, TOKENS[:, :9], POSITIONS[:, :9]
-    places = np.array([8, 5])
-    options = {"mean": mean, "token_positions": positions}
-    found = inspection.ablation(config, tiny.params, tokens, likelihood, positions=[-1, 5], at_once=4, **options)
-    assert found.shape == (3, 6, 3, 2)
+    rows, last = np.arange(3), positions.argmax(axis=1)
+    options = {"mean": mean, "token_positions": positions, "at_once": 40}
+    found = inspection.ablation(config, tiny.params, tokens, likelihood, **options)
+    assert found.shape == (3, 6, 3)
+    part = inspection.ablation(config, tiny.params, tokens, likelihood, layers=[-1], **options)
+    np.testing.assert_allclose(part, found[-1:], atol=1e-6)
 
     @jax.jit
     def measured(params):
-        return likelihood(Phi3(config).apply({"params": params}, tokens, positions)[:, places])
+        return likelihood(Phi3(config).apply({"params": params}, tokens, positions)[rows, last])
 
     if mean:
         z = inspection.run(config, tiny.params, tokens, ["attn.z"], token_positions=positions)["attn.z"]
@@ -124,7 +126,7 @@ def test_heads_are_taken_out(tiny, mean, quick_compilation):
         for layer, head in ((0, 1), (2, 5)):
             edit = inspection.replace(config, "attn.z", z[layer, head], layers=[layer], heads=[head])
             logits = inspection.run(config, tiny.params, tokens, edits=[edit], token_positions=positions)["logits"]
-            expected = likelihood(logits[:, places]) - measured(tiny.params)
+            expected = likelihood(logits[rows, last]) - measured(tiny.params)
             np.testing.assert_allclose(found[layer, head], expected, atol=1e-5)
         return
     for layer in range(3):
@@ -139,24 +141,17 @@ def test_heads_are_taken_out(tiny, mean, quick_compilation):
 
 @pytest.mark.slow
 def test_a_program_for_all_heads_and_other_texts(tiny, quick_compilation):
-    options = {"positions": [-1, 5], "at_once": 4, "token_positions": POSITIONS[:, :9]}
+    options = {"at_once": 40, "token_positions": POSITIONS[:, :9]}
     inspection.ablation(tiny.config, tiny.params, TOKENS[:, :9], likelihood, **options)
-    count = heads._without._cache_size()
-    inspection.ablation(tiny.config, tiny.params, TOKENS[:, 9:18], likelihood, **(options | {"positions": [2, 3]}))
-    assert heads._without._cache_size() == count
+    count = forks.measured._cache_size()
+    inspection.ablation(tiny.config, tiny.params, TOKENS[:, 9:18], likelihood, **options)
+    assert forks.measured._cache_size() == count
     for right in (5, 7):
         prefers = inspection.logit_difference(right, 96)
         found = inspection.ablation(tiny.config, tiny.params, TOKENS[:, :9], prefers, **options)
         assert found.shape == (3, 6)
         assert np.abs(found).min() > 0
-    assert heads._without._cache_size() == count + 1
-
-
-def test_places_that_are_not_there_are_refused(tiny):
-    with pytest.raises(ValueError, match=r"positions \[29\]: there are 29"):
-        inspection.ablation(tiny.config, tiny.params, TOKENS, likelihood, positions=[29])
-    with pytest.raises(ValueError, match="at least one run"):
-        inspection.ablation(tiny.config, tiny.params, TOKENS, likelihood, at_once=0)
+    assert forks.measured._cache_size() == count + 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import phi3_jax
 from phi3_jax.adapters import LoraConfig, attach, init_adapter
 from phi3_jax.infer.inspection import compare, comparison
+from phi3_jax.inspection import lens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 IDS = np.random.default_rng(3).integers(4, 97, 23).tolist()  # past the window and LongRoPE's border; an odd block
@@ -47,7 +48,7 @@ def changed(tiny):
 
 
 def test_a_comparison_is_that_of_numpy(tiny, changed, monkeypatch):
-    monkeypatch.setattr(comparison, "_AT_ONCE", 16)
+    monkeypatch.setattr(lens, "ROWS", 16)
     found = json.loads(json.dumps(compare(tiny, changed, IDS, "changed")))
     (mine, own), (theirs, other) = (numpy_pass(x.config, x.params) for x in (tiny, changed))
     cosine = (mine * theirs).sum(-1) / np.linalg.norm(mine, axis=-1) / np.linalg.norm(theirs, axis=-1)
