@@ -44,7 +44,10 @@ def same_values(step, expected, tolerance=2e-4):
         found = np.asarray(step.seen[name], np.float32)
         if name in ("attn.pattern", "attn.scores"):
             found, values = step.by_position(found), values[..., : step.place]
-        np.testing.assert_allclose(found, values, atol=tolerance, rtol=tolerance, err_msg=f"{name} at {step.place}")
+        error = np.linalg.norm(found - values) / np.linalg.norm(values)
+        assert error < tolerance, f"{name} at {step.place}"
+        if tolerance < 1e-3:
+            np.testing.assert_allclose(found, values, atol=2e-4, rtol=2e-4, err_msg=f"{name} at {step.place}")
 
 
 def test_values_and_tokens_are_those_of_whole_texts_with_the_same_changes(tiny):
@@ -102,7 +105,7 @@ def test_all_kinds_of_weights_and_an_integer_cache(tiny, int4_folder, kind):
     for number in (0, 1, 17, NEW - 1):
         ids = [*PROMPT, *(step.token for step in read[:number])]
         expected = at_once(checkpoint, ids, reads=reads)
-        same_values(read[number], expected, 0.6 if is_rough else 0.01 if "int4" in kind else 1e-3)
+        same_values(read[number], expected, 0.05 if is_rough else 1e-5)  # 0.036 and 4e-6 at most
 
 
 class Everything:
