@@ -79,8 +79,9 @@ def test_quantisations_and_adapters(tiny, int4_folder):
     int4, packed = (phi3_jax.load(int4_folder, layout=layout) for layout in ("rows", "packed"))
     int8 = phi3_jax.load(int4_folder.parent / "floats", quantize="int8")
     far, as_packed, near = (compare(tiny, other, IDS) for other in (int4, packed, int8))
-    np.testing.assert_allclose(far["kl"], as_packed["kl"], atol=0.15)
-    assert np.mean(near["kl"]) < 0.2 * np.mean(far["kl"])
+    # The kernels round what they multiply: 5% of the mean here.
+    assert np.abs(np.subtract(far["kl"], as_packed["kl"])).mean() < 0.08 * np.mean(far["kl"])
+    assert np.mean(near["kl"]) < 0.05 * np.mean(far["kl"])
 
 
 @pytest.mark.slow
