@@ -27,7 +27,9 @@ infer.prompts infer.sampling
 infer.engine
 infer.answer
 infer.generate infer.conversation infer.beam infer.benchmark
-infer.inspection
+infer.inspection infer.serving.engine
+infer.serving.http infer.serving.batch
+infer.serving
 infer.__init__
 infer.programs
 train.values
