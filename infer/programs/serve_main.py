@@ -180,7 +180,11 @@ def main() -> int:
 async def _serve(service: Service, server: Server, listening: Any) -> int:
     """Serves until a signal comes, or the engine fails; the exit code."""
     loop, engine = asyncio.get_running_loop(), service.engine
-    service.on_failure = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+
+    def on_failure() -> None:
+        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+
+    service.on_failure = on_failure
     thread = threading.Thread(target=_work, args=[service], name="engine", daemon=True)
 
     def end(number: signal.Signals) -> None:
