@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import threading
+import time
 
 import httpx
 import pytest
@@ -399,10 +400,15 @@ def test_a_full_queue_is_told_to_try_again(service, client):
 
 
 def test_an_answer_ends_when_its_time_is_over(service, client, monkeypatch):
-    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, request_seconds=0.02))
-    choice = ask(client, max_tokens=120, min_tokens=120)["choices"][0]
-    assert choice["finish_reason"] == "length"
-    assert len(choice["message"]["content"]) < 120
+    turn = service.engine.turn
+    monkeypatch.setattr(service.engine, "turn", lambda: time.sleep(0.03) or turn())
+    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, request_seconds=0.08))
+    response = client.post("/v1/chat/completions", json={"messages": HI, "max_tokens": 120, "min_tokens": 120})
+    if response.status_code == 200:
+        assert response.json()["choices"][0]["finish_reason"] == "length"
+        assert response.json()["usage"]["completion_tokens"] < 120
+    else:  # it had not even begun
+        assert (response.status_code, response.headers["retry-after"]) == (503, "2")
 
 
 def test_the_log_says_what_happened_but_not_what_was_said(client, caplog):
