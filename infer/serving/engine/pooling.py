@@ -49,7 +49,9 @@ def _read(
     """Reads tokens [1, T], those of a text of `length` tokens from place `begin` on; at 0 it begins anew."""
     places = begin + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(places < length, places, -1)[None]
-    is_first = begin == 0
+    is_first = (
+        begin == 0
+    )  # no query sees what is left of the text before, but attention reads the slots that are in use
     cache = dataclasses.replace(state.cache, positions=jnp.where(is_first, -1, state.cache.positions))
     # A text's length is known before it is read: LongRoPE's factors are those of the whole.
     x, cache_out, _ = Phi3(config).apply(

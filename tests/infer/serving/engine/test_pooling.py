@@ -60,6 +60,13 @@ def test_a_vector_does_not_depend_on_its_neighbours_nor_on_their_order(pooler: P
     np.testing.assert_array_equal(forwards[4], alone[0])
 
 
+def test_nothing_is_left_of_the_text_before_that_attention_would_read(pooler: Pooler):
+    pooler.submit([TEXTS[3], TEXTS[1]])
+    read_all(pooler)
+    assert pooler._state is not None
+    assert pooler._state.cache.lengths.tolist() == [7]
+
+
 def test_a_turn_reads_one_chunk_and_requests_take_turns(pooler: Pooler):
     long, short = pooler.submit([TEXTS[5]] * 3), pooler.submit([TEXTS[1]])
     for _ in range(4):  # 53 tokens in chunks of 16
