@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import typing
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -28,6 +29,7 @@ from ...engine.buckets import own_cache_dtype, piece_length
 from .jobs import QueueFull
 
 Pooling = Literal["mean", "last"]
+POOLINGS = typing.get_args(Pooling)
 
 
 @jax.tree_util.register_dataclass
@@ -114,8 +116,8 @@ class Pooler:
           ValueError: a text is empty or too long, or has ids outside of the vocabulary; there is no such pooling.
           QueueFull: too many requests wait.
         """
-        if pooling not in ("mean", "last"):
-            raise ValueError(f"pooling={pooling!r} is not 'mean' or 'last'")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is not one of {POOLINGS}")
         vocabulary = self._checkpoint.config.vocab_size
         for number, tokens in enumerate(texts):
             if not 0 < len(tokens) <= self.room:
