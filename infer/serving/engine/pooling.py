@@ -13,7 +13,7 @@ import functools
 import threading
 import typing
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
@@ -146,12 +146,12 @@ class Pooler:
             self._finish_text(request, self._state, len(tokens))
         return True
 
-    def warm_up(self, told: Callable[[], None]) -> None:
-        """Compiles all programs; `told` is called after each."""
+    def warm_up(self) -> Iterator[int]:
+        """Compiles all programs -> `sizes`, each when its program is there."""
         for size in self.sizes:
             self._state = self._read([0], 0, size)
             jax.block_until_ready(self._state)
-            told()
+            yield size
 
     @property
     def sizes(self) -> list[int]:

@@ -1,7 +1,7 @@
 """POST /v1/embeddings: texts -> vectors of length 1, pooled from the model's last hidden states.
 
-The field `pooling` is ours: "mean", or "last" for the state at the last token, which alone has seen the whole text. What
-a request leaves open is for the program to say. `dimensions` may only be the model's own: vectors can be cut where a
+The field `pooling` is ours: "mean", or "last" for the state at the last token, which alone has seen the whole text. The
+program says what is meant where a request leaves it open. `dimensions` may only be the model's own: vectors can be cut where a
 model was trained for it.
 """
 
@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from ..engine import QueueFull
 from ..engine.pooling import POOLINGS
-from .errors import invalid, too_many
+from .errors import invalid, too_many, unavailable
 from .fields import IGNORED, Fields, read_fields
 from .gate import note
 from .service import Service
@@ -47,6 +47,7 @@ async def embed(request: Request) -> Response:
     if (count := sum(map(len, texts))) > MOST_TOKENS:
         raise invalid(f"input has {count} tokens, more than {MOST_TOKENS}: split it", "input")
     note(request.scope, model=model, prompt_tokens=count)
+    service.metrics.embedded.inc(count)
     vectors = await _embed(service, texts, pooling)
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, encoding)}
@@ -90,6 +91,8 @@ async def _embed(service: Service, texts: list[list[int]], pooling: Any) -> np.n
         return await asyncio.wrap_future(future)
     except ValueError as error:
         raise invalid(str(error), "input") from None
+    except RuntimeError as error:  # what waits is told so
+        raise unavailable(str(error)) from None
     except QueueFull as error:
         raise too_many(str(error)) from None
 

@@ -71,7 +71,7 @@ def _endpoint(answer: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         try:
             service: Service = request.app.state.service
             service.check_ready()
-            return await answer(service, await read_fields(request))
+            return await answer(service, await read_fields(request, any_type=True))
         except ApiError as error:
             return JSONResponse({"error": error.message}, error.status, error.headers)
 

@@ -31,7 +31,7 @@ from .streams import EventStream, event
 
 _ROLES = ("user", "assistant", "system", "developer")
 # Fields that ask for what is not here, each with what to do instead.
-_REFUSED = {
+REFUSED = {
     "previous_response_id": "no state is kept here: send the whole conversation as input",
     "conversation": "no state is kept here: send the whole conversation as input",
     "prompt": "no prompts are kept here: send the text as input",
@@ -218,7 +218,7 @@ def _read_format(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
 
 def _refuse(fields: Fields) -> None:
     """Raises ApiError (400) for what is not understood."""
-    for name, remedy in _REFUSED.items():
+    for name, remedy in REFUSED.items():
         if fields.get(name) not in (None, [], {}):
             raise invalid(f"{name} is not supported: {remedy}", name, "unsupported_value")
     for name, values in (
