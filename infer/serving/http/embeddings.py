@@ -1,8 +1,8 @@
 """POST /v1/embeddings: texts -> vectors of length 1, pooled from the model's last hidden states.
 
 The field `pooling` is ours: "mean", or "last" for the state at the last token, which alone has seen the whole text. The
-program says what is meant where a request leaves it open. `dimensions` may only be the model's own: vectors can be cut where a
-model was trained for it.
+program says what is meant where a request leaves it open. `dimensions` may only be the model's own: vectors can be cut
+where a model was trained for it.
 """
 
 from __future__ import annotations

@@ -151,19 +151,12 @@ def _message() -> Schema:
     part = _object({"type": _one_of("text"), "text": {"type": "string"}}, ["text"])
     function = _object({"name": _text(), "arguments": {"type": ["string", "object", "null"]}})
     call = _object({"id": _text(), "type": _one_of("function"), "function": function}, ["function"])
-    return _object(
-        {
-            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {"anyOf": [_text(), _list(part)]},
-            "name": _text(),
-            "tool_call_id": _text(),
-            "reasoning_content": _text(),
-            "tool_calls": _list(call, 128),
-            "refusal": _ANYTHING,
-            "annotations": _ANYTHING,
-        },
-        ["role"],
-    )
+    content = [{"type": "string"}, {**_list(part), "type": "array"}]
+    rest = {name: _text() for name in ("name", "tool_call_id", "reasoning_content")}
+    rest |= {"tool_calls": _list(call, 128), "refusal": _ANYTHING, "annotations": _ANYTHING}
+    others = {"role": {"enum": ["system", "developer", "user", "tool"]}, "content": {"anyOf": content}}
+    own = {"role": {"enum": ["assistant"]}, "content": {"anyOf": [*content, {"type": "null"}]}}
+    return {"anyOf": [_object(others | rest, ["role", "content"]), _object(own | rest, ["role"])]}
 
 
 def _function() -> Schema:
@@ -173,9 +166,9 @@ def _function() -> Schema:
 
 
 def _response_format() -> Schema:
-    described = {"anyOf": [_object({"schema": _OBJECT}, ["schema"], closed=False), {"type": "null"}]}
+    described = _or_null(_object({"schema": _OBJECT}, ["schema"], closed=False))
     kinds = {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": described}
-    return _object(kinds, ["type"], closed=False)
+    return _or_null(_object(kinds, ["type"], closed=False))
 
 
 def _responses(most: int) -> Schema:
@@ -196,7 +189,7 @@ def _responses(most: int) -> Schema:
         "input": {"anyOf": [{"type": "string"}, items]},
         "instructions": _text(),
         "max_output_tokens": _whole(1, 2**31 - 1),
-        "text": _object({"format": _object(form, ["type"]), "verbosity": _ANYTHING}),
+        "text": _object({"format": _or_null(_object(form, ["type"])), "verbosity": _ANYTHING}),
         "stream": _truth(),
         "stream_options": _object({"include_obfuscation": _truth()}),
         "parallel_tool_calls": _truth(),
@@ -257,9 +250,14 @@ def _list(items: Schema, most: int | None = None) -> Schema:
 
 
 def _object(properties: Schema, required: list[str] | None = None, closed: bool = True) -> Schema:
+    """An object, which may be null if nothing in it is required."""
     kind = ["object", "null"] if required is None else "object"
     schema = {"type": kind, "properties": properties, "required": required or []}
     return {**schema, "additionalProperties": False} if closed else schema
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _says(**properties: str) -> Schema:

@@ -83,7 +83,8 @@ def values(schema: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
         least, most = schema.get("minimum"), schema.get("maximum")
         yield from ((value, True) for value in (least, most) if value is not None)
         yield from ((value, False) for value in ("1", True))
-        yield from ((value, False) for value in _beyond(least, most))
+        beyond = [least is not None and least - 1, most is not None and most * 1.01 + 1]
+        yield from ((value, False) for value in beyond if value is not False and abs(value) < 2**63)  # else no JSON
         if "exclusiveMinimum" in schema:
             yield schema["exclusiveMinimum"], False
     if "string" in kinds:
@@ -105,10 +106,6 @@ def values(schema: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
         for name, inner in schema.get("properties", {}).items():
             if name not in needed and inner:
                 yield from ((needed | {name: value}, good) for value, good in values(inner) if not good)
-
-
-def _beyond(least: float | None, most: float | None) -> list[float]:
-    return [] if least is None else [least - 1] + ([] if most is None else [most * 1.01 + 1])
 
 
 def needs(schema: dict[str, Any]) -> list[str]:
@@ -133,6 +130,7 @@ def test_fields_are_those_that_are_read(client, description, path, body, monkeyp
     assert refused(client, path, body | {"options": {}} if path.startswith("/api") else body) == "zzz"
     described = properties(description, path, body)
     ignored = ollama.IGNORED if path.startswith("/api") else fields.IGNORED if path.startswith("/v1") else ()
+    read -= set() if "messages" in body else {"messages"}  # tells the two forms of /tokenize apart
     assert {name for name in read if "." not in name and "[" not in name} | set(ignored) == described.keys()
     if "options" in described:
         options = {name.removeprefix("options.") for name in read if name.startswith("options.")}
@@ -144,6 +142,8 @@ def test_values_are_taken_and_refused_as_described(client, description, path, bo
     for name, schema in properties(description, path, body).items():
         for value, good in values(schema):
             found = refused(client, path, body | {name: value})
+            if found == "prompt" and name == "messages":
+                continue  # /tokenize without messages has another form
             if good:
                 assert found == "zzz", (name, value)
             else:
