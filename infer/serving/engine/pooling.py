@@ -190,17 +190,19 @@ class Pooler:
     def _finish_text(self, request: _Request, state: _State, length: int) -> None:
         vector = np.asarray(state.last) if request.pooling == "last" else np.asarray(state.total) / length
         norm = np.sqrt(np.square(vector, dtype=np.float64).sum())
+        is_number = bool(np.isfinite(norm) and norm > 0)
         request.vectors.append((vector / norm).astype(np.float32))
+        has_more = is_number and len(request.vectors) < len(request.texts)
         with self._lock:
             self._place = 0
             self._requests.remove(request)
-            if not np.isfinite(norm) or norm == 0:
-                number = len(request.vectors) - 1
-                _settle(request.future, ValueError(f"input {number} gave hidden states that are no finite numbers"))
-            elif len(request.vectors) == len(request.texts):
-                _settle(request.future, np.stack(request.vectors))
-            else:
+            if has_more:
                 self._requests.append(request)  # behind the others
+        if not is_number:
+            number = len(request.vectors) - 1
+            _settle(request.future, ValueError(f"input {number} gave hidden states that are no finite numbers"))
+        elif not has_more:
+            _settle(request.future, np.stack(request.vectors))
 
 
 def _settle(future: Future[np.ndarray], result: np.ndarray | ValueError) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import phi3_jax
-from phi3_jax.infer.serving.engine import QueueFull, pooling
+from phi3_jax.infer.engine import decoding
+from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, QueueFull, pooling
 from phi3_jax.infer.serving.engine.pooling import Pooler
 from phi3_jax.model import Phi3
 
@@ -123,3 +124,40 @@ def test_warm_up_compiles_all(tiny: phi3_jax.Checkpoint):
     fresh.submit([[1] * size for size in (3, 17, 33, 60)])
     read_all(fresh)
     assert pooling._read._cache_size() == before
+
+
+def test_the_engine_reads_one_piece_in_a_turn_be_it_of_a_prompt_or_a_text(tiny: phi3_jax.Checkpoint, monkeypatch):
+    engine = Engine(tiny, EngineOptions(slots=2, room=60, chunk=16))
+    told, order = [], []
+    for module, name in ((pooling, "_read"), (decoding, "read")):
+        monkeypatch.setattr(module, name, noting(getattr(module, name), order))
+    engine.submit(Job(TEXTS[4], 3), told.append)
+    embedding = engine.submit_embedding([TEXTS[5]] * 2)
+    turns = 0
+    while engine.turn():
+        turns += 1
+        assert len(order) <= turns
+    # In turns; the text, of which there is more, goes on alone.
+    assert order == ["_read", "read"] * 3 + ["_read"] * 5
+    assert [len(piece.token_ids) for piece in told] == [1, 1, 1]
+    vectors = embedding.result(timeout=0)
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+
+
+def noting(function, order: list[str]):
+    def noted(*args, **options):
+        order.append(function.__name__)
+        return function(*args, **options)
+
+    noted.lower = function.lower
+    return noted
+
+
+def test_an_engine_that_stops_tells_those_who_wait(tiny: phi3_jax.Checkpoint):
+    engine = Engine(tiny, EngineOptions(slots=2, room=60, chunk=16))
+    future = engine.submit_embedding([TEXTS[5]])
+    engine.stop()
+    engine.run()
+    assert isinstance(future.exception(timeout=0), RuntimeError)
+    with pytest.raises(QueueFull, match="about to stop"):
+        engine.submit_embedding([[1]])
