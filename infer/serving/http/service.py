@@ -42,8 +42,8 @@ class Service:
       adapters: names that ask for it with one of the engine's adapters.
       sampling: what requests leave open. OpenAI's defaults, unless the program was told others.
       limits: of requests.
-      pooling: of embeddings that leave it open.
       log_prompts: whether the log may hold what users write.
+      pooling: of embeddings that leave it open.
       state: what it can do now.
       failure: why it failed.
       created: seconds since 1970, of its begin.
@@ -55,8 +55,8 @@ class Service:
     adapters: Sequence[str] = ()
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(temperature=1.0))
     limits: Limits = dataclasses.field(default_factory=Limits)
-    pooling: Pooling = "mean"
     log_prompts: bool = False
+    pooling: Pooling = "mean"
     state: State = "warming up"
     failure: str | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
