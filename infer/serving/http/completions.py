@@ -79,7 +79,7 @@ async def completions(request: Request) -> Response:
     note(request.scope, model=model, prompt_tokens=sum(len(job.prompt) for job in jobs[::best_of]), stream=stream)
     if service.log_prompts:
         note(request.scope, prompts=prompts)
-    asked_for = _Asked(service, jobs, texts, count, best_of, logprobs is not None, echo, most_tokens == 0)
+    asked_for = _Asked(service, jobs, texts, count, best_of, logprobs, echo, most_tokens == 0)
     answers = await service.open(*jobs)
     reply = _Reply(request, model, asked_for, answers)
     if stream:
@@ -125,7 +125,7 @@ class _Asked:
     texts: Sequence[str]
     count: int
     best_of: int
-    with_logprobs: bool
+    logprobs: int | None
     echo: bool
     nothing: bool
 
@@ -166,7 +166,7 @@ class _Reply:
             entries = [*(generation.prompt_logprobs or []), *entries]
         return {
             "text": prompt + ("" if self._asked.nothing else generation.text),
-            "logprobs": self._logprobs(entries, 0)[0] if self._asked.with_logprobs else None,
+            "logprobs": self._logprobs(entries, 0)[0] if self._asked.logprobs is not None else None,
             "finish_reason": "length" if self._asked.nothing else _FINISH[generation.finish_reason],
         }
 
@@ -177,15 +177,13 @@ class _Reply:
             tokens.append(self._string(entry.token_id))
             offsets.append(offset)
             offset += len(tokens[-1])
-        tops = [
-            None
-            if entry.logprob is None
-            else {self._string(token): finite(value) for token, value in entry.top.items()}
-            for entry in entries
-        ]
+        tops = [None if entry.logprob is None else self._top(entry) for entry in entries]
         values = [finite(entry.logprob) for entry in entries]
         found = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
         return found, offset
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float | None]:
+        return {self._string(token): finite(value) for token, value in list(entry.top.items())[: self._asked.logprobs]}
 
     def _string(self, token: int) -> str:
         return self._asked.service.token_bytes(token).decode("utf-8", "replace")
@@ -198,7 +196,7 @@ class _Reply:
         async for piece in self._answers:
             text, entries = self._new_of(piece, begun)
             logprobs = None
-            if asked.with_logprobs:
+            if asked.logprobs is not None:
                 logprobs, offsets[piece.row] = self._logprobs(entries, offsets[piece.row])
             reason = None if piece.finish_reason is None else _FINISH[piece.finish_reason]
             choice = {
