@@ -196,7 +196,8 @@ def _responses(most: int) -> Schema:
         "background": {"enum": [False, None]},
         "truncation": _one_of("disabled"),
         "tool_choice": _one_of("none", "auto"),
-        "top_logprobs": {"enum": [0, None]},
+        "top_logprobs": _whole(0, chat.MOST_LOGPROBS),
+        "include": _list({"enum": [*responses.INCLUDED]}, len(responses.INCLUDED)),
         **dict.fromkeys(responses.REFUSED, nothing),
     }
 

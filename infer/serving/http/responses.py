@@ -23,12 +23,17 @@ from starlette.routing import Route
 from ...answer import FinishReason, Piece
 from ...sampling import Grammar
 from ..engine import Job
+from .chat import MOST_LOGPROBS, logprob_entry
 from .errors import ApiError, invalid
 from .fields import IGNORED, Fields, attempt, check_schema, read_fields, read_sampling, read_stop
 from .gate import note
 from .service import Answers, Service
 from .streams import EventStream, event
 
+# What may be included. All but the first are parts of what is not here.
+INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content", "message.input_image.image_url")
+INCLUDED += ("file_search_call.results", "web_search_call.results", "web_search_call.action.sources")
+INCLUDED += ("computer_call_output.output.image_url", "code_interpreter_call.outputs")
 _ROLES = ("user", "assistant", "system", "developer")
 # Fields that ask for what is not here, each with what to do instead.
 REFUSED = {
@@ -37,7 +42,6 @@ REFUSED = {
     "prompt": "no prompts are kept here: send the text as input",
     "tools": "tools are for /v1/chat/completions",
     "max_tool_calls": "tools are for /v1/chat/completions",
-    "include": "there is nothing to include",
     "moderation": "there is no moderation here",
 }
 
@@ -69,27 +73,30 @@ class _Response:
     Attributes:
       begun: the object, as it is at the beginning.
       read: tokens of the prompt.
-      text, written, reason: of the answer so far.
+      text, written, logprobs, reason: of the answer so far.
       item: the message's id.
     """
 
     begun: dict[str, Any]
     request: Request
+    service: Service
     answers: Answers
     read: int
     text: str = ""
     written: int = 0
+    logprobs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     reason: FinishReason | None = None
     item: str = dataclasses.field(default_factory=lambda: f"msg_{secrets.token_hex(16)}")
 
     def add(self, piece: Piece) -> None:
         """Adds a piece of the answer."""
         self.text, self.written = self.text + piece.text, self.written + len(piece.token_ids)
+        self.logprobs += [logprob_entry(self.service, entry) for entry in piece.logprobs or []]
         self.reason = piece.finish_reason
 
     def part(self) -> dict[str, Any]:
         """The text, as a part of the message."""
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
 
     def message(self, status: str) -> dict[str, Any]:
         """The message; it has no parts before there is an answer."""
@@ -123,7 +130,7 @@ async def respond(request: Request) -> Response:
     adapter = service.adapter_of(model)
     messages, most = _messages(fields, service.limits.messages), fields.whole("max_output_tokens", None, 1, 2**31 - 1)
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
-    form, grammar = _read_format(fields)
+    (form, grammar), logprobs = _read_format(fields), _read_logprobs(fields)
     _refuse(fields)
     prompt = await service.encode_chat(messages)
     room = service.room_for(prompt, "input")
@@ -138,12 +145,15 @@ async def respond(request: Request) -> Response:
         "metadata": fields.get("metadata") or {},
         "model": model,
         "temperature": sampling.temperature,
+        "top_logprobs": logprobs or 0,
         "text": {"format": form},
         "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
         "user": fields.get("user"),
     }
-    answers = await service.open(Job(prompt, min(most or room, room), sampling, stop, grammar, adapter=adapter))
-    response = _Response(_SAME | head, request, answers, len(prompt))
+    answers = await service.open(
+        Job(prompt, min(most or room, room), sampling, stop, grammar, logprobs, adapter=adapter)
+    )
+    response = _Response(_SAME | head, request, service, answers, len(prompt))
     if stream:
         events = _Events(response)
         return EventStream(events.all(), answers.close, service.limits.keep_alive, events.failed)
@@ -216,6 +226,14 @@ def _read_format(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
     return kept, grammar
 
 
+def _read_logprobs(fields: Fields) -> int | None:
+    """How many likely tokens are listed with each; None lists nothing. What else may be included, never is there."""
+    top, include = fields.whole("top_logprobs", None, 0, MOST_LOGPROBS), fields.items("include", len(INCLUDED)) or []
+    if not all(isinstance(each, str) and each in INCLUDED for each in include):
+        raise fields.wrong("include", f"a list of {', '.join(INCLUDED)}")
+    return top or 0 if INCLUDED[0] in include or top else None
+
+
 def _refuse(fields: Fields) -> None:
     """Raises ApiError (400) for what is not understood."""
     for name, remedy in REFUSED.items():
@@ -225,7 +243,6 @@ def _refuse(fields: Fields) -> None:
         ("background", [False]),
         ("truncation", ["disabled"]),
         ("tool_choice", ["none", "auto"]),
-        ("top_logprobs", [0]),
     ):
         fields.only(name, *values)
     if (options := fields.inner("stream_options")) is not None:
@@ -253,12 +270,14 @@ class _Events:
         yield tell("response.in_progress", response=response.begun)
         yield tell("response.output_item.added", output_index=0, item=response.message("in_progress"))
         yield tell("response.content_part.added", **place, part=response.part())
+        shown = 0  # of the entries: those of a character that is not complete come with it
         async for piece in response.answers:
             response.add(piece)
             if piece.text:
-                yield tell("response.output_text.delta", **place, delta=piece.text, logprobs=[])
+                logprobs, shown = response.logprobs[shown:], len(response.logprobs)
+                yield tell("response.output_text.delta", **place, delta=piece.text, logprobs=logprobs)
         ended = response.ended()
-        yield tell("response.output_text.done", **place, text=response.text, logprobs=[])
+        yield tell("response.output_text.done", **place, text=response.text, logprobs=response.logprobs)
         yield tell("response.content_part.done", **place, part=response.part())
         yield tell("response.output_item.done", output_index=0, item=ended["output"][0])
         yield tell(f"response.{ended['status']}", response=ended)

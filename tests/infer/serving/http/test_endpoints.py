@@ -118,7 +118,7 @@ def test_what_responses_cannot_do_is_refused_by_its_name(client):
         ("tools", [{"type": "web_search"}]),
         ("background", True),
         ("truncation", "auto"),
-        ("include", ["reasoning.encrypted_content"]),
+        ("include", ["everything"]),
         ("max_output_tokens", 0),
         ("reasoning", {"effort": "high"}),
         ("no_such_field", 1),
