@@ -13,13 +13,14 @@ from chats import small_chat
 from starlette.testclient import TestClient
 
 import phi3_jax
-from phi3_jax.infer import Sampling, generate
+from phi3_jax.infer import Generation, Options, Sampling, generate
 from phi3_jax.infer.serving.engine import Engine, EngineOptions
 from phi3_jax.infer.serving.http.app import make_app
 from phi3_jax.infer.serving.http.service import Service
 from phi3_jax.model import Phi3
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+ROOM = 128
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,8 @@ def small(tiny: phi3_jax.Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def service(small: phi3_jax.Checkpoint) -> Iterator[Service]:
-    engine = Engine(small, EngineOptions(slots=2, room=64, chunk=16, top_logprobs=0))
+    # The sizes of test_server.py, whose programs it shares.
+    engine = Engine(small, EngineOptions(slots=1, room=ROOM, queue=4, chunk=16))
     service = Service(engine, small, "small", sampling=Sampling())
     service.state = "ready"  # programs are compiled when they are needed
     thread = threading.Thread(target=engine.run)
@@ -44,9 +46,12 @@ def client(service: Service) -> TestClient:
     return TestClient(make_app(service), base_url="http://localhost")
 
 
-def answer(small: phi3_jax.Checkpoint, text: str, most: int) -> str:
-    ids = phi3_jax.encode_chat(small.tokenizer, [{"role": "user", "content": text}])
-    return generate(small, ids, max_new_tokens=most)[0].text
+def answer(small: phi3_jax.Checkpoint, prompt: str | list[int], most: int) -> Generation:
+    """What `generate` answers to a message, or to token ids."""
+    if isinstance(prompt, str):
+        prompt = phi3_jax.encode_chat(small.tokenizer, [{"role": "user", "content": prompt}])
+    options = Options(room=ROOM, prefill_chunk=16, logprobs=2, echo=True)
+    return generate(small, prompt, max_new_tokens=most, options=options)[0]
 
 
 def events(text: str) -> list[tuple[str, dict]]:
@@ -63,7 +68,7 @@ def test_a_response_is_the_answer_with_its_usage(client, small):
     told = client.post("/v1/responses", json=body).json()
     (item,) = told["output"]
     (part,) = item["content"]
-    assert part["text"] == answer(small, "hello", 6)
+    assert part["text"] == answer(small, "hello", 6).text
     assert (item["type"], item["role"], part["type"]) == ("message", "assistant", "output_text")
     assert (told["status"], told["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert (told["metadata"], told["store"]) == ({"a": "b"}, False)
@@ -84,7 +89,7 @@ def test_messages_with_parts_and_instructions_are_the_same_conversation(client, 
     ]
     ids = phi3_jax.encode_chat(small.tokenizer, messages)
     assert told["usage"]["input_tokens"] == len(ids)
-    assert told["output"][0]["content"][0]["text"] == generate(small, ids, max_new_tokens=4)[0].text
+    assert told["output"][0]["content"][0]["text"] == answer(small, ids, 4).text
     # The tiny model's template drops system messages, unless they have a word that it refuses.
     wrong = client.post("/v1/responses", json={"input": "a", "instructions": "forbidden"})
     assert (wrong.status_code, "not a word" in wrong.text) == (400, True)
@@ -102,13 +107,25 @@ def test_a_streamed_response_has_its_events_in_order(client, small):
     last = ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
     assert names == [*first, *["output_text.delta"] * deltas, *last]
     text = "".join(data["delta"] for name, data in told if name.endswith("delta"))
-    assert text == answer(small, "hello", 6)
+    assert text == answer(small, "hello", 6).text
     assert deltas > 1
     whole = told[-1][1]["response"]
     assert whole["output"][0]["content"][0]["text"] == told[-4][1]["text"] == text
     assert whole["usage"]["output_tokens"] == 6
     ids = {data["item_id"] for _, data in told if "item_id" in data} | {whole["output"][0]["id"]}
     assert len(ids) == 1
+
+
+def test_log_probabilities_are_listed(client, small):
+    body = {"input": "hello", "max_output_tokens": 6, "top_logprobs": 2}
+    entries = answer(small, "hello", 6).logprobs
+    told = client.post("/v1/responses", json=body).json()["output"][0]["content"][0]["logprobs"]
+    assert [each["logprob"] for each in told] == pytest.approx([entry.logprob for entry in entries], abs=1e-5)
+    assert [[top["logprob"] for top in each["top_logprobs"]] for each in told] == [
+        pytest.approx(list(entry.top.values()), abs=1e-5) for entry in entries
+    ]
+    streamed = events(client.post("/v1/responses", json=body | {"stream": True}).text)
+    assert [each for name, data in streamed if name.endswith("delta") for each in data["logprobs"]] == told
 
 
 def test_what_responses_cannot_do_is_refused_by_its_name(client):
@@ -170,7 +187,7 @@ def test_embeddings_that_make_no_sense_are_refused(client):
         ({"input": [1.5]}, "input"),
         ({"input": [[1], []]}, "input"),
         ({"input": [97]}, "input"),
-        ({"input": "a" * 65}, "input"),
+        ({"input": "a" * (ROOM + 1)}, "input"),
         ({"input": "a", "dimensions": 12}, "dimensions"),
         ({"input": "a", "pooling": "max"}, "pooling"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
@@ -180,7 +197,7 @@ def test_embeddings_that_make_no_sense_are_refused(client):
 
 
 def test_ollama_streams_lines_and_answers_at_once(client, small):
-    said = answer(small, "hello", 6)
+    said = answer(small, "hello", 6).text
     chat = {"model": "small:latest", "messages": [{"role": "user", "content": "hello"}], "options": {"num_predict": 6}}
     response = client.post("/api/chat", json=chat)
     assert response.headers["content-type"] == "application/x-ndjson"
@@ -192,7 +209,7 @@ def test_ollama_streams_lines_and_answers_at_once(client, small):
     whole = client.post("/api/generate", json=body).json()
     assert (whole["response"], whole["done"]) == (said, True)
     raw = client.post("/api/generate", json=body | {"raw": True}).json()
-    expected = generate(small, small.tokenizer.encode("hello"), max_new_tokens=6)[0].text
+    expected = answer(small, small.tokenizer.encode("hello"), 6).text
     assert raw["response"] == expected != said
     assert [each["name"] for each in client.get("/api/tags").json()["models"]] == ["small"]
     wrong = client.post("/api/chat", json=chat | {"model": "other"})
@@ -230,7 +247,7 @@ def test_metrics_count_known_requests(client, small):
     waits = [grew(f"phi3_{name}_seconds_sum") for name in ("queue", "time_to_first_token", "answer")]
     assert 0 < waits[0] < waits[1] < waits[2]
     assert grew("phi3_time_per_token_seconds_sum") * 4 == pytest.approx(waits[2] - waits[1], rel=0.2)
-    assert (after["phi3_slots"], after["phi3_queue"], after["phi3_reading"], after["phi3_writing"]) == (2, 0, 0, 0)
+    assert (after["phi3_slots"], after["phi3_queue"], after["phi3_reading"], after["phi3_writing"]) == (1, 0, 0, 0)
     assert after[f'phi3_build_info{{jax="{jax.__version__}",model="small",version="0.1.0"}}'] == 1
 
 
