@@ -25,6 +25,7 @@ from .batch import Batch
 from .jobs import Job, QueueFull, Ticket
 from .options import EngineOptions, Sizes
 from .pooling import Pooler, Pooling
+from .prefixes import Prefixes
 from .reader import Reader
 from .scheduler import Scheduler
 from .sequence import Listener, Row
@@ -201,7 +202,7 @@ class Engine:
                 reader.rows.append(row)
                 self._readers[number] = reader
                 return
-        self._readers[number] = Reader(self.checkpoint, self.sizes, row)
+        self._readers[number] = Reader(self.checkpoint, self.sizes, row, self._prefixes)
 
     def _is_long(self, row: Row) -> bool:
         """Whether a row's next token needs LongRoPE's long factors."""
@@ -268,6 +269,8 @@ class Engine:
         self._scheduler.end(number)
         if (reader := self._readers.pop(number, None)) is not None:
             reader.rows.remove(row)
+            if not reader.rows:
+                reader.close()
         if row in self._batch.rows:
             self._batch.leave(row)
         del self._rows[number]
@@ -297,12 +300,17 @@ class Engine:
         self._readers: dict[int, Reader] = {}  # several rows may share one
         self._scheduler = Scheduler(self.options.slots, self.options.queue, self.options.readers)
         self._batch = Batch(self.checkpoint, self.sizes, self.options)
+        self._prefixes = Prefixes(self.sizes.chunk, self.sizes.prefix_bytes) if self.sizes.prefix_bytes else None
 
     def _count(self) -> None:
         scheduler, counts = self._scheduler, self.statistics
         counts.waiting, counts.reading = len(scheduler.waiting), len(scheduler.reading)
         counts.writing, counts.embedding = len(scheduler.writing), self._pooler.waiting
         counts.cache_used = sum(len(row.tokens) for row in self._batch.used) / (self.options.slots * self.sizes.room)
+        if (known := self._prefixes) is not None:
+            counts.prefix_hits, counts.prefix_misses = known.hits, known.misses
+            counts.prefix_bytes, counts.prefix_chunks = known.bytes, len(known)
+            counts.prefix_evictions = known.evictions
         counts.guessed, counts.guessed_right = self._batch.offered, self._batch.taken
 
 
