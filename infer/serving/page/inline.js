@@ -2,7 +2,7 @@
 // made here, by name, and nothing is read as HTML. One pass with a low stack of what is open: a long hostile text takes
 // time in proportion to its length, and makes no deep tree.
 
-import { element, spelled } from "./parts.js";
+import { element, spelled, together } from "./parts.js";
 
 const DEPTH = 12; // of what is open at a time, and so of elements within one another
 const ELEMENTS = { "*": "em", _: "em", "**": "strong", __: "strong", "~~": "del" };
@@ -14,7 +14,7 @@ const TARGET = /\( *<?((?:[^\s()<>]|\([^\s()<>]*\))*)>?(?: +(?:"[^"]*"|'[^']*'))
 const IN_BRACKETS = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/iy;
 const BARE = /https?:\/\/[^\s<>"`|[\]]+/iy;
 
-// An address that one may follow, or null. One with a name before the host (https://bank@evil) is made to deceive.
+// An address that one may follow, or null. One with a name before its host (bank@evil.org) is made to deceive.
 function address(text) {
   let url;
   try {
@@ -36,9 +36,7 @@ export function inline(text) {
   const reader = new Reader(text);
   while (reader.at < text.length) reader.step();
   while (reader.stack.length > 1) reader.melt(reader.stack.length - 1);
-  const fragment = document.createDocumentFragment();
-  for (const child of reader.stack[0].children) fragment.append(shown(child));
-  return fragment;
+  return together(reader.stack[0].children.map(shown));
 }
 
 function shown(child) {
@@ -200,8 +198,8 @@ class Reader {
     const found = /\w/.test(this.text[start - 1] ?? "") ? null : this.match(BARE);
     if (!found) return this.literal(1);
     let end = this.at;
-    const parentheses = found[0].includes("(");
-    while (/[.,:;!?'*_~\]]/.test(this.text[end - 1]) || (this.text[end - 1] === ")" && !parentheses)) end -= 1;
+    let unopened = found[0].split(")").length - found[0].split("(").length;
+    while (/[.,:;!?'*_~]/.test(this.text[end - 1]) || (this.text[end - 1] === ")" && unopened-- > 0)) end -= 1;
     const written = this.text.slice(start, end);
     const href = address(written);
     this.at = end;

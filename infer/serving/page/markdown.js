@@ -2,7 +2,7 @@
 // Blocks are found line by line and hold others to a fixed depth; any text is shown, complete or not.
 
 import { inline } from "./inline.js";
-import { button, copy, element, spelled } from "./parts.js";
+import { button, copy, element, spelled, together } from "./parts.js";
 
 const DEPTH = 8; // of quotes and lists within one another
 const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
@@ -92,7 +92,7 @@ function heading([line]) {
 
 function quote(lines, depth) {
   const inside = lines.map((line) => line.replace(QUOTE, ""));
-  return element("blockquote", { dir: "auto" }, ...nodes(inside, depth + 1));
+  return element("blockquote", { dir: "auto" }, together(nodes(inside, depth + 1)));
 }
 
 function isClosing(line, marks) {
@@ -146,14 +146,15 @@ function endOfList(lines, at) {
 function list(lines, depth) {
   const [, , , number] = lines[0].match(ITEM);
   const isNext = nextItemOf(lines[0]);
-  const made = element(number ? "ol" : "ul", { dir: "auto", ...(number && { start: Number(number) }) });
+  const items = [];
   for (let at = 0; at < lines.length; ) {
     let to = at + 1;
     while (to < lines.length && !isNext(lines[to])) to += 1;
-    made.append(listItem(lines.slice(at, to), depth));
+    items.push(listItem(lines.slice(at, to), depth));
     at = to;
   }
-  return made;
+  const attributes = { dir: "auto", ...(number && { start: Number(number) }) };
+  return element(number ? "ol" : "ul", attributes, together(items));
 }
 
 function listItem(lines, depth) {
@@ -162,7 +163,7 @@ function listItem(lines, depth) {
   const rest = lines[0].slice(before.length + 1);
   const task = rest.match(/^\[([ xX])\] /);
   const inside = [task ? rest.slice(4) : rest, ...lines.slice(1).map((line) => outdent(line, width))];
-  const item = element("li", {}, ...nodes(inside, depth + 1));
+  const item = element("li", {}, together(nodes(inside, depth + 1)));
   if (task) (item.querySelector("p") ?? item).prepend(task[1] === " " ? "☐ " : "☑ ");
   return item;
 }
@@ -189,12 +190,11 @@ function isTable(lines, at) {
 
 function table(lines) {
   const sides = cells(lines[1]).map((mark) => (mark.endsWith(":") ? (mark[0] === ":" ? "center" : "right") : "left"));
-  const row = (line, tag, attributes) =>
-    element("tr", {}, ...cells(line).slice(0, sides.length).map((text, i) => {
-      return element(tag, { ...attributes, class: sides[i], dir: "auto" }, inline(text));
-    }));
+  const cell = (tag, attributes) => (text, i) =>
+    element(tag, { ...attributes, class: sides[i], dir: "auto" }, inline(text));
+  const row = (line, ...kind) => element("tr", {}, together(cells(line).slice(0, sides.length).map(cell(...kind))));
   const head = element("thead", {}, row(lines[0], "th", { scope: "col" }));
-  const body = element("tbody", {}, ...lines.slice(2).map((line) => row(line, "td", {})));
+  const body = element("tbody", {}, together(lines.slice(2).map((line) => row(line, "td", {}))));
   const frame = { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table" };
   return element("div", frame, element("table", {}, head, body));
 }
@@ -218,6 +218,6 @@ export class Answer {
     for (const { build, from, to } of blocks) this.done.append(build(lines.slice(from, to), 1));
     const rest = last ? lines.slice(last.from) : [];
     if (last) for (const line of lines.slice(0, last.from)) this.start += line.length + 1;
-    this.open.replaceChildren(...nodes([...rest, ...partial], 1));
+    this.open.replaceChildren(together(nodes([...rest, ...partial], 1)));
   }
 }

@@ -1,9 +1,17 @@
 // What the other files share: elements, text that hides nothing, the clipboard.
 
+// The attributes come last: under dir=auto Chromium would look through all text once more for each child.
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   made.append(...children);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+// Any number of nodes as one: a function takes so many arguments only.
+export function together(nodes) {
+  const made = document.createDocumentFragment();
+  for (const node of nodes) made.append(node);
   return made;
 }
 

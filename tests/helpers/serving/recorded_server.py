@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         file = PAGE / ("index.html" if self.path == "/" else self.path.removeprefix("/page/"))
         if self.path == "/v1/models":
             if self.allowed():
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply(404, {}, b"")
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         if not self.allowed():
             return

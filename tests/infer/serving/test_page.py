@@ -90,6 +90,8 @@ def test_answers_are_streamed_and_the_next_question_has_them_before_it(page, ser
     page.type("Hello")
     page.press("Enter", SHIFT)
     page.type("you")
+    composing = "new KeyboardEvent('keydown', { key: 'Enter', isComposing: true, bubbles: true, cancelable: true })"
+    assert page.run(f"document.querySelector('#message').dispatchEvent({composing})")  # an input method's Enter
     page.press("Enter")
     page.wait("document.querySelector('.words').textContent.includes('Grüße')")
     assert page.run("document.querySelector('#message').value") == ""
@@ -118,8 +120,6 @@ def test_answers_are_streamed_and_the_next_question_has_them_before_it(page, ser
     turns += [{"role": "assistant", "content": "Grüße, *Welt*: 你好 🧭"}, {"role": "user", "content": "More"}]
     assert server.asked[1] == common | {"messages": turns, "temperature": 0.5, "max_tokens": 40, "seed": 7}
 
-    page.click("#temperature")
-    page.type("99")  # 0.599 or so is fine; the next is not
     page.run("document.querySelector('#max_tokens').value = '0'")
     ask(page, "Again")
     assert page.run("document.querySelector('#message').value") == "Again"  # it was not sent
@@ -161,13 +161,34 @@ def test_an_answer_is_stopped_and_its_beginning_kept(page, server):
 
 
 @pytest.mark.slow
+def test_the_end_of_an_answer_is_followed_unless_one_scrolls_away(page, server):
+    more, rest = threading.Event(), threading.Event()
+    pieces = answer("line\n\n" * 300, 3)
+    server.answers = [[*pieces[:2], more, pieces[2], rest, *pieces[3:]]]
+    ask(page, "Long")
+    log = "document.querySelector('#log')"
+    away = f"{log}.scrollHeight - {log}.clientHeight - {log}.scrollTop"
+    lines = "document.querySelectorAll('.words p').length"
+    page.wait(f"{lines} >= 99 && {away} < 2")
+    page.run(f"{log}.scrollTop = 50")
+    page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # events of scrolling
+    more.set()
+    page.wait(f"{lines} >= 199")
+    assert page.run(f"{log}.scrollTop") == 50
+    page.run(f"{log}.scrollTop = 1e6")
+    rest.set()
+    page.wait(f"{IDLE} && {lines} === 300")
+    assert page.run(away) < 2
+
+
+@pytest.mark.slow
 def test_the_last_turn_is_done_again_and_edited(page, server):
-    server.answers = [answer("first"), answer("second"), answer("third")]
+    server.answers = [answer("One"), answer("Two"), answer("third")]
     ask(page, "Question")
     page.wait(IDLE)
     page.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'Try again').click()")
-    page.wait(f"{LOG}.includes('second') && {IDLE}")
-    assert "first" not in page.run(LOG)
+    page.wait(f"{LOG}.includes('Two') && {IDLE}")
+    assert "One" not in page.run(LOG)
     assert server.asked[1] == server.asked[0]
     page.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'Edit').click()")
     page.type("?")
@@ -236,7 +257,8 @@ STREAMED = """
 (async () => {
   const { Answer } = await import("/page/markdown.js");
   const parts = ["*", "**", "_", "`", "```", "\\n", "\\n\\n", "- ", "  ", "1. ", "2. ", "> ", "|", "a|b", "\\n|-|-|\\n",
-    "# ", "word ", "[a](", "http://x.y)", "<", "&lt;", "---", "~~~", "\\t", "***", "\\\\", "    ", "- [x] ", "\\r\\n", "é"];
+    "# ", "word ", "[a](", "http://x.y)", "<", "&lt;", "---", "~~~", "\\t", "***", "\\\\", "    ", "- [x] ", "\\r\\n",
+    "é"];
   let state = 5;
   const random = (below) => (state = (state * 48271) % 2147483647) % below;
   const kept = [];
@@ -320,10 +342,10 @@ def test_nothing_of_a_hostile_answer_runs_or_is_loaded(page, server):
     assert (found["ran"], found["elsewhere"], found["title"]) == ("undefined", 1, "phi3_jax")  # the page's own script
     assert {href for href, _, _ in found["links"]} == {
         "https://evil.example/p.png?q=secret", "https://ok.example/", "https://ok.example/%22onmouseover=%22alert(1)",
-        "https://evil.example/login", "https://ok.example/1",
+        "https://evil.example/login", "https://ok.example/1", "https://ok.example/2", "https://evil.example/",
     }  # fmt: skip
     assert {rel for _, rel, _ in found["links"]} == {"noopener noreferrer"}
-    assert ["https://evil.example/login"] == [text for href, _, text in found["links"] if href.endswith("login")]
+    assert [text for href, _, text in found["links"] if href.endswith("login")] == ["https://evil.example/login"]
     assert not re.search("[\u202a-\u202e\u2066-\u2069\0\x1b]", page.run("document.body.textContent"))
     for shown in (
         "<script>window.ran = 1</script>",
@@ -357,8 +379,11 @@ LONG = """
   return found;
 })()
 """
-PARTS = ["*", "*a ", "**a **", "*_", "_a", "[", "![", "[a](", "[a](b \"c", "[[a](http://b)", "`", "`a", "> ", "- ", "> - ",
-         "- + * ", "#", "<", "<http://", "http://a*", "&#", "\\", "|", "|a\n|-\n", "```\n", "  - a\n", "1. ", " ", "~~a"]  # fmt: skip
+PARTS = [
+    "*", "*a ", "**a **", "*_", "_a", "[", "![", "[a](", '[a](b "c', "[[a](http://b)", "`", "`a", "> ", "- ", "> - ",
+    "- + * ", "#", "<", "<http://", "http://a*", "&#", "\\", "|", "|a\n|-\n", "```\n", "  - a\n", "- \n", "> \n\n",
+    "1. ", "~~a",
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -432,9 +457,8 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser, server):
     ask(browser, "Hello")
     browser.wait(IDLE)
     assert server.asked[0]["model"] == "pirate<b>"
-    assert browser.run("JSON.stringify([{ ...sessionStorage }, { ...localStorage }, document.cookie])") == json.dumps(
-        [{"key": "sk-right"}, {}, ""], separators=(",", ":")
-    )
+    assert browser.run("[sessionStorage.length, sessionStorage.getItem('key')]") == [1, "sk-right"]
+    assert browser.run("[localStorage.length, document.cookie]") == [0, ""]
     server.key = "sk-newer"  # the old one is refused in the middle of a chat: what was asked is not lost
     ask(browser, "Again")
     browser.wait("document.querySelector('#key-dialog').open")
@@ -452,20 +476,9 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser, server):
 
 @pytest.mark.slow
 def test_it_works_by_keys_for_screen_readers_and_on_a_phone(page, server):
-    wide = (
-        "# h\n\n```\n"
-        + "x" * 500
-        + "\n```\n\n|"
-        + "a|" * 40
-        + "\n|"
-        + "-|" * 40
-        + "\n\n"
-        + "w" * 500
-        + "\n\n`"
-        + "c" * 500
-    )
-    code = "```c\n\tint x; // <b>\n```"
-    server.answers = [answer(code), answer(wide + "`")]
+    table = "|" + "a|" * 40 + "\n|" + "-|" * 40
+    wide = "\n\n".join(["# h", "```\n" + "x" * 500 + "\n```", table, "w" * 500, "`" + "c" * 500 + "`"])
+    server.answers = [answer("```c\n\tint x; // <b>\n```"), answer(wide)]
     ask(page, "Code?")
     page.wait(IDLE)
     tree = page.tree()
@@ -473,39 +486,37 @@ def test_it_works_by_keys_for_screen_readers_and_on_a_phone(page, server):
     expected |= {("button", name) for name in ("Settings", "New chat", "Send", "Copy", "Try again", "Edit")}
     expected |= {("heading", "You"), ("heading", "Answer"), ("region", "Code, c")}
     assert expected <= set(tree)
-    assert not [
-        role for role, name in tree if role in ("button", "textbox", "spinbutton", "combobox", "link") and not name
-    ]
-    assert page.run("document.querySelector('.words > :nth-child(2)').childElementCount") == 0  # all of it was read out
+    assert not [each for each in tree if each[0] in ("button", "textbox", "spinbutton", "combobox") and not each[1]]
+    # Nothing is left in the part that is not read out.
+    assert page.run("document.querySelector('.words [aria-live=off]').childElementCount") == 0
 
     stops = []
-    page.run("document.activeElement.blur()")
-    for _ in range(10):
+    page.run("document.querySelector('#settings-button').focus()")
+    for _ in range(9):
         page.press("Tab")
-        stops.append(
-            page.run("document.activeElement.ariaLabel ?? document.activeElement.id + document.activeElement.innerText")
-        )
-        outline = page.run("getComputedStyle(document.activeElement).outlineStyle")
-        assert outline == "solid" or not stops[-1], stops
-    order = ["settings-buttonSettings", "newNew chat", "Conversation", "Edit", "Copy", "Code, c", "Copy", "Try again"]
-    assert stops[: len(order)] == order
-    assert "message" in stops
+        focus = "(document.activeElement.ariaLabel ?? document.activeElement.textContent) || document.activeElement.id"
+        stops.append(page.run(focus))
+        assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", stops
+    assert stops == ["New chat", "Conversation", "Edit", "Copy", "Code, c", "Copy", "Try again", "message", "Send"]
 
     page.send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     page.click(".bar button")
     page.wait("document.querySelector('.bar button').textContent === 'Copied'")
     assert page.run("navigator.clipboard.readText()") == "\tint x; // <b>"
+    page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")  # without https
+    page.click(".under:has(.note) button")
+    page.wait("document.querySelector('.under:has(.note) button').textContent === 'Copied'")
+    page.run("delete navigator.clipboard")
+    assert page.run("navigator.clipboard.readText()") == "```c\n\tint x; // <b>\n```"
 
     page.send("Emulation.setDeviceMetricsOverride", width=360, height=640, deviceScaleFactor=2, mobile=True)
     ask(page, "w" * 300)
     page.wait(IDLE)
     page.click("#settings-button")
     assert {("spinbutton", "Temperature"), ("spinbutton", "Seed"), ("textbox", "System message")} <= set(page.tree())
-    sizes = """[document.documentElement, document.body, document.querySelector("#log")].map((e) =>
-      [e.scrollWidth, e.clientWidth])"""
-    assert page.run(sizes) == [[360, 360]] * 3
-    assert page.run(
-        "[...document.querySelectorAll('button, input, textarea')].every((e) => e.getBoundingClientRect().right <= 360)"
-    )
+    each = "[document.documentElement, document.querySelector('#log'), ...document.querySelectorAll('form, .words')]"
+    assert page.run(f"{each}.filter((e) => e.scrollWidth > 360 || e.scrollWidth > e.clientWidth).length") == 0
+    ends = "[...document.querySelectorAll('form *, header *')].map((e) => e.getBoundingClientRect().right)"
+    assert page.run(f"Math.max(...{ends})") <= 360
     assert page.run("document.documentElement.scrollHeight <= innerHeight")  # the message stays in sight
     page.send("Emulation.clearDeviceMetricsOverride")
