@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import select
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,7 @@ KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": 
 
 
 def event(data: Any) -> bytes:
-    return b"data: " + (data if isinstance(data, bytes) else json.dumps(data).encode()) + b"\n\n"
+    return b"data: " + (data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=False).encode()) + b"\n\n"
 
 
 def chunk(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
@@ -48,7 +49,8 @@ class Recorded(ThreadingHTTPServer):
     """What it answers is set from outside; what it was asked is kept.
 
     Attributes:
-      answers: for each request in turn, its pieces (an Event among them is waited for), or (status, headers, body).
+      answers: for each request in turn, its pieces, between them Events to wait for and pauses in seconds; or (status,
+        headers, body).
       asked: the requests' bodies.
       gone: set when a client goes before its answer is complete.
       key: the key that it wants, if any.
@@ -96,10 +98,12 @@ class Handler(BaseHTTPRequestHandler):
         self.start(200, {"Content-Type": "text/event-stream; charset=utf-8"})
         self.stream(found)
 
-    def stream(self, pieces: Iterable[bytes | threading.Event]) -> None:
+    def stream(self, pieces: Iterable[bytes | float | threading.Event]) -> None:
         for piece in pieces:
             if isinstance(piece, bytes):
                 self.wfile.write(piece)
+            elif isinstance(piece, float):
+                time.sleep(piece)
             elif not self.wait(piece):
                 return
 
@@ -133,7 +137,11 @@ def refusal(status: int, message: str, **headers: str) -> tuple[int, dict[str, s
     return status, {"Content-Type": "application/json"} | headers, json.dumps({"error": error}).encode()
 
 
-def bytes_of(pieces: list[bytes], size: int) -> Iterator[bytes]:
-    """The same, torn apart anywhere: inside of lines and of characters."""
+def torn(pieces: list[bytes], *places: bytes) -> Iterator[bytes | float]:
+    """The same, with a pause in the middle of each place: of a line, or of a character."""
     whole = b"".join(pieces)
-    return (whole[at : at + size] for at in range(0, len(whole), size))
+    start = 0
+    for end in sorted(whole.index(place) + len(place) // 2 for place in places):
+        yield from (whole[start:end], 0.05)
+        start = end
+    yield whole[start:]

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from chromium import SHIFT, Chromium
-from recorded_server import PAGE, Recorded, answer, bytes_of, chunk, event, refusal
+from recorded_server import PAGE, Recorded, answer, chunk, event, refusal, torn
 
 FILES = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
 
@@ -85,7 +85,10 @@ def last(page, selector):
 def test_answers_are_streamed_and_the_next_question_has_them_before_it(page, server):
     more = threading.Event()
     first = answer("Grüße, *Welt*: 你好 🧭", cached=16)
-    server.answers = [[*bytes_of(first[:4], 7), more, *bytes_of(first[4:], 5)], answer("Two", reason="length")]
+    server.answers = [
+        [*torn(first[:5], "ü".encode(), b"\n\ndata", b"*"), more, *torn(first[5:], "🧭".encode(), b"DONE")],
+        answer("Two", reason="length"),
+    ]
     page.run("document.querySelector('#message').focus()")
     page.type("Hello")
     page.press("Enter", SHIFT)
@@ -171,11 +174,13 @@ def test_the_end_of_an_answer_is_followed_unless_one_scrolls_away(page, server):
     lines = "document.querySelectorAll('.words p').length"
     page.wait(f"{lines} >= 99 && {away} < 2")
     page.run(f"{log}.scrollTop = 50")
-    page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # events of scrolling
+    frame = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    page.run(frame)  # the page hears of it with the next picture
     more.set()
     page.wait(f"{lines} >= 199")
     assert page.run(f"{log}.scrollTop") == 50
     page.run(f"{log}.scrollTop = 1e6")
+    page.run(frame)
     rest.set()
     page.wait(f"{IDLE} && {lines} === 300")
     assert page.run(away) < 2
@@ -301,7 +306,7 @@ src="https://evil.example/"></iframe><style>* { display: none }</style><link rel
 [https://bank.example](https://evil.example/login) [[in](https://ok.example/1) out](https://ok.example/2)
 
 ```html"><script>window.ran = 7</script>
-</code></pre><script>window.ran = 8</script>
+</code></pre><script>window.ran = 8</script> co\u202ede
 ```js
 ````
 ``` ```
@@ -333,7 +338,7 @@ WHAT_IS_THERE = """(() => {
 
 @pytest.mark.slow
 def test_nothing_of_a_hostile_answer_runs_or_is_loaded(page, server):
-    server.answers = [list(bytes_of(answer(HOSTILE, 400), 301))]
+    server.answers = [answer(HOSTILE, 400)]
     ask(page, "<img src=x onerror='window.ran = 10'>\u202e")
     page.wait(IDLE)
     found = page.run(WHAT_IS_THERE)
@@ -388,13 +393,14 @@ PARTS = [
 
 @pytest.mark.slow
 def test_long_hostile_answers_take_time_in_proportion_and_make_no_deep_tree(page):
+    inside = "*a " * 20000 + "b* " * 20000
     rising = "".join("`" * i + "a" for i in range(1, 450))
     stairs = "".join("  " * i + "- a\n" for i in range(310))
-    cases = [*PARTS, rising, stairs, "`" * 50000 + "\n" + "a\n" * 25000, " " * 50000 + "- a\n" + "a\n" * 25000]
+    cases = [*PARTS, inside, rising, stairs, "`" * 50000 + "\n" + "a\n" * 25000, " " * 50000 + "- a\n" + "a\n" * 25000]
     found = page.run(LONG.replace("PARTS", json.dumps(cases)))
     assert len(found) == len(cases)
     for part, (seconds, depth) in found.items():
-        assert seconds < 4, part[:20]  # 0.1 to 0.7 s where nothing else runs; where it is quadratic, minutes
+        assert seconds < 10, part[:20]  # at most 0.8 s where nothing else runs; where it is quadratic, minutes
         assert depth < 60, part[:20]
 
 
