@@ -283,6 +283,28 @@ def has_failed(answer: Mapping[str, Any]) -> bool:
     return answer.get("error") is not None or status not in (None, 200)
 
 
+def check_finished(path: Path, requests: Sequence[Answered]) -> int:
+    """Compares a finished file with its requests -> how many of its answers tell of an error.
+
+    Raises:
+      ValueError: it does not hold an answer to each.
+    """
+    failed = count = 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            answer = _parsed(line)
+            if count == len(requests) or not answer or not answer.items() >= requests[count].kept.items():
+                break
+            failed, count = failed + has_failed(answer), count + 1
+        else:
+            if count == len(requests):
+                return failed
+    raise ValueError(
+        f"{path}: exists already, and line {count + 1} is not the answer to request {count + 1}; delete it, or choose "
+        "another output"
+    )
+
+
 def _place(begin: int, length: int, index: int) -> tuple[int, int]:
     """Where in its line of the partial file an answer stands, and its bytes: `_LINE` without what is around it."""
     before = len(f'{{"index": {index}, "answer": ')

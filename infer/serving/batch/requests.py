@@ -68,7 +68,7 @@ def read_requests(source: str | os.PathLike[str] | LineFile, sampling: Sampling)
     first_with_id: dict[Any, int] = {}
 
     def read(line: int, raw: bytes, index: int) -> Request:
-        request = _request(line, raw, index, sampling)
+        request = read_request(line, raw, index, sampling)
         if "id" in request.fields:
             check_id(first_with_id, "id", request.fields["id"], line)
         return request
@@ -77,7 +77,8 @@ def read_requests(source: str | os.PathLike[str] | LineFile, sampling: Sampling)
     return file.read(read, advice)
 
 
-def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
+def read_request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
+    """The request in a line, see `read_requests`. Raises ValueError."""
     fields = parse_object(raw)
     if unknown := sorted(fields.keys() - FORMS.keys()):
         raise ValueError(f"unknown keys {[key[:40] for key in unknown[:10]]}")
