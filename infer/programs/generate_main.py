@@ -29,9 +29,10 @@ from ..answer import Answer, write_answers
 from ..beam import MOST_BEAMS, beam_search
 from ..engine import Options, Run
 from ..sampling import Sampling
-from ..serving.batch import AnswerFile, Defaults, Request, answer_all, batch_engine, read_requests
+from ..serving.batch import AnswerFile, Defaults, Request, answer_all, read_requests, room_for
 from ..serving.batch.ray_pipeline import FolderRun, find_inputs
 from ..serving.batch.workers import Plan
+from ..serving.engine import Engine
 from . import flags as common
 from .calls import print_calls
 
@@ -201,14 +202,7 @@ def answer_file(input_: Path, output: Path) -> int:
 
 def answer_folder(pattern: str, output: Path, address: str) -> int:
     """Answers the lines of several files on the machines of a cluster -> exit code, as `answer_file`."""
-    plan = Plan(
-        common.load_arguments(),
-        _defaults(),
-        common.sampling(),
-        _BATCH_SIZE.value,
-        common.PREFILL_CHUNK.value if common.PREFILL_CHUNK.present else None,
-        common.CACHE_DTYPE.value,
-    )
+    plan = _plan()
     run = FolderRun(
         find_inputs(pattern),
         output,
@@ -250,14 +244,9 @@ def _answered(
     missing: Sequence[int],
 ) -> _Indexed:
     """The output fields of the missing answers, as they end, with their indices."""
-    engine = batch_engine(
-        checkpoint,
-        _BATCH_SIZE.value,
-        [(len(prompts[index]), defaults.limit_of(requests[index])) for index in missing],
-        chunk=common.PREFILL_CHUNK.value if common.PREFILL_CHUNK.present else None,
-        cache_dtype=common.CACHE_DTYPE.value,
-        top_logprobs=_LOGPROBS.value or 0,
-    )
+    lengths = [(len(prompts[index]), defaults.limit_of(requests[index])) for index in missing]
+    plan = dataclasses.replace(_plan(), slots=max(1, min(_BATCH_SIZE.value, len(missing))))
+    engine = Engine(checkpoint, plan.engine_options(room_for(checkpoint, plan.slots, lengths, plan.cache_dtype)))
     jobs = ((index, defaults.job_of(requests[index], prompts[index])) for index in missing)
     for index, result in answer_all(engine, jobs):
         yield index, defaults.answer_to(requests[index], result, checkpoint)
@@ -293,6 +282,14 @@ def _defaults() -> Defaults:
         common.grammar(tools) if common.TOOL_CHOICE.value == "auto" else None,
         _LOGPROBS.value,
         _ECHO.value,
+    )
+
+
+def _plan() -> Plan:
+    """What a machine has to know beside the lines."""
+    chunk = common.PREFILL_CHUNK.value if common.PREFILL_CHUNK.present else None
+    return Plan(
+        common.load_arguments(), _defaults(), common.sampling(), _BATCH_SIZE.value, chunk, common.CACHE_DTYPE.value
     )
 
 

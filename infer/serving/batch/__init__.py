@@ -7,7 +7,7 @@ ray_pipeline.py does it with many files on many machines, workers.py is what the
 
 from .answer_file import AnswerFile as AnswerFile
 from .answering import answer_all as answer_all
-from .answering import batch_engine as batch_engine
+from .answering import room_for as room_for
 from .own_form import Defaults as Defaults
 from .requests import Request as Request
 from .requests import read_requests as read_requests

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import jax.numpy as jnp
@@ -13,39 +14,26 @@ from phi3_jax.checkpoint import Checkpoint
 from ...answer import Generation, Piece
 from ...engine import Options
 from ...engine.buckets import own_cache_dtype, sizes_for
-from ..engine import Engine, EngineOptions, Job
+from ..engine import Engine, Job
 
 Key = TypeVar("Key")
 
 
-def batch_engine(
-    checkpoint: Checkpoint,
-    slots: int,
-    lengths: Sequence[tuple[int, int]],
-    *,
-    chunk: int | None = None,
-    cache_dtype: str | None = None,
-    top_logprobs: int = 0,
-) -> Engine:
-    """An engine with room for jobs.
+def room_for(
+    checkpoint: Checkpoint, slots: int, lengths: Iterable[tuple[int, int]], cache_dtype: str | None = None
+) -> int:
+    """`EngineOptions.room` for jobs: as coarse as the memory allows, so that few programs are compiled.
 
     Args:
-      slots: the most answers at a time.
       lengths: of each job, the tokens of its prompt and the most of its answer.
-      chunk, cache_dtype, top_logprobs: see `EngineOptions`.
     """
     most = min(checkpoint.config.max_position_embeddings, max(map(sum, lengths), default=1))
-    slots = max(1, min(slots, len(lengths)))
     dtype = own_cache_dtype(checkpoint) if cache_dtype is None else jnp.dtype(cache_dtype)
-    _, room = sizes_for(checkpoint, slots, most, Options(), dtype)
-    return Engine(
-        checkpoint,
-        EngineOptions(slots, room, queue=slots, chunk=chunk, cache_dtype=cache_dtype, top_logprobs=top_logprobs),
-    )
+    return sizes_for(checkpoint, slots, most, Options(), dtype)[1]
 
 
 def answer_all(
-    engine: Engine, jobs: Iterable[tuple[Key, Job]], *, is_running: bool = False
+    engine: Engine, jobs: Iterable[tuple[Key, Job]], turns: threading.Lock | None = None
 ) -> Iterator[tuple[Key, Generation]]:
     """Answers jobs -> their keys and answers, as they end: not in the order of the jobs.
 
@@ -53,17 +41,20 @@ def answer_all(
     What is under way when the iterator is closed is cancelled.
 
     Args:
-      is_running: another thread takes the engine's turns; else this one does.
+      turns: where several threads do this with one engine, whoever holds this lock takes a turn, for all of them.
 
     Raises:
       ValueError: a job cannot be carried out.
     """
     ended: queue.SimpleQueue[_Answer[Key]] = queue.SimpleQueue()
     under_way: set[_Answer[Key]] = set()
+    turns = turns or threading.Lock()
 
     def next_ended() -> tuple[Key, Generation]:
-        while not is_running and ended.empty():
-            engine.turn()
+        while ended.empty():
+            with turns:
+                if ended.empty():  # still
+                    engine.turn()
         answer = ended.get()
         under_way.remove(answer)
         return answer.key, answer.whole()

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_jax.checkpoint import load
 
 from ...sampling import Sampling
-from ..engine import Engine
-from .answering import answer_all, batch_engine
+from ..engine import Engine, EngineOptions
+from .answering import answer_all, room_for
 from .own_form import Defaults
 from .requests import read_request
 
@@ -37,6 +35,17 @@ class Plan:
     chunk: int | None = None
     cache_dtype: str | None = None
 
+    def engine_options(self, room: int) -> EngineOptions:
+        """How an engine for rows of this room is set up; the queue has room for what two blocks hand over."""
+        return EngineOptions(
+            self.slots,
+            room,
+            queue=2 * self.slots,
+            chunk=self.chunk,
+            cache_dtype=self.cache_dtype,
+            top_logprobs=self.defaults.logprobs or 0,
+        )
+
 
 class Worker:
     """Answers blocks of rows, several at the same time: the slots that one leaves free at its end, the next one uses.
@@ -47,7 +56,9 @@ class Worker:
     def __init__(self, plan: Plan):
         """Loads the model."""
         self._plan, self._checkpoint = plan, load(**plan.load)
-        self._engines: dict[int, Engine] = {}  # by the room of a row; short texts leave the large ones alone
+        self._engines: dict[
+            int, tuple[Engine, threading.Lock]
+        ] = {}  # by the room of a row; short texts leave the large ones alone
         self._lock = threading.Lock()
 
     def __call__(self, block: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -70,33 +81,17 @@ class Worker:
                 answers[row] = {"text": "", "token_ids": [], "finish_reason": "error", "error": str(error)}
             else:
                 jobs.append(((row, request), defaults.job_of(request, prompt)))
-        engine = self._engine_for([(len(job.prompt), job.max_new_tokens) for _, job in jobs])
-        for (row, request), result in answer_all(engine, jobs, is_running=True):
+        engine, turns = self._engine_for([(len(job.prompt), job.max_new_tokens) for _, job in jobs])
+        for (row, request), result in answer_all(engine, jobs, turns):
             answers[row] = defaults.answer_to(request, result, self._checkpoint)
         texts = [json.dumps(answers[row], ensure_ascii=False) for row in range(len(block["index"]))]
         return {"file": list(block["file"]), "index": list(block["index"]), "answer": texts}
 
-    def _engine_for(self, lengths: Sequence[tuple[int, int]]) -> Engine:
+    def _engine_for(self, lengths: Sequence[tuple[int, int]]) -> tuple[Engine, threading.Lock]:
+        """An engine with room for these jobs, and the lock of its turns."""
         plan = self._plan
+        room = room_for(self._checkpoint, plan.slots, lengths, plan.cache_dtype)
         with self._lock:
-            engine = batch_engine(
-                self._checkpoint,
-                plan.slots,
-                lengths,
-                chunk=plan.chunk,
-                cache_dtype=plan.cache_dtype,
-                top_logprobs=plan.defaults.logprobs or 0,
-            )
-            if engine.options.room not in self._engines:
-                self._engines[engine.options.room] = engine
-                threading.Thread(target=_run, args=[engine], daemon=True).start()
-            return self._engines[engine.options.room]
-
-
-def _run(engine: Engine) -> None:
-    """Takes an engine's turns. If it fails, so does the process: Ray then starts another, which gets its rows."""
-    try:
-        engine.run()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+            if room not in self._engines:
+                self._engines[room] = Engine(self._checkpoint, plan.engine_options(room)), threading.Lock()
+            return self._engines[room]
