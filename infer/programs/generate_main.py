@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,9 @@ from ..answer import Answer, write_answers
 from ..beam import MOST_BEAMS, beam_search
 from ..engine import Options, Run
 from ..sampling import Sampling
-from ..serving.batch import AnswerFile, Defaults, Request, answer_all, read_requests, room_for
+from ..serving.batch import AnswerFile, Defaults, Request, answer_all, room_for
+from ..serving.batch.json_lines import open_file
+from ..serving.batch.openai_form import MOST_CHOICES, ApiRequest, answer_lines, lengths_of
 from ..serving.batch.ray_pipeline import FolderRun, find_inputs
 from ..serving.batch.workers import Plan
 from ..serving.engine import Engine
@@ -101,6 +104,11 @@ _NOT_FOR_FILES: list[tuple[flags.FlagHolder[Any], str]] = [
     (common.PROMPT_CACHE, "what lines of a file begin with is read once by itself; leave it out"),
     (common.ROPE_POLICY, "the lines of a file come and go, so each goes by its own length; leave it out"),
 ]
+_BODIES_SAY = [  # in OpenAI's form, what in ours is said by these
+    *(common.CHAT, common.SYSTEM, common.PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS),
+    *(flag for topic in common.TOPICS if topic not in ("Model", "Speed and memory") for flag in common.TOPICS[topic]),
+]
+_BODIES_LEAVE_OPEN = ("deadline", "seed")
 _FOR_BEAMS = ("Model", "Speed and memory")  # topics of the shared flags that beam search takes, with --max_new_tokens
 
 
@@ -180,19 +188,23 @@ def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
 
 def answer_file(input_: Path, output: Path) -> int:
     """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
-    requests, defaults = read_requests(input_, common.sampling()), _defaults()
+    plan = _plan()
+    requests = plan.read(open_file(input_))
     names = [f"{input_}:{request.line}" for request in requests]
     for request, name in zip(requests, names, strict=True):
-        _check_request(request, defaults, name)
+        _check_request(request, plan.defaults, name)
     checkpoint = common.load_checkpoint()
-    prompts = [defaults.prompt_of(request, checkpoint, name) for request, name in zip(requests, names, strict=True)]
+    prompts = [
+        plan.defaults.prompt_of(request, checkpoint, name)
+        for request, name in zip(requests, names, strict=True)
+        if isinstance(request, Request)
+    ]
     with (
         AnswerFile(output, requests, _settings()) as file,
         tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,
     ):
-        answers = _searched if _BEAMS.value > 1 else _answered
         try:
-            for index, answer in answers(checkpoint, defaults, requests, prompts, file.missing):
+            for index, answer in _answers(checkpoint, plan, requests, prompts, file.missing):
                 file.write(index, answer)
                 bar.update()
         except KeyboardInterrupt:  # or another signal
@@ -236,35 +248,39 @@ def _finished(failed: int, total: int, output: Path) -> int:
 _Indexed = Iterator[tuple[int, dict[str, Any]]]
 
 
-def _answered(
+def _answers(
     checkpoint: phi3_jax.Checkpoint,
-    defaults: Defaults,
-    requests: Sequence[Request],
+    plan: Plan,
+    requests: Sequence[Request] | Sequence[ApiRequest],
     prompts: Sequence[list[int]],
     missing: Sequence[int],
 ) -> _Indexed:
     """The output fields of the missing answers, as they end, with their indices."""
-    lengths = [(len(prompts[index]), defaults.limit_of(requests[index])) for index in missing]
-    plan = dataclasses.replace(_plan(), slots=max(1, min(_BATCH_SIZE.value, len(missing))))
-    engine = Engine(checkpoint, plan.engine_options(room_for(checkpoint, plan.slots, lengths, plan.cache_dtype)))
-    jobs = ((index, defaults.job_of(requests[index], prompts[index])) for index in missing)
-    for index, result in answer_all(engine, jobs):
-        yield index, defaults.answer_to(requests[index], result, checkpoint)
+    defaults, plan = plan.defaults, dataclasses.replace(plan, slots=max(1, min(plan.slots, len(missing))))
+    theirs = [(index, request) for index in missing if isinstance(request := requests[index], ApiRequest)]
+    ours = [(index, request) for index in missing if isinstance(request := requests[index], Request)]
+
+    def engine(lengths: list[tuple[int, int]], choices: int = 1) -> Engine:
+        room = room_for(checkpoint, plan.slots, lengths, plan.cache_dtype)
+        return Engine(checkpoint, plan.engine_options(room, choices))
+
+    if theirs:
+        logging.getLogger("phi3_jax.serving").setLevel(logging.WARNING)  # a server's log has a line for each request
+        lengths = lengths_of(checkpoint, [request for _, request in theirs])
+        return answer_lines(checkpoint, engine(lengths, MOST_CHOICES), theirs, defaults.seconds)
+    if _BEAMS.value > 1:
+        return _searched(checkpoint, [(index, prompts[index], defaults.limit_of(request)) for index, request in ours])
+    jobs = [((index, request), defaults.job_of(request, prompts[index])) for index, request in ours]
+    results = answer_all(engine([(len(job.prompt), job.max_new_tokens) for _, job in jobs]), jobs)
+    return ((index, defaults.answer_to(request, result, checkpoint)) for (index, request), result in results)
 
 
-def _searched(
-    checkpoint: phi3_jax.Checkpoint,
-    defaults: Defaults,
-    requests: Sequence[Request],
-    prompts: Sequence[list[int]],
-    missing: Sequence[int],
-) -> _Indexed:
-    """The same by beam search, in batches."""
+def _searched(checkpoint: phi3_jax.Checkpoint, prompts: Sequence[tuple[int, list[int], int]]) -> _Indexed:
+    """The same by beam search, in batches, of indices, prompts and limits."""
     options = dataclasses.replace(common.options(checkpoint), logprobs=_LOGPROBS.value, echo=_ECHO.value)
-    for begin in range(0, len(missing), _BATCH_SIZE.value):
-        batch = missing[begin : begin + _BATCH_SIZE.value]
-        limits = [defaults.limit_of(requests[index]) for index in batch]
-        yield from zip(batch, _search(checkpoint, [prompts[index] for index in batch], limits, options), strict=True)
+    for begin in range(0, len(prompts), _BATCH_SIZE.value):
+        indices, batch, limits = zip(*prompts[begin : begin + _BATCH_SIZE.value], strict=True)
+        yield from zip(indices, _search(checkpoint, batch, limits, options), strict=True)
 
 
 def _defaults() -> Defaults:
@@ -321,8 +337,16 @@ def _search(
     ]
 
 
-def _check_request(request: Request, defaults: Defaults, name: str) -> None:
+def _check_request(request: Request | ApiRequest, defaults: Defaults, name: str) -> None:
     """Raises ValueError with the line's number, before the model is loaded, for what no model can answer."""
+    if isinstance(request, ApiRequest):
+        if changed := [
+            f"--{flag.name}"
+            for flag in _BODIES_SAY
+            if flag.value != flag.default and flag.name not in _BODIES_LEAVE_OPEN
+        ]:
+            raise ValueError(f"{name}: in OpenAI's form a line's body says this: leave {' and '.join(changed)} out")
+        return
     own = request.fields.keys() & {"tools", *(field.name for field in dataclasses.fields(Sampling))}
     if _BEAMS.value > 1 and own:
         raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")

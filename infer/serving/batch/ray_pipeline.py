@@ -13,6 +13,7 @@ import dataclasses
 import glob
 import io
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from typing import Any
 
 from .answer_file import AnswerFile, check_finished
 from .json_lines import LineFile, open_file
-from .requests import Request, read_requests
+from .openai_form import ApiRequest
+from .requests import Request
 from .workers import Plan, Worker
 
 _AT_ONCE = 2  # blocks of a worker: the second fills the slots that the first leaves at its end
@@ -59,7 +61,7 @@ class _Part:
     """One input and its output."""
 
     path: Path
-    requests: Sequence[Request]
+    requests: Sequence[Request] | Sequence[ApiRequest]
     settings: Mapping[str, Any]
     missing: Sequence[int] = ()
     failed: int = 0
@@ -104,7 +106,7 @@ class FolderRun:
         output: Path,
         plan: Plan,
         settings: Mapping[str, Any],
-        check: Callable[[Request, str], None],
+        check: Callable[[Request | ApiRequest, str], None],
     ):
         """Reads and checks all requests, and what an earlier run has left.
 
@@ -123,7 +125,7 @@ class FolderRun:
             raise ValueError(f"{output}: would hold the answers of several files named {twice[0]}; rename one")
         self._plan, self._parts = plan, list[_Part]()
         for name, each in zip(names, inputs, strict=True):
-            requests = read_requests(each, plan.sampling)
+            requests = plan.read(each)
             for request in requests:
                 check(request, f"{each.name}:{request.line}")
             self._parts.append(_Part(output / name, requests, settings))
@@ -167,8 +169,9 @@ class FolderRun:
 
     def _row(self, number: int, index: int) -> dict[str, Any]:
         request = self._parts[number].requests[index]
-        fields = json.dumps(request.fields, ensure_ascii=False)
-        return {"file": number, "index": index, "line": request.line, "request": fields}
+        text = json.dumps(request.fields, ensure_ascii=False)
+        is_openai = isinstance(request, ApiRequest)
+        return {"file": number, "index": index, "line": request.line, "request": text, "is_openai": is_openai}
 
 
 def answers_of(
@@ -188,11 +191,12 @@ def answers_of(
             Worker,
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(
-                size=size, max_tasks_in_flight_per_actor=_AT_ONCE, enable_true_multi_threading=True
+                size=size,
+                max_tasks_in_flight_per_actor=_AT_ONCE,
+                max_concurrent_calls_per_actor=_AT_ONCE,
+                enable_true_multi_threading=True,
             ),
             fn_constructor_args=[plan],
-            max_concurrency=_AT_ONCE,
-            scheduling_strategy="SPREAD",  # not two on one machine while another has none
             **needs,
         )
         for block in answered.iter_batches(batch_size=None, prefetch_batches=0):
@@ -215,6 +219,7 @@ def _cluster(address: str) -> Iterator[Any]:
     signal.signal(signal.SIGTERM, before)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield ray
     finally:
