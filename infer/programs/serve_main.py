@@ -39,7 +39,7 @@ try:
     from ..serving.http.gate.keys import VARIABLE, read_keys
     from ..serving.http.gate.limits import Limits, is_loopback
     from ..serving.http.gate.logs import log_to
-    from ..serving.http.gate.server import Server, address, listen
+    from ..serving.http.gate.server import Server, address, listen, tell_supervisor
     from ..serving.http.service import Service
 except ImportError as error:  # the extra is not there
     if error.name not in ("starlette", "uvicorn", "h11", "prometheus_client"):
@@ -180,7 +180,11 @@ def main() -> int:
 async def _serve(service: Service, server: Server, listening: Any) -> int:
     """Serves until a signal comes, or the engine fails; the exit code."""
     loop, engine = asyncio.get_running_loop(), service.engine
-    service.on_failure = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+
+    def on_failure() -> None:
+        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+
+    service.on_failure = on_failure
     thread = threading.Thread(target=_work, args=[service], name="engine", daemon=True)
 
     def end(number: signal.Signals) -> None:
@@ -188,6 +192,7 @@ async def _serve(service: Service, server: Server, listening: Any) -> int:
             interrupts.end_by(number)
         if service.state != "failed":
             service.state = "draining"
+        tell_supervisor("STOPPING=1")
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -208,22 +213,15 @@ async def _serve(service: Service, server: Server, listening: Any) -> int:
 def _work(service: Service) -> None:
     """The engine's thread."""
     with contextlib.ExitStack() as stack:
-        told = stack.enter_context(progress_bar("warming up", ""))
+        on_progress = stack.enter_context(progress_bar("warming up", ""))
 
-        def on_progress(done: int, of: int) -> None:
-            if service.state != "warming up":
-                raise _EndedError
-            told(done, of)
-            if done == of:
-                stack.close()
-                print("phi3-serve: ready", flush=True)
+        def on_ready() -> None:
+            stack.close()  # the bar disappears
+            print("phi3-serve: ready", flush=True)
+            tell_supervisor("READY=1")
 
-        with contextlib.suppress(_EndedError):
-            service.work(on_progress)
-
-
-class _EndedError(BaseException):
-    """Told to end while it warms up."""
+        service.on_ready = on_ready
+        service.work(on_progress)
 
 
 def run() -> None:

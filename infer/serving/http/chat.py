@@ -373,6 +373,11 @@ def read_response_format(fields: Fields, key: str = "response_format") -> Gramma
         return None if kind == "text" else Grammar.json_schema({"type": "object"})
     described = Fields(form.required("json_schema"), form.name("json_schema"))
     schema, place = described.required("schema"), described.name("schema")
+    described.text("name", None)
+    described.text("description", None)
+    described.truth("strict", False)
+    described.refuse_others()
+    form.refuse_others()
     check_schema(schema, place)
     return attempt(lambda: Grammar.json_schema(schema), place)
 

@@ -53,7 +53,8 @@ class Service:
     state: State = "warming up"
     failure: str | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    on_failure: Callable[[], None] | None = None
+    on_ready: Callable[[], None] = lambda: None
+    on_failure: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.tokenizer = require_tokenizer(self.checkpoint)
@@ -67,20 +68,28 @@ class Service:
     def work(self, told: Callable[[int, int], None] = lambda done, of: None) -> None:
         """What the engine's thread does: warms up, then answers until the engine is stopped.
 
-        If it fails, whoever waits is told, and `on_failure` is called.
+        `on_ready` is called in between. If it fails, whoever waits is told, and `on_failure` is called.
         """
+
+        def on_step(done: int, of: int) -> None:
+            if self.state != "warming up":
+                raise _EndedError
+            told(done, of)
+
         try:
-            self.engine.warm_up(told)
+            self.engine.warm_up(on_step)
             if self.state == "warming up":
                 self.state = "ready"
+                self.on_ready()
             self.engine.run()
+        except _EndedError:
+            pass
         except BaseException as error:  # whatever it is, nobody is answered any more
             self.failure = f"{type(error).__name__}: {error}"
             self.state = "failed"
             for answers in list(self._open):
                 answers.fail(ApiError(500, "the engine has failed; the server restarts"))
-            if self.on_failure is not None:
-                self.on_failure()
+            self.on_failure()
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a name asks for, None for the model itself. Raises ApiError (404) for another name."""
@@ -170,6 +179,10 @@ class Service:
         async with self.answering(*jobs) as answers:
             async for piece in answers:
                 yield piece
+
+
+class _EndedError(Exception):
+    """Told to end while it warms up."""
 
 
 class Answers:
