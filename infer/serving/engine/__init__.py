@@ -2,6 +2,7 @@
 
 jobs.py is what is asked for; engine.py takes turns: scheduler.py says whose turn it is, reader.py reads a prompt into a
 state of its own, batch.py writes all answers at once. sequence.py is a job under way, statistics.py counts them.
+pooling.py reads texts for their embeddings, in the same turns.
 """
 
 from ...answer import Piece as Piece

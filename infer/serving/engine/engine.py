@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
+
+import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 
@@ -18,6 +21,7 @@ from ...answer import FinishReason, NewTokens
 from .batch import Batch
 from .jobs import Job, QueueFull, Ticket
 from .options import EngineOptions, Sizes
+from .pooling import Pooler, Pooling
 from .reader import Reader
 from .scheduler import Scheduler
 from .sequence import Listener, Row
@@ -45,6 +49,8 @@ class Engine:
         self.statistics = Statistics(slots=options.slots)
         self._scheduler = Scheduler(options.slots, options.queue, options.readers)
         self._batch = Batch(checkpoint, self.sizes, options.top_logprobs)
+        self._pooler = Pooler(checkpoint, self.sizes.room, self.sizes.chunk, options.queue)
+        self._reads_text = False  # the last piece that was read was one of a text to embed
         self._rows: dict[int, Row] = {}
         self._readers: dict[int, Reader] = {}
         self._seconds_per_step: float | None = None
@@ -85,16 +91,29 @@ class Engine:
             self._cancelled.add(ticket.number)
             self._changed.notify_all()
 
+    def submit_embedding(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean") -> Future[np.ndarray]:
+        """Takes texts, as token ids, from any thread -> their vectors, once there was time: see `Pooler.submit`."""
+        with self._changed:
+            if self._is_draining or self._is_stopped:
+                raise QueueFull("the server is about to stop")
+            future = self._pooler.submit(texts, pooling)
+            self._changed.notify_all()
+        return future
+
     def run(self) -> None:
         """Takes turns until `stop`, or until `drain` has nothing left to do; sleeps while there is nothing to do."""
-        while not self._is_stopped:
-            if self.turn():
-                continue
-            with self._changed:
-                if self._is_draining and not self._new:
-                    return
-                if not self._new and not self._cancelled and not self._is_stopped:
-                    self._changed.wait()
+        try:
+            while not self._is_stopped:
+                if self.turn():
+                    continue
+                with self._changed:
+                    is_idle = not self._new and not self._pooler.waiting
+                    if self._is_draining and is_idle:
+                        return
+                    if is_idle and not self._cancelled and not self._is_stopped:
+                        self._changed.wait()
+        finally:
+            self._pooler.fail(RuntimeError("the engine has stopped"))
 
     def drain(self) -> None:
         """Takes no more jobs; `run` returns when those that were taken have ended."""
@@ -111,6 +130,7 @@ class Engine:
     def warm_up(self, told: Callable[[int, int], None] = lambda done, of: None) -> None:
         """Compiles the programs, by running small jobs; `told` hears how many of how many steps are done."""
         sizes, done = [*self.sizes.rungs], 0
+        of = 2 * len(sizes) + len(self._pooler.sizes)
         prompt = [self.checkpoint.generation.eos_token_ids[0]] * min(self.sizes.chunk, self.sizes.room - 2)
         for logprobs in (None, 0):
             for rows in sizes:
@@ -119,7 +139,9 @@ class Engine:
                 while self.turn():
                     pass
                 done += 1
-                told(done, 2 * len(sizes))
+                told(done, of)
+        for number, _ in enumerate(self._pooler.warm_up(), 1):
+            told(done + number, of)
 
     def turn(self) -> bool:
         """Takes one turn -> whether there was anything to do."""
@@ -127,14 +149,17 @@ class Engine:
         self._end_overdue()
         for number in self._scheduler.admit():
             self._start_reading(self._rows[number])
-        number = self._scheduler.next_to_read()
-        if number is not None:
+        number = None
+        self._reads_text = bool(self._pooler.waiting) and not (self._reads_text and self._scheduler.reading)
+        if self._reads_text:
+            self._pooler.turn()
+        elif (number := self._scheduler.next_to_read()) is not None:
             self._read(self._readers[number])
         is_writing = bool(self._scheduler.writing)
         if is_writing:
             self._write()
         self._count()
-        return number is not None or is_writing
+        return number is not None or self._reads_text or is_writing
 
     def _take_news(self) -> None:
         with self._changed:
@@ -154,6 +179,7 @@ class Engine:
                 self._end(row, "deadline")
 
     def _start_reading(self, row: Row) -> None:
+        row.ticket.begun = row.ticket.begun or time.perf_counter()
         config = self.checkpoint.config
         border = None if config.long_rope is None else config.long_rope.original_max_position_embeddings
         row.was_long = border is not None and len(row.tokens) > border
@@ -199,7 +225,7 @@ class Engine:
 
     def _steps(self) -> int:
         """How many tokens the next call writes: one while something else waits for its turn."""
-        if self._scheduler.reading or self._new or self._seconds_per_step is None:
+        if self._scheduler.reading or self._new or self._pooler.waiting or self._seconds_per_step is None:
             return 1
         return max(1, min(_MOST_STEPS, int(_CALL_SECONDS / self._seconds_per_step)))
 
@@ -237,4 +263,6 @@ class Engine:
     def _count(self) -> None:
         scheduler, counts = self._scheduler, self.statistics
         counts.waiting, counts.reading = len(scheduler.waiting), len(scheduler.reading)
-        counts.writing = len(scheduler.writing)
+        counts.writing, counts.embedding = len(scheduler.writing), self._pooler.waiting
+        used = sum(len(row.tokens) for row in self._batch.rows if row is not None)
+        counts.cache_used = used / (self.options.slots * self.sizes.room)
