@@ -35,6 +35,7 @@ from . import flags as common
 
 try:
     from ..serving.engine import Engine, EngineOptions
+    from ..serving.engine.pooling import POOLINGS
     from ..serving.http.app import Access, make_app
     from ..serving.http.gate.keys import VARIABLE, read_keys
     from ..serving.http.gate.limits import Limits, is_loopback
@@ -78,6 +79,7 @@ _REQUEST_SECONDS = flags.DEFINE_float(
 _DRAIN_SECONDS = flags.DEFINE_integer(
     "drain_seconds", 30, "How long the server goes on answering once it is told to end.", lower_bound=0
 )
+_POOLING = flags.DEFINE_enum("pooling", "mean", POOLINGS, "What embeddings are of a text's last hidden states.")
 _MOST_SLOTS = 16
 
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
@@ -93,6 +95,7 @@ _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
         common.MIN_P,
         common.TYPICAL_P,
         common.REPETITION_PENALTY,
+        _POOLING,
     ],
 }
 
@@ -169,6 +172,7 @@ def main() -> int:
         _defaults(),
         _limits(),
         _LOG_PROMPTS.value,
+        _POOLING.value,
     )
     log_to(sys.stderr)
     print(f"phi3-serve: {name} at {address(listening)}, {options.slots} slots", flush=True)

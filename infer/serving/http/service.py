@@ -12,7 +12,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from importlib.metadata import version
 from typing import Any, Literal, TypeVar
+
+import jax
 
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 from phi3_jax.text import encode_chat
@@ -20,8 +23,10 @@ from phi3_jax.text import encode_chat
 from ...answer import Generation, Piece
 from ...sampling import Sampling
 from ..engine import Engine, Job, QueueFull, Ticket
+from ..engine.pooling import Pooling
 from .errors import ApiError, invalid, too_many, unavailable
 from .gate.limits import Limits
+from .metrics import Metrics
 
 T = TypeVar("T")
 State = Literal["warming up", "ready", "draining", "failed"]
@@ -38,6 +43,7 @@ class Service:
       sampling: what requests leave open. OpenAI's defaults, unless the program was told others.
       limits: of requests.
       log_prompts: whether the log may hold what users write.
+      pooling: of embeddings that leave it open.
       state: what it can do now.
       failure: why it failed.
       created: seconds since 1970, of its begin.
@@ -50,6 +56,7 @@ class Service:
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(temperature=1.0))
     limits: Limits = dataclasses.field(default_factory=Limits)
     log_prompts: bool = False
+    pooling: Pooling = "mean"
     state: State = "warming up"
     failure: str | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -59,6 +66,9 @@ class Service:
     def __post_init__(self) -> None:
         self.tokenizer = require_tokenizer(self.checkpoint)
         self._open: set[Answers] = set()
+        self.metrics = Metrics(
+            self.engine, {"version": version("phi3_jax"), "jax": jax.__version__, "model": self.model}
+        )
 
     @property
     def context(self) -> int:
@@ -153,7 +163,7 @@ class Service:
           ApiError: 400 for a job that makes no sense, 429 if the queue is full, 503 if the engine does not run.
         """
         self.check_ready()
-        answers = Answers(self.engine, self._open)
+        answers = Answers(self.engine, self.metrics, self._open)
         try:
             for row, job in enumerate(jobs):
                 seconds = min(job.seconds or self.limits.request_seconds, self.limits.request_seconds)
@@ -192,8 +202,8 @@ class Answers:
       tickets: of the jobs.
     """
 
-    def __init__(self, engine: Engine, among: set[Answers]):
-        self._engine, self._among = engine, among
+    def __init__(self, engine: Engine, metrics: Metrics, among: set[Answers]):
+        self._engine, self._metrics, self._among = engine, metrics, among
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Piece | ApiError]()
         self._unfinished: set[int] = set()
         self._begun: set[int] = set()
@@ -206,7 +216,7 @@ class Answers:
         def listen(piece: Piece) -> None:  # in the engine's thread
             self._put(dataclasses.replace(piece, row=row))
 
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, job, listen))
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._metrics.submit, job, listen))
         try:
             self.tickets.append(await asyncio.shield(submitting))
         except asyncio.CancelledError:  # the thread goes on
