@@ -206,6 +206,7 @@ class Answers:
         self._engine, self._metrics, self._among = engine, metrics, among
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Piece | ApiError]()
         self._unfinished: set[int] = set()
+        self._begun: set[int] = set()
         self.tickets: list[Ticket] = []
         among.add(self)
 
@@ -231,7 +232,7 @@ class Answers:
         return self
 
     async def __anext__(self) -> Piece:
-        """The next piece. Raises ApiError if an answer cannot go on."""
+        """The next piece. Raises ApiError if an answer cannot go on, or had no time to begin."""
         if not self._unfinished:
             raise StopAsyncIteration
         piece = await self._queue.get()
@@ -239,6 +240,9 @@ class Answers:
             raise piece
         if piece.finish_reason is not None:
             self._unfinished.discard(piece.row)
+        if piece.finish_reason == "deadline" and not piece.token_ids and piece.row not in self._begun:
+            raise unavailable("the request was not answered in time; try again")
+        self._begun.add(piece.row)
         if piece.finish_reason == "error":
             raise ApiError(500, piece.error or "the answer could not go on")
         if piece.finish_reason == "interrupt":
@@ -246,7 +250,7 @@ class Answers:
         return piece
 
     async def whole(self) -> list[Generation]:
-        """All answers, complete. Raises ApiError if one cannot go on, or had no time to begin."""
+        """All answers, complete. Raises ApiError as `__anext__`."""
         pieces: list[list[Piece]] = [[] for _ in self.tickets]
         async for piece in self:
             pieces[piece.row].append(piece)
@@ -276,7 +280,5 @@ def _joined(pieces: Sequence[Piece], ticket: Ticket) -> Generation:
     reason = pieces[-1].finish_reason
     assert reason is not None
     tokens = [token for piece in pieces for token in piece.token_ids]
-    if reason == "deadline" and not tokens:
-        raise unavailable("the request was not answered in time; try again")
     logprobs = None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []]
     return Generation("".join(piece.text for piece in pieces), tokens, reason, logprobs, ticket.prompt_logprobs)
