@@ -247,4 +247,4 @@ def test_llm(url, tmp_path: Path):
     brief = ["-o", "temperature", "0", "-o", "max_tokens", "12"]
     assert "Paris" in ask("-m", "here", *brief)
     assert "Paris" in ask("-m", "here", "--no-stream", *brief)
-    assert "Paris" in ask("-m", "newer", "-o", "temperature", "0", "-o", "max_output_tokens", "12")
+    assert "Paris" in ask("-m", "newer", *brief)
