@@ -122,7 +122,8 @@ def _access() -> Access:
     for origin in _CORS.value:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise ValueError(f"--cors={origin}: write a whole origin, as in --cors=https://example.com")
-    return Access(keys, _ALLOW_HOST.value if is_local else None, _CORS.value)
+    hosts = _ALLOW_HOST.value if is_local or _ALLOW_HOST.value else None  # elsewhere any, unless some are named
+    return Access(keys, hosts, _CORS.value)
 
 
 def _slots(checkpoint: Checkpoint) -> int:

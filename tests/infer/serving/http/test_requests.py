@@ -5,7 +5,8 @@ import pytest
 from servers import HI, TOOL, ask, serving, small_service
 
 from phi3_jax.infer import Piece
-from phi3_jax.infer.serving.http.chat import Choice, ToolUse
+from phi3_jax.infer.serving.http.chat import Choice
+from phi3_jax.infer.serving.http.fields import ToolUse
 from phi3_jax.text import encode_chat
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -106,7 +107,7 @@ def test_models_are_known_by_their_names(client):
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"98": 1}}, None),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
