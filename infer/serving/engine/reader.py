@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from phi3_jax.model import KVCache
 from ...engine import NewTokens, decoding
 from ...engine.buckets import piece_length
 from ...engine.news import News
+from . import chunks
 from .options import Sizes
+from .prefixes import Prefixes, Walk
 from .sequence import Row
 from .states import settings_of, state_of
 
@@ -22,15 +25,19 @@ class Reader:
 
     Attributes:
       rows: those that wait for it: several if they were asked for with one prompt.
-      place: how many tokens have been read.
+      place: how many tokens have been read, or taken from the prefix cache.
       cache: keys and values of the one row that is read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sizes: Sizes, row: Row):
+    def __init__(self, checkpoint: Checkpoint, sizes: Sizes, row: Row, prefixes: Prefixes | None = None):
         self._checkpoint, self._sizes, self.rows = checkpoint, sizes, [row]
         self._length, self.place = len(row.tokens), 0
         # The prompt's own log-probabilities: a row that is read again has told them already.
         self._echo = row.job.echo and row.ticket.prompt_logprobs is None
+        # With them the whole prompt is read, by another program, whose keys are not promised to be the same bits.
+        self._prefixes = None if self._echo else prefixes
+        self._walk: Walk | None = None
+        self._reused = 0
         cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
         settings, logprobs = settings_of([row], checkpoint), sizes.top_logprobs if self._echo else None
         self._state = state_of([row], settings, sizes, cache, logprobs)
@@ -59,17 +66,40 @@ class Reader:
         )
 
     def read_piece(self, params: Any) -> None:
-        """Reads the next chunk, or what is left of one."""
+        """Reads the next chunk, or what is left of one; the first time, what comes after a known beginning."""
+        if self._prefixes is not None and self.place == 0:
+            self._take_known(self._prefixes)
         size = piece_length(self._length - self.place, 1, self._sizes.chunk, self._sizes.capacity)
-        place = jnp.int32(self.place)
+        begin = self.place
         self._state, self._last = decoding.read(
-            self._checkpoint.config, params, self._state, self._last, place, size, self._echo
+            self._checkpoint.config, params, self._state, self._last, jnp.int32(begin), size, self._echo
         )
         self.place += size
+        if self._walk is not None and begin + self._sizes.chunk <= self._length:
+            # At once: a ring may overwrite it.
+            length, cache = self._sizes.chunk, self.cache
+            self._walk.add(lambda: chunks.take(cache, 0, begin, length), chunks.chunk_bytes(cache, length))
+        if self.is_over:
+            self.close()
+
+    def _take_known(self, prefixes: Prefixes) -> None:
+        """Copies the longest beginning of the text that is known, as far as the next token sees it."""
+        row, window = self.rows[0], self._checkpoint.config.sliding_window
+        self._walk = walk = prefixes.walk(row.tokens, (row.job.adapter, row.was_long))
+        self.place = self._reused = end = walk.tokens
+        if values := walk.values[chunks.first_needed(self._sizes.chunk, end, window) :]:
+            self._state = dataclasses.replace(self._state, cache=chunks.place(self.cache, 0, values, end))
+
+    def close(self) -> None:
+        """What was taken from the prefix cache, or added to it, may be evicted from now on."""
+        if self._walk is not None:
+            self._walk.close()
 
     def answer(self, params: Any, row: Row) -> tuple[NewTokens, bool]:
         """Picks a row's token after the text -> (what it got, whether it is done)."""
         config, sizes = self._checkpoint.config, self._sizes
+        if len(row.tokens) == len(row.job.prompt):
+            row.ticket.reused = self._reused
         if self._echo:
             assert self._state.logprobs is not None
             row.ticket.prompt_logprobs = row.cut(self._state.logprobs.read(0, row.tokens, 0))

@@ -11,6 +11,7 @@ from ...engine.buckets import piece_length
 from .batch import Batch, Way
 from .jobs import Job
 from .options import EngineOptions, Sizes
+from .prefixes import Prefixes
 from .reader import Reader
 from .sequence import Row
 
@@ -28,6 +29,11 @@ def programs(checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions, param
         for length in pieces(sizes):
             _read(checkpoint, sizes, params, min(length, sizes.room - 1), echo)
             yield
+    if sizes.prefix_bytes:
+        prefixes = Prefixes(sizes.chunk, sizes.prefix_bytes)
+        for _ in range(2):  # keys and values are copied out of a cache, and into one
+            _read(checkpoint, sizes, params, sizes.chunk + 1, False, prefixes)
+        yield
     for logprobs in (None, 0):
         yield from _written(checkpoint, sizes, options, params, logprobs)
 
@@ -35,13 +41,15 @@ def programs(checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions, param
 def count(sizes: Sizes, options: EngineOptions) -> int:
     """How many steps `programs` has."""
     ways = sum(2 + _guesses(options, rung) for rung in sizes.rungs)
-    return 2 * len(pieces(sizes)) + 2 * (ways + len(sizes.rungs))
+    return 2 * len(pieces(sizes)) + (sizes.prefix_bytes > 0) + 2 * (ways + len(sizes.rungs))
 
 
-def _read(checkpoint: Checkpoint, sizes: Sizes, params: Params, length: int, echo: bool) -> tuple[Row, Reader]:
+def _read(
+    checkpoint: Checkpoint, sizes: Sizes, params: Params, length: int, echo: bool, prefixes: Prefixes | None = None
+) -> tuple[Row, Reader]:
     job = Job([0] * length, sizes.room, logprobs=0 if echo else None, echo=echo)
     row = Row.of(job, lambda piece: None, checkpoint, sizes.room)
-    reader = Reader(checkpoint, sizes, row)
+    reader = Reader(checkpoint, sizes, row, prefixes)
     while not reader.is_over:
         reader.read_piece(params([row]))
     reader.answer(params([row]), row)
