@@ -88,7 +88,7 @@ def test_a_small_cache_stays_small_and_answers_stay_the_same(tiny):
     counts = small.statistics
     assert (counts.prefix_hits, counts.prefix_misses) == (5, 1)
     assert (counts.prefix_chunks, counts.prefix_evictions) == (5, 1)
-    with pytest.raises(ValueError, match="prefix_bytes=99 is less than the 1152 bytes of one chunk of 4 tokens"):
+    with pytest.raises(ValueError, match="prefix_bytes=99 is less than the 1536 bytes of one chunk of 4 tokens"):
         Engine(tiny, dataclasses.replace(OPTIONS, prefix_bytes=99))
 
 
@@ -104,6 +104,7 @@ def test_one_that_goes_while_it_is_read_leaves_nothing_in_use(tiny):
     assert engine.statistics.prefix_chunks == 2
 
 
+@pytest.mark.slow
 def test_with_echo_everything_is_read(tiny):
     engine = Engine(tiny, dataclasses.replace(OPTIONS, prefix_bytes=MOST))
     plain = ask(engine, SYSTEM[:13], 2)
