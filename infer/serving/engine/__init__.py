@@ -1,7 +1,7 @@
 """Continuous batching: jobs come and go between the calls of the compiled functions, and never wait for one another.
 
 jobs.py is what is asked for; engine.py takes turns: scheduler.py says whose turn it is, reader.py reads a prompt into a
-state of its own, batch.py writes all answers at once. sequence.py is a job under way, states.py the same for the device,
+state of its own, batch.py writes all answers at once. sequence.py is a job under way, states.py the same for a device,
 statistics.py counts them, warm_up.py compiles all programs beforehand.
 """
 
