@@ -69,6 +69,13 @@ def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, 
     return rows, rooms[-1]
 
 
+def rows_that_fit(checkpoint: Checkpoint, tokens: int, dtype: Any, most: int) -> int:
+    """The largest power of two, up to `most`, of rows of so many tokens that take half of the memory beside weights."""
+    spare = (_memory() - _size(checkpoint.params)) / 2
+    row = slots_needed(checkpoint.config, tokens, most_at_once(Options())) * _slot_bytes(checkpoint.config, dtype)
+    return max(1, min(most, _power_of_two(int(spare / row) + 1) // 2))
+
+
 def most_at_once(options: Options) -> int:
     """The most tokens of a row that are written to its cache at once."""
     return max(options.prefill_chunk, options.guesses + 2)

@@ -6,11 +6,15 @@ loop. So a long prompt delays the others by one piece at most, and jobs come and
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
+
+import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 
@@ -20,6 +24,7 @@ from . import warm_up
 from .batch import Batch
 from .jobs import Job, QueueFull, Ticket
 from .options import EngineOptions, Sizes
+from .pooling import Pooler, Pooling
 from .prefixes import Prefixes
 from .reader import Reader
 from .scheduler import Scheduler
@@ -47,6 +52,8 @@ class Engine:
         self.checkpoint, self.sizes = checkpoint, Sizes.of(checkpoint, options)
         self.statistics = Statistics(slots=options.slots)
         self._begin_empty()
+        self._pooler = Pooler(checkpoint, self.sizes.room, self.sizes.chunk, options.queue)
+        self._reads_text = False  # the last piece that was read was one of a text to embed
         self._seconds_per_step: float | None = None
         # What other threads ask for; everything else belongs to the thread that takes turns.
         self._changed = threading.Condition()
@@ -91,6 +98,15 @@ class Engine:
             self._cancelled.add(ticket.number)
             self._changed.notify_all()
 
+    def submit_embedding(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean") -> Future[np.ndarray]:
+        """Takes texts, as token ids, from any thread -> their vectors, once there was time: see `Pooler.submit`."""
+        with self._changed:
+            if self._is_draining or self._is_stopped:
+                raise QueueFull("the server is about to stop")
+            future = self._pooler.submit(texts, pooling)
+            self._changed.notify_all()
+        return future
+
     def run(self) -> None:
         """Takes turns until `stop`, or until `drain` has nothing left to do; sleeps while there is nothing to do.
 
@@ -100,13 +116,15 @@ class Engine:
             if self.turn():
                 continue
             with self._changed:
-                if self._is_draining and not self._new:
+                is_idle = not self._new and not self._pooler.waiting
+                if self._is_draining and is_idle:
                     return
-                if not self._new and not self._cancelled and not self._is_stopped:
+                if is_idle and not self._cancelled and not self._is_stopped:
                     self._changed.wait()
         self._take_news()
         for row in list(self._rows.values()):
             self._end(row, "interrupt")
+        self._pooler.fail(RuntimeError("the engine has stopped"))
         self._count()
 
     def drain(self) -> None:
@@ -123,8 +141,9 @@ class Engine:
 
     def warm_up(self, told: Callable[[int, int], None] = lambda done, of: None) -> None:
         """Compiles the programs, by running each once; `told` hears how many of how many steps are done."""
-        of = warm_up.count(self.sizes, self.options)
-        steps = warm_up.programs(self.checkpoint, self.sizes, self.options, self._params)
+        of = warm_up.count(self.sizes, self.options) + len(self._pooler.sizes)
+        programs = warm_up.programs(self.checkpoint, self.sizes, self.options, self._params)
+        steps = itertools.chain(programs, self._pooler.warm_up())
         for done, _ in enumerate(steps, 1):
             told(done, of)
         self.statistics.warmed_up()
@@ -142,14 +161,17 @@ class Engine:
         self._end_overdue()
         for admitted in self._scheduler.admit():
             self._start_reading(self._rows[admitted])
-        number = self._scheduler.next_to_read()
-        if number is not None:
+        number = None
+        self._reads_text = bool(self._pooler.waiting) and not (self._reads_text and self._scheduler.reading)
+        if self._reads_text:
+            self._pooler.turn()
+        elif (number := self._scheduler.next_to_read()) is not None:
             self._read(self._readers[number])
         is_writing = bool(self._scheduler.writing)
         if is_writing:
             self._write()
         self._count()
-        return number is not None or is_writing
+        return number is not None or self._reads_text or is_writing
 
     def _params(self, rows: Sequence[Row | None]) -> Any:
         """The weights for rows that run together."""
@@ -172,6 +194,7 @@ class Engine:
                 self._end(row, "deadline")
 
     def _start_reading(self, row: Row) -> None:
+        row.ticket.begun = row.ticket.begun or time.perf_counter()
         row.was_long = self._is_long(row)
         number = row.ticket.number
         for reader in self._readers.values():
@@ -220,7 +243,7 @@ class Engine:
 
     def _steps(self) -> int:
         """How many tokens the next call writes: one while something else waits for its turn."""
-        if self._scheduler.reading or self._new or self._seconds_per_step is None:
+        if self._scheduler.reading or self._new or self._pooler.waiting or self._seconds_per_step is None:
             return 1
         return max(1, min(_MOST_STEPS, int(_CALL_SECONDS / self._seconds_per_step)))
 
@@ -268,6 +291,7 @@ class Engine:
             if row.answer.finish_reason is None:
                 _say_last(row, "error", f"the engine has stopped: {error!r}")
             self._forget(row)
+        self._pooler.fail(RuntimeError(f"the engine has stopped: {error!r}"))
         self._count()
 
     def _begin_empty(self) -> None:
@@ -281,7 +305,8 @@ class Engine:
     def _count(self) -> None:
         scheduler, counts = self._scheduler, self.statistics
         counts.waiting, counts.reading = len(scheduler.waiting), len(scheduler.reading)
-        counts.writing = len(scheduler.writing)
+        counts.writing, counts.embedding = len(scheduler.writing), self._pooler.waiting
+        counts.cache_used = sum(len(row.tokens) for row in self._batch.used) / (self.options.slots * self.sizes.room)
         if (known := self._prefixes) is not None:
             counts.prefix_hits, counts.prefix_misses = known.hits, known.misses
             counts.prefix_bytes, counts.prefix_chunks = known.bytes, len(known)
