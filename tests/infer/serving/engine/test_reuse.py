@@ -8,6 +8,10 @@ import pytest
 from phi3_jax.infer.engine.buckets import slot_bytes
 from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job
 from phi3_jax.infer.serving.engine.chunks import chunk_bytes
+from phi3_jax.infer.serving.engine.options import Sizes
+from phi3_jax.infer.serving.engine.prefixes import Prefixes
+from phi3_jax.infer.serving.engine.reader import Reader
+from phi3_jax.infer.serving.engine.sequence import Row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -102,6 +106,16 @@ def test_one_that_goes_while_it_is_read_leaves_nothing_in_use(tiny):
     engine.turn()
     assert is_free(engine)
     assert engine.statistics.prefix_chunks == 2
+
+
+def test_adapters_share_nothing(tiny):
+    sizes, prefixes = Sizes.of(tiny, OPTIONS), Prefixes(CHUNK, MOST)
+    for adapter, reused in ((None, 0), ("french", 0), ("german", 0), ("french", 12), (None, 12)):
+        row = Row.of(Job(SYSTEM[:13], 1, adapter=adapter), lambda piece: None, tiny, OPTIONS.room)
+        reader, before = Reader(tiny, sizes, row, prefixes), prefixes.reused
+        while not reader.is_over:
+            reader.read_piece(tiny.params)
+        assert prefixes.reused - before == reused
 
 
 @pytest.mark.slow
