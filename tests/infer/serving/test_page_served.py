@@ -6,6 +6,7 @@ import httpx
 import pytest
 from chats import small_chat
 from chromium import Chromium
+from recorded_server import POLICY
 from servers import is_idle, serving, wait_until, working
 
 from phi3_jax.infer.serving.engine import Engine, EngineOptions
@@ -34,6 +35,7 @@ def test_the_page_shows_what_the_model_writes(tiny, tmp_path, quick_compilation)
         working(Service(engine, checkpoint, "small")) as service,
         serving(service, access) as url,
     ):
+        assert httpx.get(url).headers["Content-Security-Policy"] == POLICY  # under which the other tests are run
         page.open(url)
         page.wait("document.querySelector('#key-dialog').open")
         page.type(KEY)
