@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 from tqdm import tqdm
@@ -190,13 +190,12 @@ def answer_file(input_: Path, output: Path) -> int:
     """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
     plan = _plan()
     requests = plan.read(open_file(input_))
-    names = [f"{input_}:{request.line}" for request in requests]
-    for request, name in zip(requests, names, strict=True):
-        _check_request(request, plan.defaults, name)
+    for request in requests:
+        _check_request(request, plan.defaults, f"{input_}:{request.line}")
     checkpoint = common.load_checkpoint()
     prompts = [
-        plan.defaults.prompt_of(request, checkpoint, name)
-        for request, name in zip(requests, names, strict=True)
+        plan.defaults.prompt_of(request, checkpoint, f"{input_}:{request.line}")
+        for request in requests
         if isinstance(request, Request)
     ]
     with (
@@ -294,7 +293,7 @@ def _defaults() -> Defaults:
         tuple(common.STOP.value),
         common.DEADLINE.value,
         tools,
-        common.TOOL_CHOICE.value,
+        cast(Any, common.TOOL_CHOICE.value),
         common.grammar(tools) if common.TOOL_CHOICE.value == "auto" else None,
         _LOGPROBS.value,
         _ECHO.value,
