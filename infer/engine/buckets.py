@@ -64,7 +64,7 @@ def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, 
     for batch in (batch_rung(rows), _power_of_two(rows)):
         for room in rooms:
             slots = slots_needed(config, room, most_at_once(options))
-            if batch * (slots * _slot_bytes(config, dtype) + _read_bytes(config, batch, options)) <= spare:
+            if batch * (slots * slot_bytes(config, dtype) + _read_bytes(config, batch, options)) <= spare:
                 return batch, room
     return rows, rooms[-1]
 
@@ -122,7 +122,7 @@ def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _slot_bytes(config: Phi3Config, dtype: Any) -> int:
+def slot_bytes(config: Phi3Config, dtype: Any) -> int:
     """Bytes of a row's slot, in all layers: keys, values, and with int8 their scales."""
     head = config.head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head

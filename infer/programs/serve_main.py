@@ -35,11 +35,12 @@ from . import flags as common
 
 try:
     from ..serving.engine import Engine, EngineOptions
+    from ..serving.engine.pooling import POOLINGS
     from ..serving.http.app import Access, make_app
     from ..serving.http.gate.keys import VARIABLE, read_keys
     from ..serving.http.gate.limits import Limits, is_loopback
     from ..serving.http.gate.logs import log_to
-    from ..serving.http.gate.server import Server, address, listen
+    from ..serving.http.gate.server import Server, address, listen, tell_supervisor
     from ..serving.http.service import Service
 except ImportError as error:  # the extra is not there
     if error.name not in ("starlette", "uvicorn", "h11", "prometheus_client"):
@@ -78,6 +79,7 @@ _REQUEST_SECONDS = flags.DEFINE_float(
 _DRAIN_SECONDS = flags.DEFINE_integer(
     "drain_seconds", 30, "How long the server goes on answering once it is told to end.", lower_bound=0
 )
+_POOLING = flags.DEFINE_enum("pooling", "mean", POOLINGS, "What embeddings are of a text's last hidden states.")
 _MOST_SLOTS = 16
 
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
@@ -93,6 +95,7 @@ _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
         common.MIN_P,
         common.TYPICAL_P,
         common.REPETITION_PENALTY,
+        _POOLING,
     ],
 }
 
@@ -169,6 +172,7 @@ def main() -> int:
         _defaults(),
         _limits(),
         _LOG_PROMPTS.value,
+        _POOLING.value,
     )
     log_to(sys.stderr)
     print(f"phi3-serve: {name} at {address(listening)}, {options.slots} slots", flush=True)
@@ -180,7 +184,11 @@ def main() -> int:
 async def _serve(service: Service, server: Server, listening: Any) -> int:
     """Serves until a signal comes, or the engine fails; the exit code."""
     loop, engine = asyncio.get_running_loop(), service.engine
-    service.on_failure = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+
+    def on_failure() -> None:
+        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+
+    service.on_failure = on_failure
     thread = threading.Thread(target=_work, args=[service], name="engine", daemon=True)
 
     def end(number: signal.Signals) -> None:
@@ -188,6 +196,7 @@ async def _serve(service: Service, server: Server, listening: Any) -> int:
             interrupts.end_by(number)
         if service.state != "failed":
             service.state = "draining"
+        tell_supervisor("STOPPING=1")
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -208,22 +217,15 @@ async def _serve(service: Service, server: Server, listening: Any) -> int:
 def _work(service: Service) -> None:
     """The engine's thread."""
     with contextlib.ExitStack() as stack:
-        told = stack.enter_context(progress_bar("warming up", ""))
+        on_progress = stack.enter_context(progress_bar("warming up", ""))
 
-        def on_progress(done: int, of: int) -> None:
-            if service.state != "warming up":
-                raise _EndedError
-            told(done, of)
-            if done == of:
-                stack.close()
-                print("phi3-serve: ready", flush=True)
+        def on_ready() -> None:
+            stack.close()  # the bar disappears
+            print("phi3-serve: ready", flush=True)
+            tell_supervisor("READY=1")
 
-        with contextlib.suppress(_EndedError):
-            service.work(on_progress)
-
-
-class _EndedError(BaseException):
-    """Told to end while it warms up."""
+        service.on_ready = on_ready
+        service.work(on_progress)
 
 
 def run() -> None:

@@ -1,6 +1,6 @@
 """Who waits, who is read, who writes: the engine's decisions, without JAX.
 
-    waiting -> reading -> writing -> ended        (a row that crosses LongRoPE's border goes back from writing to reading)
+    waiting -> reading -> writing -> ended     (back from writing to reading where LongRoPE's border is crossed)
 
 Jobs are known by their numbers. One that is read or writes has a slot, which it keeps until it ends.
 """
@@ -17,8 +17,9 @@ class Scheduler:
 
     Attributes:
       slots: how many jobs are read or write at a time.
-      queue: how many may wait.
-      readers: how many are read at a time, chunk by chunk in turn, so that a long prompt does not stall a short one.
+      queue: how many jobs may be there beside as many as there are slots.
+      readers: no other job is admitted while so many are read, chunk by chunk in turn, so that a long prompt does not
+        stall a short one.
     """
 
     def __init__(self, slots: int, queue: int, readers: int):
@@ -26,6 +27,10 @@ class Scheduler:
         self._waiting: deque[int] = deque()
         self._reading: deque[int] = deque()  # the next to read is the first
         self._writing: list[int] = []
+
+    def __len__(self) -> int:
+        """How many jobs there are."""
+        return len(self._waiting) + len(self._reading) + len(self._writing)
 
     @property
     def waiting(self) -> list[int]:
@@ -43,9 +48,9 @@ class Scheduler:
         return list(self._writing)
 
     def add(self, number: int) -> None:
-        """A new job waits. Raises QueueFull if too many do."""
-        if len(self._waiting) >= self.queue:
-            raise QueueFull(f"{len(self._waiting)} requests wait already; try again later")
+        """A new job waits. Raises QueueFull if there are too many."""
+        if len(self) >= self.slots + self.queue:
+            raise QueueFull(f"{self.queue} requests wait already; try again later")
         self._waiting.append(number)
 
     def admit(self) -> list[int]:
@@ -62,9 +67,8 @@ class Scheduler:
         """The job whose turn it is to be read a piece further; it is the last in line then."""
         if not self._reading:
             return None
-        number = self._reading.popleft()
-        self._reading.append(number)
-        return number
+        self._reading.rotate(-1)
+        return self._reading[-1]
 
     def has_read(self, number: int) -> None:
         """A job's text has been read to its end: it writes from now on."""

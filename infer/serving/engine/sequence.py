@@ -1,22 +1,24 @@
-"""A job while it is carried out, as the host knows it, and the settings of several of them for the device."""
+"""A job while it is carried out, as the host knows it."""
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 
-from ...answer import Answer, NewTokens, Piece
-from ...engine.decoding import Settings
+from ...answer import Answer, Piece
+from ...engine import NewTokens
 from ...engine.failures import NO_TOKEN, explain
-from ...sampling import Sampling, SamplingArrays
+from ...sampling import Sampling
 from ...sampling.grammar import GrammarMasks
+from ...sampling.logprobs import TokenLogprob
 from .jobs import Job, Ticket
+from .options import MOST_BIASES, MOST_LISTED
 
 Listener = Callable[[Piece], None]
 
@@ -32,6 +34,8 @@ class Row:
       masks: of the job's grammar.
       ends_at: when its time is over, by `time.monotonic`.
       was_long: whether its keys were made with LongRoPE's long factors.
+      grammar_error: what the grammar says of a dead end.
+      written: how many tokens the listener was told.
     """
 
     job: Job
@@ -44,11 +48,12 @@ class Row:
     ends_at: float | None
     was_long: bool = False
     grammar_error: str | None = None
+    written: int = 0
 
     @classmethod
     def of(cls, job: Job, listener: Listener, checkpoint: Checkpoint, room: int) -> Row:
         """Checks a job. Raises ValueError for one that cannot be carried out."""
-        config, prompt = checkpoint.config, list(job.prompt)
+        config, prompt = checkpoint.config, [operator.index(token) for token in job.prompt]
         if not prompt:
             raise ValueError("the prompt has no tokens")
         if outside := [token for token in prompt if not 0 <= token < config.vocab_size][:5]:
@@ -59,7 +64,9 @@ class Row:
             raise ValueError(f"the prompt has {len(prompt)} tokens, and with its answer at most {room} have room")
         if job.echo and job.logprobs is None:
             raise ValueError("echo records log-probabilities: give logprobs, too, for instance logprobs=0")
-        SamplingArrays.of([job.sampling], config.vocab_size)  # names tokens outside of the vocabulary
+        if job.seconds is not None and not job.seconds >= 0:
+            raise ValueError(f"seconds={job.seconds} must be a number of at least 0")
+        _check_lists(job.sampling, config.vocab_size)
         masks = None
         if job.grammar is not None:
             if checkpoint.tokenizer is None:
@@ -82,36 +89,40 @@ class Row:
             self.grammar_error = str(error)
             return np.zeros(words, np.uint32)
 
-    def add(self, token_ids: list[int], flag: int) -> str | None:
-        """Adds new tokens -> why the row cannot go on, by a flag of failures.py (0: it can)."""
+    def add(self, token_ids: list[int], logprobs: list[TokenLogprob] | None, flag: int) -> NewTokens:
+        """Adds tokens that a call has written.
+
+        Args:
+          logprobs: of them, as the engine records them: cut to what the job asks for.
+          flag: of failures.py: why the row cannot go on; 0: it can.
+        """
         self.tokens += token_ids
         if self.masks is not None:
             for token in token_ids:
                 self.masks.push(0, token)
-        if not flag:
+        error = None
+        if flag:
+            own = self.grammar_error if flag == NO_TOKEN else None
+            error = own or explain(flag, len(self.tokens) - len(self.job.prompt))
+        return NewTokens(token_ids, None if logprobs is None else self.cut(logprobs), error)
+
+    def cut(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob] | None:
+        """Recorded log-probabilities with as many likely tokens as the job asks for; None if it asks for none."""
+        if (most := self.job.logprobs) is None:
             return None
-        own = self.grammar_error if flag == NO_TOKEN else None
-        return own or explain(flag, len(self.tokens) - len(self.job.prompt))
+        return [dataclasses.replace(each, top=dict(list(each.top.items())[:most])) for each in logprobs]
 
-    def tell(self, new: NewTokens, ended: bool) -> None:
-        """Makes a piece of the answer of new tokens, and tells the listener."""
-        if self.job.logprobs is not None and new.logprobs is not None:
-            most = self.job.logprobs
-            cut = [dataclasses.replace(each, top=dict(list(each.top.items())[:most])) for each in new.logprobs]
-            new = dataclasses.replace(new, logprobs=cut)
-        elif new.logprobs is not None:
-            new = dataclasses.replace(new, logprobs=None)
-        self.listener(self.answer.add(new, "length" if ended else None))
+    def tell(self, piece: Piece) -> None:
+        """Tells the listener, who may raise anything."""
+        self.written += len(piece.token_ids)
+        self.listener(piece)
 
 
-def settings_of(rows: Sequence[Row | None], checkpoint: Checkpoint) -> Settings:
-    """The settings of rows for the device; None is a row that is not used."""
-    nothing = Sampling()
-    return Settings(
-        limits=jnp.asarray([0 if row is None else row.limit for row in rows], jnp.int32),
-        end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),
-        sampling=SamplingArrays.of(
-            [nothing if row is None else row.job.sampling for row in rows], checkpoint.config.vocab_size
-        ).for_any(),
-        prompt_lengths=jnp.asarray([0 if row is None else len(row.job.prompt) for row in rows], jnp.int32),
-    )
+def _check_lists(sampling: Sampling, vocab_size: int) -> None:
+    """Raises ValueError for token ids that are not in the vocabulary, and for lists that are too long."""
+    for name, most in (("logit_bias", MOST_BIASES), ("banned_tokens", MOST_LISTED), ("forced_tokens", MOST_LISTED)):
+        ids = list(getattr(sampling, name))
+        if outside := [token for token in ids if token >= vocab_size][:5]:
+            raise ValueError(f"{name} names tokens {outside} outside of the vocabulary of {vocab_size}")
+        if len(ids) > most:
+            raise ValueError(f"{name} has {len(ids)} entries, and the engine has room for {most}: give fewer")

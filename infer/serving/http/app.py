@@ -19,14 +19,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from . import chat, completions, models, texts
+from . import chat, completions, embeddings, metrics, models, ollama, openapi, responses, texts
 from .errors import ApiError
 from .gate.keys import Authentication, Keys
 from .gate.limits import Bodies, Errors, Origins
 from .gate.logs import Logged
 from .service import Service
 
-ENDPOINTS = (chat, completions, models, texts)
+ENDPOINTS = (chat, completions, responses, embeddings, models, texts, ollama, metrics, openapi)
 
 _PAGE = resources.files(__package__.rpartition(".")[0]) / "page"
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
@@ -60,7 +60,8 @@ class Access:
 def make_app(service: Service, access: Access | None = None) -> Starlette:
     """The app of a service; by default only for this machine, where everyone may use it."""
     access = access or Access()
-    layers = [Middleware(Logged)]
+    paths = [route.path for endpoint in ENDPOINTS for route in endpoint.routes]
+    layers = [Middleware(Logged), Middleware(metrics.Counted, metrics=service.metrics, paths=paths)]
     if access.origins:
         layers.append(
             Middleware(

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from phi3_jax.json_files import parse
 from phi3_jax.text import ToolCall, ToolCallParser, call_schema
 
 from ...answer import Piece
@@ -305,16 +306,16 @@ def _read_part(fields: Fields) -> str:
 
 
 def _read_call(fields: Fields) -> dict[str, Any]:
+    """A call of an earlier answer. Its arguments come as a JSON text; templates want the object."""
     fields.only("type", "function")
     function = Fields(fields.required("function"), fields.name("function"))
     name, arguments = function.text("name", ""), function.get("arguments")
-    if arguments is not None and not isinstance(arguments, str | dict):
-        raise function.wrong("arguments", "JSON as a text")
-    return {
-        "id": fields.text("id", ""),
-        "type": "function",
-        "function": {"name": name, "arguments": {} if arguments in (None, "") else arguments},
-    }
+    if isinstance(arguments, str):
+        text = arguments or "{}"
+        arguments = attempt(lambda: parse(text), function.name("arguments"))
+    if not isinstance(arguments := {} if arguments is None else arguments, dict):
+        raise function.wrong("arguments", "an object, as a JSON text")
+    return {"id": fields.text("id", ""), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def read_tool_use(fields: Fields, most: int) -> ToolUse:
@@ -373,6 +374,11 @@ def read_response_format(fields: Fields, key: str = "response_format") -> Gramma
         return None if kind == "text" else Grammar.json_schema({"type": "object"})
     described = Fields(form.required("json_schema"), form.name("json_schema"))
     schema, place = described.required("schema"), described.name("schema")
+    described.text("name", None)
+    described.text("description", None)
+    described.truth("strict", False)
+    described.refuse_others()
+    form.refuse_others()
     check_schema(schema, place)
     return attempt(lambda: Grammar.json_schema(schema), place)
 

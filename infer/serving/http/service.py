@@ -12,7 +12,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from importlib.metadata import version
 from typing import Any, Literal, TypeVar
+
+import jax
 
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 from phi3_jax.text import encode_chat
@@ -20,8 +23,10 @@ from phi3_jax.text import encode_chat
 from ...answer import Generation, Piece
 from ...sampling import Sampling
 from ..engine import Engine, Job, QueueFull, Ticket
+from ..engine.pooling import Pooling
 from .errors import ApiError, invalid, too_many, unavailable
 from .gate.limits import Limits
+from .metrics import Metrics
 
 T = TypeVar("T")
 State = Literal["warming up", "ready", "draining", "failed"]
@@ -38,6 +43,7 @@ class Service:
       sampling: what requests leave open. OpenAI's defaults, unless the program was told others.
       limits: of requests.
       log_prompts: whether the log may hold what users write.
+      pooling: of embeddings that leave it open.
       state: what it can do now.
       failure: why it failed.
       created: seconds since 1970, of its begin.
@@ -50,14 +56,19 @@ class Service:
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(temperature=1.0))
     limits: Limits = dataclasses.field(default_factory=Limits)
     log_prompts: bool = False
+    pooling: Pooling = "mean"
     state: State = "warming up"
     failure: str | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    on_failure: Callable[[], None] | None = None
+    on_ready: Callable[[], None] = lambda: None
+    on_failure: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.tokenizer = require_tokenizer(self.checkpoint)
         self._open: set[Answers] = set()
+        self.metrics = Metrics(
+            self.engine, {"version": version("phi3_jax"), "jax": jax.__version__, "model": self.model}
+        )
 
     @property
     def context(self) -> int:
@@ -67,20 +78,28 @@ class Service:
     def work(self, told: Callable[[int, int], None] = lambda done, of: None) -> None:
         """What the engine's thread does: warms up, then answers until the engine is stopped.
 
-        If it fails, whoever waits is told, and `on_failure` is called.
+        `on_ready` is called in between. If it fails, whoever waits is told, and `on_failure` is called.
         """
+
+        def on_step(done: int, of: int) -> None:
+            if self.state != "warming up":
+                raise _EndedError
+            told(done, of)
+
         try:
-            self.engine.warm_up(told)
+            self.engine.warm_up(on_step)
             if self.state == "warming up":
                 self.state = "ready"
+                self.on_ready()
             self.engine.run()
+        except _EndedError:
+            pass
         except BaseException as error:  # whatever it is, nobody is answered any more
             self.failure = f"{type(error).__name__}: {error}"
             self.state = "failed"
             for answers in list(self._open):
                 answers.fail(ApiError(500, "the engine has failed; the server restarts"))
-            if self.on_failure is not None:
-                self.on_failure()
+            self.on_failure()
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a name asks for, None for the model itself. Raises ApiError (404) for another name."""
@@ -144,7 +163,7 @@ class Service:
           ApiError: 400 for a job that makes no sense, 429 if the queue is full, 503 if the engine does not run.
         """
         self.check_ready()
-        answers = Answers(self.engine, self._open)
+        answers = Answers(self.engine, self.metrics, self._open)
         try:
             for row, job in enumerate(jobs):
                 seconds = min(job.seconds or self.limits.request_seconds, self.limits.request_seconds)
@@ -172,6 +191,10 @@ class Service:
                 yield piece
 
 
+class _EndedError(Exception):
+    """Told to end while it warms up."""
+
+
 class Answers:
     """Answers while they are written, in the order in which their pieces come; a piece's `row` is its job's index.
 
@@ -179,10 +202,11 @@ class Answers:
       tickets: of the jobs.
     """
 
-    def __init__(self, engine: Engine, among: set[Answers]):
-        self._engine, self._among = engine, among
+    def __init__(self, engine: Engine, metrics: Metrics, among: set[Answers]):
+        self._engine, self._metrics, self._among = engine, metrics, among
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Piece | ApiError]()
         self._unfinished: set[int] = set()
+        self._begun: set[int] = set()
         self.tickets: list[Ticket] = []
         among.add(self)
 
@@ -192,7 +216,7 @@ class Answers:
         def listen(piece: Piece) -> None:  # in the engine's thread
             self._put(dataclasses.replace(piece, row=row))
 
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, job, listen))
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._metrics.submit, job, listen))
         try:
             self.tickets.append(await asyncio.shield(submitting))
         except asyncio.CancelledError:  # the thread goes on
@@ -208,7 +232,7 @@ class Answers:
         return self
 
     async def __anext__(self) -> Piece:
-        """The next piece. Raises ApiError if an answer cannot go on."""
+        """The next piece. Raises ApiError if an answer cannot go on, or had no time to begin."""
         if not self._unfinished:
             raise StopAsyncIteration
         piece = await self._queue.get()
@@ -216,6 +240,9 @@ class Answers:
             raise piece
         if piece.finish_reason is not None:
             self._unfinished.discard(piece.row)
+        if piece.finish_reason == "deadline" and not piece.token_ids and piece.row not in self._begun:
+            raise unavailable("the request was not answered in time; try again")
+        self._begun.add(piece.row)
         if piece.finish_reason == "error":
             raise ApiError(500, piece.error or "the answer could not go on")
         if piece.finish_reason == "interrupt":
@@ -223,7 +250,7 @@ class Answers:
         return piece
 
     async def whole(self) -> list[Generation]:
-        """All answers, complete. Raises ApiError if one cannot go on, or had no time to begin."""
+        """All answers, complete. Raises ApiError as `__anext__`."""
         pieces: list[list[Piece]] = [[] for _ in self.tickets]
         async for piece in self:
             pieces[piece.row].append(piece)
@@ -253,7 +280,5 @@ def _joined(pieces: Sequence[Piece], ticket: Ticket) -> Generation:
     reason = pieces[-1].finish_reason
     assert reason is not None
     tokens = [token for piece in pieces for token in piece.token_ids]
-    if reason == "deadline" and not tokens:
-        raise unavailable("the request was not answered in time; try again")
     logprobs = None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []]
     return Generation("".join(piece.text for piece in pieces), tokens, reason, logprobs, ticket.prompt_logprobs)

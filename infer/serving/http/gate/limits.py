@@ -172,11 +172,19 @@ class Bodies:
             await left.wait()
             return {"type": "http.disconnect"}
 
-        running = asyncio.ensure_future(self._app(scope, replay, send))
+        complete = False
+
+        async def watched(message: Message) -> None:
+            nonlocal complete
+            # Before it is sent: servers say "disconnect" once a response is complete, too.
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        running = asyncio.ensure_future(self._app(scope, replay, watched))
         watching = asyncio.ensure_future(self._gone(receive))
         try:
             await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
+            if not running.done() and not complete:
                 left.set()
                 note(scope, gone=True)
                 running.cancel()

@@ -89,5 +89,5 @@ class Logged:
                 "seconds": round(time.perf_counter() - begin, 4),
                 **facts,
             }
-            quiet = scope["path"] in _QUIET and status is not None and status < 400
+            quiet = scope["path"] in _QUIET and status in (200, 503)
             LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"facts": facts})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any, cast
@@ -54,6 +55,14 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         raise OSError(f"--host={host} --port={port}: cannot listen there: {error.strerror or error}") from None
+
+
+def tell_supervisor(state: str) -> None:
+    """Tells systemd, if it has asked for it, how far the service is: "READY=1", "STOPPING=1" (man sd_notify)."""
+    if place := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+            told.connect("\0" + place[1:] if place.startswith("@") else place)
+            told.send(state.encode())
 
 
 def address(listening: socket.socket) -> str:

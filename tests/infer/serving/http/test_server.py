@@ -1,9 +1,12 @@
 """The server with a small model, beside `generate`, over a real connection."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import socket
+import threading
+import time
 
 import httpx
 import pytest
@@ -11,8 +14,9 @@ from chats import small_chat
 from servers import is_idle, serving, wait_until, working
 
 import phi3_jax
-from phi3_jax.infer import Options, Sampling, generate
-from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job
+from phi3_jax.infer import Options, Piece, Sampling, generate
+from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, QueueFull
+from phi3_jax.infer.serving.http.chat import Choice, ToolUse
 from phi3_jax.infer.serving.http.gate import Limits
 from phi3_jax.infer.serving.http.service import Service
 
@@ -30,9 +34,22 @@ TOOL = {
 }
 
 
+CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "x=1"}}]}
+# Says all that there is: tools, calls and their results.
+TEMPLATE = (
+    "{% for t in tools or [] %}<|user|>{{ t.function.name }}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}<|end|>"
+    "{% else %}<|user|>{% if m.role == 'system' %}!{% endif %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
 @pytest.fixture(scope="module")
 def service(tiny, tmp_path_factory):
     checkpoint = small_chat(tiny, tmp_path_factory.mktemp("tokenizer"))
+    tokenizer = dataclasses.replace(checkpoint.tokenizer, chat_template=TEMPLATE)
+    checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
     engine = Engine(checkpoint, EngineOptions(slots=1, room=ROOM, queue=4, chunk=16))
     limits = Limits(keep_alive=0.05, choices=4, body_bytes=50_000)
     with working(Service(engine, checkpoint, "small", limits=limits)) as it:
@@ -162,7 +179,6 @@ def test_answers_fit_a_schema(client):
     assert ask(client, response_format={"type": "json_object"})["choices"][0]["message"]["content"][0] == "{"
 
 
-@pytest.mark.filterwarnings("ignore:.*drops.*")
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_calls_that_are_required_come_whole_and_as_deltas(client, choice):
     asked = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 80}
@@ -178,10 +194,43 @@ def test_calls_that_are_required_come_whole_and_as_deltas(client, choice):
     assert rest["function"]["arguments"] == call["function"]["arguments"]
 
 
-@pytest.mark.filterwarnings("ignore:.*drops.*")
-def test_tools_that_may_not_be_called_are_not_shown(service, client):
-    wanted = expected(service, chat_ids(service)).text
-    assert ask(client, tools=[TOOL], tool_choice="none")["choices"][0]["message"]["content"] == wanted
+def test_tools_are_shown_unless_they_may_not_be_called(client):
+    def written(**fields):
+        found = ask(client, "/tokenize", **fields)["tokens"]
+        return ask(client, "/detokenize", tokens=found)["prompt"]
+
+    assert written(messages=HI, tools=[TOOL]) == "<|user|>add<|user|>Hi<|end|><|assistant|>"
+    assert written(messages=HI, tools=[TOOL], tool_choice="none") == "<|user|>Hi<|end|><|assistant|>"
+    call = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": '{"x": 23}'}}
+    turns = [
+        {"role": "developer", "content": "Be"},
+        *HI,
+        {"role": "assistant", "content": None, "tool_calls": [call], "audio": None},
+        {"role": "tool", "tool_call_id": "a1", "content": [{"type": "text", "text": "42"}]},
+    ]
+    wanted = "<|user|>add<|user|>!Be<|end|><|user|>Hi<|end|>add(23)<|end|><|user|>42<|end|>"
+    assert written(messages=turns, tools=[TOOL], add_generation_prompt=False) == wanted
+    shown = ask(client, messages=HI, tools=[TOOL])["usage"]["prompt_tokens"]
+    assert shown == ask(client, tools=[TOOL], tool_choice="none")["usage"]["prompt_tokens"] + 4
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_calls_that_a_model_chooses_are_found_in_its_text(service, most):
+    text = 'So: <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call><tool_call>{"name": "add"}</tool_call>'
+    choice, deltas = Choice(service, ToolUse([TOOL], most=most)), []
+    for i, character in enumerate(text):
+        end = "stop" if i == len(text) - 1 else None
+        deltas += choice.add(Piece(0, character, [5], None, end))
+    count = most or 2
+    assert [(call.name, call.arguments) for _, call in choice.calls] == [("add", {"x": 1}), ("add", {})][:count]
+    assert (choice.finish_reason, choice.tokens) == ("tool_calls", len(text))
+    assert "".join(delta.get("content", "") for delta in deltas) == "So: "
+    parts = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert [part["index"] for part in parts] == [0, 0, 1, 1][: 2 * count]
+    assert [part["function"]["arguments"] for part in parts] == ["", '{"x": 1}', "", "{}"][: 2 * count]
+    assert len({part["id"] for part in parts if "id" in part}) == count
+    message = choice.whole()["message"]
+    assert (message["content"], len(message["tool_calls"])) == ("So:", count)
 
 
 @pytest.mark.parametrize("echo", [False, True])
@@ -296,6 +345,7 @@ def test_models_are_known_by_their_names(client):
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [CALLED]}, "messages[0].tool_calls[0].function.arguments"),
         ({"temprature": 1}, "temprature"),
         ({"audio": {"voice": "x"}}, "audio"),
     ],
@@ -338,27 +388,33 @@ def test_who_leaves_frees_the_slot_at_once(service, client, stream):
 
 def test_a_full_queue_is_told_to_try_again(service, client):
     wait_until(lambda: is_idle(service))
-    jobs = [Job([5], 120, Sampling(temperature=1.0, seed=i, min_new_tokens=120)) for i in range(5)]
-    tickets = [service.engine.submit(job, lambda piece: None) for job in jobs]
+    go_on = threading.Event()
+    with contextlib.suppress(QueueFull):
+        while True:
+            service.engine.submit(Job([5], 2), lambda piece: go_on.wait(10))
     response = client.post("/v1/chat/completions", json={"messages": HI})
-    for ticket in tickets:
-        service.engine.cancel(ticket)
+    go_on.set()
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert response.json()["error"]["type"] == "rate_limit_error"
     wait_until(lambda: is_idle(service))
 
 
 def test_an_answer_ends_when_its_time_is_over(service, client, monkeypatch):
-    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, request_seconds=0.02))
-    choice = ask(client, max_tokens=120, min_tokens=120)["choices"][0]
-    assert choice["finish_reason"] == "length"
-    assert len(choice["message"]["content"]) < 120
+    turn = service.engine.turn
+    monkeypatch.setattr(service.engine, "turn", lambda: time.sleep(0.03) or turn())
+    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, request_seconds=0.08))
+    response = client.post("/v1/chat/completions", json={"messages": HI, "max_tokens": 120, "min_tokens": 120})
+    if response.status_code == 200:
+        assert response.json()["choices"][0]["finish_reason"] == "length"
+        assert response.json()["usage"]["completion_tokens"] < 120
+    else:  # it had not even begun
+        assert (response.status_code, response.headers["retry-after"]) == (503, "2")
 
 
 def test_the_log_says_what_happened_but_not_what_was_said(client, caplog):
     caplog.set_level(logging.DEBUG, "phi3_jax.serving")
     secret = [{"role": "user", "content": "my secret"}]
-    response = client.post("/v1/chat/completions", json={"messages": secret, "max_tokens": 3})
+    response = client.post("/v1/chat/completions", json={"messages": secret, "max_tokens": 3, "min_tokens": 3})
     wait_until(lambda: caplog.records)
     facts = caplog.records[-1].facts
     assert response.headers["x-request-id"] == facts["id"]
