@@ -128,6 +128,7 @@ class FolderRun:
             requests = plan.read(each)
             for request in requests:
                 check(request, f"{each.name}:{request.line}")
+            self._plan = self._plan.with_lists_of(requests)
             self._parts.append(_Part(output / name, requests, settings))
         for part in self._parts:
             part.look()

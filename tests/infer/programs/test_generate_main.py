@@ -276,7 +276,10 @@ def test_a_bad_line_is_found_before_anything_runs(program, batch, tmp_path, line
         (["--prompt", "x", "--top_k", "0"], "top_k=0 must be"),
         (["--prompt", "x", "--deadline", "nan"], "deadline=nan must be"),
         (["--input", "x", "--output", "y", "--deadline", "-1"], "deadline=-1.0 must be"),
-        (["--input", "x", "--output", "y", "--speculate", "lookup"], "--speculate=lookup is for one prompt"),
+        (
+            ["--input", "x", "--output", "y", "--speculate", "demo"],
+            "--speculate=demo is for one prompt: .* give lookup",
+        ),
         (["--input", "x", "--output", "y", "--prompt_cache", "z"], "--prompt_cache=z is for one prompt"),
         (["--input", "x", "--output", "y", "--rope_policy", "batch"], "--rope_policy=batch is for one prompt"),
         (["--prompt", "x", "--ray", "auto"], "--ray is for --input and --output"),
