@@ -153,7 +153,7 @@ class Batch:
     def _new_state(self) -> decoding.DecodeState:
         assert self._cache is not None
         wants = any(row.job.logprobs is not None for row in self.used)
-        self._settings = settings_of(self.rows, self._checkpoint)
+        self._settings = settings_of(self.rows, self._checkpoint, self._sizes)
         logprobs = self._sizes.top_logprobs if wants else None
         return state_of(self.rows, self._settings, self._sizes, self._cache, logprobs)
 

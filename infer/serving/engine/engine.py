@@ -78,7 +78,7 @@ class Engine:
         if job.adapter is not None:
             raise ValueError(f"there is no adapter {job.adapter!r}")
         self._check_open()  # before the work of a grammar
-        row = Row.of(job, listener, self.checkpoint, self.sizes.room)
+        row = Row.of(job, listener, self.checkpoint, self.sizes)
         with self._changed:
             self._check_open()
             self._taken += 1
