@@ -41,7 +41,7 @@ class Server:
                 return response.status, response.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-        except (urllib.error.URLError, OSError):
+        except OSError:
             return 0, b""
 
     def metrics(self) -> dict[str, float]:
