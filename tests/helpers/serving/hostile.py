@@ -152,13 +152,14 @@ BODIES = {
     "empty": b"", "no JSON": b"x", "a list": b"[]", "a number": b"1", "null": b"null", "half": b'{"prompt": "x"',
     "other quotes": b"{'prompt': 'x'}", "twice": b'{"prompt": "x", "prompt": "y"}', "a key of NaN": b'{NaN: 1}',
     "bad UTF-8": b'{"prompt": "\xff\xfe"}', "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
-    "Latin-1": b'{"prompt": "\xe9"}', "overlong UTF-8": b'{"prompt": "\xc0\xaf"}', "a surrogate in UTF-8": b'{"prompt": "\xed\xa0\x80"}',
+    "Latin-1": b'{"prompt": "\xe9"}', "overlong UTF-8": b'{"prompt": "\xc0\xaf"}',
+    "a surrogate in UTF-8": b'{"prompt": "\xed\xa0\x80"}',
     "NUL": b'{"prompt": "\x00"}', "a NUL behind": b"{}\x00", "more behind": b"{}{}",
     "an unknown field": b'{"zzz": 1}',
     "deep lists": b"[" * _DEEP + b"]" * _DEEP, "a deep field": b'{"prompt":' + b"[" * _DEEP + b"]" * _DEEP + b"}",
     "deep objects": b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
-    "many lists": b'{"prompt": [' + b"[]," * 400_000 + b"[]]}",
-    "many keys": b"{" + b",".join(b'"k%d":1' % i for i in range(50_000)) + b"}",
+    "many lists": b'{"prompt": [' + b"[]," * 90_000 + b"[]]}",
+    "many keys": b"{" + b",".join(b'"k%d":1' % i for i in range(30_000)) + b"}",
     "a long number": b'{"prompt": ' + b"9" * 50_000 + b"}",
 }  # fmt: skip
 HEADERS = {
