@@ -69,6 +69,11 @@ def random_checkpoint() -> None:
     _run("phi3_jax.infer.programs.random_checkpoint_main")
 
 
+def serve() -> None:
+    """phi3-serve."""
+    _run("phi3_jax.infer.programs.serve_main")
+
+
 def train() -> None:
     """phi3-train."""
     _run("phi3_jax.train.programs.train_main")

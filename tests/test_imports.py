@@ -28,6 +28,8 @@ infer.engine
 infer.answer
 infer.generate infer.conversation infer.beam infer.benchmark
 infer.inspection infer.serving.engine
+infer.serving.http.errors
+infer.serving.http.gate
 infer.serving.http infer.serving.batch
 infer.serving
 infer.__init__

@@ -21,7 +21,7 @@ from phi3_jax.checkpoint.peft.settings import read_settings
 from phi3_jax.checkpoint.peft.trained_on import warn_of_others
 from phi3_jax.infer.conversation import load_messages
 from phi3_jax.infer.programs import flags
-from phi3_jax.infer.programs.requests import parse_object
+from phi3_jax.infer.serving.batch.requests import parse_object
 from phi3_jax.model.decoder import rms_norm
 from phi3_jax.model.rope import inverse_frequencies
 from phi3_jax.text import load_tokenizer

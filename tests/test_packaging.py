@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_library_and_both_applications_once(wheel):
     others = {
         str(path.relative_to(ROOT)) for kind in ("cpp", "h", "typed") for path in ROOT.glob(f"phi3_jax/**/*.{kind}")
     }
-    others |= {f"phi3_jax/{path.relative_to(ROOT)}" for path in ROOT.glob("infer/inspection/page/*")}
+    others |= {f"phi3_jax/{path.relative_to(ROOT)}" for path in ROOT.glob("infer/*/page/*")}
     assert others <= set(zipfile.ZipFile(wheel).namelist())
 
 

@@ -26,7 +26,7 @@ def test_the_python_of_the_readme_runs_as_printed(demo, capsys):
 
 
 def test_the_files_that_the_documents_name_exist():
-    guides = ("train", "phi3_jax/kernels", "phi3_jax/inspection", "infer/inspection")
+    guides = ("train", "phi3_jax/kernels", "phi3_jax/inspection", "infer/inspection", "infer/serving")
     for document in ("README.md", "CONTRIBUTING.md", *(f"{folder}/README.md" for folder in guides)):
         path = ROOT / document
         for name in re.findall(r"\]\(([\w/.]+)\)", path.read_text()):

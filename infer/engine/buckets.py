@@ -64,9 +64,16 @@ def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, 
     for batch in (batch_rung(rows), _power_of_two(rows)):
         for room in rooms:
             slots = slots_needed(config, room, most_at_once(options))
-            if batch * (slots * _slot_bytes(config, dtype) + _read_bytes(config, batch, options)) <= spare:
+            if batch * (slots * slot_bytes(config, dtype) + _read_bytes(config, batch, options)) <= spare:
                 return batch, room
     return rows, rooms[-1]
+
+
+def rows_that_fit(checkpoint: Checkpoint, tokens: int, dtype: Any, most: int) -> int:
+    """The largest power of two, up to `most`, of rows of so many tokens that take half of the memory beside weights."""
+    spare = (_memory() - _size(checkpoint.params)) / 2
+    row = slots_needed(checkpoint.config, tokens, most_at_once(Options())) * _slot_bytes(checkpoint.config, dtype)
+    return max(1, min(most, _power_of_two(int(spare / row) + 1) // 2))
 
 
 def most_at_once(options: Options) -> int:
@@ -115,7 +122,7 @@ def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _slot_bytes(config: Phi3Config, dtype: Any) -> int:
+def slot_bytes(config: Phi3Config, dtype: Any) -> int:
     """Bytes of a row's slot, in all layers: keys, values, and with int8 their scales."""
     head = config.head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head

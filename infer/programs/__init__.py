@@ -2,6 +2,5 @@
 and phi3-random-checkpoint.
 
 A program is a module whose name ends in _main, with flags, progress bars and exit codes; flags.py has the flags that
-several share, calls.py prints the calls of tools, requests.py and answer_file.py read and write the JSON lines of
-phi3-generate. Nothing imports a program.
+several share, calls.py prints the calls of tools. Nothing imports a program.
 """

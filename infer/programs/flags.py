@@ -153,6 +153,11 @@ def load_checkpoint() -> phi3_jax.Checkpoint:
     return _load(CHECKPOINT.value, DTYPE.value, QUANTIZE.value, ADAPTER.value)
 
 
+def load_arguments() -> dict[str, Any]:
+    """The arguments of `phi3_jax.load` that do the same on another machine."""
+    return {"path": CHECKPOINT.value, "dtype": DTYPE.value, "quantize": QUANTIZE.value, "adapter": ADAPTER.value}
+
+
 def load_draft(path: str, checkpoint: phi3_jax.Checkpoint) -> phi3_jax.Checkpoint:
     """Loads the draft model of --speculate, for a model.
 

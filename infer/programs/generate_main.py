@@ -4,14 +4,16 @@ phi3-generate --checkpoint demo --prompt "The capital of France is"
 phi3-generate --checkpoint demo --chat --prompt "Who wrote Hamlet?" --temperature 0.7
 phi3-generate --checkpoint microsoft/Phi-4-mini-instruct --chat --tools tools.json --prompt "Is it raining in Rome?"
 phi3-generate --checkpoint demo --input questions.jsonl --output answers.jsonl --batch_size 8
+phi3-generate --checkpoint demo --input 's3://bucket/questions/*.jsonl' --output answers --ray auto
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,18 @@ from phi3_jax.command_line.interrupts import asked, interruptible, settle
 from phi3_jax.command_line.program import run_program
 from phi3_jax.text import ToolCallParser
 
-from ..answer import Answer, Generation, write_answers
+from ..answer import Answer, write_answers
 from ..beam import MOST_BEAMS, beam_search
 from ..engine import Options, Run
-from ..generate import generate
-from ..prompts import check_prompt
-from ..sampling import Sampling, SamplingArrays, TokenLogprob
+from ..sampling import Sampling
+from ..serving.batch import AnswerFile, Defaults, Request, answer_all, room_for
+from ..serving.batch.json_lines import open_file
+from ..serving.batch.openai_form import MOST_CHOICES, ApiRequest, answer_lines, lengths_of
+from ..serving.batch.ray_pipeline import FolderRun, find_inputs
+from ..serving.batch.workers import Plan
+from ..serving.engine import Engine
 from . import flags as common
-from .answer_file import AnswerFile
 from .calls import print_calls
-from .requests import Request, read_requests
 
 _INPUT = flags.DEFINE_string(
     "input",
@@ -46,8 +50,25 @@ _OUTPUT = flags.DEFINE_string(
     None,
     "Where the lines go with their answers. An interrupted run goes on where it stopped, with the same command.",
 )
+_RAY = flags.DEFINE_string(
+    "ray",
+    None,
+    "The address of a Ray cluster, auto for that of this machine, or local for a new one: --input names several files, "
+    "such as 'questions/*.jsonl' or 's3://bucket/questions/*.jsonl', and --output a folder. Needs the extra ray.",
+)
+_RAY_ACTORS = flags.DEFINE_integer(
+    "ray_actors",
+    None,
+    "With --ray: how many copies of the model answer. By default one for each GPU or TPU, or else each machine.",
+    lower_bound=1,
+    upper_bound=1 << 16,
+)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "How many lines are answered at a time.", lower_bound=1, upper_bound=4096
+    "batch_size",
+    8,
+    "How many lines are answered at a time: one that ends makes room for the next.",
+    lower_bound=1,
+    upper_bound=4096,
 )
 _LOGPROBS = flags.DEFINE_integer(
     "logprobs",
@@ -69,7 +90,7 @@ _SAVE_PROMPT_CACHE = flags.DEFINE_string(
 
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
     "Prompt": [common.PROMPT, common.PROMPT_FILE, common.CHAT, common.SYSTEM, common.PARSE_SPECIAL],
-    "Many prompts": [_INPUT, _OUTPUT, _BATCH_SIZE, _LOGPROBS, _ECHO],
+    "Many prompts": [_INPUT, _OUTPUT, _BATCH_SIZE, _LOGPROBS, _ECHO, _RAY, _RAY_ACTORS],
     **{topic: list(holders) for topic, holders in common.TOPICS.items()},
     "Beam search": [_BEAMS, _LENGTH_PENALTY],
 }
@@ -78,6 +99,16 @@ _TOPICS["Speed and memory"].append(_SAVE_PROMPT_CACHE)
 _ONLY_SPEED = [
     flag.name for flag in (common.PREFILL_CHUNK, common.SPECULATE, common.GUESSES, common.PROMPT_CACHE, common.VERBOSE)
 ]
+_NOT_FOR_FILES: list[tuple[flags.FlagHolder[Any], str]] = [
+    (common.SPECULATE, "many lines at a time keep the machine busy without guesses; leave it out"),
+    (common.PROMPT_CACHE, "what lines of a file begin with is read once by itself; leave it out"),
+    (common.ROPE_POLICY, "the lines of a file come and go, so each goes by its own length; leave it out"),
+]
+_BODIES_SAY = [  # in OpenAI's form, what in ours is said by these
+    *(common.CHAT, common.SYSTEM, common.PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS),
+    *(flag for topic in common.TOPICS if topic not in ("Model", "Speed and memory") for flag in common.TOPICS[topic]),
+]
+_BODIES_LEAVE_OPEN = ("deadline", "seed")
 _FOR_BEAMS = ("Model", "Speed and memory")  # topics of the shared flags that beam search takes, with --max_new_tokens
 
 
@@ -85,6 +116,8 @@ def main() -> int:
     """Loads, answers, reports."""
     _check_flags()
     common.check()
+    if _INPUT.value and _OUTPUT.value and _RAY.value:
+        return answer_folder(_INPUT.value, Path(_OUTPUT.value), _RAY.value)
     if _INPUT.value and _OUTPUT.value:
         return answer_file(Path(_INPUT.value), Path(_OUTPUT.value))
     text, tools = common.prompt_text(), common.tools() if common.CHAT.value else None
@@ -155,80 +188,136 @@ def report(run: Run, prompt_tokens: int, new_tokens: int) -> str:
 
 def answer_file(input_: Path, output: Path) -> int:
     """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
-    requests = read_requests(input_, common.sampling())
-    for request in requests:
-        _check_request(request, f"{input_}:{request.line}")
+    plan = _plan()
+    requests = plan.read(open_file(input_))
+    names = [f"{input_}:{request.line}" for request in requests]
+    for request, name in zip(requests, names, strict=True):
+        _check_request(request, plan.defaults, name)
     checkpoint = common.load_checkpoint()
-    prompts = [_request_ids(checkpoint, request, f"{input_}:{request.line}") for request in requests]
+    prompts = [
+        plan.defaults.prompt_of(request, checkpoint, name)
+        for request, name in zip(requests, names, strict=True)
+        if isinstance(request, Request)
+    ]
+    with (
+        AnswerFile(output, requests, _settings()) as file,
+        tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,
+    ):
+        try:
+            for index, answer in _answers(checkpoint, plan, requests, prompts, file.missing):
+                file.write(index, answer)
+                bar.update()
+        except KeyboardInterrupt:  # or another signal
+            return _stopped(file.done, len(requests))
+    return _finished(file.failed, len(requests), output)
+
+
+def answer_folder(pattern: str, output: Path, address: str) -> int:
+    """Answers the lines of several files on the machines of a cluster -> exit code, as `answer_file`."""
+    plan = _plan()
+    run = FolderRun(
+        find_inputs(pattern),
+        output,
+        plan,
+        _settings(),
+        lambda request, name: _check_request(request, plan.defaults, name),
+    )
+    with tqdm(total=run.total, initial=run.done, unit="answer", disable=None) as bar:
+        try:
+            for _ in run.answer(address, _RAY_ACTORS.value):
+                bar.update()
+        except KeyboardInterrupt:  # or another signal
+            return _stopped(int(bar.n), run.total)
+    return _finished(run.failed, run.total, output)
+
+
+def _stopped(done: int, total: int) -> int:
+    settle()
+    print(f"stopped after {done} of {total}: the same command goes on", file=sys.stderr)
+    return 1  # rather, the program ends by the signal
+
+
+def _finished(failed: int, total: int, output: Path) -> int:
+    if failed:
+        print(
+            f'phi3-generate: {failed} of {total} answers ended with an error: see "error" in {output}', file=sys.stderr
+        )
+    return int(failed > 0)
+
+
+_Indexed = Iterator[tuple[int, dict[str, Any]]]
+
+
+def _answers(
+    checkpoint: phi3_jax.Checkpoint,
+    plan: Plan,
+    requests: Sequence[Request] | Sequence[ApiRequest],
+    prompts: Sequence[list[int]],
+    missing: Sequence[int],
+) -> _Indexed:
+    """The output fields of the missing answers, as they end, with their indices."""
+    defaults, plan = plan.defaults, dataclasses.replace(plan, slots=max(1, min(plan.slots, len(missing))))
+    theirs = [(index, request) for index in missing if isinstance(request := requests[index], ApiRequest)]
+    ours = [(index, request) for index in missing if isinstance(request := requests[index], Request)]
+
+    def engine(lengths: list[tuple[int, int]], choices: int = 1) -> Engine:
+        room = room_for(checkpoint, plan.slots, lengths, plan.cache_dtype)
+        return Engine(checkpoint, plan.engine_options(room, choices))
+
+    if theirs:
+        logging.getLogger("phi3_jax.serving").setLevel(logging.WARNING)  # a server's log has a line for each request
+        lengths = lengths_of(checkpoint, [request for _, request in theirs])
+        return answer_lines(checkpoint, engine(lengths, MOST_CHOICES), theirs, defaults.seconds)
+    if _BEAMS.value > 1:
+        return _searched(checkpoint, [(index, prompts[index], defaults.limit_of(request)) for index, request in ours])
+    jobs = [((index, request), defaults.job_of(request, prompts[index])) for index, request in ours]
+    results = answer_all(engine([(len(job.prompt), job.max_new_tokens) for _, job in jobs]), jobs)
+    return ((index, defaults.answer_to(request, result, checkpoint)) for (index, request), result in results)
+
+
+def _searched(checkpoint: phi3_jax.Checkpoint, prompts: Sequence[tuple[int, list[int], int]]) -> _Indexed:
+    """The same by beam search, in batches, of indices, prompts and limits."""
     options = dataclasses.replace(common.options(checkpoint), logprobs=_LOGPROBS.value, echo=_ECHO.value)
-    if _BEAMS.value == 1:
-        # The last batch may be short: it runs the others' programs.
-        options = dataclasses.replace(options, rows=min(_BATCH_SIZE.value, len(requests)))
+    for begin in range(0, len(prompts), _BATCH_SIZE.value):
+        indices, batch, limits = zip(*prompts[begin : begin + _BATCH_SIZE.value], strict=True)
+        yield from zip(indices, _search(checkpoint, batch, limits, options), strict=True)
+
+
+def _defaults() -> Defaults:
+    """What the flags say for lines that do not say it themselves."""
+    tools = common.tools()
+    return Defaults(
+        common.MAX_NEW_TOKENS.value,
+        common.CHAT.value,
+        common.SYSTEM.value,
+        common.PARSE_SPECIAL.value,
+        tuple(common.STOP.value),
+        common.DEADLINE.value,
+        tools,
+        common.TOOL_CHOICE.value,
+        common.grammar(tools) if common.TOOL_CHOICE.value == "auto" else None,
+        _LOGPROBS.value,
+        _ECHO.value,
+    )
+
+
+def _plan() -> Plan:
+    """What a machine has to know beside the lines."""
+    chunk = common.PREFILL_CHUNK.value if common.PREFILL_CHUNK.present else None
+    return Plan(
+        common.load_arguments(), _defaults(), common.sampling(), _BATCH_SIZE.value, chunk, common.CACHE_DTYPE.value
+    )
+
+
+def _settings() -> dict[str, object]:
+    """The flags that answers depend on: an interrupted run goes on only with the same."""
     own = {
         flag.name: flag.value for flag in (common.CHAT, common.PARSE_SPECIAL, _LOGPROBS, _ECHO, _BEAMS, _LENGTH_PENALTY)
     }
     shared = {name: value for name, value in common.settings().items() if name not in _ONLY_SPEED}
     if (tools := common.tools()) is not None:
         shared[common.TOOLS.name] = tools  # what the file says, not only its name
-    with (
-        AnswerFile(output, requests, {**shared, **own, common.SYSTEM.name: common.SYSTEM.value}) as file,
-        tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,
-    ):
-        try:
-            while file.done < len(requests):
-                batch = slice(file.done, file.done + _BATCH_SIZE.value)
-                for answer in _answers(checkpoint, requests[batch], prompts[batch], options):
-                    file.write(answer)
-                    bar.update()
-        except KeyboardInterrupt:  # or another signal
-            settle()
-            print(f"stopped after {file.done} of {len(requests)}: the same command goes on", file=sys.stderr)
-            return 1  # rather, the program ends by the signal
-    if file.failed:
-        print(
-            f'phi3-generate: {file.failed} of {len(requests)} answers ended with an error: see "error" in {output}',
-            file=sys.stderr,
-        )
-    return int(file.failed > 0)
-
-
-def _answers(
-    checkpoint: phi3_jax.Checkpoint,
-    requests: Sequence[Request],
-    prompts: Sequence[list[int]],
-    options: Options,
-) -> list[dict[str, Any]]:
-    """The output fields of each answer."""
-    limits = [request.max_new_tokens or common.MAX_NEW_TOKENS.value for request in requests]
-    if _BEAMS.value > 1:
-        return _search(checkpoint, prompts, limits, options)
-    results = generate(
-        checkpoint,
-        prompts,
-        limits,
-        sampling=[request.sampling for request in requests],
-        stop=common.STOP.value,
-        grammar=[common.grammar(_tools(request)) for request in requests],
-        options=options,
-    )
-    return [
-        _fields(result, _tools(request), checkpoint.tokenizer)
-        for result, request in zip(results, requests, strict=True)
-    ]
-
-
-def _fields(result: Generation, tools: list[Any] | None, tokenizer: phi3_jax.Tokenizer | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {"text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason}
-    if tools is not None:
-        reply = phi3_jax.parse_tool_calls(result.token_ids, tokenizer, tools=tools)
-        fields["content"] = reply.content if reply.calls else result.text
-        fields["tool_calls"] = [call.as_message_part(f"call{i:05}") for i, call in enumerate(reply.calls)]
-        fields |= {"tool_problems": reply.problems} if reply.problems else {}
-    fields |= {"error": result.error} if result.error is not None else {}
-    for name in ("logprobs", "prompt_logprobs"):
-        entries: list[TokenLogprob] | None = getattr(result, name)
-        fields |= {name: [dataclasses.asdict(entry) for entry in entries]} if entries is not None else {}
-    return fields
+    return {**shared, **own, common.SYSTEM.name: common.SYSTEM.value}
 
 
 def _search(
@@ -248,41 +337,23 @@ def _search(
     ]
 
 
-def _check_request(request: Request, name: str) -> None:
+def _check_request(request: Request | ApiRequest, defaults: Defaults, name: str) -> None:
     """Raises ValueError with the line's number, before the model is loaded, for what no model can answer."""
+    if isinstance(request, ApiRequest):
+        if changed := [
+            f"--{flag.name}"
+            for flag in _BODIES_SAY
+            if flag.value != flag.default and flag.name not in _BODIES_LEAVE_OPEN
+        ]:
+            raise ValueError(f"{name}: in OpenAI's form a line's body says this: leave {' and '.join(changed)} out")
+        return
     own = request.fields.keys() & {"tools", *(field.name for field in dataclasses.fields(Sampling))}
     if _BEAMS.value > 1 and own:
         raise ValueError(f"{name}: beam search has no {', '.join(sorted(own))}; leave it out, or --beams")
-    if request.tools is not None and request.messages is None and not common.CHAT.value:
-        raise ValueError(f'{name}: "tools" are for chats: give "messages", or --chat')
     try:
-        common.grammar(_tools(request))  # raises if the line has no tools and --tool_choice wants calls
+        defaults.check(request)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _request_ids(checkpoint: phi3_jax.Checkpoint, request: Request, name: str) -> list[int]:
-    """The token ids of a request's prompt. Raises ValueError with the line's number, before anything runs."""
-    tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
-    text = request.prompt or ""
-    try:
-        if request.messages is not None or common.CHAT.value:
-            messages = [_user(text)] if request.messages is None else request.messages
-            ids = phi3_jax.encode_chat(tokenizer, _with_system(messages), tools=_tools(request), most=most)
-        else:
-            ids = tokenizer.encode(text, parse_special=common.PARSE_SPECIAL.value, add_eos=False, most=most)
-        SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    check_prompt(checkpoint, ids, name)
-    return ids
-
-
-def _tools(request: Request) -> list[Any] | None:
-    """What a request's answer may call: its own tools, or those of --tools if it is a chat."""
-    if request.messages is None and not common.CHAT.value:
-        return None
-    return common.tools() if request.tools is None else request.tools
 
 
 def _user(text: str) -> dict[str, str]:
@@ -312,6 +383,14 @@ def _check_flags() -> None:
         raise ValueError("--save_prompt_cache is for one prompt, without beams")
     if _SAVE_PROMPT_CACHE.value and not (folder := Path(_SAVE_PROMPT_CACHE.value).parent).is_dir():
         raise ValueError(f"--save_prompt_cache={_SAVE_PROMPT_CACHE.value}: there is no folder {folder}; make it first")
+    if _RAY.value is not None and (_INPUT.value is None or _BEAMS.value > 1):
+        raise ValueError("--ray is for --input and --output, without beams")
+    if _RAY_ACTORS.value is not None and _RAY.value is None:
+        raise ValueError("--ray_actors needs --ray")
+    if _INPUT.value is not None and _BEAMS.value == 1:
+        for flag, why in _NOT_FOR_FILES:
+            if flag.value != flag.default:
+                raise ValueError(f"--{flag.name}={flag.value} is for one prompt: {why}")
     if _LENGTH_PENALTY.present and _BEAMS.value == 1:
         raise ValueError("--length_penalty needs --beams")
     if _BEAMS.value > 1 and (unknown := sorted(set(common.settings()) - _known_to_beams())):

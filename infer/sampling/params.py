@@ -123,8 +123,14 @@ class SamplingArrays:
     longest_ngram: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling], vocab_size: int) -> SamplingArrays:
-        """The arrays for a batch. Raises ValueError for token ids that are not in the vocabulary."""
+    def of(
+        cls, rows: Sequence[Sampling], vocab_size: int, biases: int = _SMALLEST_LIST, listed: int = _SMALLEST_LIST
+    ) -> SamplingArrays:
+        """The arrays for a batch. Raises ValueError for token ids that are not in the vocabulary.
+
+        Args:
+          biases, listed: powers of two: the least entries E of the arrays for logit_bias, and of those for lists.
+        """
         for i, row in enumerate(rows):
             ids = [*row.logit_bias, *row.banned_tokens, *row.forced_tokens]
             if outside := [token for token in ids if token >= vocab_size]:
@@ -146,10 +152,10 @@ class SamplingArrays:
             repetition_penalty=column("repetition_penalty", 1, jnp.float32),
             presence_penalty=column("presence_penalty", 0, jnp.float32),
             frequency_penalty=column("frequency_penalty", 0, jnp.float32),
-            bias_ids=_padded([list(row.logit_bias) for row in rows], -1, np.int32),
-            bias=_padded([list(row.logit_bias.values()) for row in rows], 0, np.float32),
-            banned=_padded([row.banned_tokens for row in rows], -1, np.int32),
-            forced=_padded([row.forced_tokens for row in rows], -1, np.int32),
+            bias_ids=_padded([list(row.logit_bias) for row in rows], -1, np.int32, biases),
+            bias=_padded([list(row.logit_bias.values()) for row in rows], 0, np.float32, biases),
+            banned=_padded([row.banned_tokens for row in rows], -1, np.int32, listed),
+            forced=_padded([row.forced_tokens for row in rows], -1, np.int32, listed),
             no_repeat_ngram_size=column("no_repeat_ngram_size", 0, jnp.int32),
             min_new_tokens=column("min_new_tokens", 0, jnp.int32),
             seed=column("seed", 0, jnp.uint32),
@@ -173,13 +179,13 @@ def _is_count(value: Any, end: int = 2**31) -> bool:
     return isinstance(value, int | np.integer) and bool(0 <= value < end)
 
 
-def _list_size(longest: int) -> int:
-    return max(_SMALLEST_LIST, 1 << max(longest - 1, 0).bit_length())
+def _list_size(longest: int, least: int = _SMALLEST_LIST) -> int:
+    return max(least, 1 << max(longest - 1, 0).bit_length())
 
 
-def _padded(rows: Sequence[Sequence[float]], padding: int, dtype: Any) -> jax.Array:
-    """Lists of different lengths -> [B, E]."""
-    array = np.full((len(rows), _list_size(max(map(len, rows), default=0))), padding, dtype)
+def _padded(rows: Sequence[Sequence[float]], padding: int, dtype: Any, least: int) -> jax.Array:
+    """Lists of different lengths -> [B, E], with E at least `least`."""
+    array = np.full((len(rows), _list_size(max(map(len, rows), default=0), least)), padding, dtype)
     for target, row in zip(array, rows, strict=True):
         target[: len(row)] = row
     return jnp.asarray(array)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from phi3_jax.infer.programs.answer_file import AnswerFile
-from phi3_jax.infer.programs.requests import Request, read_requests
 from phi3_jax.infer.sampling import Sampling
+from phi3_jax.infer.serving.batch.answer_file import AnswerFile
+from phi3_jax.infer.serving.batch.requests import Request, read_requests
 
 SETTINGS = {"checkpoint": "demo", "max_new_tokens": 7, "stop": ["a", "b"]}
 PROGRAM = Sampling(temperature=0.5, top_k=11, seed=2**32 - 2)
@@ -36,8 +36,8 @@ def answer(index: int) -> dict[str, Any]:
 
 def run(path: Path, requests: list[Request], settings: Any = SETTINGS, stop_at: int | None = None) -> None:
     with AnswerFile(path, requests, settings) as answers:
-        while answers.done < (len(requests) if stop_at is None else stop_at):
-            answers.write(answer(answers.done))
+        for index in answers.missing[: None if stop_at is None else max(0, stop_at - answers.done)]:
+            answers.write(index, answer(index))
 
 
 def expected(requests: list[Request]) -> bytes:

@@ -52,8 +52,10 @@ class Ticket:
       number: of its place in the queue, rising.
       reused: how many tokens of the prompt were found in the prefix cache.
       prompt_logprobs: of the prompt's tokens, with `Job.echo`, from the first piece on.
+      begun: when its reading began, by `time.perf_counter`; None before.
     """
 
     number: int = dataclasses.field(default_factory=lambda: next(_numbers))
     reused: int = 0
     prompt_logprobs: list[TokenLogprob] | None = None
+    begun: float | None = None

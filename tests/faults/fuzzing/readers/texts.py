@@ -12,8 +12,8 @@ from phi3_jax.infer import Grammar, Sampling
 from phi3_jax.infer.conversation import Conversation, save_messages
 from phi3_jax.infer.programs import flags
 from phi3_jax.infer.programs.chat_main import Chat
-from phi3_jax.infer.programs.requests import read_requests
 from phi3_jax.infer.sampling.grammar import GrammarMasks
+from phi3_jax.infer.serving.batch.requests import read_requests
 from phi3_jax.regular_file import read_text
 from phi3_jax.text import call_schema
 from phi3_jax.train.checks import check_together

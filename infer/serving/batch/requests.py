@@ -1,26 +1,18 @@
-"""The requests of a batch: a file of JSON lines, each read strictly."""
+"""The requests of a batch in our own form: a file of JSON lines, each read strictly."""
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
-import itertools
-import json
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
-from phi3_jax.json_files import parse
-from phi3_jax.regular_file import require_regular
 from phi3_jax.text import read_chat, read_tools
 
-from ..sampling import Sampling
-
-_MOST_REPORTED = 10  # bad lines
-_LONGEST_LINE = 1 << 25  # bytes; the longest contexts are some megabytes
+from ...sampling import Sampling
+from .json_lines import LineFile, check_id, open_file, parse_object, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +36,20 @@ class Request:
     tools: list[Any] | None
     max_new_tokens: int | None
     sampling: Sampling
+    keys: ClassVar[frozenset[str]]  # of all requests, which answers cannot have
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """The fields that its answer repeats."""
+        return self.fields
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that its answer depends on."""
+        return [self.fields, self.max_new_tokens, repr(self.sampling)]
 
 
-def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Request]:
+def read_requests(source: str | os.PathLike[str] | LineFile, sampling: Sampling) -> list[Request]:
     """The requests of a file in UTF-8 with one JSON object per line; blank lines are ignored.
 
     An object has either "prompt", a text, or "messages", a list of {"role": text, "content": text} as `encode_chat`
@@ -61,48 +64,21 @@ def read_requests(path: str | os.PathLike[str], sampling: Sampling) -> list[Requ
       FileNotFoundError: no such file.
       ValueError: there are no requests, or some lines cannot be used; names up to ten of these with the reasons.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; name a file with one JSON object per line")
-    require_regular(path)
-    requests: list[Request] = []
-    bad: list[str] = []
+    file = source if isinstance(source, LineFile) else open_file(source)
     first_with_id: dict[Any, int] = {}
-    for line, raw in enumerate(_lines(path), start=1):
-        if not raw.strip():
-            continue
-        try:
-            request = _request(line, raw, len(requests), sampling)
-            if "id" in request.fields and (first := first_with_id.setdefault(request.fields["id"], line)) != line:
-                raise ValueError(f"id={_shown(request.fields['id'])} is the id of line {first}, too")
-            requests.append(request)
-        except ValueError as error:
-            bad.append(f"{path}:{line}: {error}")
-    if bad:
-        more = [f"and {len(bad) - _MOST_REPORTED} more"] if len(bad) > _MOST_REPORTED else []
-        advice = f'a line holds "prompt" or "messages"; it may also hold {", ".join(sorted(_OPTIONAL))}'
-        raise ValueError("\n".join([*bad[:_MOST_REPORTED], *more, advice]))
-    if not requests:
-        raise ValueError(f"{path}: holds no requests; write one JSON object per line")
-    return requests
+
+    def read(line: int, raw: bytes, index: int) -> Request:
+        request = read_request(line, raw, index, sampling)
+        if "id" in request.fields:
+            check_id(first_with_id, "id", request.fields["id"], line)
+        return request
+
+    advice = f'a line holds "prompt" or "messages"; it may also hold {", ".join(sorted(_OPTIONAL))}'
+    return file.read(read, advice)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file. Raises ValueError at one that is too long, before it is read whole."""
-    with open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(_LONGEST_LINE + 1)
-            if not line:
-                return
-            if len(line) > _LONGEST_LINE:
-                raise ValueError(
-                    f"{path}:{number}: the line is longer than {_LONGEST_LINE} bytes; write one JSON object per line, "
-                    "with a prompt that fits the model's context"
-                )
-            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-
-
-def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
+def read_request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
+    """The request in a line, see `read_requests`. Raises ValueError."""
     fields = parse_object(raw)
     if unknown := sorted(fields.keys() - FORMS.keys()):
         raise ValueError(f"unknown keys {[key[:40] for key in unknown[:10]]}")
@@ -113,25 +89,12 @@ def _request(line: int, raw: bytes, index: int, sampling: Sampling) -> Request:
             continue
         is_good, wanted = FORMS[key]
         if not is_good(value):
-            raise ValueError(f"{key}={_shown(value)} must be {wanted}")
+            raise ValueError(f"{key}={shown(value)} must be {wanted}")
     own = {"seed": (sampling.seed + index) % 2**32} | {key: fields[key] for key in fields.keys() & _SAMPLING.keys()}
     if "logit_bias" in own:
         own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
     optional = {key: fields.get(key) for key in ("prompt", "messages", "tools", "max_new_tokens")}
     return Request(line, fields, **optional, sampling=dataclasses.replace(sampling, **own))
-
-
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """One line as a JSON object. Raises ValueError."""
-    value = parse(raw)
-    if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but {_shown(value)}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_whole(value: Any) -> bool:
@@ -181,3 +144,4 @@ FORMS: dict[str, _Form] = {
     "messages": (_is_readable(read_chat), ""),
     **_OPTIONAL,
 }
+Request.keys = frozenset(FORMS)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from batches import PROGRAM, read
 
-from phi3_jax.infer.programs.requests import read_requests
 from phi3_jax.infer.sampling import Sampling
+from phi3_jax.infer.serving.batch.requests import read_requests
 
 
 def test_lines_are_read(tmp_path: Path) -> None:

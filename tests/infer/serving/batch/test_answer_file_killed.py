@@ -26,7 +26,7 @@ from batches import (
     small_disk,
 )
 
-from phi3_jax.infer.programs.answer_file import AnswerFile
+from phi3_jax.infer.serving.batch.answer_file import AnswerFile
 
 
 @pytest.fixture
@@ -39,15 +39,15 @@ def out(tmp_path: Path) -> Path:
 # Says what it has written after each answer, so that the parent knows what has to survive.
 WRITER = """
 import random, sys, time
-from phi3_jax.infer.programs.answer_file import AnswerFile
-from phi3_jax.infer.programs.requests import read_requests
+from phi3_jax.infer.serving.batch.answer_file import AnswerFile
+from phi3_jax.infer.serving.batch.requests import read_requests
 from phi3_jax.infer import Sampling
 requests = read_requests(sys.argv[1], Sampling())
 with AnswerFile(sys.argv[2], requests, {"seconds": sys.argv[3]}) as answers:
     print(answers.done, flush=True)
-    while answers.done < len(requests):
-        rng = random.Random(answers.done)
-        answers.write({"text": rng.choice("aé€😀") * rng.randrange(20_000), "token_ids": [answers.done]})
+    for index in random.sample(answers.missing, len(answers.missing)):
+        rng = random.Random(index)
+        answers.write(index, {"text": rng.choice("aé€😀") * rng.randrange(20_000), "token_ids": [index]})
         print(answers.done, flush=True)
         time.sleep(float(sys.argv[3]))
 """
@@ -142,10 +142,10 @@ def test_the_other_process_ends_between_open_and_lock(
 def test_the_partial_file_is_removed_while_it_is_written(tmp_path: Path, out: Path) -> None:
     requests = prompts(tmp_path, 2)
     with AnswerFile(out, requests, SETTINGS) as first:
-        first.write(answer(0))
+        first.write(0, answer(0))
         Path(f"{out}.partial").unlink()
         second = AnswerFile(out, requests, SETTINGS)
-        first.write(answer(1))
+        first.write(1, answer(1))
     assert out.read_bytes() == expected(requests)
     assert names(out.parent) == {"answers.jsonl", "answers.jsonl.partial"}
     second.__exit__()
@@ -162,12 +162,12 @@ def test_a_write_that_breaks_off(tmp_path: Path, out: Path) -> None:
     assert caught.value.errno == errno.EFBIG
     assert names(out.parent) == set()
     with AnswerFile(out, requests, SETTINGS) as answers:
-        answers.write(answer(0))
+        answers.write(0, answer(0))
         before = partial.read_bytes()
         with file_size_limit(len(before) + 10), pytest.raises(OSError, match=r"make room.*answers\.jsonl\.partial"):
-            answers.write(answer(1))
+            answers.write(1, answer(1))
         assert (answers.done, partial.read_bytes()) == (1, before)
-        answers.write(answer(1))
+        answers.write(1, answer(1))
     assert names(out.parent) == {"answers.jsonl.partial"}
     run(out, requests)
     assert out.read_bytes() == expected(requests)
@@ -184,8 +184,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         def write_all(done: int) -> None:
             with AnswerFile(out, requests, SETTINGS) as answers:
                 assert answers.done == done
-                while answers.done < len(requests):
-                    answers.write(long)
+                for index in reversed(answers.missing):
+                    answers.write(index, long)
 
         for done in (0, 3):
             with pytest.raises(OSError, match=r"No space left.*make room.*answers\.jsonl\.partial") as caught:
@@ -209,14 +209,15 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_kill_between_the_last_two_steps_leaves_nothing_for_long(tmp_path: Path, out: Path) -> None:
     requests, partial = prompts(tmp_path, 3), Path(f"{out}.partial")
-    run(out, requests, stop_at=1)
-    header = partial.read_bytes().split(b"\n")[0] + b"\n"
-    partial.unlink()
-    run(out, requests)
+    with AnswerFile(out, requests, SETTINGS) as answers:
+        for index in (1, 2, 0):
+            answers.write(index, answer(index))
+        all_lines = partial.read_bytes()
     whole = out.read_bytes()
-    for content in (header + whole, header + whole[:-1] + b"x", whole):  # only the first is of this answer file
+    shorter = all_lines[: all_lines[:-1].rindex(b"\n") + 1]
+    for content in (all_lines, all_lines.replace(b"a1", b"a9"), whole, shorter):  # only the first is of this file
         partial.write_bytes(content)
         with pytest.raises(ValueError, match=r"answers\.jsonl: exists already"):
             AnswerFile(out, requests, SETTINGS)
-        assert partial.exists() == (content != header + whole)
+        assert partial.exists() == (content != all_lines)
         assert out.read_bytes() == whole

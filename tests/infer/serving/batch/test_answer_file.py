@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from batches import (
     run,
 )
 
-from phi3_jax.infer.programs import answer_file
-from phi3_jax.infer.programs.answer_file import AnswerFile
-from phi3_jax.infer.programs.requests import Request
 from phi3_jax.infer.sampling import Sampling
+from phi3_jax.infer.serving.batch import answer_file
+from phi3_jax.infer.serving.batch.answer_file import AnswerFile
+from phi3_jax.infer.serving.batch.requests import Request
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_answers_are_in_order_and_hold_the_fields(tmp_path: Path, out: Path) -> 
         for i in range(2):
             assert answers.done == i
             assert names(out.parent) == {"answers.jsonl.partial"}
-            answers.write({"text": f"ü{i}", "logprobs": [-0.5]})
+            answers.write(i, {"text": f"ü{i}", "logprobs": [-0.5]})
     assert (
         out.read_bytes()
         == (
@@ -50,7 +51,7 @@ def test_answers_are_in_order_and_hold_the_fields(tmp_path: Path, out: Path) -> 
 def test_answers_that_cannot_be_written(tmp_path: Path, out: Path) -> None:
     requests = prompts(tmp_path, 2)
     with AnswerFile(out, requests, SETTINGS) as answers:
-        answers.write(answer(0))
+        answers.write(0, answer(0))
         for bad, message in (
             ({"text": "a", "prompt": "b"}, r"\['prompt'\], which are keys of requests"),
             ({"text": "a", "seed": 1}, r"\['seed'\], which are keys of requests"),
@@ -58,10 +59,11 @@ def test_answers_that_cannot_be_written(tmp_path: Path, out: Path) -> None:
             ({"text": "\ud800"}, r"partial: line 3 cannot be written"),
         ):
             with pytest.raises(ValueError, match=message):
-                answers.write(bad)
-        answers.write(answer(1))
-        with pytest.raises(ValueError, match="all 2 requests have their answers"):
-            answers.write(answer(2))
+                answers.write(1, bad)
+        answers.write(1, answer(1))
+        for index in (-1, 0, 1, 2):
+            with pytest.raises(ValueError, match=rf"request {index} of 2 has its answer, or is none"):
+                answers.write(index, answer(0))
     assert out.read_bytes() == expected(requests)
 
 
@@ -108,8 +110,8 @@ def test_a_file_that_exists_is_never_overwritten(tmp_path: Path, out: Path) -> N
         AnswerFile(out, requests, SETTINGS)
     out.unlink()
     answers = AnswerFile(out, requests, SETTINGS)
-    answers.write(answer(0))
-    answers.write(answer(1))
+    answers.write(0, answer(0))
+    answers.write(1, answer(1))
     out.write_text("came up meanwhile")
     with pytest.raises(ValueError, match="exists already"):
         answers.__exit__()
@@ -142,39 +144,68 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, out: Path) -> None:
     assert names(out.parent) == {"answers.jsonl.partial"}
     with contextlib.suppress(KeyboardInterrupt), AnswerFile(out, requests, SETTINGS) as answers:
         assert answers.done == 2
-        answers.write(answer(2))
+        answers.write(2, answer(2))
         raise KeyboardInterrupt
     assert names(out.parent) == {"answers.jsonl.partial"}
     settings = dict(reversed(SETTINGS.items()))
     with contextlib.suppress(KeyboardInterrupt), AnswerFile(out, requests, settings) as answers:
         assert answers.done == 3
-        answers.write(answer(3))
-        answers.write(answer(4))
+        answers.write(3, answer(3))
+        answers.write(4, answer(4))
         raise KeyboardInterrupt
     assert out.read_bytes() == expected(requests)
     assert names(out.parent) == {"answers.jsonl"}
+
+
+def test_answers_come_in_any_order(tmp_path: Path, out: Path) -> None:
+    requests = prompts(tmp_path, 23)
+    order = random.Random(5).sample(range(23), 23)
+    for begin, end in ((0, 9), (9, 10), (10, 23)):
+        with AnswerFile(out, requests, SETTINGS) as answers:
+            assert (answers.done, answers.missing) == (begin, sorted(order[begin:]))
+            for index in order[begin:end]:
+                answers.write(index, answer(index))
+                with pytest.raises(ValueError, match=f"request {index} of 23 has its answer"):
+                    answers.write(index, answer(index))
+        assert out.exists() == (end == 23)
+    assert out.read_bytes() == expected(requests)
+
+
+def test_answers_that_tell_of_errors_are_counted(tmp_path: Path, out: Path) -> None:
+    requests = prompts(tmp_path, 5)
+    told = [{"error": "x"}, {"error": None}, {"response": {"status_code": 400}}, {"response": {"status_code": 200}}]
+    with AnswerFile(out, requests, SETTINGS) as answers:
+        for index, fields in enumerate(told):
+            answers.write(index, fields)
+        assert answers.failed == 2
+    with AnswerFile(out, requests, SETTINGS) as answers:
+        assert answers.failed == 2
 
 
 def test_every_cut_of_the_partial_file(tmp_path: Path, out: Path) -> None:
     requests = prompts(tmp_path, 3)
     partial = Path(f"{out}.partial")
     with AnswerFile(out, requests, SETTINGS) as answers:
-        for i in range(3):
-            answers.write(answer(i))
+        for i in (2, 0, 1):
+            answers.write(i, answer(i))
         whole = partial.read_bytes()
     header = json.loads(whole.split(b"\n")[0])
     assert header.keys() == {"phi3_jax_batch", "settings", "requests_sha256"}
-    assert (header["phi3_jax_batch"], header["settings"]) == (1, SETTINGS)
-    assert whole.endswith(out.read_bytes())
+    assert (header["phi3_jax_batch"], header["settings"]) == (2, SETTINGS)
+    assert [json.loads(line)["index"] for line in whole.splitlines()[1:]] == [2, 0, 1]
+    assert sorted(whole.splitlines()[1:]) == [
+        b'{"index": %d, "answer": %s}' % pair for pair in enumerate(out.read_bytes().splitlines())
+    ]
     for cut in range(len(whole) + 1):
         out.unlink()
         partial.write_bytes(whole[:cut])
         with AnswerFile(out, requests, SETTINGS) as answers:
             assert answers.done == max(whole[:cut].count(b"\n") - 1, 0)
+            assert answers.missing == sorted([2, 0, 1][answers.done :])
             # The half line is gone even if this run is killed before it writes.
             assert partial.read_bytes() == whole[: max(whole.rfind(b"\n", 0, cut), whole.find(b"\n")) + 1]
-            while answers.done < 3:
-                answers.write(answer(answers.done))
+            for index in answers.missing:
+                answers.write(index, answer(index))
         assert out.read_bytes() == expected(requests)
         assert names(out.parent) == {"answers.jsonl"}
 
@@ -208,12 +239,16 @@ def test_other_settings_or_requests_are_refused(tmp_path: Path, out: Path) -> No
         (lambda lines: [b"my notes"], "not the beginning of a batch"),
         (lambda lines: [b"my notes\n", *lines[1:]], "not the beginning of a batch"),
         (lambda lines: [b'{"phi3_jax_batch": 1, }\n', *lines[1:]], "header is damaged"),
-        (lambda lines: [lines[0].replace(b": 1,", b": 2,"), *lines[1:]], "header is damaged, or of another version"),
-        (lambda lines: [lines[0], lines[2]], "line 2 is damaged"),
+        (lambda lines: [lines[0].replace(b": 2,", b": 1,"), *lines[1:]], "header is damaged, or of another version"),
         (lambda lines: [*lines[:2], b"\x00" * 20 + b"\n"], "line 3 is damaged"),
         (lambda lines: [*lines[:2], b"[]\n"], "line 3 is damaged"),
         (lambda lines: [*lines[:2], lines[2][: len(lines[2]) // 2] + b"\n"], "line 3 is damaged"),
-        (lambda lines: [*lines, b'{"prompt": "p3 \xc3\xa9"}\n'], "line 5 is damaged"),
+        (lambda lines: [*lines, b'{"index": 3, "answer": {"prompt": "p3 \xc3\xa9"}}\n'], "line 5 is damaged"),
+        (lambda lines: [*lines[:3], lines[2]], "line 4 is damaged"),  # an answer twice
+        (lambda lines: [lines[0], lines[1].replace(b'"index": 0', b'"index": 1')], "line 2 is damaged"),
+        (lambda lines: [*lines[:3], lines[3].replace(b'"index": 2', b'"index": 02')], "line 4 is damaged"),
+        (lambda lines: [*lines[:3], lines[3].replace(b'"answer"', b'"answers"')], "line 4 is damaged"),
+        (lambda lines: [lines[0], lines[1].partition(b'"answer": ')[2].replace(b"}}", b"}")], "line 2 is damaged"),
     ],
 )
 def test_damaged_and_foreign_files_are_left_alone(tmp_path: Path, out: Path, change: Any, message: str) -> None:
@@ -221,7 +256,7 @@ def test_damaged_and_foreign_files_are_left_alone(tmp_path: Path, out: Path, cha
     partial = Path(f"{out}.partial")
     with AnswerFile(out, requests, SETTINGS) as answers:
         for i in range(3):
-            answers.write(answer(i))
+            answers.write(i, answer(i))
         lines = partial.read_bytes().splitlines(keepends=True)
     out.unlink()
     partial.write_bytes(b"".join(change(lines)))

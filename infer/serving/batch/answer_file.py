@@ -1,7 +1,7 @@
-"""The answers to a file of prompts: JSON lines in, JSON lines out, and an interrupted run can be resumed.
+"""The answers to a file of requests: JSON lines in, JSON lines out, and an interrupted run can be resumed.
 
-    answers.jsonl.partial   header, answer 1, answer 2, ...     while the run goes on
-    answers.jsonl           answer 1, answer 2, ..., answer n   when it is over
+    answers.jsonl.partial   header, {"index": 3, "answer": ...}, {"index": 0, ...}   while the run goes on: as they end
+    answers.jsonl           answer 0, answer 1, ..., answer n - 1                    when it is over: in order
 
 An answer is one write to the operating system, which survives a kill of the process. A kill can leave half a line at
 the end, which the next run drops.
@@ -12,35 +12,52 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 from phi3_jax.checkpoint.atomic_write import rename_new
 from phi3_jax.regular_file import require_regular
 
-from .requests import FORMS, Request, parse_object
+from .json_lines import parse_object
 
 _HEADER_BEGIN = b'{"phi3_jax_batch": '
-_VERSION = 1
+_VERSION = 2  # 1: answers were written in order, without their index
+_LINE = re.compile(rb'\{"index": (0|[1-9][0-9]{0,11}), "answer": (.*)\}\n', re.DOTALL)
+
+
+class Answered(Protocol):
+    """A request, as far as a file of answers knows it."""
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """The fields that its answer repeats."""
+
+    @property
+    def identity(self) -> Any:
+        """All that its answer depends on beside the settings, as JSON."""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The fields that an answer must not have, because requests may."""
 
 
 class AnswerFile:
-    """Writes the answers of a batch; a context manager.
+    """Writes the answers of a batch, in any order; a context manager.
 
     If all answers are written when the `with` block ends, for whatever reason, the file gets its final name. Otherwise
-    the partial file stays, and a later run with the same arguments goes on at `requests[done]`.
+    the partial file stays, and a later run with the same arguments goes on with the requests that are `missing`.
 
     Attributes:
-      done: how many requests have their answers, those of an earlier run included.
-      failed: how many of these have an "error".
+      failed: how many of the answers tell of an error.
     """
 
-    def __init__(self, path: str | os.PathLike[str], requests: Sequence[Request], settings: Mapping[str, Any]):
+    def __init__(self, path: str | os.PathLike[str], requests: Sequence[Answered], settings: Mapping[str, Any]):
         """Opens the partial file, and locks it for as long as this object is open.
 
         Args:
@@ -54,7 +71,8 @@ class AnswerFile:
         """
         self._path, self._partial = Path(path), Path(f"{Path(path)}.partial")
         self._requests = requests
-        self.done = self.failed = 0
+        self._places: dict[int, tuple[int, int]] = {}  # of the answers in the partial file: where, how many bytes
+        self.failed = 0
         if not self._path.parent.is_dir():
             raise FileNotFoundError(f"{self._path}: there is no folder {self._path.parent}; make it first")
         if not os.access(self._path.parent, os.W_OK | os.X_OK):
@@ -79,36 +97,55 @@ class AnswerFile:
             if self.done == len(self._requests):
                 self._finish()
 
-    def write(self, answer: Mapping[str, Any]) -> None:
-        """Appends the answer of `requests[done]`, as {**its fields, **answer}.
+    @property
+    def done(self) -> int:
+        """How many requests have their answers, those of an earlier run included."""
+        return len(self._places)
+
+    @property
+    def missing(self) -> list[int]:
+        """The indices of the requests without an answer, rising."""
+        return [index for index in range(len(self._requests)) if index not in self._places]
+
+    def write(self, index: int, answer: Mapping[str, Any]) -> None:
+        """Appends the answer of `requests[index]`, as {**what is kept of it, **answer}.
 
         When this returns, the answer survives a kill of the process (not a power cut). When it raises, this answer has
         not been written, and earlier ones are kept.
 
         Raises:
           OSError: the disk is full, for example.
-          ValueError: there are no more requests, or the answer cannot be written: it has a key of a request, or a
-            number such as NaN that JSON does not know.
+          ValueError: the request has its answer, or there is no such request, or the answer cannot be written: it has
+            a key of a request, or a number such as NaN that JSON does not know.
         """
-        if self.done == len(self._requests):
-            raise ValueError(f"{self._path}: all {self.done} requests have their answers")
-        if taken := sorted(answer.keys() & FORMS.keys()):
+        if index in self._places or not 0 <= index < len(self._requests):
+            raise ValueError(f"{self._path}: request {index} of {len(self._requests)} has its answer, or is none")
+        request = self._requests[index]
+        if taken := sorted(answer.keys() & request.keys):
             raise ValueError(f"{self._path}: the answer has {taken}, which are keys of requests; rename them")
-        self._append({**self._requests[self.done].fields, **answer})
-        self.done += 1
-        self.failed += "error" in answer
+        begin, length = self._end, self._append({"index": index, "answer": {**request.kept, **answer}})
+        self._places[index] = _place(begin, length, index)
+        self.failed += has_failed(answer)
 
     def _is_finished(self) -> bool:
         """Whether a kill came between the last two steps: the final file has the answers, and the partial one, too."""
         if not self._path.is_file():
             return False
         with open(self._path, "rb") as final, open(self._partial, "rb") as partial:
-            header = partial.readline()
-            if not header.startswith(_HEADER_BEGIN):
+            if not partial.readline().startswith(_HEADER_BEGIN):
                 return False
-            if os.fstat(partial.fileno()).st_size - len(header) != os.fstat(final.fileno()).st_size:
+            places: dict[int, tuple[int, int]] = {}
+            begin = partial.tell()
+            for line in partial:
+                if not (match := _LINE.fullmatch(line)):
+                    return False
+                places[int(match[1])] = _place(begin, len(line), int(match[1]))
+                begin += len(line)
+            if sorted(places) != list(range(len(places))):
                 return False
-            return all(line == other for line, other in zip(final, partial, strict=True))
+            return all(
+                line == other for line, other in itertools.zip_longest(final, _in_order(partial, places), fillvalue=b"")
+            )
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self._path):
@@ -144,23 +181,19 @@ class AnswerFile:
     def _resume(self, settings: dict[str, Any]) -> None:
         """Counts the answers that the partial file holds; writes the header if it is empty."""
         header = {"phi3_jax_batch": _VERSION, "settings": settings, "requests_sha256": _digest(self._requests)}
-        self._end = self._header_end = 0
+        self._end = 0
         with open(self._partial, "rb") as lines:
             for line in lines:
                 if self._end == 0:
                     self._check_header(line, header)
                 if not line.endswith(b"\n"):  # cut off by a kill
                     break
-                if self._end == 0:
-                    self._header_end = len(line)
-                else:
-                    self.failed += "error" in self._checked_answer(line)
-                    self.done += 1
+                if self._end > 0:
+                    self._check_answer(line)
                 self._end += len(line)
         self._file.truncate(self._end)
         if self._end == 0:
             self._append(header)
-            self._header_end = self._end
 
     def _check_header(self, line: bytes, header: Mapping[str, Any]) -> None:
         """Refuses files of other batches, and files that this class did not write; half a header passes."""
@@ -189,15 +222,18 @@ class AnswerFile:
                 "flags to go on, or delete the file to begin again"
             )
 
-    def _checked_answer(self, line: bytes) -> dict[str, Any]:
-        """The answer in a line; refuses one that is not that of `requests[done]`."""
-        answer = _parsed(line)
-        if self.done == len(self._requests) or not answer.items() >= self._requests[self.done].fields.items():
+    def _check_answer(self, line: bytes) -> None:
+        """Notes the answer in a line; refuses one that is not that of a request, or comes a second time."""
+        match = _LINE.fullmatch(line)
+        index, answer = (int(match[1]), _parsed(match[2])) if match else (-1, {})
+        is_ours = 0 <= index < len(self._requests) and index not in self._places
+        if not is_ours or not answer or not answer.items() >= self._requests[index].kept.items():
             raise ValueError(f"{self._partial}: line {self.done + 2} is damaged; delete the file to begin again")
-        return answer
+        self._places[index] = _place(self._end, len(line), index)
+        self.failed += has_failed(answer)
 
-    def _append(self, value: Mapping[str, Any]) -> None:
-        """Writes one line, or nothing."""
+    def _append(self, value: Mapping[str, Any]) -> int:
+        """Writes one line, or nothing -> its length in bytes."""
         try:
             line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         except ValueError as error:  # NaN, half a surrogate pair
@@ -211,16 +247,16 @@ class AnswerFile:
                 self._file.truncate(self._end)
                 raise
         self._end += len(line)
+        return len(line)
 
     def _finish(self) -> None:
-        """Writes the answers, without the header, to the final file, atomically."""
+        """Writes the answers, in order, to the final file, atomically."""
         # A fixed name, which the lock protects, so that kills do not leave many copies.
         copy = Path(f"{self._partial}.copy")
         with _explained(self._path, f"all answers are in {self._partial}: run the same command to finish"):
             try:
-                with open(copy, "wb") as target:
-                    self._file.seek(self._header_end)
-                    shutil.copyfileobj(self._file, target)
+                with open(copy, "wb") as target, open(self._file.fileno(), "rb", closefd=False) as source:
+                    target.writelines(_in_order(source, self._places))
                     target.flush()
                     os.fsync(target.fileno())
                 self._refuse_existing()
@@ -240,11 +276,53 @@ def _explained(file: Path, remedy: str) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror}; {remedy}", str(file)) from error
 
 
-def _digest(requests: Sequence[Request]) -> str:
+def has_failed(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer tells of an error: in ours, or in that of OpenAI's form."""
+    response = answer.get("response")
+    status = response.get("status_code") if isinstance(response, dict) else None
+    return answer.get("error") is not None or status not in (None, 200)
+
+
+def check_finished(path: Path, requests: Sequence[Answered]) -> int:
+    """Compares a finished file with its requests -> how many of its answers tell of an error.
+
+    Raises:
+      ValueError: it does not hold an answer to each.
+    """
+    failed = count = 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            answer = _parsed(line)
+            if count == len(requests) or not answer or not answer.items() >= requests[count].kept.items():
+                break
+            failed, count = failed + has_failed(answer), count + 1
+        else:
+            if count == len(requests):
+                return failed
+    raise ValueError(
+        f"{path}: exists already, and line {count + 1} is not the answer to request {count + 1}; delete it, or choose "
+        "another output"
+    )
+
+
+def _place(begin: int, length: int, index: int) -> tuple[int, int]:
+    """Where in its line of the partial file an answer stands, and its bytes: `_LINE` without what is around it."""
+    before = len(f'{{"index": {index}, "answer": ')
+    return begin + before, length - before - len(b"}\n")
+
+
+def _in_order(partial: BinaryIO, places: Mapping[int, tuple[int, int]]) -> Iterator[bytes]:
+    """The lines of the final file."""
+    for _, (begin, length) in sorted(places.items()):
+        partial.seek(begin)
+        yield partial.read(length) + b"\n"
+
+
+def _digest(requests: Sequence[Answered]) -> str:
     """The SHA-256 of the requests, with what the program adds to them."""
     digest = hashlib.sha256()
     for request in requests:
-        digest.update(json.dumps([request.fields, request.max_new_tokens, repr(request.sampling)]).encode() + b"\n")
+        digest.update(json.dumps(request.identity).encode() + b"\n")
     return digest.hexdigest()
 
 

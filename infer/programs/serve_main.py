@@ -1,0 +1,246 @@
+"""phi3-serve: a server that speaks OpenAI's protocol, with a chat page.
+
+phi3-serve --checkpoint demo
+phi3-serve --checkpoint microsoft/Phi-3-mini-4k-instruct --quantize int4 --adapter law=adapters/law --port 8080
+phi3-serve --checkpoint demo --host 0.0.0.0 --api_keys keys.txt
+
+It listens on this machine alone, unless there are API keys: in the file of --api_keys, one a line, or in the
+environment variable PHI3_API_KEYS. SIGTERM and Ctrl-C end it once what it has begun is answered; a second one at once.
+The log, a line of JSON for each request, goes to standard error. infer/serving/README.md is the guide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from phi3_jax.checkpoint import Checkpoint, require_tokenizer
+from phi3_jax.command_line import interrupts
+from phi3_jax.command_line.model_flags import CHECKPOINT, QUANTIZE
+from phi3_jax.command_line.program import run_program
+from phi3_jax.command_line.progress import progress_bar
+
+from ..engine.buckets import own_cache_dtype, rows_that_fit
+from ..sampling import Sampling
+from . import flags as common
+
+try:
+    from ..serving.engine import Engine, EngineOptions
+    from ..serving.engine.pooling import POOLINGS
+    from ..serving.http.app import Access, make_app
+    from ..serving.http.gate.keys import VARIABLE, read_keys
+    from ..serving.http.gate.limits import Limits, is_loopback
+    from ..serving.http.gate.logs import log_to
+    from ..serving.http.gate.server import Server, address, listen, tell_supervisor
+    from ..serving.http.service import Service
+except ImportError as error:  # the extra is not there
+    if error.name not in ("starlette", "uvicorn", "h11", "prometheus_client"):
+        raise
+    sys.exit(f"phi3-serve: {error.name} is missing: pip install 'phi3_jax[serve]'")
+
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; another than this machine's needs keys.")
+_PORT = flags.DEFINE_integer(
+    "port", 8000, "The port; 0 takes a free one. The address is printed.", lower_bound=0, upper_bound=65535
+)
+_NAME = flags.DEFINE_string("name", None, "What requests call the model; by default the end of --checkpoint.")
+_SLOTS = flags.DEFINE_string(
+    "slots", "auto", "How many answers are written at a time; auto: as many as have room in memory, up to 16."
+)
+_ROOM = flags.DEFINE_integer(
+    "room", 4096, "The most tokens of a request and its answer; at most the model's context.", lower_bound=2
+)
+_QUEUE = flags.DEFINE_integer("queue", 256, "How many answers may wait; who comes then is told to.", lower_bound=0)
+_API_KEYS = flags.DEFINE_string("api_keys", None, f"A file with API keys, one a line; {VARIABLE} may hold some, too.")
+_INSECURE = flags.DEFINE_bool(
+    "insecure", False, "Given twice: listen at another address without keys, so that everyone there can use it."
+)
+_ALLOW_HOST = flags.DEFINE_multi_string(
+    "allow_host", [], "A name that a reverse proxy on this machine passes on; may be given several times."
+)
+_CORS = flags.DEFINE_multi_string(
+    "cors", [], "A site whose pages may use the server, as https://example.com; may be given several times."
+)
+_LOG_PROMPTS = flags.DEFINE_bool("log_prompts", False, "Write into the log what users ask.")
+_BODY = flags.DEFINE_integer("max_body", Limits().body_bytes, "The most bytes of a request.", lower_bound=1024)
+_CONNECTIONS = flags.DEFINE_integer("connections", Limits().connections, "The most connections.", lower_bound=1)
+_CHOICES = flags.DEFINE_integer("max_choices", Limits().choices, "The most answers to one request.", lower_bound=1)
+_REQUEST_SECONDS = flags.DEFINE_float(
+    "request_seconds", Limits().request_seconds, "After so many an answer ends as it is.", lower_bound=0.1
+)
+_DRAIN_SECONDS = flags.DEFINE_integer(
+    "drain_seconds", 30, "How long the server goes on answering once it is told to end.", lower_bound=0
+)
+_POOLING = flags.DEFINE_enum("pooling", "mean", POOLINGS, "What embeddings are of a text's last hidden states.")
+_MOST_SLOTS = 16
+
+_TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
+    "Model": [CHECKPOINT, common.DTYPE, QUANTIZE, common.CACHE_DTYPE, common.VERBOSE, _NAME],
+    "Where it listens": [_HOST, _PORT, _ALLOW_HOST, _CORS],
+    "Who may use it": [_API_KEYS, _INSECURE, _LOG_PROMPTS],
+    "How much at a time": [_SLOTS, _ROOM, _QUEUE, _CONNECTIONS],
+    "The most of a request": [common.MAX_NEW_TOKENS, _CHOICES, _BODY, _REQUEST_SECONDS, _DRAIN_SECONDS],
+    "What requests leave open": [
+        common.TEMPERATURE,
+        common.TOP_K,
+        common.TOP_P,
+        common.MIN_P,
+        common.TYPICAL_P,
+        common.REPETITION_PENALTY,
+        _POOLING,
+    ],
+}
+
+
+def _adapters() -> dict[str, str]:
+    """Name -> folder, of --adapter. Raises ValueError for one without a name, and for a name that is there twice."""
+    found: dict[str, str] = {}
+    for text in flags.FLAGS["adapter"].value or []:
+        name, _, folder = text.partition("=")
+        if not name or not folder or name in found:
+            raise ValueError(f"--adapter={text}: write NAME=FOLDER, each name once; requests ask for it as a model")
+        found[name] = folder
+    return found
+
+
+def _access() -> Access:
+    """Who may use the server. Raises ValueError if that were everyone, and nobody has said so twice."""
+    keys, is_local = read_keys(_API_KEYS.value), is_loopback(_HOST.value)
+    if not is_local and not keys and flags.FLAGS["insecure"].present < 2:
+        raise ValueError(
+            f"--host={_HOST.value}: whoever reaches this address could use the server: give --api_keys (or "
+            f"{VARIABLE}), or say --insecure --insecure if that is wanted"
+        )
+    for origin in _CORS.value:
+        if origin != "*" and not origin.startswith(("http://", "https://")):
+            raise ValueError(f"--cors={origin}: write a whole origin, as in --cors=https://example.com")
+    return Access(keys, _ALLOW_HOST.value if is_local else None, _CORS.value)
+
+
+def _slots(checkpoint: Checkpoint) -> int:
+    if _SLOTS.value != "auto":
+        return int(_SLOTS.value)
+    room = min(_ROOM.value, checkpoint.config.max_position_embeddings)
+    dtype = common.CACHE_DTYPE.value or own_cache_dtype(checkpoint)
+    return rows_that_fit(checkpoint, room, dtype, _MOST_SLOTS)
+
+
+def _limits() -> Limits:
+    return Limits(
+        body_bytes=_BODY.value,
+        connections=_CONNECTIONS.value,
+        request_seconds=_REQUEST_SECONDS.value,
+        answer_tokens=common.MAX_NEW_TOKENS.value,
+        choices=_CHOICES.value,
+    )
+
+
+def _defaults() -> Sampling:
+    return dataclasses.replace(common.sampling(), seed=0)
+
+
+def main() -> int:
+    """Loads, listens, warms up, serves; returns when it was told to end, or when the engine has failed."""
+    access, adapters = _access(), _adapters()  # raise before the model is loaded
+    _defaults()
+    if _SLOTS.value != "auto" and not (_SLOTS.value.isdecimal() and 1 <= int(_SLOTS.value) <= 256):
+        raise ValueError(f"--slots={_SLOTS.value} must be auto or a number from 1 to 256")
+    listening = listen(_HOST.value, _PORT.value)
+    checkpoint = common.load_other(CHECKPOINT.value, QUANTIZE.value, None)
+    require_tokenizer(checkpoint)
+    options = EngineOptions(
+        slots=_slots(checkpoint), room=_ROOM.value, queue=_QUEUE.value, cache_dtype=common.CACHE_DTYPE.value
+    )
+    name = _NAME.value or Path(CHECKPOINT.value.partition("@")[0]).name.removesuffix(".gguf")
+    if name in adapters:
+        raise ValueError(f"--adapter={name}=...: this is the model's own name; give it another")
+    if adapters:
+        raise ValueError("--adapter: not there yet")
+    service = Service(
+        Engine(checkpoint, options),
+        checkpoint,
+        name,
+        list(adapters),
+        _defaults(),
+        _limits(),
+        _LOG_PROMPTS.value,
+        _POOLING.value,
+    )
+    log_to(sys.stderr)
+    print(f"phi3-serve: {name} at {address(listening)}, {options.slots} slots", flush=True)
+    return asyncio.run(
+        _serve(service, Server(make_app(service, access), service.limits, _DRAIN_SECONDS.value), listening)
+    )
+
+
+async def _serve(service: Service, server: Server, listening: Any) -> int:
+    """Serves until a signal comes, or the engine fails; the exit code."""
+    loop, engine = asyncio.get_running_loop(), service.engine
+
+    def on_failure() -> None:
+        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+
+    service.on_failure = on_failure
+    thread = threading.Thread(target=_work, args=[service], name="engine", daemon=True)
+
+    def end(number: signal.Signals) -> None:
+        if server.should_exit:
+            interrupts.end_by(number)
+        if service.state != "failed":
+            service.state = "draining"
+        tell_supervisor("STOPPING=1")
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end, number)
+    thread.start()
+    await server.serve(sockets=[listening])
+    engine.stop()
+    await asyncio.to_thread(thread.join, 2)
+    if service.failure is not None:
+        print(f"phi3-serve: the engine has failed, and the server with it: {service.failure}", file=sys.stderr)
+    if thread.is_alive():  # inside of a compiler, which cannot be told to stop
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(service.failure is not None))
+    return int(service.failure is not None)
+
+
+def _work(service: Service) -> None:
+    """The engine's thread."""
+    with contextlib.ExitStack() as stack:
+        on_progress = stack.enter_context(progress_bar("warming up", ""))
+
+        def on_ready() -> None:
+            stack.close()  # the bar disappears
+            print("phi3-serve: ready", flush=True)
+            tell_supervisor("READY=1")
+
+        service.on_ready = on_ready
+        service.work(on_progress)
+
+
+def run() -> None:
+    """The console script."""
+    flags.set_default(common.MAX_NEW_TOKENS, 4096)
+    flags.set_default(common.TEMPERATURE, 1.0)
+    adapter = flags.DEFINE_multi_string(
+        "adapter",
+        [],
+        "NAME=FOLDER: a LoRA adapter in PEFT's format, for requests with this model; may be given several times.",
+        module_name=__name__,
+        allow_override=True,  # of the one adapter that other programs take
+    )
+    run_program("phi3-serve", main, {**_TOPICS, "Model": [*_TOPICS["Model"], adapter]})
+
+
+if __name__ == "__main__":
+    run()

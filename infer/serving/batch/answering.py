@@ -1,0 +1,98 @@
+"""Jobs through the engine, as many at a time as it has slots: one that ends makes room for the next at once."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+import jax.numpy as jnp
+
+from phi3_jax.checkpoint import Checkpoint
+
+from ...answer import Generation, Piece
+from ...engine import Options
+from ...engine.buckets import own_cache_dtype, sizes_for
+from ..engine import Engine, Job
+
+Key = TypeVar("Key")
+
+
+def room_for(
+    checkpoint: Checkpoint, slots: int, lengths: Iterable[tuple[int, int]], cache_dtype: str | None = None
+) -> int:
+    """`EngineOptions.room` for jobs: as coarse as the memory allows, so that few programs are compiled.
+
+    Args:
+      lengths: of each job, the tokens of its prompt and the most of its answer.
+    """
+    most = min(checkpoint.config.max_position_embeddings, max(map(sum, lengths), default=1))
+    dtype = own_cache_dtype(checkpoint) if cache_dtype is None else jnp.dtype(cache_dtype)
+    return sizes_for(checkpoint, slots, most, Options(), dtype)[1]
+
+
+def answer_all(
+    engine: Engine, jobs: Iterable[tuple[Key, Job]], turns: threading.Lock | None = None
+) -> Iterator[tuple[Key, Generation]]:
+    """Answers jobs -> their keys and answers, as they end: not in the order of the jobs.
+
+    A job is handed over when the engine has a slot for it, so `Job.seconds` is the time that the answer itself takes.
+    What is under way when the iterator is closed is cancelled.
+
+    Args:
+      turns: where several threads do this with one engine, whoever holds this lock takes a turn, for all of them.
+
+    Raises:
+      ValueError: a job cannot be carried out.
+    """
+    ended: queue.SimpleQueue[_Answer[Key]] = queue.SimpleQueue()
+    under_way: set[_Answer[Key]] = set()
+    turns = turns or threading.Lock()
+
+    def next_ended() -> tuple[Key, Generation]:
+        while ended.empty():
+            with turns:
+                if ended.empty():  # still
+                    engine.turn()
+        answer = ended.get()
+        under_way.remove(answer)
+        return answer.key, answer.whole()
+
+    try:
+        for key, job in jobs:
+            if len(under_way) == engine.options.slots:
+                yield next_ended()
+            under_way.add(_Answer(key, engine, job, ended))
+        while under_way:
+            yield next_ended()
+    finally:
+        for answer in under_way:
+            engine.cancel(answer.ticket)
+
+
+class _Answer(Generic[Key]):
+    """A job that the engine has, and the pieces of its answer so far."""
+
+    def __init__(self, key: Key, engine: Engine, job: Job, ended: queue.SimpleQueue[_Answer[Key]]):
+        self.key, self._ended = key, ended
+        self._pieces: list[Piece] = []
+        self.ticket = engine.submit(job, self._take)
+
+    def _take(self, piece: Piece) -> None:  # in the thread that takes the engine's turns
+        self._pieces.append(piece)
+        if piece.finish_reason is not None:
+            self._ended.put(self)
+
+    def whole(self) -> Generation:
+        """The answer, once it has ended."""
+        pieces, last = self._pieces, self._pieces[-1]
+        assert last.finish_reason is not None
+        return Generation(
+            "".join(piece.text for piece in pieces),
+            [token for piece in pieces for token in piece.token_ids],
+            last.finish_reason,
+            None if last.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []],
+            self.ticket.prompt_logprobs,
+            last.error,
+        )

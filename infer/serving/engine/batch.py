@@ -1,0 +1,184 @@
+"""The rows that write their answers, all in one call of the compiled loop.
+
+The host knows every row's tokens; on the device are their keys and values, and what the loop needs, which is made anew
+whenever a row comes or goes. There are as many rows as the rung that load asks for (buckets.py).
+
+Axis letters: L layer, B batch, K key-value heads, S cache slot, H head dim, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.model import KVCache
+
+from ...engine import NewTokens, PromptLookup, decoding
+from ...engine.news import News
+from ...engine.speculation import LookupDrafter
+from .options import EngineOptions, Sizes
+from .sequence import Row
+from .states import settings_of, state_of
+
+Way = Literal["plain", "grammar", "guesses"]
+
+_BLOCK = 128  # slots that are copied at a time
+_PATIENCE = 4  # calls with a smaller load before rows are moved together
+
+
+class Batch:
+    """Attributes:
+    rows: the row at each place of the batch; None where there is none.
+    offered, taken: with speculation: how many tokens were guessed, and how many of them were right.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions):
+        self._checkpoint, self._sizes, self._options = checkpoint, sizes, options
+        self._drafter = LookupDrafter(PromptLookup(options.speculate)) if options.speculate else None
+        self.rows: list[Row | None] = []
+        self._cache: KVCache | None = None
+        self._state: decoding.DecodeState | None = None  # None: to be made anew of `rows` and the cache
+        self._settings: decoding.Settings | None = None
+        self._calm = 0
+        self.offered = self.taken = 0
+
+    @property
+    def used(self) -> list[Row]:
+        """The rows that are there."""
+        return [row for row in self.rows if row is not None]
+
+    def join(self, row: Row, cache: KVCache) -> None:
+        """Adds a row, whose keys and values are the only row of `cache`."""
+        if len(self.used) == len(self.rows):
+            self._resize(next(rung for rung in self._sizes.rungs if rung > len(self.rows)))
+        place = self.rows.index(None)
+        self._put(place, cache, 0, len(row.tokens))
+        self.rows[place] = row
+
+    def leave(self, row: Row) -> None:
+        """Takes a row out."""
+        place = self.rows.index(row)
+        self.settle()
+        self.rows[place] = None
+
+    def shrink(self) -> None:
+        """Moves the rows to the next smaller rung if they have fitted into it for some calls."""
+        smaller = [rung for rung in self._sizes.rungs if len(self.used) <= rung < len(self.rows)]
+        self._calm = self._calm + 1 if smaller else 0
+        if self._calm > _PATIENCE:
+            self._resize(smaller[-1])
+
+    def way(self) -> Way:
+        """How these rows are written: token by token where a grammar has to be asked, with guesses where few are."""
+        if any(row.masks is not None for row in self.used):
+            return "grammar"
+        has_guesses = self._drafter is not None and len(self.rows) <= self._options.speculate_rows
+        return "guesses" if has_guesses else "plain"
+
+    def write(self, params: Any, steps: int, way: Way | None = None) -> list[tuple[Row, NewTokens, bool]]:
+        """Up to `steps` turns of the loop -> (row, what it got, whether it is done), of each row.
+
+        Args:
+          way: None for that of `way()`, which takes one step with a grammar.
+        """
+        if self._state is None:
+            self._state = self._new_state()
+        state, config, settings, way = self._state, self._checkpoint.config, self._settings, way or self.way()
+        assert settings is not None
+        if way == "grammar":
+            state, last = decoding.step(config, params, state)
+            allowed = np.stack([self._allowed(row) for row in self.rows])
+            state = decoding.answer(config, params, state, last, settings, jnp.asarray(allowed))
+        else:
+            drafter = self._drafter if way == "guesses" else None
+            state, _ = decoding.decode(config, params, state, settings, jnp.int32(steps), drafter)
+        self._state = state
+        return self._written(state)
+
+    def _written(self, state: decoding.DecodeState) -> list[tuple[Row, NewTokens, bool]]:
+        news = News.read(state.news, len(self.rows))
+        tokens = np.asarray(state.tokens) if max(news.counts) > news.tokens.shape[1] else None
+        results = []
+        for place, row in enumerate(self.rows):
+            if row is None:
+                continue
+            begin, count = len(row.tokens), news.counts[place]
+            new = news.tokens[place, :count] if tokens is None else tokens[place, begin : begin + count]
+            ids, logprobs = new.tolist(), None
+            if row.job.logprobs is not None and state.logprobs is not None:
+                logprobs = state.logprobs.read(place, ids, begin)
+            results.append((row, row.add(ids, logprobs, int(news.failed[place])), bool(news.done[place])))
+        return results
+
+    def _allowed(self, row: Row | None) -> np.ndarray:
+        words = -(-self._checkpoint.config.vocab_size // 32)
+        return np.full(words, 0xFFFFFFFF, np.uint32) if row is None else row.allowed(words)
+
+    def settle(self) -> None:
+        """Takes the cache out of the state, which has to be made anew, and counts guesses."""
+        if self._state is not None:
+            if self._drafter is not None:
+                self.offered += int(self._state.offered.sum())
+                self.taken += int(self._state.taken.sum())
+            self._cache, self._state = self._state.cache, None
+
+    def _put(self, place: int, cache: KVCache, row: int, length: int) -> None:
+        self.settle()
+        assert self._cache is not None
+        blocks = -(-min(length, cache.capacity) // _BLOCK)
+        self._cache = copy_row(self._cache, jnp.int32(place), cache, jnp.int32(row), jnp.int32(blocks))
+
+    def _resize(self, rung: int) -> None:
+        """Moves all rows into a cache of `rung` rows, one of the neighbours of the present one."""
+        self.settle()
+        self._calm = 0
+        old, rows = self._cache, self.rows
+        config, sizes = self._checkpoint.config, self._sizes
+        self._cache = KVCache.create(config, rung, sizes.capacity, sizes.dtype, unset=True)
+        self.rows = [None] * rung
+        for place, (origin, row) in enumerate((i, row) for i, row in enumerate(rows) if row is not None):
+            assert old is not None
+            self._put(place, old, origin, len(row.tokens))
+            self.rows[place] = row
+
+    def _new_state(self) -> decoding.DecodeState:
+        assert self._cache is not None
+        wants = any(row.job.logprobs is not None for row in self.used)
+        self._settings = settings_of(self.rows, self._checkpoint)
+        logprobs = self._sizes.top_logprobs if wants else None
+        return state_of(self.rows, self._settings, self._sizes, self._cache, logprobs)
+
+
+@functools.partial(jax.jit, donate_argnames="target")
+def copy_row(target: KVCache, to: jax.Array, source: KVCache, row: jax.Array, blocks: jax.Array) -> KVCache:
+    """The target with a row of the source in row `to`: the first `blocks` blocks of its slots, int32 scalars."""
+
+    def copy(old: jax.Array, new: jax.Array) -> jax.Array:  # [L, B, K, S, ...]
+        # As integers, which XLA for the CPU copies much faster than bfloat16, and whose bits it leaves alone.
+        bits = f"uint{8 * old.dtype.itemsize}"
+        return jax.lax.bitcast_convert_type(
+            copy_bits(*(jax.lax.bitcast_convert_type(x, bits) for x in (old, new))), old.dtype
+        )
+
+    def copy_bits(old: jax.Array, new: jax.Array) -> jax.Array:
+        size = min(_BLOCK, old.shape[3])
+        shape = (old.shape[0], 1, old.shape[2], size, *old.shape[4:])
+        rest = [jnp.int32(0)] * (old.ndim - 4)
+
+        def one(block: jax.Array, old: jax.Array) -> jax.Array:
+            begin, zero = block * size, jnp.int32(0)
+            part = jax.lax.dynamic_slice(new, (zero, row, zero, begin, *rest), shape)
+            return jax.lax.dynamic_update_slice(old, part, (zero, to, zero, begin, *rest))
+
+        return jax.lax.fori_loop(0, blocks, one, old)
+
+    names = ("k", "v") if target.k_scale is None else ("k", "v", "k_scale", "v_scale")
+    arrays = {name: copy(getattr(target, name), getattr(source, name)) for name in names}
+    positions = jax.lax.dynamic_update_slice(target.positions, source.positions[row][None], (to, jnp.int32(0)))
+    return dataclasses.replace(target, positions=positions, **arrays)

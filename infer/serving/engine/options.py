@@ -1,0 +1,113 @@
+"""How an engine is set up, and the sizes of its arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.model import slots_needed
+
+from ...engine.buckets import batch_rung, own_cache_dtype, slot_bytes
+from ...engine.options import CACHE_DTYPES, MOST_TOKENS
+from ...engine.speculation import MOST_GUESSES
+
+# The most entries of a job's logit_bias, and of its lists of banned or forced tokens: arrays have one size.
+MOST_BIASES, MOST_LISTED = 1024, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is set up. Raises ValueError for values that make no sense.
+
+    Attributes:
+      slots: how many answers are written at a time.
+      room: the most tokens, prompt and answer together, of a job; at most the model's context.
+      queue: how many jobs may wait for a slot.
+      readers: how many prompts are read at a time, a piece of one after a piece of another.
+      chunk: prompts are read in pieces that begin at multiples of this; None: 128 on the CPU, 512 elsewhere.
+      cache_dtype: of the keys and values; by default `buckets.own_cache_dtype`.
+      top_logprobs: the most of `Job.logprobs`.
+      prefix_bytes: the most memory for keys and values of prompts' beginnings, which are not read twice; 0: none.
+      speculate: guess so many tokens at a time from what the text says already, which changes no token; 0: none.
+      speculate_rows: but only while at most so many answers are written.
+    """
+
+    slots: int = 8
+    room: int = 4096
+    queue: int = 256
+    readers: int = 4
+    chunk: int | None = None
+    cache_dtype: str | None = None
+    top_logprobs: int = 20
+    prefix_bytes: int = 1 << 30
+    speculate: int = 0
+    speculate_rows: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "room", "readers", "chunk"):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= MOST_TOKENS:
+                raise ValueError(f"{name}={value} must be at least 1 and at most {MOST_TOKENS}")
+        for name in ("queue", "top_logprobs", "prefix_bytes", "speculate", "speculate_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.speculate > MOST_GUESSES:
+            raise ValueError(f"speculate={self.speculate} must be at most {MOST_GUESSES}")
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype={self.cache_dtype!r} is not one of {CACHE_DTYPES}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of an engine's arrays.
+
+    Attributes:
+      room: the most tokens of a row.
+      width: M, those and guesses behind them.
+      capacity: S, slots of a row's cache, a multiple of `chunk`.
+      chunk: see `EngineOptions`.
+      rungs: the numbers of rows B that answers are written with, rising.
+      dtype: of the cache.
+      top_logprobs: how many likely tokens are recorded, where any are.
+      prefix_bytes: see `EngineOptions`; 0 if no prompt has room for a chunk and its last token.
+      border: LongRoPE's: longer rows have the long factors; None without.
+    """
+
+    room: int
+    width: int
+    capacity: int
+    chunk: int
+    rungs: tuple[int, ...]
+    dtype: Any
+    top_logprobs: int
+    prefix_bytes: int
+    border: int | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, options: EngineOptions) -> Sizes:
+        """The sizes for a model. Raises ValueError for a prefix cache that would hold nothing."""
+        config, guesses = checkpoint.config, options.speculate
+        room = min(options.room, config.max_position_embeddings)
+        chunk = min(options.chunk or (128 if jax.default_backend() == "cpu" else 512), room)
+        dtype = own_cache_dtype(checkpoint) if options.cache_dtype is None else jnp.dtype(options.cache_dtype)
+        prefix_bytes = options.prefix_bytes if room > chunk + 1 else 0
+        if 0 < prefix_bytes < (least := chunk * slot_bytes(config, dtype)):
+            raise ValueError(
+                f"prefix_bytes={prefix_bytes} is less than the {least} bytes of one chunk of {chunk} tokens: make it "
+                "larger, or 0 for no prefix cache"
+            )
+        slots = slots_needed(config, room + guesses, max(chunk, guesses + 2))
+        return cls(
+            room=room,
+            width=room + guesses,
+            capacity=-(-slots // chunk) * chunk,
+            chunk=chunk,
+            rungs=tuple(sorted({batch_rung(rows) for rows in range(1, options.slots + 1)})),
+            dtype=dtype,
+            top_logprobs=min(options.top_logprobs, config.vocab_size),
+            prefix_bytes=prefix_bytes,
+            border=None if config.long_rope is None else config.long_rope.original_max_position_embeddings,
+        )

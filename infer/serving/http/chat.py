@@ -1,0 +1,409 @@
+"""/v1/chat/completions: a conversation -> the assistant's next message.
+
+fields -> messages, tools, grammar -> encode_chat -> jobs -> pieces -> Choice -> message, or deltas
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from phi3_jax.json_files import parse
+from phi3_jax.text import ToolCall, ToolCallParser, call_schema
+
+from ...answer import Piece
+from ...sampling import Grammar, TokenLogprob
+from ..engine import Job
+from .errors import invalid
+from .fields import (
+    IGNORED,
+    Fields,
+    attempt,
+    check_schema,
+    read_fields,
+    read_most_tokens,
+    read_sampling,
+    read_stop,
+    with_seed,
+)
+from .gate import note
+from .service import Answers, Service
+from .streams import DONE, EventStream, event
+
+MOST_LOGPROBS = 20
+_MOST_CALLS = 16  # of an answer that has to call; small models go on for long
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_FINISH = {"stop": "stop", "length": "length", "deadline": "length"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolUse:
+    """What an answer may call.
+
+    Attributes:
+      shown: the functions that the model is told of; None: it is told of none.
+      grammar: what an answer that has to call matches.
+      most: calls of an answer.
+    """
+
+    shown: list[Any] | None = None
+    grammar: Grammar | None = None
+    most: int | None = None
+
+
+async def chat(request: Request) -> Response:
+    """The endpoint."""
+    service: Service = request.app.state.service
+    service.check_ready()
+    fields = await read_fields(request)
+    model = fields.text("model", service.model)
+    adapter = service.adapter_of(model)
+    messages = read_messages(fields, service.limits.messages)
+    use = read_tool_use(fields, service.limits.tools)
+    grammar = read_response_format(fields)
+    if grammar is not None and use.shown:
+        raise invalid('response_format goes with tools only if tool_choice is "none"', "response_format")
+    sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
+    count = fields.whole("n", 1, 1, service.limits.choices)
+    most_tokens = read_most_tokens(fields, service.limits.answer_tokens, None)
+    logprobs = _read_logprobs(fields)
+    stream, with_usage = read_stream(fields)
+    for name, value in (("modalities", ["text"]), ("audio", None), ("prediction", None), ("reasoning_effort", "none")):
+        fields.only(name, value)
+    fields.refuse_others(IGNORED)
+
+    prompt = await service.encode_chat(messages, use.shown)
+    room = service.room_for(prompt, "messages")
+    note(request.scope, model=model, prompt_tokens=len(prompt), stream=stream)
+    if service.log_prompts:
+        note(request.scope, messages=messages)
+    job = Job(
+        prompt,
+        min(most_tokens or room, room),
+        sampling,
+        stop,
+        use.grammar or grammar,
+        logprobs,
+        adapter=adapter,
+        markers=use.shown is not None,
+    )
+    jobs = [dataclasses.replace(job, sampling=with_seed(sampling, index)) for index in range(count)]
+    answers = await service.open(*jobs)
+    reply = _Reply(request, service, model, len(prompt), [Choice(service, use, logprobs) for _ in jobs], answers)
+    if stream:
+        return EventStream(reply.chunks(with_usage), answers.close, service.limits.keep_alive)
+    return JSONResponse(await reply.whole())
+
+
+class _Reply:
+    """The answers to one request, as OpenAI writes them."""
+
+    def __init__(
+        self,
+        request: Request,
+        service: Service,
+        model: str,
+        prompt_tokens: int,
+        choices: Sequence[Choice],
+        answers: Answers,
+    ):
+        self._request, self._model, self._prompt_tokens = request, model, prompt_tokens
+        self._choices, self._answers = choices, answers
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    async def whole(self) -> dict[str, Any]:
+        """All of it; the answers are closed then."""
+        try:
+            async for piece in self._answers:
+                self._choices[piece.row].add(piece)
+        finally:
+            self._answers.close()
+        choices = [{"index": index, **choice.whole()} for index, choice in enumerate(self._choices)]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+
+    async def chunks(self, with_usage: bool) -> AsyncIterator[bytes]:
+        """The events of a stream, one for each piece."""
+        more: dict[str, Any] = {"usage": None} if with_usage else {}
+
+        def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+            return event({**self._head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+        for index in range(len(self._choices)):
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        async for piece in self._answers:
+            choice = self._choices[piece.row]
+            deltas, logprobs = choice.add(piece), choice.logprobs_of(piece)
+            if logprobs is not None and not deltas:
+                deltas = [{}]  # of a character that is not complete
+            found = [chunk(piece.row, delta, logprobs if not i else None) for i, delta in enumerate(deltas)]
+            if choice.finish_reason is not None:
+                found.append(chunk(piece.row, {}, None, choice.finish_reason))
+            if found:
+                yield b"".join(found)
+        usage = self._usage()
+        if with_usage:
+            yield event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+        yield DONE
+
+    def _usage(self) -> dict[str, Any]:
+        tokens = sum(choice.tokens for choice in self._choices)
+        note(self._request.scope, finish=[choice.finish_reason for choice in self._choices])
+        return usage_of(self._request, self._prompt_tokens, tokens, self._answers)
+
+
+def usage_of(request: Request, prompt_tokens: int, tokens: int, answers: Answers) -> dict[str, Any]:
+    """How many tokens a request took; they go into its line of the log, too."""
+    cached = answers.tickets[0].reused
+    note(request.scope, completion_tokens=tokens, cached_tokens=cached)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class Choice:
+    """One message while it is written.
+
+    Attributes:
+      content: what it says beside the calls, so far.
+      calls: in their order, with their ids.
+      tokens: how many it has.
+      finish_reason: None while it goes on.
+    """
+
+    def __init__(self, service: Service, use: ToolUse, logprobs: int | None = None):
+        self._service, self._use, self._logprobs = service, use, logprobs
+        self._parser = None if use.shown is None else ToolCallParser(use.shown)
+        self._entries: list[dict[str, Any]] = []
+        self.content, self.tokens = "", 0
+        self.calls: list[tuple[str, ToolCall]] = []
+        self.finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Adds a piece -> what is certain now, as deltas of a message."""
+        text, deltas = piece.text, []
+        self.tokens += len(piece.token_ids)
+        self._entries += (self.logprobs_of(piece) or {"content": []})["content"]
+        if self._parser is not None:
+            text = self._parser.push(text) + (self._parser.flush() if piece.finish_reason else "")
+        if text:
+            self.content += text
+            deltas.append({"content": text})
+        for call in [] if self._parser is None else self._parser.calls[len(self.calls) : self._use.most]:
+            deltas += self._new_call(call)
+        if piece.finish_reason is not None:
+            reason = _FINISH[piece.finish_reason]
+            self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
+        return deltas
+
+    def _new_call(self, call: ToolCall) -> list[dict[str, Any]]:
+        index, name = len(self.calls), call_id()
+        self.calls.append((name, call))
+        head = {"index": index, "id": name, "type": "function", "function": {"name": call.name, "arguments": ""}}
+        rest = {"index": index, "function": {"arguments": json.dumps(call.arguments, ensure_ascii=False)}}
+        return [{"tool_calls": [head]}, {"tool_calls": [rest]}]
+
+    def whole(self) -> dict[str, Any]:
+        """The choice of an answer that is complete."""
+        content = (self.content.strip() or None) if self.calls else self.content
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self.calls:
+            message["tool_calls"] = [
+                {
+                    "id": name,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+                }
+                for name, call in self.calls
+            ]
+        logprobs = None if self._logprobs is None else {"content": self._entries, "refusal": None}
+        return {"message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def logprobs_of(self, piece: Piece) -> dict[str, Any] | None:
+        """The log-probabilities of a piece's tokens, if they were asked for."""
+        if self._logprobs is None:
+            return None
+        return {"content": [logprob_entry(self._service, entry) for entry in piece.logprobs or []], "refusal": None}
+
+
+def logprob_entry(service: Service, entry: TokenLogprob) -> dict[str, Any]:
+    """A token with its log-probability, and those that were likely in its place."""
+
+    def named(token: int, logprob: float | None) -> dict[str, Any]:
+        data = service.token_bytes(token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+
+    return named(entry.token_id, entry.logprob) | {"top_logprobs": [named(*each) for each in entry.top.items()]}
+
+
+def finite(logprob: float | None) -> float | None:
+    """As JSON can write it: a token that is impossible has -9999."""
+    return None if logprob is None else max(logprob, -9999.0)
+
+
+def call_id() -> str:
+    """A new name for a call. Nine letters and digits: Mistral's template takes no other ids."""
+    return secrets.token_hex(5)[:9]
+
+
+def read_messages(fields: Fields, most: int) -> list[dict[str, Any]]:
+    """The messages of a conversation, as `encode_chat` takes them. Raises ApiError (400)."""
+    given = fields.items("messages", most) or []
+    if not given:
+        raise invalid("messages is empty: give at least one", "messages")
+    messages, names = [], dict[str, str]()
+    for index, each in enumerate(given):
+        message = _read_message(Fields(each, f"messages[{index}]"))
+        for call in message.get("tool_calls", []):
+            names[call["id"]] = call["function"]["name"]
+        if message["role"] == "tool" and (name := names.get(message.get("tool_call_id", ""))) is not None:
+            message.setdefault("name", name)  # some templates write it
+        messages.append(message)
+    return messages
+
+
+def _read_message(fields: Fields) -> dict[str, Any]:
+    fields.required("role")
+    role = _ROLES[fields.one_of("role", _ROLES, "")]
+    message: dict[str, Any] = {"role": role}
+    if calls := fields.items("tool_calls", _MOST_CALLS * 8):
+        place = fields.name("tool_calls")
+        message["tool_calls"] = [_read_call(Fields(call, f"{place}[{i}]")) for i, call in enumerate(calls)]
+    content = fields.get("content")
+    if isinstance(content, list):
+        place = fields.name("content")
+        content = "".join(_read_part(Fields(part, f"{place}[{i}]")) for i, part in enumerate(content))
+    elif content is not None and not isinstance(content, str):
+        raise fields.wrong("content", "a text, or a list of parts")
+    if content is None and not calls and role != "assistant":
+        fields.required("content")
+    message["content"] = content or ""
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if (value := fields.text(name, None)) is not None:
+            message[name] = value
+    fields.refuse_others(("refusal", "annotations"))
+    return message
+
+
+def _read_part(fields: Fields) -> str:
+    if (kind := fields.text("type", "text")) != "text":
+        name = fields.name("type")
+        raise invalid(f"{name}={kind[:40]!r}: this model reads only text", name, "unsupported_value")
+    fields.required("text")
+    return fields.text("text", "")
+
+
+def _read_call(fields: Fields) -> dict[str, Any]:
+    """A call of an earlier answer. Its arguments come as a JSON text; templates want the object."""
+    fields.only("type", "function")
+    function = Fields(fields.required("function"), fields.name("function"))
+    name, arguments = function.text("name", ""), function.get("arguments")
+    if isinstance(arguments, str):
+        text = arguments or "{}"
+        arguments = attempt(lambda: parse(text), function.name("arguments"))
+    if not isinstance(arguments := {} if arguments is None else arguments, dict):
+        raise function.wrong("arguments", "an object, as a JSON text")
+    return {"id": fields.text("id", ""), "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def read_tool_use(fields: Fields, most: int) -> ToolUse:
+    """tools, tool_choice and parallel_tool_calls. Raises ApiError (400)."""
+    given = fields.items("tools", most) or []
+    tools = [_read_tool(Fields(tool, f"tools[{index}]")) for index, tool in enumerate(given)]
+    if tools:
+        check_schema({"tools": tools}, "tools")
+    parallel, choice = fields.truth("parallel_tool_calls", True), fields.get("tool_choice")
+    most_calls = None if parallel else 1
+    if choice == "none" or (choice in (None, "auto") and not tools):
+        return ToolUse()
+    if not tools:
+        raise invalid("tool_choice needs tools", "tool_choice")
+    if choice in (None, "auto"):
+        return ToolUse(tools, most=most_calls)
+    called = tools
+    if isinstance(choice, dict):
+        inner = Fields(choice, "tool_choice")
+        inner.only("type", "function")
+        name = Fields(inner.required("function"), "tool_choice.function").text("name", "")
+        called, most_calls = [tool for tool in tools if tool["function"]["name"] == name], 1
+        if not called:
+            raise invalid(f"tool_choice: there is no function {name[:80]!r} among the tools", "tool_choice")
+    elif choice != "required":
+        raise fields.wrong("tool_choice", '"none", "auto", "required" or {"type": "function", "function": ...}')
+    schema = attempt(lambda: call_schema(called, most_calls or _MOST_CALLS), "tools")
+    return ToolUse(tools, attempt(lambda: Grammar.json_schema(schema), "tools"), most_calls)
+
+
+def _read_tool(fields: Fields) -> dict[str, Any]:
+    fields.only("type", "function")
+    function = Fields(fields.required("function"), fields.name("function"))
+    name = function.text("name", "")
+    if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
+        raise function.wrong("name", "of at most 64 letters, digits, _, - and .")
+    tool: dict[str, Any] = {"name": name}
+    if (description := function.text("description", None)) is not None:
+        tool["description"] = description
+    if (parameters := function.get("parameters")) is not None:
+        check_schema(parameters, function.name("parameters"))
+        tool["parameters"] = parameters
+    function.truth("strict", False)
+    function.refuse_others()
+    return {"type": "function", "function": tool}
+
+
+def read_response_format(fields: Fields, key: str = "response_format") -> Grammar | None:
+    """What the answer has to match: any text, any object, or a schema. Raises ApiError (400)."""
+    form = fields.inner(key)
+    if form is None:
+        return None
+    form.required("type")
+    kind = form.one_of("type", ("text", "json_object", "json_schema"), "")
+    if kind != "json_schema":
+        return None if kind == "text" else Grammar.json_schema({"type": "object"})
+    described = Fields(form.required("json_schema"), form.name("json_schema"))
+    schema, place = described.required("schema"), described.name("schema")
+    described.text("name", None)
+    described.text("description", None)
+    described.truth("strict", False)
+    described.refuse_others()
+    form.refuse_others()
+    check_schema(schema, place)
+    return attempt(lambda: Grammar.json_schema(schema), place)
+
+
+def _read_logprobs(fields: Fields) -> int | None:
+    top = fields.whole("top_logprobs", None, 0, MOST_LOGPROBS)
+    if fields.truth("logprobs", False):
+        return top or 0
+    if top:
+        raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
+    return None
+
+
+def read_stream(fields: Fields) -> tuple[bool, bool]:
+    """Whether to stream, and whether the stream ends with the usage."""
+    stream, options = fields.truth("stream", False), fields.inner("stream_options")
+    if options is None:
+        return stream, False
+    if not stream:
+        raise invalid("stream_options goes only with stream=true", "stream_options")
+    with_usage = options.truth("include_usage", False)
+    options.truth("include_obfuscation", False)
+    options.truth("continuous_usage_stats", False)
+    options.refuse_others()
+    return stream, with_usage
+
+
+routes = [Route("/v1/chat/completions", chat, methods=["POST"])]

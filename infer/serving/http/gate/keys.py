@@ -1,0 +1,90 @@
+"""API keys: who may use the server. They come from a file or the environment, never from the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from phi3_jax.regular_file import read_text
+
+from ..errors import ApiError
+from .logs import note
+
+VARIABLE = "PHI3_API_KEYS"
+_SHORTEST = 16  # characters: what is shorter can be guessed
+# Whoever watches over the server, and whoever opens the page, which asks for the key itself, has none.
+_OPEN = re.compile(r"/|/health|/ready|/favicon\.ico|/page/[\w.-]+")
+
+
+class Keys:
+    """Some keys. Only their digests are kept, so that none can end up in a log or in a traceback."""
+
+    def __init__(self, keys: Iterable[str]):
+        """Takes the keys. Raises ValueError for one that is too short or cannot be a header, without showing it."""
+        found = list(keys)
+        for number, key in enumerate(found, start=1):
+            if len(key) < _SHORTEST or not re.fullmatch(r"[!-~]+", key):
+                raise ValueError(
+                    f"API key {number} must have at least {_SHORTEST} letters, digits and signs of ASCII; make one by "
+                    "openssl rand -hex 24"
+                )
+        self._digests = [_digest(key) for key in found]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def number_of(self, key: str) -> int | None:
+        """Which key it is, counted from 1; None if it is none. Takes the same time for every key."""
+        given, number = _digest(key), None
+        for index, digest in enumerate(self._digests, start=1):
+            if hmac.compare_digest(given, digest):
+                number = index
+        return number
+
+
+def read_keys(path: str | None) -> Keys:
+    """The keys of a file, one a line, `#` before comments, and of the environment, with white space between.
+
+    Raises OSError and ValueError, with the file's name.
+    """
+    lines = [] if path is None else read_text(Path(path)).splitlines()
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if path is not None and not keys:
+        raise ValueError(f"{path}: holds no API key; write one a line")
+    try:
+        return Keys(
+            [*keys, *re.split(r"[\s,]+", os.environ.get(VARIABLE, "").strip())] if VARIABLE in os.environ else keys
+        )
+    except ValueError as error:
+        raise ValueError(f"{path or VARIABLE}: {error}") from None
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+class Authentication:
+    """Lets through who has a key: `Authorization: Bearer KEY`."""
+
+    def __init__(self, app: ASGIApp, keys: Keys):
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it. Raises ApiError (401)."""
+        if self._keys and not _OPEN.fullmatch(scope["path"]):
+            given = Headers(scope=scope).getlist("authorization")
+            scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
+            number = self._keys.number_of(key.strip()) if scheme.lower() == "bearer" else None
+            if number is None:
+                what = "the API key is wrong" if given else "an API key is missing"
+                challenge = {"www-authenticate": "Bearer"}
+                raise ApiError(401, f"{what}; send it as Authorization: Bearer KEY", headers=challenge)
+            note(scope, key=number)
+        await self._app(scope, receive, send)

@@ -1,0 +1,106 @@
+"""phi3-serve as a process: what it refuses, how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from chats import small_chat
+
+import phi3_jax
+
+PROGRAM = [sys.executable, "-m", "phi3_jax.infer.programs.serve_main"]
+HI = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    checkpoint = small_chat(tiny, folder / "tokenizer")
+    phi3_jax.save(checkpoint, folder / "small")
+    return folder / "small"
+
+
+def environment(folder, **more):
+    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **more}
+
+
+def refused(folder, *args, **more):
+    """What the program says when it does not start."""
+    done = subprocess.run(
+        [*PROGRAM, f"--checkpoint={folder}", "--port=0", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(folder, **more),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+class Started:
+    """A server that is ready."""
+
+    def __init__(self, folder, *args, **more):
+        self.process = subprocess.Popen(
+            [*PROGRAM, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=512", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(folder, **more),
+        )
+        line = self.process.stdout.readline()
+        assert line.startswith("phi3-serve: small at http://127.0.0.1:"), (line, self.process.stderr.read())
+        self.url = line.split()[3].rstrip(",")
+        self.while_warming = httpx.get(f"{self.url}/ready").status_code, httpx.get(f"{self.url}/health").status_code
+        assert self.process.stdout.readline() == "phi3-serve: ready\n", self.process.stderr.read()
+
+    def end(self, number):
+        """The exit code, and the lines of its log."""
+        self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=20)
+        return self.process.returncode, log
+
+
+@pytest.mark.slow
+def test_it_refuses_what_would_be_unsafe_or_cannot_be(folder, tmp_path):
+    assert "--insecure --insecure" in refused(folder, "--host=0.0.0.0")
+    assert "--insecure --insecure" in refused(folder, "--host=0.0.0.0", "--insecure")
+    secret = "short-and-secret"[:15]
+    assert secret not in refused(folder, PHI3_API_KEYS=secret)
+    assert "NAME=FOLDER" in refused(folder, "--adapter=runs/mine")
+
+
+@pytest.mark.slow
+def test_it_answers_what_it_has_begun_and_ends_with_0(folder):
+    server = Started(folder, "--drain_seconds=20")
+    assert server.while_warming == (503, 200)
+    asked = {**HI, "max_tokens": 400, "min_tokens": 400, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=20) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert len(rest) > 5
+    _, log = server.process.communicate(timeout=20)
+    assert server.process.returncode == 0
+    assert '"event": "request"' in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(folder):
+    server = Started(folder, "--drain_seconds=60")
+    asked = {**HI, "max_tokens": 500, "min_tokens": 500, "n": 16, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=20):
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        begin = time.monotonic()
+        code, _ = server.end(signal.SIGINT)
+    assert (code, time.monotonic() - begin < 3) == (-signal.SIGINT, True)
