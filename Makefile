@@ -16,11 +16,7 @@ KILLS := 60
 SIGNALS := 150
 FAULTS := tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py
 
-<<<<<<< HEAD
-.PHONY: demo finetune-demo qlora-demo test test-slow test-all test-clients fuzz lint parity test-accelerators check-device pictures clean
-=======
-.PHONY: demo finetune-demo qlora-demo test test-slow test-all fuzz lint parity test-accelerators test-ray check-device pictures clean
->>>>>>> serve-G
+.PHONY: demo finetune-demo qlora-demo test test-slow test-all test-clients test-ray fuzz lint parity test-accelerators check-device pictures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -143,8 +139,4 @@ pictures: $(VENV)/.demo
 	$(BIN)/python benchmarks/pictures.py
 
 clean:
-<<<<<<< HEAD
-	rm -rf .venv .venv-clients .venv-parity .venv-newest .venv-accelerators build dist *.egg-info
-=======
-	rm -rf .venv .venv-parity .venv-newest .venv-accelerators .venv-ray build dist *.egg-info
->>>>>>> serve-G
+	rm -rf .venv .venv-clients .venv-parity .venv-newest .venv-accelerators .venv-ray build dist *.egg-info
