@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -190,7 +190,7 @@ def main() -> int:
         _defaults(),
         _limits(),
         _LOG_PROMPTS.value,
-        _POOLING.value,
+        cast(Any, _POOLING.value),
     )
     log_to(sys.stderr)
     print(f"phi3-serve: {name} at {address(listening)}, {options.slots} slots", flush=True)

@@ -193,7 +193,7 @@ def _responses(most: int) -> Schema:
     items = {"type": "array", "items": _object(item, ["role", "content"]), "minItems": 1, "maxItems": most}
     form = {"type": {"enum": ["text", "json_object", "json_schema"]}, "schema": {"type": ["object", "null"]}}
     form |= {"name": _text(), "description": _text(), "strict": _truth()}
-    nothing = {"enum": [None, [], {}]}
+    nothing: Schema = {"enum": [None, [], {}]}
     return {
         "input": {"anyOf": [{"type": "string"}, items]},
         "instructions": _text(),
@@ -223,7 +223,7 @@ def _ollama(messages: Schema | None = None) -> Schema:
     }
     if messages is not None:
         return shared | {"messages": messages, "tools": {"enum": [[], None]}}
-    empty = {name: {"enum": ["", [], None]} for name in ("suffix", "template", "context", "images")}
+    empty: Schema = {name: {"enum": ["", [], None]} for name in ("suffix", "template", "context", "images")}
     return shared | empty | {"prompt": _text(), "system": _text(), "raw": _truth()}
 
 
