@@ -98,6 +98,16 @@ def test_a_rung_takes_no_memory_that_would_be_missed(long, monkeypatch):
     assert sizes(70, 8, 300, "cpu", "float16") == (8, 512)  # the kernels do not know it: XLA reads every slot
 
 
+def test_a_server_has_as_many_slots_as_half_of_the_memory_holds(long, monkeypatch):
+    config = dataclasses.replace(phi3_jax.PRESETS["phi-3-mini-4k"], sliding_window=None)
+    model = dataclasses.replace(long, config=config)  # 1.5 GiB for 4096 tokens
+    found = []
+    for gigabytes, most in ((100, 64), (100, 16), (25, 64), (23, 64), (1, 64)):
+        on(monkeypatch, "cpu", gigabytes)
+        found.append(buckets.rows_that_fit(model, 4096, jnp.bfloat16, most))
+    assert found == [32, 16, 8, 4, 1]
+
+
 def test_without_kernels_rooms_are_no_larger_than_needed(long, monkeypatch):
     """XLA reads every slot: of heads that no kernel is made for, of a card that is too old."""
     monkeypatch.setattr(buckets.jax, "default_backend", lambda: "gpu")
