@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chats import small_chat
 
 import phi3_jax
 from phi3_jax.infer.engine import decoding
@@ -9,6 +10,7 @@ from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, QueueFull,
 from phi3_jax.infer.serving.engine.pooling import Pooler
 from phi3_jax.model import Phi3
 
+SMALL = EngineOptions(slots=2, room=64, queue=64, chunk=16, top_logprobs=2)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(5)
 # Below and beyond a chunk, the window (19) and LongRoPE's border (16).
@@ -16,8 +18,14 @@ TEXTS = [RNG.integers(0, 97, size).tolist() for size in (1, 7, 16, 17, 41, 53)]
 
 
 @pytest.fixture(scope="module")
-def pooler(tiny: phi3_jax.Checkpoint) -> Pooler:
-    return Pooler(tiny, room=60, chunk=16, queue=3)
+def small(tiny: phi3_jax.Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> phi3_jax.Checkpoint:
+    """That of test_engine.py, whose programs are shared."""
+    return small_chat(tiny, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def pooler(small: phi3_jax.Checkpoint) -> Pooler:
+    return Pooler(small, room=64, chunk=16, queue=3)
 
 
 def read_all(pooler: Pooler) -> int:
@@ -28,13 +36,13 @@ def read_all(pooler: Pooler) -> int:
 
 
 @pytest.fixture(scope="module")
-def hidden(tiny: phi3_jax.Checkpoint) -> list[np.ndarray]:
+def hidden(small: phi3_jax.Checkpoint) -> list[np.ndarray]:
     """Of each text [T, D]: all at once, without a cache."""
     tokens = np.zeros((len(TEXTS), 53), np.int32)
     positions = np.full(tokens.shape, -1, np.int32)
     for row, text in enumerate(TEXTS):
         tokens[row, : len(text)], positions[row, : len(text)] = text, range(len(text))
-    apply = jax.jit(lambda *args: Phi3(tiny.config).apply({"params": tiny.params}, *args, method="hidden")[0])
+    apply = jax.jit(lambda *args: Phi3(small.config).apply({"params": small.params}, *args, method="hidden")[0])
     x = np.asarray(apply(tokens, positions), np.float64)
     return [x[row, : len(text)] for row, text in enumerate(TEXTS)]
 
@@ -90,7 +98,7 @@ def test_a_request_that_is_cancelled_is_not_read_on(pooler: Pooler):
 
 
 def test_what_cannot_be_read_is_refused_at_once(pooler: Pooler):
-    for texts, message in [([[]], "input 0 has 0 tokens"), ([[1], [1] * 61], "input 1 has 61 tokens"), ([], "no inp")]:
+    for texts, message in [([[]], "input 0 has 0 tokens"), ([[1], [1] * 65], "input 1 has 65 tokens"), ([], "no inp")]:
         with pytest.raises(ValueError, match=message):
             pooler.submit(texts)
     with pytest.raises(ValueError, match="input 0 has ids \\[97\\] outside"):
@@ -105,11 +113,11 @@ def test_what_cannot_be_read_is_refused_at_once(pooler: Pooler):
     assert not pooler.turn()
 
 
-def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(tiny: phi3_jax.Checkpoint):
-    params = dict(tiny.params)
-    weight = tiny.params["embed_tokens"]["weight"]
+def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(small: phi3_jax.Checkpoint):
+    params = dict(small.params)
+    weight = small.params["embed_tokens"]["weight"]
     params["embed_tokens"] = {"weight": weight.at[13].set(jnp.nan)}
-    pooler = Pooler(phi3_jax.Checkpoint(tiny.config, params, None, tiny.generation), 60, 16, 2)
+    pooler = Pooler(phi3_jax.Checkpoint(small.config, params, None, small.generation), 64, 16, 2)
     bad, good = pooler.submit([[5], [13, 5], [5]]), pooler.submit([[5]])
     read_all(pooler)
     with pytest.raises(ValueError, match="input 1 gave hidden states that are no finite numbers"):
@@ -117,8 +125,8 @@ def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(t
     assert np.isfinite(good.result(timeout=0)).all()
 
 
-def test_warm_up_compiles_all(tiny: phi3_jax.Checkpoint):
-    fresh = Pooler(tiny, 60, 24, 2)
+def test_warm_up_compiles_all(small: phi3_jax.Checkpoint):
+    fresh = Pooler(small, 60, 24, 2)
     assert list(fresh.warm_up()) == [16, 24]
     before = pooling._read._cache_size()
     fresh.submit([[1] * size for size in (3, 17, 33, 60)])
@@ -126,8 +134,8 @@ def test_warm_up_compiles_all(tiny: phi3_jax.Checkpoint):
     assert pooling._read._cache_size() == before
 
 
-def test_the_engine_reads_one_piece_in_a_turn_be_it_of_a_prompt_or_a_text(tiny: phi3_jax.Checkpoint, monkeypatch):
-    engine = Engine(tiny, EngineOptions(slots=2, room=60, chunk=16))
+def test_the_engine_reads_one_piece_in_a_turn_be_it_of_a_prompt_or_a_text(small: phi3_jax.Checkpoint, monkeypatch):
+    engine = Engine(small, SMALL)
     told, order = [], []
     for module, name in ((pooling, "_read"), (decoding, "read")):
         monkeypatch.setattr(module, name, noting(getattr(module, name), order))
@@ -153,8 +161,8 @@ def noting(function, order: list[str]):
     return noted
 
 
-def test_an_engine_that_stops_tells_those_who_wait(tiny: phi3_jax.Checkpoint):
-    engine = Engine(tiny, EngineOptions(slots=2, room=60, chunk=16))
+def test_an_engine_that_stops_tells_those_who_wait(small: phi3_jax.Checkpoint):
+    engine = Engine(small, SMALL)
     future = engine.submit_embedding([TEXTS[5]])
     engine.stop()
     engine.run()
