@@ -144,3 +144,27 @@ def test_bodies_that_are_no_json_are_refused(client):
     assert post(b" " * 50_001) == (413, "request_too_large")
     assert client.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_the_page_may_load_only_its_own_files_and_nothing_else_is_served(client):
+    for path, kind in (("/", "text/html"), ("/page/chat.js", "text/javascript"), ("/page/page.css", "text/css")):
+        response = client.get(path)
+        assert (response.status_code, response.headers["content-type"]) == (200, f"{kind}; charset=utf-8")
+        policy = response.headers["content-security-policy"].split("; ")
+        assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(
+            policy
+        )
+        assert not any(word in "; ".join(policy) for word in ("unsafe", "*", "http"))
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["referrer-policy"] == "no-referrer"
+    for path in (
+        "..%2f__init__.py",
+        "%2e%2e/__init__.py",
+        "..",
+        "page.css%00",
+        "__init__.py",
+        "x.js",
+        "..%5cx.js",
+        ".js",
+    ):
+        assert client.get(f"/page/{path}").status_code == 404, path
