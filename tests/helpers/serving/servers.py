@@ -32,7 +32,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}<|end|>"
     "{% else %}<|user|>{% if m.role == 'system' %}!{% endif %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ thinking or '' }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 

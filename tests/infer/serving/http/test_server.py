@@ -117,7 +117,8 @@ def test_options_of_sampling_reach_the_model(service, client):
 
 
 def test_what_a_request_leaves_open_is_the_services_and_seeds_differ(client):
-    first, second = (client.post("/v1/chat/completions", json={"messages": HI}).json() for _ in range(2))
+    asked = {"messages": HI, "min_tokens": ROOM}
+    first, second = (client.post("/v1/chat/completions", json=asked).json() for _ in range(2))
     assert first["usage"]["completion_tokens"] == ROOM - 5
     assert first["choices"][0]["message"] != second["choices"][0]["message"]
 
@@ -141,6 +142,11 @@ def test_answers_fit_a_schema(client):
     choice = ask(client, response_format=form, max_tokens=60)["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert json.loads(choice["message"]["content"])["a"] in (1, 2)
+    for form, answers in (
+        ({"regex": "[ab]{3}c"}, {"aaac", "aabc", "abac", "abbc", "baac", "babc", "bbac", "bbbc"}),
+        ({"choice": ["yes", "no"]}, {"yes", "no"}),
+    ):
+        assert ask(client, structured_outputs=form)["choices"][0]["message"]["content"] in answers
     assert ask(client, response_format={"type": "json_object"})["choices"][0]["message"]["content"][0] == "{"
 
 
