@@ -2,11 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import dense, random_adapter, scalings
 from chats import small_chat
 
 import phi3_jax
+from phi3_jax.adapters import LoraConfig
+from phi3_jax.checkpoint import save_adapter
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, QueueFull, pooling
+from phi3_jax.infer.serving.engine.adapters import Adapters
 from phi3_jax.infer.serving.engine.pooling import Pooler
 from phi3_jax.model import Phi3
 
@@ -25,7 +29,7 @@ def small(tiny: phi3_jax.Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def pooler(small: phi3_jax.Checkpoint) -> Pooler:
-    return Pooler(small, room=64, chunk=16, queue=3)
+    return Pooler(small, Adapters.load(small, {}), room=64, chunk=16, queue=3)
 
 
 def read_all(pooler: Pooler) -> int:
@@ -37,6 +41,10 @@ def read_all(pooler: Pooler) -> int:
 
 @pytest.fixture(scope="module")
 def hidden(small: phi3_jax.Checkpoint) -> list[np.ndarray]:
+    return hidden_of(small)
+
+
+def hidden_of(small: phi3_jax.Checkpoint) -> list[np.ndarray]:
     """Of each text [T, D]: all at once, without a cache."""
     tokens = np.zeros((len(TEXTS), 53), np.int32)
     positions = np.full(tokens.shape, -1, np.int32)
@@ -113,11 +121,28 @@ def test_what_cannot_be_read_is_refused_at_once(pooler: Pooler):
     assert not pooler.turn()
 
 
+def test_an_adapter_is_that_of_its_request(small: phi3_jax.Checkpoint, hidden: list[np.ndarray], tmp_path):
+    lora = LoraConfig(2, 3.0)
+    save_adapter(tmp_path / "mine", made := random_adapter(small.config, lora, 0), lora, small.config, "base")
+    params = dense(small.params, made, lora, scalings(lora))
+    merged = hidden_of(phi3_jax.Checkpoint(small.config, params, None, small.generation))
+    pooler = Pooler(small, Adapters.load(small, {"mine": tmp_path / "mine"}), 64, 16, 2)
+    futures = [pooler.submit(TEXTS, adapter=name) for name in (None, "mine")]
+    read_all(pooler)
+    own, adapted = (future.result(timeout=0) for future in futures)
+    np.testing.assert_allclose(own, [slowly(x, "mean") for x in hidden], atol=2e-6)
+    np.testing.assert_allclose(adapted, [slowly(x, "mean") for x in merged], atol=2e-5)
+    assert abs(own - adapted).max() > 0.01
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        pooler.submit(TEXTS, adapter="other")
+
+
 def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(small: phi3_jax.Checkpoint):
     params = dict(small.params)
     weight = small.params["embed_tokens"]["weight"]
     params["embed_tokens"] = {"weight": weight.at[13].set(jnp.nan)}
-    pooler = Pooler(phi3_jax.Checkpoint(small.config, params, None, small.generation), 64, 16, 2)
+    bad_model = phi3_jax.Checkpoint(small.config, params, None, small.generation)
+    pooler = Pooler(bad_model, Adapters.load(bad_model, {}), 64, 16, 2)
     bad, good = pooler.submit([[5], [13, 5], [5]]), pooler.submit([[5]])
     read_all(pooler)
     with pytest.raises(ValueError, match="input 1 gave hidden states that are no finite numbers"):
@@ -126,7 +151,7 @@ def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(s
 
 
 def test_warm_up_compiles_all(small: phi3_jax.Checkpoint):
-    fresh = Pooler(small, 60, 24, 2)
+    fresh = Pooler(small, Adapters.load(small, {}), 60, 24, 2)
     assert list(fresh.warm_up()) == [16, 24]
     before = pooling._read._cache_size()
     fresh.submit([[1] * size for size in (3, 17, 33, 60)])
