@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import dense, random_adapter, scalings
-from chats import small_chat
 
 import phi3_jax
 from phi3_jax.adapters import LoraConfig
@@ -14,6 +13,7 @@ from phi3_jax.infer.serving.engine.adapters import Adapters
 from phi3_jax.infer.serving.engine.pooling import Pooler
 from phi3_jax.model import Phi3
 
+# Those of test_engine.py, whose programs are shared.
 SMALL = EngineOptions(slots=2, room=64, queue=64, chunk=16, top_logprobs=2)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(5)
@@ -22,14 +22,8 @@ TEXTS = [RNG.integers(0, 97, size).tolist() for size in (1, 7, 16, 17, 41, 53)]
 
 
 @pytest.fixture(scope="module")
-def small(tiny: phi3_jax.Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> phi3_jax.Checkpoint:
-    """That of test_engine.py, whose programs are shared."""
-    return small_chat(tiny, tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def pooler(small: phi3_jax.Checkpoint) -> Pooler:
-    return Pooler(small, Adapters.load(small, {}), room=64, chunk=16, queue=3)
+def pooler(tiny: phi3_jax.Checkpoint) -> Pooler:
+    return Pooler(tiny, Adapters.load(tiny, {}), room=64, chunk=16, queue=3)
 
 
 def read_all(pooler: Pooler) -> int:
@@ -40,17 +34,17 @@ def read_all(pooler: Pooler) -> int:
 
 
 @pytest.fixture(scope="module")
-def hidden(small: phi3_jax.Checkpoint) -> list[np.ndarray]:
-    return hidden_of(small)
+def hidden(tiny: phi3_jax.Checkpoint) -> list[np.ndarray]:
+    return hidden_of(tiny)
 
 
-def hidden_of(small: phi3_jax.Checkpoint) -> list[np.ndarray]:
+def hidden_of(tiny: phi3_jax.Checkpoint) -> list[np.ndarray]:
     """Of each text [T, D]: all at once, without a cache."""
     tokens = np.zeros((len(TEXTS), 53), np.int32)
     positions = np.full(tokens.shape, -1, np.int32)
     for row, text in enumerate(TEXTS):
         tokens[row, : len(text)], positions[row, : len(text)] = text, range(len(text))
-    apply = jax.jit(lambda *args: Phi3(small.config).apply({"params": small.params}, *args, method="hidden")[0])
+    apply = jax.jit(lambda *args: Phi3(tiny.config).apply({"params": tiny.params}, *args, method="hidden")[0])
     x = np.asarray(apply(tokens, positions), np.float64)
     return [x[row, : len(text)] for row, text in enumerate(TEXTS)]
 
@@ -121,12 +115,13 @@ def test_what_cannot_be_read_is_refused_at_once(pooler: Pooler):
     assert not pooler.turn()
 
 
-def test_an_adapter_is_that_of_its_request(small: phi3_jax.Checkpoint, hidden: list[np.ndarray], tmp_path):
+@pytest.mark.slow
+def test_an_adapter_is_that_of_its_request(tiny: phi3_jax.Checkpoint, hidden: list[np.ndarray], tmp_path):
     lora = LoraConfig(2, 3.0)
-    save_adapter(tmp_path / "mine", made := random_adapter(small.config, lora, 0), lora, small.config, "base")
-    params = dense(small.params, made, lora, scalings(lora))
-    merged = hidden_of(phi3_jax.Checkpoint(small.config, params, None, small.generation))
-    pooler = Pooler(small, Adapters.load(small, {"mine": tmp_path / "mine"}), 64, 16, 2)
+    save_adapter(tmp_path / "mine", made := random_adapter(tiny.config, lora, 0), lora, tiny.config, "base")
+    params = dense(tiny.params, made, lora, scalings(lora))
+    merged = hidden_of(phi3_jax.Checkpoint(tiny.config, params, None, tiny.generation))
+    pooler = Pooler(tiny, Adapters.load(tiny, {"mine": tmp_path / "mine"}), 64, 16, 2)
     futures = [pooler.submit(TEXTS, adapter=name) for name in (None, "mine")]
     read_all(pooler)
     own, adapted = (future.result(timeout=0) for future in futures)
@@ -137,11 +132,11 @@ def test_an_adapter_is_that_of_its_request(small: phi3_jax.Checkpoint, hidden: l
         pooler.submit(TEXTS, adapter="other")
 
 
-def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(small: phi3_jax.Checkpoint):
-    params = dict(small.params)
-    weight = small.params["embed_tokens"]["weight"]
+def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(tiny: phi3_jax.Checkpoint):
+    params = dict(tiny.params)
+    weight = tiny.params["embed_tokens"]["weight"]
     params["embed_tokens"] = {"weight": weight.at[13].set(jnp.nan)}
-    bad_model = phi3_jax.Checkpoint(small.config, params, None, small.generation)
+    bad_model = phi3_jax.Checkpoint(tiny.config, params, None, tiny.generation)
     pooler = Pooler(bad_model, Adapters.load(bad_model, {}), 64, 16, 2)
     bad, good = pooler.submit([[5], [13, 5], [5]]), pooler.submit([[5]])
     read_all(pooler)
@@ -150,8 +145,8 @@ def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(s
     assert np.isfinite(good.result(timeout=0)).all()
 
 
-def test_warm_up_compiles_all(small: phi3_jax.Checkpoint):
-    fresh = Pooler(small, Adapters.load(small, {}), 60, 24, 2)
+def test_warm_up_compiles_all(tiny: phi3_jax.Checkpoint):
+    fresh = Pooler(tiny, Adapters.load(tiny, {}), 60, 24, 2)
     assert list(fresh.warm_up()) == [16, 24]
     before = pooling._read._cache_size()
     fresh.submit([[1] * size for size in (3, 17, 33, 60)])
@@ -159,8 +154,8 @@ def test_warm_up_compiles_all(small: phi3_jax.Checkpoint):
     assert pooling._read._cache_size() == before
 
 
-def test_the_engine_reads_one_piece_in_a_turn_be_it_of_a_prompt_or_a_text(small: phi3_jax.Checkpoint, monkeypatch):
-    engine = Engine(small, SMALL)
+def test_the_engine_reads_one_piece_in_a_turn_be_it_of_a_prompt_or_a_text(tiny: phi3_jax.Checkpoint, monkeypatch):
+    engine = Engine(tiny, SMALL)
     told, order = [], []
     for module, name in ((pooling, "_read"), (decoding, "read")):
         monkeypatch.setattr(module, name, noting(getattr(module, name), order))
@@ -186,8 +181,8 @@ def noting(function, order: list[str]):
     return noted
 
 
-def test_an_engine_that_stops_tells_those_who_wait(small: phi3_jax.Checkpoint):
-    engine = Engine(small, SMALL)
+def test_an_engine_that_stops_tells_those_who_wait(tiny: phi3_jax.Checkpoint):
+    engine = Engine(tiny, SMALL)
     future = engine.submit_embedding([TEXTS[5]])
     engine.stop()
     engine.run()
