@@ -47,6 +47,7 @@ class Batch:
         self._state: decoding.DecodeState | None = None  # None: to be made anew of `rows` and the cache
         self._settings: decoding.Settings | None = None
         self._calm = 0
+        self._has_left = False  # since the last call
         self.offered = self.taken = 0
 
     @property
@@ -64,9 +65,14 @@ class Batch:
 
     def leave(self, row: Row) -> None:
         """Takes a row out."""
-        place = self.rows.index(row)
-        self.settle()
-        self.rows[place] = None
+        self.rows[self.rows.index(row)] = None
+        if self._state is not None and self._state.logprobs is not None and not self._wants_logprobs:
+            self.settle()
+        self._has_left = True
+
+    @property
+    def _wants_logprobs(self) -> bool:
+        return any(row.job.logprobs is not None for row in self.used)
 
     def shrink(self) -> None:
         """Moves the rows to the next smaller rung if they have fitted into it for some calls."""
@@ -90,6 +96,10 @@ class Batch:
         """
         if self._state is None:
             self._state = self._new_state()
+        elif self._has_left:  # the device need not forget anything else of a row
+            done = jnp.asarray([row is None for row in self.rows])
+            self._state = dataclasses.replace(self._state, done=done)
+        self._has_left = False
         state, config, settings, way = self._state, self._checkpoint.config, self._settings, way or self.way()
         assert settings is not None
         if way == "grammar":
@@ -152,10 +162,9 @@ class Batch:
 
     def _new_state(self) -> decoding.DecodeState:
         assert self._cache is not None
-        wants = any(row.job.logprobs is not None for row in self.used)
         self._settings = settings_of(self.rows, self._checkpoint, self._sizes)
-        logprobs = self._sizes.top_logprobs if wants else None
-        return state_of(self.rows, self._settings, self._sizes, self._cache, logprobs)
+        logprobs = self._sizes.top_logprobs if self._wants_logprobs else None
+        return state_of(self.rows, self._sizes, self._cache, logprobs)
 
 
 @functools.partial(jax.jit, static_argnames="size", donate_argnames="target")
