@@ -30,7 +30,8 @@ from .states import settings_of, state_of
 Way = Literal["plain", "grammar", "guesses"]
 
 _BLOCK = 128  # slots that are copied at a time
-_PATIENCE = 4  # calls with a smaller load before rows are moved together
+# Calls with a smaller load before rows are moved together: their memory is new, and takes the kernel 20 ms a row.
+_PATIENCE = 16
 
 
 class Batch:
@@ -55,9 +56,13 @@ class Batch:
         """The rows that are there."""
         return [row for row in self.rows if row is not None]
 
-    def join(self, row: Row, cache: KVCache) -> None:
-        """Adds a row, whose keys and values are the only row of `cache`."""
-        if len(self.used) == len(self.rows):
+    def join(self, row: Row, cache: KVCache, expected: int = 1) -> None:
+        """Adds a row, whose keys and values are the only row of `cache`; `expected` of them will soon be there."""
+        if not self.used:
+            rung = next((rung for rung in self._sizes.rungs if rung >= expected), self._sizes.rungs[-1])
+            if rung != len(self.rows):
+                self._resize(rung)
+        elif len(self.used) == len(self.rows):
             self._resize(next(rung for rung in self._sizes.rungs if rung > len(self.rows)))
         place = self.rows.index(None)
         self._put(place, cache, 0, len(row.tokens))

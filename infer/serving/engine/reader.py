@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.model import KVCache
@@ -29,7 +30,15 @@ class Reader:
       cache: keys and values of the one row that is read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sizes: Sizes, row: Row, prefixes: Prefixes | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sizes: Sizes,
+        row: Row,
+        prefixes: Prefixes | None = None,
+        memory: KVCache | None = None,
+    ):
+        """Begins at the text's beginning, in the memory of another reader that needs it no longer, if there is one."""
         self._checkpoint, self._sizes, self.rows = checkpoint, sizes, [row]
         self._length, self.place = len(row.tokens), 0
         # The prompt's own log-probabilities: a row that is read again has told them already.
@@ -38,7 +47,10 @@ class Reader:
         self._prefixes = None if self._echo else prefixes
         self._walk: Walk | None = None
         self._reused = 0
-        cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
+        if memory is None:
+            cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
+        else:
+            cache = dataclasses.replace(memory, positions=jnp.asarray(np.full((1, memory.capacity), -1, np.int32)))
         self._state = state_of([row], sizes, cache, sizes.top_logprobs if self._echo else None)
         embedding = checkpoint.params["embed_tokens"]["weight"]
         self._last = jnp.zeros((1, embedding.shape[1]), embedding.dtype)
