@@ -1,11 +1,13 @@
-"""The two operations that take a model's time: `linear.linear` and `attention.attention`.
+"""The two operations that take a model's time: `linear.linear` and `attention.attention`; and the norm between them.
 
-Each is a package with one public function and a module for each implementation, of which xla.py is the reference.
+Each is a package with one public function and a module for each implementation, of which xla.py is the reference;
+norm.py has both of its own.
 native/ has the C++ of the CPU kernels. Other packages use the names below, the two functions with the types of
 their arguments, `dispatch`, which chooses between a kernel and its reference, and `machine`, which measures the limits
 of the hardware.
 """
 
+from phi3_jax.kernels.linear.lora import LoraRows as LoraRows
 from phi3_jax.kernels.linear.lora import LoraTensor as LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor as PackedTensor
 from phi3_jax.kernels.linear.packed import has_packed as has_packed

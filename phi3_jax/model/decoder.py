@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.kernels import PerLayer, has_packed, has_per_layer
+from phi3_jax.kernels import PerLayer, has_packed, has_per_layer, norm
 from phi3_jax.kernels.attention import attention, training, xla
 from phi3_jax.kernels.attention.arguments import KeysValues, Visibility
 from phi3_jax.kernels.attention.masks import sequence_lengths
@@ -57,28 +57,23 @@ def rms_norm(
     weight: jax.Array | PerLayer,
     eps: float,
     layer: jax.Array | None = None,
-    at: Tap | None = None,
+    at: Tap = NO_TAP,
     name: str = "",
+    implementation: norm.Implementation | None = None,
 ) -> jax.Array:
     """RMSNorm (arXiv:1910.07467) of x [..., D]: normalised in float32, cast back, scaled -> in x's dtype.
 
-    weight is [D], or a stack [L, D] that is indexed by `layer`. `name` is that of the norm among the points of `at`.
+    weight is [D], or a stack [L, D] that is indexed by `layer`. `name` is that of the norm among the points of `at`;
+    `implementation` is that of `kernels.norm`, whose kernels keep to themselves what is before the weight.
     """
-    own: Any = weight
-    if isinstance(weight, PerLayer):
-        own = weight[layer]
-    elif layer is not None:
-        own = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-    x32 = x.astype(jnp.float32)
-    rate = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + float(eps))
-    if at is None:
-        at = NO_TAP
+    if not at.wants(f"{name}.scale", f"{name}.normalized"):
+        return at(f"{name}.out", norm.rms_norm(x, weight, eps, layer, implementation))
+    rate = norm.rate(x, eps)
     if at.wants(f"{name}.scale"):
         divisor = at(f"{name}.scale", 1 / rate[..., 0])
         rate = 1 / divisor[..., None] if at.changes(f"{name}.scale") else rate  # 1 / (1 / rate) rounds
-    normed = at(f"{name}.normalized", (x32 * rate).astype(x.dtype))
-    # Weights may be wider than x: beside integers, those of a file stay as they are.
-    return at(f"{name}.out", (own * normed).astype(x.dtype))
+    normed = at(f"{name}.normalized", (x.astype(jnp.float32) * rate).astype(x.dtype))
+    return at(f"{name}.out", (norm.of_layer(weight, layer) * normed).astype(x.dtype))
 
 
 class Weight(nn.Module):
@@ -195,12 +190,14 @@ class DecoderLayer(nn.Module):
         x, cache, kept = carry
         layer = None if self.walk == "slice" else number
         eps = self.config.rms_norm_eps
+        # Slices serve training: gradients may be taken, for which the kernels would compute twice.
+        implementation: Literal["xla"] | None = "xla" if layer is None else None
         at = Tap(shared.hooks, self.config, shared.visible.q_positions, kept, number)
         x = at("resid_pre", x)
-        normed = rms_norm(x, self.input_layernorm(), eps, layer, at, "ln1")
+        normed = rms_norm(x, self.input_layernorm(), eps, layer, at, "ln1", implementation)
         attended, cache = self.self_attn(normed, shared, cache, number, layer, at)
         x = at("resid_mid", x + attended)
-        normed = rms_norm(x, self.post_attention_layernorm(), eps, layer, at, "ln2")
+        normed = rms_norm(x, self.post_attention_layernorm(), eps, layer, at, "ln2", implementation)
         x = at("resid_post", x + self.mlp(normed, layer, at))
         return (x, cache, at.kept), None
 
@@ -307,7 +304,8 @@ class Phi3(nn.Module):
         (x, cache, at.kept), _ = self._layers(cache)((x, cache, at.kept), Shared(cos, sin, visible, hooks))
         if overflows is not None and hooks is not None:  # an edit may have replaced what came from NaN
             x = jnp.where(overflows[:, None, None], jnp.nan, x)
-        return rms_norm(x, self.norm(), self.config.rms_norm_eps, None, at, "ln_final"), cache, at.kept
+        by = "xla" if self._walk(cache) == "slice" else None
+        return rms_norm(x, self.norm(), self.config.rms_norm_eps, None, at, "ln_final", by), cache, at.kept
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, T] -> [B, T, D]; an id outside of the vocabulary gives NaN rather than another token's row."""

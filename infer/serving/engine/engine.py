@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,6 +22,7 @@ from phi3_jax.checkpoint import Checkpoint
 from ...answer import FinishReason
 from ...engine import NewTokens
 from . import warm_up
+from .adapters import Adapters
 from .batch import Batch
 from .jobs import Job, QueueFull, Ticket
 from .options import EngineOptions, Sizes
@@ -46,9 +48,22 @@ class Engine:
       statistics: what it has done, and how much is under way.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: EngineOptions | None = None):
-        """Sets the sizes of arrays; nothing is run yet."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: EngineOptions | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    ):
+        """Sets the sizes of arrays; nothing is run yet.
+
+        Args:
+          adapters: LoRA adapters by the names that `Job.adapter` asks for: folders, or hub ids.
+
+        Raises:
+          FileNotFoundError, ValueError: an adapter cannot be read, or not be attached for rows: see `Adapters.load`.
+        """
         self.options = options = options or EngineOptions()
+        self._adapters = Adapters.load(checkpoint, adapters or {})
         self.checkpoint, self.sizes = checkpoint, Sizes.of(checkpoint, options)
         self.statistics = Statistics(slots=options.slots)
         self._begin_empty()
@@ -70,15 +85,15 @@ class Engine:
             last one has the finish_reason. If it raises, the job is cancelled.
 
         Raises:
-          ValueError: the job makes no sense, does not fit into the room, or its grammar cannot be used.
+          ValueError: the job makes no sense, does not fit into the room, or its grammar cannot be used;
+            there is no such adapter.
           QueueFull: too many jobs wait, or the engine is about to stop.
         """
         if job.logprobs is not None and not 0 <= job.logprobs <= self.options.top_logprobs:
             raise ValueError(f"logprobs={job.logprobs} must be at least 0 and at most {self.options.top_logprobs}")
-        if job.adapter is not None:
-            raise ValueError(f"there is no adapter {job.adapter!r}")
+        self._adapters.require(job.adapter)
         self._check_open()  # before the work of a grammar
-        row = Row.of(job, listener, self.checkpoint, self.sizes.room)
+        row = Row.of(job, listener, self.checkpoint, self.sizes)
         with self._changed:
             self._check_open()
             self._taken += 1
@@ -175,7 +190,7 @@ class Engine:
 
     def _params(self, rows: Sequence[Row | None]) -> Any:
         """The weights for rows that run together."""
-        return self.checkpoint.params
+        return self._adapters.rows([None if row is None else row.job.adapter for row in rows])
 
     def _take_news(self) -> None:
         with self._changed:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.linear import cpu, cuda, lora, xla
-from phi3_jax.kernels.linear.lora import LoraTensor
+from phi3_jax.kernels.linear.lora import LoraRows, LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor
 from phi3_jax.kernels.linear.per_layer import PerLayer
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 from phi3_jax.kernels.native.build import why_unavailable
 
 Implementation = Literal["xla", "cpu", "cuda", "tpu"]
-Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor
+Weight = jax.Array | QuantizedTensor | PackedTensor | LoraTensor | LoraRows
 
 
 def linear(
@@ -43,8 +43,10 @@ def linear(
     """
     if isinstance(weight, PerLayer):
         return linear(x, weight[layer], None, dtype, implementation)
-    if isinstance(weight, LoraTensor):
+    if isinstance(weight, LoraTensor | LoraRows):
         product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)
+        if isinstance(weight, LoraRows):
+            return lora.linear_of_rows(x, weight, layer, product)
         return lora.linear(x, weight, layer, product)
     if implementation == "cpu":
         return cpu.linear(x, weight, layer, dtype)
@@ -94,6 +96,8 @@ def rows(table: Weight, ids: jax.Array, fixed: jax.Array | bool = False) -> jax.
     """
     if isinstance(table, LoraTensor):
         return lora.rows(table, ids, fixed, rows(table.base, ids, fixed))
+    if isinstance(table, LoraRows):
+        return lora.rows_of_rows(table, ids, fixed, rows(table.base, ids, fixed))
     if isinstance(table, QuantizedTensor | PackedTensor):
         x = table.rows(ids)
     else:

@@ -1,6 +1,6 @@
 """The product with a weight that has a low-rank update, and its rows (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353).
 
-Axis letters: L layer, O outputs, I inputs, R rank of the update.
+Axis letters: L layer, O outputs, I inputs, R rank of the update, B rows of a batch.
 """
 
 from __future__ import annotations
@@ -52,6 +52,37 @@ class LoraTensor:
         return self.base.dtype
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraRows:
+    """A weight [O, I], or a stack [L, O, I], that has another low-rank update for each row of a batch.
+
+    The updates of several adapters stand side by side in a and b. A row has a scaling for the ranks of its own one, and
+    0 for those of others: in a row whose scaling is 0 everywhere this is the base, bit for bit.
+
+    Attributes:
+      base: any other weight that `kernels.linear` takes, but a LoraTensor.
+      a: float32 [(L,) R, I].
+      b: float32 [(L,) R, O], the transpose of what LoraTensor has.
+      scaling: float32 [B, R].
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    scaling: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that this stands for."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight that this stands for."""
+        return self.base.dtype
+
+
 def linear(
     x: jax.Array, weight: LoraTensor, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
@@ -79,6 +110,43 @@ def rows(weight: LoraTensor, ids: jax.Array, fixed: jax.Array | bool, base: jax.
     b = jnp.where(fixed, jax.lax.stop_gradient(b), b)
     update = weight.scaling * jnp.einsum("...r,ri->...i", b, weight.a, precision=jax.lax.Precision.HIGHEST)
     return (base + update).astype(base.dtype)
+
+
+def linear_of_rows(
+    x: jax.Array, weight: LoraRows, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`linear` of x [B, ..., I], each row with its own update."""
+    base = product(x)
+    narrow = _scaled(weight, xla.linear(x.astype(weight.a.dtype), weight.a, layer, None))
+    return _added(weight, base, _times(narrow, _of(weight.b, layer)))
+
+
+def rows_of_rows(weight: LoraRows, ids: jax.Array, fixed: jax.Array | bool, base: jax.Array) -> jax.Array:
+    """`rows` of ids [B, ...], each row with its own update of the table; `base` are those of the weight's base."""
+    b = jnp.take(weight.b, ids, axis=1, mode="clip")  # [R, B, ...]; an id out of range is NaN in the base's rows
+    update = _times(_scaled(weight, jnp.moveaxis(b, 0, -1)), weight.a)
+    return jnp.where(fixed, base, _added(weight, base, update))
+
+
+def _scaled(weight: LoraRows, narrow: jax.Array) -> jax.Array:
+    """[B, ..., R] with each row's scaling."""
+    scaling = _beside(weight.scaling, narrow)
+    return jnp.where(scaling != 0, scaling * narrow, 0)  # what is infinite for others stays there
+
+
+def _times(narrow: jax.Array, wide: jax.Array) -> jax.Array:
+    return jnp.einsum("...r,ro->...o", narrow, wide, precision=jax.lax.Precision.HIGHEST)
+
+
+def _added(weight: LoraRows, base: jax.Array, update: jax.Array) -> jax.Array:
+    """base + update in the rows that have one; in others the base, -0 included."""
+    has_one = _beside((weight.scaling != 0).any(axis=1, keepdims=True), base)
+    return jnp.where(has_one, (base + update).astype(base.dtype), base)
+
+
+def _beside(of_rows: jax.Array, x: jax.Array) -> jax.Array:
+    """[B, R] with axes of size 1 between the two, as x [B, ..., R] has them."""
+    return of_rows.reshape(of_rows.shape[0], *[1] * (x.ndim - 2), of_rows.shape[1])
 
 
 @jax.custom_vjp

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi3_jax.kernels.linear.lora import LoraTensor
+from phi3_jax.kernels.linear.lora import LoraRows, LoraTensor
 from phi3_jax.kernels.linear.packed import PackedTensor, has_packed
 from phi3_jax.kernels.linear.quantized import QuantizedTensor
 
@@ -112,4 +112,4 @@ def _is_one(leaf: Any) -> bool:
 
 
 def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, PerLayer | QuantizedTensor | PackedTensor | LoraTensor)
+    return isinstance(leaf, PerLayer | QuantizedTensor | PackedTensor | LoraTensor | LoraRows)
