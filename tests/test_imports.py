@@ -29,8 +29,9 @@ infer.answer
 infer.generate infer.conversation infer.beam infer.benchmark
 infer.inspection infer.serving.engine
 infer.serving.http.errors
-infer.serving.http.gate
-infer.serving.http infer.serving.batch
+infer.serving.http.gate infer.serving.http.fields
+infer.serving.http
+infer.serving.batch
 infer.serving
 infer.__init__
 infer.programs

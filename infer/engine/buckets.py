@@ -72,7 +72,7 @@ def sizes_for(checkpoint: Checkpoint, rows: int, tokens: int, options: Options, 
 def rows_that_fit(checkpoint: Checkpoint, tokens: int, dtype: Any, most: int) -> int:
     """The largest power of two, up to `most`, of rows of so many tokens that take half of the memory beside weights."""
     spare = (_memory() - _size(checkpoint.params)) / 2
-    row = slots_needed(checkpoint.config, tokens, most_at_once(Options())) * _slot_bytes(checkpoint.config, dtype)
+    row = slots_needed(checkpoint.config, tokens, most_at_once(Options())) * slot_bytes(checkpoint.config, dtype)
     return max(1, min(most, _power_of_two(int(spare / row) + 1) // 2))
 
 

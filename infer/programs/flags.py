@@ -281,6 +281,13 @@ def settings() -> dict[str, object]:
     return {holder.name: holder.value for holder in holders if holder.value != holder.default}
 
 
+def guesses() -> int:
+    """How many tokens --speculate guesses at a time; 0 without it."""
+    if SPECULATE.value is None:
+        return 0
+    return PromptLookup().guesses if GUESSES.value is None else GUESSES.value
+
+
 def _speculation(checkpoint: phi3_jax.Checkpoint) -> PromptLookup | DraftModel | None:
     if SPECULATE.value is None:
         return None

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 from tqdm import tqdm
@@ -100,7 +100,6 @@ _ONLY_SPEED = [
     flag.name for flag in (common.PREFILL_CHUNK, common.SPECULATE, common.GUESSES, common.PROMPT_CACHE, common.VERBOSE)
 ]
 _NOT_FOR_FILES: list[tuple[flags.FlagHolder[Any], str]] = [
-    (common.SPECULATE, "many lines at a time keep the machine busy without guesses; leave it out"),
     (common.PROMPT_CACHE, "what lines of a file begin with is read once by itself; leave it out"),
     (common.ROPE_POLICY, "the lines of a file come and go, so each goes by its own length; leave it out"),
 ]
@@ -190,13 +189,12 @@ def answer_file(input_: Path, output: Path) -> int:
     """Answers every line of a file -> exit code: 1 if an answer ended with an error, which its line tells."""
     plan = _plan()
     requests = plan.read(open_file(input_))
-    names = [f"{input_}:{request.line}" for request in requests]
-    for request, name in zip(requests, names, strict=True):
-        _check_request(request, plan.defaults, name)
+    for request in requests:
+        _check_request(request, plan.defaults, f"{input_}:{request.line}")
     checkpoint = common.load_checkpoint()
     prompts = [
-        plan.defaults.prompt_of(request, checkpoint, name)
-        for request, name in zip(requests, names, strict=True)
+        plan.defaults.prompt_of(request, checkpoint, f"{input_}:{request.line}")
+        for request in requests
         if isinstance(request, Request)
     ]
     with (
@@ -256,7 +254,8 @@ def _answers(
     missing: Sequence[int],
 ) -> _Indexed:
     """The output fields of the missing answers, as they end, with their indices."""
-    defaults, plan = plan.defaults, dataclasses.replace(plan, slots=max(1, min(plan.slots, len(missing))))
+    plan = dataclasses.replace(plan.with_lists_of(requests), slots=max(1, min(plan.slots, len(missing))))
+    defaults = plan.defaults
     theirs = [(index, request) for index in missing if isinstance(request := requests[index], ApiRequest)]
     ours = [(index, request) for index in missing if isinstance(request := requests[index], Request)]
 
@@ -294,7 +293,7 @@ def _defaults() -> Defaults:
         tuple(common.STOP.value),
         common.DEADLINE.value,
         tools,
-        common.TOOL_CHOICE.value,
+        cast(Any, common.TOOL_CHOICE.value),
         common.grammar(tools) if common.TOOL_CHOICE.value == "auto" else None,
         _LOGPROBS.value,
         _ECHO.value,
@@ -305,7 +304,13 @@ def _plan() -> Plan:
     """What a machine has to know beside the lines."""
     chunk = common.PREFILL_CHUNK.value if common.PREFILL_CHUNK.present else None
     return Plan(
-        common.load_arguments(), _defaults(), common.sampling(), _BATCH_SIZE.value, chunk, common.CACHE_DTYPE.value
+        common.load_arguments(),
+        _defaults(),
+        common.sampling(),
+        _BATCH_SIZE.value,
+        chunk,
+        common.CACHE_DTYPE.value,
+        common.guesses(),
     )
 
 
@@ -388,6 +393,8 @@ def _check_flags() -> None:
     if _RAY_ACTORS.value is not None and _RAY.value is None:
         raise ValueError("--ray_actors needs --ray")
     if _INPUT.value is not None and _BEAMS.value == 1:
+        if common.SPECULATE.value not in (None, "lookup"):
+            raise ValueError(f"--speculate={common.SPECULATE.value} is for one prompt: with files give lookup")
         for flag, why in _NOT_FOR_FILES:
             if flag.value != flag.default:
                 raise ValueError(f"--{flag.name}={flag.value} is for one prompt: {why}")

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -29,6 +29,7 @@ from phi3_jax.command_line.model_flags import CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
 from phi3_jax.command_line.progress import progress_bar
 
+from ..engine import PromptLookup
 from ..engine.buckets import own_cache_dtype, rows_that_fit
 from ..sampling import Sampling
 from . import flags as common
@@ -59,6 +60,9 @@ _ROOM = flags.DEFINE_integer(
     "room", 4096, "The most tokens of a request and its answer; at most the model's context.", lower_bound=2
 )
 _QUEUE = flags.DEFINE_integer("queue", 256, "How many answers may wait; who comes then is told to.", lower_bound=0)
+_PREFIX_MEMORY = flags.DEFINE_integer(
+    "prefix_memory", 1024, "MiB for what prompts begin with, which then is not read again; 0: none.", lower_bound=0
+)
 _API_KEYS = flags.DEFINE_string("api_keys", None, f"A file with API keys, one a line; {VARIABLE} may hold some, too.")
 _INSECURE = flags.DEFINE_bool(
     "insecure", False, "Given twice: listen at another address without keys, so that everyone there can use it."
@@ -83,10 +87,11 @@ _POOLING = flags.DEFINE_enum("pooling", "mean", POOLINGS, "What embeddings are o
 _MOST_SLOTS = 16
 
 _TOPICS: dict[str, list[flags.FlagHolder[Any]]] = {
-    "Model": [CHECKPOINT, common.DTYPE, QUANTIZE, common.CACHE_DTYPE, common.VERBOSE, _NAME],
+    "Model": [CHECKPOINT, common.DTYPE, QUANTIZE, common.VERBOSE, _NAME],
     "Where it listens": [_HOST, _PORT, _ALLOW_HOST, _CORS],
     "Who may use it": [_API_KEYS, _INSECURE, _LOG_PROMPTS],
     "How much at a time": [_SLOTS, _ROOM, _QUEUE, _CONNECTIONS],
+    "Speed and memory": [_PREFIX_MEMORY, common.CACHE_DTYPE, common.SPECULATE, common.GUESSES],
     "The most of a request": [common.MAX_NEW_TOKENS, _CHOICES, _BODY, _REQUEST_SECONDS, _DRAIN_SECONDS],
     "What requests leave open": [
         common.TEMPERATURE,
@@ -122,7 +127,8 @@ def _access() -> Access:
     for origin in _CORS.value:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise ValueError(f"--cors={origin}: write a whole origin, as in --cors=https://example.com")
-    return Access(keys, _ALLOW_HOST.value if is_local else None, _CORS.value)
+    hosts = _ALLOW_HOST.value if is_local or _ALLOW_HOST.value else None  # elsewhere any, unless some are named
+    return Access(keys, hosts, _CORS.value)
 
 
 def _slots(checkpoint: Checkpoint) -> int:
@@ -131,6 +137,18 @@ def _slots(checkpoint: Checkpoint) -> int:
     room = min(_ROOM.value, checkpoint.config.max_position_embeddings)
     dtype = common.CACHE_DTYPE.value or own_cache_dtype(checkpoint)
     return rows_that_fit(checkpoint, room, dtype, _MOST_SLOTS)
+
+
+def _options(checkpoint: Checkpoint) -> EngineOptions:
+    guesses = common.GUESSES.value or PromptLookup().guesses
+    return EngineOptions(
+        slots=_slots(checkpoint),
+        room=_ROOM.value,
+        queue=_QUEUE.value,
+        cache_dtype=common.CACHE_DTYPE.value,
+        prefix_bytes=_PREFIX_MEMORY.value << 20,
+        speculate=guesses if common.SPECULATE.value else 0,
+    )
 
 
 def _limits() -> Limits:
@@ -150,15 +168,15 @@ def _defaults() -> Sampling:
 def main() -> int:
     """Loads, listens, warms up, serves; returns when it was told to end, or when the engine has failed."""
     access, adapters = _access(), _adapters()  # raise before the model is loaded
-    _defaults()
+    common.check()
+    if common.SPECULATE.value not in (None, "lookup"):
+        raise ValueError(f"--speculate={common.SPECULATE.value}: a server guesses by lookup only: --speculate=lookup")
     if _SLOTS.value != "auto" and not (_SLOTS.value.isdecimal() and 1 <= int(_SLOTS.value) <= 256):
         raise ValueError(f"--slots={_SLOTS.value} must be auto or a number from 1 to 256")
     listening = listen(_HOST.value, _PORT.value)
     checkpoint = common.load_other(CHECKPOINT.value, QUANTIZE.value, None)
     require_tokenizer(checkpoint)
-    options = EngineOptions(
-        slots=_slots(checkpoint), room=_ROOM.value, queue=_QUEUE.value, cache_dtype=common.CACHE_DTYPE.value
-    )
+    options = _options(checkpoint)
     name = _NAME.value or Path(CHECKPOINT.value.partition("@")[0]).name.removesuffix(".gguf")
     if name in adapters:
         raise ValueError(f"--adapter={name}=...: this is the model's own name; give it another")
@@ -172,7 +190,7 @@ def main() -> int:
         _defaults(),
         _limits(),
         _LOG_PROMPTS.value,
-        _POOLING.value,
+        cast(Any, _POOLING.value),
     )
     log_to(sys.stderr)
     print(f"phi3-serve: {name} at {address(listening)}, {options.slots} slots", flush=True)

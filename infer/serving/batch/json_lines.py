@@ -76,7 +76,7 @@ def open_file(path: str | os.PathLike[str]) -> LineFile:
     """A file on this machine. Raises FileNotFoundError, or ValueError for what is no file."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; name a file with one JSON object per line")
-    require_regular(path)
+    require_regular(Path(path))
     return LineFile(str(path), lambda: open(path, "rb"))
 
 

@@ -189,7 +189,7 @@ class _Session(Generic[Key]):
         done, _ = await asyncio.wait({*self._under_way, self._turning}, return_when=asyncio.FIRST_COMPLETED)
         if self._turning in done:
             self._turning.result()  # raises
-        task = next(task for task in done if task in self._under_way)
+        task = next(task for task in self._under_way if task in done)
         return self._under_way.pop(task), task.result()
 
     async def _take_turns(self) -> None:

@@ -128,6 +128,7 @@ class FolderRun:
             requests = plan.read(each)
             for request in requests:
                 check(request, f"{each.name}:{request.line}")
+            self._plan = self._plan.with_lists_of(requests)
             self._parts.append(_Part(output / name, requests, settings))
         for part in self._parts:
             part.look()
@@ -184,7 +185,8 @@ def answers_of(
         machines = sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())
         size = actors or max(1, int(resources[device]) if device else machines)
         needs: dict[str, Any] = {"num_cpus": 1}
-        needs |= {"GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}.get(device or "", {})
+        if device is not None:
+            needs |= {"num_gpus": 1} if device == "GPU" else {"resources": {"TPU": 1}}
         per_block = min(_BLOCK * plan.slots, -(-len(rows) // (_AT_ONCE * size)))
         blocks = ray.data.from_items(list(rows), override_num_blocks=-(-len(rows) // per_block))
         answered = blocks.map_batches(

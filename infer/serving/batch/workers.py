@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from phi3_jax.checkpoint import load
@@ -38,6 +38,8 @@ class Plan:
       defaults, sampling: what lines do not say themselves.
       slots: how many rows a worker answers at a time.
       chunk, cache_dtype: see `EngineOptions`.
+      guesses: how many tokens are guessed at a time where few rows are written; 0: none.
+      listed: the longest list of token ids in the `sampling` of any line.
     """
 
     load: Mapping[str, Any]
@@ -46,6 +48,8 @@ class Plan:
     slots: int = 8
     chunk: int | None = None
     cache_dtype: str | None = None
+    guesses: int = 0
+    listed: int = 0
 
     def engine_options(self, room: int, choices: int = 1) -> EngineOptions:
         """How an engine for rows of this room is set up.
@@ -59,8 +63,18 @@ class Plan:
             queue=2 * choices * self.slots,
             chunk=self.chunk,
             cache_dtype=self.cache_dtype,
+            speculate=self.guesses,
+            most_biases=max(EngineOptions.most_biases, self.listed),
+            most_listed=max(EngineOptions.most_listed, self.listed),
             top_logprobs=self.defaults.logprobs or 0 if choices == 1 else MOST_LOGPROBS,
         )
+
+    def with_lists_of(self, requests: Iterable[Request | ApiRequest]) -> Plan:
+        """The same, with room for these requests' lists of token ids."""
+        lists = ("logit_bias", "banned_tokens", "forced_tokens")
+        ours = (request.sampling for request in requests if isinstance(request, Request))
+        longest = max((len(getattr(sampling, name)) for sampling in ours for name in lists), default=0)
+        return dataclasses.replace(self, listed=max(self.listed, longest))
 
     def read(self, file: LineFile) -> Sequence[Request] | Sequence[ApiRequest]:
         """The requests of a file in either form, which its first line shows. Raises ValueError."""

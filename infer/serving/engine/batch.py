@@ -22,6 +22,7 @@ from phi3_jax.model import KVCache
 from ...engine import NewTokens, PromptLookup, decoding
 from ...engine.news import News
 from ...engine.speculation import LookupDrafter
+from .chunks import pick, put
 from .options import EngineOptions, Sizes
 from .sequence import Row
 from .states import settings_of, state_of
@@ -131,8 +132,10 @@ class Batch:
     def _put(self, place: int, cache: KVCache, row: int, length: int) -> None:
         self.settle()
         assert self._cache is not None
-        blocks = -(-min(length, cache.capacity) // _BLOCK)
-        self._cache = copy_row(self._cache, jnp.int32(place), cache, jnp.int32(row), jnp.int32(blocks))
+        size, slots = min(_BLOCK, cache.capacity), min(length, cache.capacity)
+        for begin in range(0, slots, size):
+            where = np.int32(place), cache, np.int32(row), np.int32(begin)
+            self._cache = copy_block(self._cache, *where, size)
 
     def _resize(self, rung: int) -> None:
         """Moves all rows into a cache of `rung` rows, one of the neighbours of the present one."""
@@ -150,35 +153,20 @@ class Batch:
     def _new_state(self) -> decoding.DecodeState:
         assert self._cache is not None
         wants = any(row.job.logprobs is not None for row in self.used)
-        self._settings = settings_of(self.rows, self._checkpoint)
+        self._settings = settings_of(self.rows, self._checkpoint, self._sizes)
         logprobs = self._sizes.top_logprobs if wants else None
         return state_of(self.rows, self._settings, self._sizes, self._cache, logprobs)
 
 
-@functools.partial(jax.jit, donate_argnames="target")
-def copy_row(target: KVCache, to: jax.Array, source: KVCache, row: jax.Array, blocks: jax.Array) -> KVCache:
-    """The target with a row of the source in row `to`: the first `blocks` blocks of its slots, int32 scalars."""
+@functools.partial(jax.jit, static_argnames="size", donate_argnames="target")
+def copy_block(target: KVCache, to: jax.Array, source: KVCache, row: jax.Array, begin: jax.Array, size: int) -> KVCache:
+    """The target with `size` slots of a row of the source, from `begin` on, in row `to`, and the row's positions.
 
-    def copy(old: jax.Array, new: jax.Array) -> jax.Array:  # [L, B, K, S, ...]
-        # As integers, which XLA for the CPU copies much faster than bfloat16, and whose bits it leaves alone.
-        bits = f"uint{8 * old.dtype.itemsize}"
-        return jax.lax.bitcast_convert_type(
-            copy_bits(*(jax.lax.bitcast_convert_type(x, bits) for x in (old, new))), old.dtype
-        )
-
-    def copy_bits(old: jax.Array, new: jax.Array) -> jax.Array:
-        size = min(_BLOCK, old.shape[3])
-        shape = (old.shape[0], 1, old.shape[2], size, *old.shape[4:])
-        rest = [jnp.int32(0)] * (old.ndim - 4)
-
-        def one(block: jax.Array, old: jax.Array) -> jax.Array:
-            begin, zero = block * size, jnp.int32(0)
-            part = jax.lax.dynamic_slice(new, (zero, row, zero, begin, *rest), shape)
-            return jax.lax.dynamic_update_slice(old, part, (zero, to, zero, begin, *rest))
-
-        return jax.lax.fori_loop(0, blocks, one, old)
-
+    `to`, `row` and `begin` are int32 scalars. A loop over the blocks of a row in here would copy the whole cache.
+    """
     names = ("k", "v") if target.k_scale is None else ("k", "v", "k_scale", "v_scale")
-    arrays = {name: copy(getattr(target, name), getattr(source, name)) for name in names}
+    arrays = {
+        name: put(getattr(target, name), pick(getattr(source, name), row, begin, size), to, begin) for name in names
+    }
     positions = jax.lax.dynamic_update_slice(target.positions, source.positions[row][None], (to, jnp.int32(0)))
     return dataclasses.replace(target, positions=positions, **arrays)

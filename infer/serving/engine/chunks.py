@@ -97,33 +97,39 @@ def _check(cache: KVCache, length: int) -> None:
         )
 
 
+def pick(array: jax.Array, row: jax.Array, slot: jax.Array, length: int) -> jax.Array:
+    """`length` slots of a row: [L, B, K, S, ...] -> [L, K, length, ...]."""
+    sizes = (len(array), 1, array.shape[2], length, *array.shape[4:])
+    return jax.lax.dynamic_slice(array, _where(array, row, slot), sizes)[:, 0]
+
+
+def put(array: jax.Array, part: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
+    """Replaces slots of a row of [L, B, K, S, ...], from `slot` on, by `part` [L, K, length, ...].
+
+    Where the array is donated to a program that does this and no more, it is done in place; two such writes, or one in
+    a loop, would copy it.
+    """
+    # As integers: XLA for the CPU takes 12 times as long for bfloat16, and changes the bits of NaN.
+    kind = f"uint{8 * array.dtype.itemsize}"
+    bits, new = (jax.lax.bitcast_convert_type(each, kind) for each in (array, part))
+    bits = jax.lax.dynamic_update_slice(bits, new[:, None], _where(array, row, slot))
+    return jax.lax.bitcast_convert_type(bits, array.dtype)
+
+
 @functools.partial(jax.jit, static_argnames="length")
 def _take(cache: KVCache, row: jax.Array, begin: jax.Array, length: int) -> Chunk:
-    def of(array: jax.Array) -> jax.Array:  # [L, B, K, S, ...] -> [L, K, C, ...]
-        sizes = (len(array), 1, array.shape[2], length, *array.shape[4:])
-        return jax.lax.dynamic_slice(array, _where(array, row, begin), sizes)[:, 0]
-
-    return jax.tree.map(of, _arrays(cache))
+    return jax.tree.map(lambda array: pick(array, row, begin % cache.capacity, length), _arrays(cache))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _place(cache: KVCache, chunk: Chunk, row: jax.Array, begin: jax.Array, is_first: jax.Array) -> KVCache:
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:  # [L, B, K, S, ...], [L, K, C, ...]
-        # As integers: XLA for the CPU takes 12 times as long for bfloat16, and changes the bits of NaN.
-        bits = jax.lax.dynamic_update_slice(_bits(old), _bits(new)[:, None], _where(old, row, begin))
-        return jax.lax.bitcast_convert_type(bits, old.dtype)
-
-    arrays = jax.tree.map(put, _arrays(cache), chunk)
+    slot = begin % cache.capacity
+    arrays = jax.tree.map(lambda old, new: put(old, new, row, slot), _arrays(cache), chunk)
     positions = begin + jnp.arange(chunk.k.shape[2], dtype=jnp.int32)
     held = jnp.where(is_first, -1, cache.positions[row]).at[positions % cache.capacity].set(positions)
     return KVCache(arrays.k, arrays.v, cache.positions.at[row].set(held), arrays.k_scale, arrays.v_scale)
 
 
-def _where(array: jax.Array, row: jax.Array, begin: jax.Array) -> tuple[jax.Array, ...]:
-    """Where in [L, B, K, S, ...] the slots of a row from position `begin` on begin."""
+def _where(array: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
     zero = jnp.int32(0)
-    return (zero, row, zero, begin % array.shape[3], *[zero] * (array.ndim - 4))
-
-
-def _bits(array: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    return (zero, row, zero, slot, *[zero] * (array.ndim - 4))

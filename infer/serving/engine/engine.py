@@ -93,7 +93,7 @@ class Engine:
             raise ValueError(f"logprobs={job.logprobs} must be at least 0 and at most {self.options.top_logprobs}")
         self._adapters.require(job.adapter)
         self._check_open()  # before the work of a grammar
-        row = Row.of(job, listener, self.checkpoint, self.sizes.room)
+        row = Row.of(job, listener, self.checkpoint, self.sizes)
         with self._changed:
             self._check_open()
             self._taken += 1

@@ -15,9 +15,6 @@ from ...engine.buckets import batch_rung, own_cache_dtype, slot_bytes
 from ...engine.options import CACHE_DTYPES, MOST_TOKENS
 from ...engine.speculation import MOST_GUESSES
 
-# The most entries of a job's logit_bias, and of its lists of banned or forced tokens: arrays have one size.
-MOST_BIASES, MOST_LISTED = 1024, 64
-
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
@@ -34,6 +31,8 @@ class EngineOptions:
       prefix_bytes: the most memory for keys and values of prompts' beginnings, which are not read twice; 0: none.
       speculate: guess so many tokens at a time from what the text says already, which changes no token; 0: none.
       speculate_rows: but only while at most so many answers are written.
+      most_biases, most_listed: the most entries of a job's logit_bias, and of its lists of banned or forced tokens:
+        arrays have one size.
     """
 
     slots: int = 8
@@ -46,12 +45,22 @@ class EngineOptions:
     prefix_bytes: int = 1 << 30
     speculate: int = 0
     speculate_rows: int = 2
+    most_biases: int = 1024
+    most_listed: int = 64
 
     def __post_init__(self) -> None:
         for name in ("slots", "room", "readers", "chunk"):
             if (value := getattr(self, name)) is not None and not 1 <= value <= MOST_TOKENS:
                 raise ValueError(f"{name}={value} must be at least 1 and at most {MOST_TOKENS}")
-        for name in ("queue", "top_logprobs", "prefix_bytes", "speculate", "speculate_rows"):
+        for name in (
+            "queue",
+            "top_logprobs",
+            "prefix_bytes",
+            "speculate",
+            "speculate_rows",
+            "most_biases",
+            "most_listed",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.speculate > MOST_GUESSES:
@@ -73,6 +82,7 @@ class Sizes:
       dtype: of the cache.
       top_logprobs: how many likely tokens are recorded, where any are.
       prefix_bytes: see `EngineOptions`; 0 if no prompt has room for a chunk and its last token.
+      most_biases, most_listed: see `EngineOptions`.
       border: LongRoPE's: longer rows have the long factors; None without.
     """
 
@@ -84,6 +94,8 @@ class Sizes:
     dtype: Any
     top_logprobs: int
     prefix_bytes: int
+    most_biases: int
+    most_listed: int
     border: int | None
 
     @classmethod
@@ -109,5 +121,7 @@ class Sizes:
             dtype=dtype,
             top_logprobs=min(options.top_logprobs, config.vocab_size),
             prefix_bytes=prefix_bytes,
+            most_biases=options.most_biases,
+            most_listed=options.most_listed,
             border=None if config.long_rope is None else config.long_rope.original_max_position_embeddings,
         )

@@ -15,7 +15,7 @@ import typing
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +56,14 @@ def _read(
     )  # no query sees what is left of the text before, but attention reads the slots that are in use
     cache = dataclasses.replace(state.cache, positions=jnp.where(is_first, -1, state.cache.positions))
     # A text's length is known before it is read: LongRoPE's factors are those of the whole.
-    x, cache_out, _ = Phi3(config).apply(
-        {"params": params}, tokens, positions, cache=cache, rope_lengths=length[None, None], method="hidden"
-    )
+    options: Any = {"cache": cache, "rope_lengths": length[None, None]}
+    read: Any = Phi3(config).apply({"params": params}, tokens, positions, **options, method="hidden")
+    x, cache, _ = read
     x = x[0].astype(jnp.float32)  # [T, D]
     total = jnp.where(is_first, 0, state.total) + jnp.where(positions[0, :, None] >= 0, x, 0).sum(axis=0)
     is_last = positions[0] == length - 1
     last = jnp.where(is_last.any(), x[is_last.argmax()], state.last)
-    return _State(cache_out, total, last)
+    return _State(cache, total, last)
 
 
 @dataclasses.dataclass(eq=False)

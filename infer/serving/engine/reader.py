@@ -39,7 +39,7 @@ class Reader:
         self._walk: Walk | None = None
         self._reused = 0
         cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
-        settings, logprobs = settings_of([row], checkpoint), sizes.top_logprobs if self._echo else None
+        settings, logprobs = settings_of([row], checkpoint, sizes), sizes.top_logprobs if self._echo else None
         self._state = state_of([row], settings, sizes, cache, logprobs)
         embedding = checkpoint.params["embed_tokens"]["weight"]
         self._last = jnp.zeros((1, embedding.shape[1]), embedding.dtype)
@@ -108,7 +108,7 @@ class Reader:
         # The cache is not looked at, and several rows may need it: a small one stands in for it.
         cache = KVCache.create(config, 1, 1, sizes.dtype)
         settings, logprobs = (
-            settings_of([row], self._checkpoint),
+            settings_of([row], self._checkpoint, self._sizes),
             None if row.job.logprobs is None else sizes.top_logprobs,
         )
         state, begin = state_of([row], settings, sizes, cache, logprobs), len(row.tokens)

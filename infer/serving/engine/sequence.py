@@ -18,7 +18,7 @@ from ...sampling import Sampling
 from ...sampling.grammar import GrammarMasks
 from ...sampling.logprobs import TokenLogprob
 from .jobs import Job, Ticket
-from .options import MOST_BIASES, MOST_LISTED
+from .options import Sizes
 
 Listener = Callable[[Piece], None]
 
@@ -51,9 +51,9 @@ class Row:
     written: int = 0
 
     @classmethod
-    def of(cls, job: Job, listener: Listener, checkpoint: Checkpoint, room: int) -> Row:
+    def of(cls, job: Job, listener: Listener, checkpoint: Checkpoint, sizes: Sizes) -> Row:
         """Checks a job. Raises ValueError for one that cannot be carried out."""
-        config, prompt = checkpoint.config, [operator.index(token) for token in job.prompt]
+        room, config, prompt = sizes.room, checkpoint.config, [operator.index(token) for token in job.prompt]
         if not prompt:
             raise ValueError("the prompt has no tokens")
         if outside := [token for token in prompt if not 0 <= token < config.vocab_size][:5]:
@@ -66,7 +66,7 @@ class Row:
             raise ValueError("echo records log-probabilities: give logprobs, too, for instance logprobs=0")
         if job.seconds is not None and not job.seconds >= 0:
             raise ValueError(f"seconds={job.seconds} must be a number of at least 0")
-        _check_lists(job.sampling, config.vocab_size)
+        _check_lists(job.sampling, config.vocab_size, sizes)
         masks = None
         if job.grammar is not None:
             if checkpoint.tokenizer is None:
@@ -118,9 +118,10 @@ class Row:
         self.listener(piece)
 
 
-def _check_lists(sampling: Sampling, vocab_size: int) -> None:
+def _check_lists(sampling: Sampling, vocab_size: int, sizes: Sizes) -> None:
     """Raises ValueError for token ids that are not in the vocabulary, and for lists that are too long."""
-    for name, most in (("logit_bias", MOST_BIASES), ("banned_tokens", MOST_LISTED), ("forced_tokens", MOST_LISTED)):
+    biases, listed = sizes.most_biases, sizes.most_listed
+    for name, most in (("logit_bias", biases), ("banned_tokens", listed), ("forced_tokens", listed)):
         ids = list(getattr(sampling, name))
         if outside := [token for token in ids if token >= vocab_size][:5]:
             raise ValueError(f"{name} names tokens {outside} outside of the vocabulary of {vocab_size}")

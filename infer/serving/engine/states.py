@@ -18,15 +18,15 @@ from ...engine.decoding import DecodeState, Settings
 from ...engine.news import no_news
 from ...sampling import Sampling, SamplingArrays
 from ...sampling.logprobs import LogprobRecord
-from .options import MOST_BIASES, MOST_LISTED, Sizes
+from .options import Sizes
 from .sequence import Row
 
 
-def settings_of(rows: Sequence[Row | None], checkpoint: Checkpoint) -> Settings:
+def settings_of(rows: Sequence[Row | None], checkpoint: Checkpoint, sizes: Sizes) -> Settings:
     """The settings of rows; None is a row that is not used."""
     nothing = Sampling()
     asked = [nothing if row is None else row.job.sampling for row in rows]
-    sampling = SamplingArrays.of(asked, checkpoint.config.vocab_size, MOST_BIASES, MOST_LISTED)
+    sampling = SamplingArrays.of(asked, checkpoint.config.vocab_size, sizes.most_biases, sizes.most_listed)
     return Settings(
         limits=jnp.asarray([0 if row is None else row.limit for row in rows], jnp.int32),
         end_ids=jnp.asarray(checkpoint.generation.eos_token_ids, jnp.int32),

@@ -48,7 +48,7 @@ def _read(
     checkpoint: Checkpoint, sizes: Sizes, params: Params, length: int, echo: bool, prefixes: Prefixes | None = None
 ) -> tuple[Row, Reader]:
     job = Job([0] * length, sizes.room, logprobs=0 if echo else None, echo=echo)
-    row = Row.of(job, lambda piece: None, checkpoint, sizes.room)
+    row = Row.of(job, lambda piece: None, checkpoint, sizes)
     reader = Reader(checkpoint, sizes, row, prefixes)
     while not reader.is_over:
         reader.read_piece(params([row]))
@@ -64,7 +64,7 @@ def _written(
     for rung in sizes.rungs:
         while len(batch.used) < rung:
             job = Job([0], sizes.room, logprobs=logprobs)
-            row = Row.of(job, lambda piece: None, checkpoint, sizes.room)
+            row = Row.of(job, lambda piece: None, checkpoint, sizes)
             reader = Reader(checkpoint, sizes, row)
             reader.read_piece(params([row]))
             reader.answer(params([row]), row)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,22 +16,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from phi3_jax.json_files import parse
-from phi3_jax.text import ToolCall, ToolCallParser, call_schema
+from phi3_jax.text import ToolCall, ToolCallParser
 
 from ...answer import Piece
-from ...sampling import Grammar, TokenLogprob
+from ...sampling import TokenLogprob
 from ..engine import Job
 from .errors import invalid
 from .fields import (
     IGNORED,
     Fields,
-    attempt,
-    check_schema,
+    ToolUse,
     read_fields,
+    read_messages,
     read_most_tokens,
+    read_response_format,
     read_sampling,
     read_stop,
+    read_tool_use,
     with_seed,
 )
 from .gate import note
@@ -40,24 +40,7 @@ from .service import Answers, Service
 from .streams import DONE, EventStream, event
 
 MOST_LOGPROBS = 20
-_MOST_CALLS = 16  # of an answer that has to call; small models go on for long
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _FINISH = {"stop": "stop", "length": "length", "deadline": "length"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ToolUse:
-    """What an answer may call.
-
-    Attributes:
-      shown: the functions that the model is told of; None: it is told of none.
-      grammar: what an answer that has to call matches.
-      most: calls of an answer.
-    """
-
-    shown: list[Any] | None = None
-    grammar: Grammar | None = None
-    most: int | None = None
 
 
 async def chat(request: Request) -> Response:
@@ -256,131 +239,6 @@ def finite(logprob: float | None) -> float | None:
 def call_id() -> str:
     """A new name for a call. Nine letters and digits: Mistral's template takes no other ids."""
     return secrets.token_hex(5)[:9]
-
-
-def read_messages(fields: Fields, most: int) -> list[dict[str, Any]]:
-    """The messages of a conversation, as `encode_chat` takes them. Raises ApiError (400)."""
-    given = fields.items("messages", most) or []
-    if not given:
-        raise invalid("messages is empty: give at least one", "messages")
-    messages, names = [], dict[str, str]()
-    for index, each in enumerate(given):
-        message = _read_message(Fields(each, f"messages[{index}]"))
-        for call in message.get("tool_calls", []):
-            names[call["id"]] = call["function"]["name"]
-        if message["role"] == "tool" and (name := names.get(message.get("tool_call_id", ""))) is not None:
-            message.setdefault("name", name)  # some templates write it
-        messages.append(message)
-    return messages
-
-
-def _read_message(fields: Fields) -> dict[str, Any]:
-    fields.required("role")
-    role = _ROLES[fields.one_of("role", _ROLES, "")]
-    message: dict[str, Any] = {"role": role}
-    if calls := fields.items("tool_calls", _MOST_CALLS * 8):
-        place = fields.name("tool_calls")
-        message["tool_calls"] = [_read_call(Fields(call, f"{place}[{i}]")) for i, call in enumerate(calls)]
-    content = fields.get("content")
-    if isinstance(content, list):
-        place = fields.name("content")
-        content = "".join(_read_part(Fields(part, f"{place}[{i}]")) for i, part in enumerate(content))
-    elif content is not None and not isinstance(content, str):
-        raise fields.wrong("content", "a text, or a list of parts")
-    if content is None and not calls and role != "assistant":
-        fields.required("content")
-    message["content"] = content or ""
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if (value := fields.text(name, None)) is not None:
-            message[name] = value
-    fields.refuse_others(("refusal", "annotations"))
-    return message
-
-
-def _read_part(fields: Fields) -> str:
-    if (kind := fields.text("type", "text")) != "text":
-        name = fields.name("type")
-        raise invalid(f"{name}={kind[:40]!r}: this model reads only text", name, "unsupported_value")
-    fields.required("text")
-    return fields.text("text", "")
-
-
-def _read_call(fields: Fields) -> dict[str, Any]:
-    """A call of an earlier answer. Its arguments come as a JSON text; templates want the object."""
-    fields.only("type", "function")
-    function = Fields(fields.required("function"), fields.name("function"))
-    name, arguments = function.text("name", ""), function.get("arguments")
-    if isinstance(arguments, str):
-        text = arguments or "{}"
-        arguments = attempt(lambda: parse(text), function.name("arguments"))
-    if not isinstance(arguments := {} if arguments is None else arguments, dict):
-        raise function.wrong("arguments", "an object, as a JSON text")
-    return {"id": fields.text("id", ""), "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def read_tool_use(fields: Fields, most: int) -> ToolUse:
-    """tools, tool_choice and parallel_tool_calls. Raises ApiError (400)."""
-    given = fields.items("tools", most) or []
-    tools = [_read_tool(Fields(tool, f"tools[{index}]")) for index, tool in enumerate(given)]
-    if tools:
-        check_schema({"tools": tools}, "tools")
-    parallel, choice = fields.truth("parallel_tool_calls", True), fields.get("tool_choice")
-    most_calls = None if parallel else 1
-    if choice == "none" or (choice in (None, "auto") and not tools):
-        return ToolUse()
-    if not tools:
-        raise invalid("tool_choice needs tools", "tool_choice")
-    if choice in (None, "auto"):
-        return ToolUse(tools, most=most_calls)
-    called = tools
-    if isinstance(choice, dict):
-        inner = Fields(choice, "tool_choice")
-        inner.only("type", "function")
-        name = Fields(inner.required("function"), "tool_choice.function").text("name", "")
-        called, most_calls = [tool for tool in tools if tool["function"]["name"] == name], 1
-        if not called:
-            raise invalid(f"tool_choice: there is no function {name[:80]!r} among the tools", "tool_choice")
-    elif choice != "required":
-        raise fields.wrong("tool_choice", '"none", "auto", "required" or {"type": "function", "function": ...}')
-    schema = attempt(lambda: call_schema(called, most_calls or _MOST_CALLS), "tools")
-    return ToolUse(tools, attempt(lambda: Grammar.json_schema(schema), "tools"), most_calls)
-
-
-def _read_tool(fields: Fields) -> dict[str, Any]:
-    fields.only("type", "function")
-    function = Fields(fields.required("function"), fields.name("function"))
-    name = function.text("name", "")
-    if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
-        raise function.wrong("name", "of at most 64 letters, digits, _, - and .")
-    tool: dict[str, Any] = {"name": name}
-    if (description := function.text("description", None)) is not None:
-        tool["description"] = description
-    if (parameters := function.get("parameters")) is not None:
-        check_schema(parameters, function.name("parameters"))
-        tool["parameters"] = parameters
-    function.truth("strict", False)
-    function.refuse_others()
-    return {"type": "function", "function": tool}
-
-
-def read_response_format(fields: Fields, key: str = "response_format") -> Grammar | None:
-    """What the answer has to match: any text, any object, or a schema. Raises ApiError (400)."""
-    form = fields.inner(key)
-    if form is None:
-        return None
-    form.required("type")
-    kind = form.one_of("type", ("text", "json_object", "json_schema"), "")
-    if kind != "json_schema":
-        return None if kind == "text" else Grammar.json_schema({"type": "object"})
-    described = Fields(form.required("json_schema"), form.name("json_schema"))
-    schema, place = described.required("schema"), described.name("schema")
-    described.text("name", None)
-    described.text("description", None)
-    described.truth("strict", False)
-    described.refuse_others()
-    form.refuse_others()
-    check_schema(schema, place)
-    return attempt(lambda: Grammar.json_schema(schema), place)
 
 
 def _read_logprobs(fields: Fields) -> int | None:

@@ -21,9 +21,18 @@ from phi3_jax.json_files import is_whole
 from ...answer import Generation, Piece
 from ...sampling import TokenLogprob
 from ..engine import Job
-from .chat import MOST_LOGPROBS, finite, read_response_format, read_stream, usage_of
+from .chat import MOST_LOGPROBS, finite, read_stream, usage_of
 from .errors import invalid
-from .fields import IGNORED, Fields, read_fields, read_most_tokens, read_sampling, read_stop, with_seed
+from .fields import (
+    IGNORED,
+    Fields,
+    read_fields,
+    read_most_tokens,
+    read_response_format,
+    read_sampling,
+    read_stop,
+    with_seed,
+)
 from .gate import note
 from .service import Answers, Service
 from .streams import DONE, EventStream, event
@@ -44,7 +53,7 @@ async def completions(request: Request) -> Response:
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
     count = fields.whole("n", 1, 1, service.limits.choices)
     best_of = fields.whole("best_of", count, 1, service.limits.choices)
-    most_tokens = read_most_tokens(fields, service.limits.answer_tokens, _DEFAULT_TOKENS)
+    most_tokens = read_most_tokens(fields, service.limits.answer_tokens, _DEFAULT_TOKENS, least=0)
     logprobs, echo = fields.whole("logprobs", None, 0, MOST_LOGPROBS), fields.truth("echo", False)
     stream, with_usage = read_stream(fields)
     fields.only("suffix", "")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
 
-import jax
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -20,8 +18,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import Engine, Job, Piece, Statistics, Ticket
-
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax, one for each program
 
 # Upper ends of the histograms' steps, in seconds.
 _SHORT = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -138,24 +134,23 @@ class _Collector:
                 ("embedding_requests", "Requests for embeddings that wait or are being read", now.embedding),
                 ("cache_used_ratio", "Of the memory for keys and values, what answers use", now.cache_used),
                 ("prefix_hit_ratio", "Of all tokens of prompts, those the prefix cache had", now.reused_tokens / read),
+                ("prefix_bytes", "What the prefix cache holds", now.prefix_bytes),
             )
         )
-        yield CounterMetricFamily("phi3_prompt_tokens", "Tokens of prompts", value=now.prompt_tokens)
-        yield CounterMetricFamily("phi3_reused_tokens", "Those that the prefix cache had", value=now.reused_tokens)
-        yield CounterMetricFamily("phi3_compilations", "Programs that jax compiled, or loaded", value=_compiled.count)
+        yield from (
+            CounterMetricFamily(f"phi3_{name}", text, value=value)
+            for name, text, value in (
+                ("prompt_tokens", "Tokens of prompts, of answers that have ended", now.prompt_tokens),
+                ("reused_tokens", "Those of them that the prefix cache had", now.reused_tokens),
+                ("prefix_hits", "Prompts of which the prefix cache had a beginning", now.prefix_hits),
+                ("prefix_misses", "Those of which it might have had one", now.prefix_misses),
+                ("prefix_evictions", "Chunks that the prefix cache had to forget", now.prefix_evictions),
+                ("guessed_tokens", "Tokens that were guessed, by speculation", now.guessed),
+                ("guessed_right_tokens", "Those that were right", now.guessed_right),
+                ("compilations", "Programs that were compiled, or loaded, since the warm-up", now.compiled),
+            )
+        )
         yield InfoMetricFamily("phi3_build", "What runs here", self._build)
-
-
-class _Compiled:
-    """Counts the programs that this process makes, from the import of this module on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-
-    def _note(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILED:
-            self.count += 1
 
 
 async def metrics(request: Request) -> Response:
@@ -164,5 +159,4 @@ async def metrics(request: Request) -> Response:
     return Response(shown.show(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-_compiled = _Compiled()
 routes = [Route("/metrics", metrics)]

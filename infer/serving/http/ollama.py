@@ -20,9 +20,8 @@ from starlette.routing import Route
 
 from ...sampling import Grammar
 from ..engine import Job
-from .chat import read_messages
 from .errors import ApiError
-from .fields import Fields, attempt, check_schema, read_fields, read_sampling, read_stop
+from .fields import Fields, attempt, check_schema, read_fields, read_messages, read_sampling, read_stop
 from .service import Answers, Service
 from .streams import EventStream
 

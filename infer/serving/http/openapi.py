@@ -1,6 +1,6 @@
 """GET /openapi.json: what this server understands, as OpenAPI 3.1 describes it.
 
-Bounds are those that fields.py and the endpoints hold requests to; a test compares the two. What depends on two fields
+Bounds are those that fields/ and the endpoints hold requests to; a test compares the two. What depends on two fields
 at once (`top_logprobs` needs `logprobs`, ...) cannot be said here; the errors say it.
 """
 
@@ -28,12 +28,12 @@ def describe(service: Service) -> Schema:
     names, limits = [service.model, *service.adapters], service.limits
     known = {"model": _one_of(*names)}
     asked = known | _sampling() | dict.fromkeys(fields.IGNORED, _ANYTHING)
-    answer = asked | _answering(limits.choices)
     messages = {**_list(_message(), limits.messages), "type": "array", "minItems": 1}
     tools = _tools(limits.tools)
     ids = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": service.tokenizer.vocab_size - 1}}
     tagged = {"model": {"enum": [*names, *(f"{name}:latest" for name in names)]}}
-    chat_fields = answer | _chat() | tools | {"messages": messages}
+    chat_fields = asked | _answering(limits.choices, 1) | _chat() | tools | {"messages": messages}
+    text_fields = asked | _answering(limits.choices, 0) | _goes_on(limits.choices)
     response_fields, embedding_fields = asked | _responses(limits.messages), _embeddings(service)
     tokenized = known | {"return_token_strs": _truth()}
     text = _object(tokenized | {"prompt": {"type": "string"}, "add_special_tokens": _truth()}, ["prompt"])
@@ -41,7 +41,7 @@ def describe(service: Service) -> Schema:
     tokens = {"anyOf": [text, _object(talk, ["messages"])]}
     paths = {
         "/v1/chat/completions": _post("Answers a conversation", chat_fields, ["messages"], _ANSWER, _EVENTS),
-        "/v1/completions": _post("Goes on with texts", answer | _goes_on(limits.choices), ["prompt"], _ANSWER, _EVENTS),
+        "/v1/completions": _post("Goes on with texts", text_fields, ["prompt"], _ANSWER, _EVENTS),
         "/v1/responses": _post("Answers a conversation", response_fields, ["input"], _RESPONSE, _EVENTS),
         "/v1/embeddings": _post("Texts as vectors", embedding_fields, ["input"], _EMBEDDINGS),
         "/v1/models": _get("The models", _MODELS),
@@ -69,14 +69,14 @@ def describe(service: Service) -> Schema:
     }
 
 
-def _answering(choices: int) -> Schema:
-    """The fields that chat and completions share, beside those of sampling."""
+def _answering(choices: int, least: int) -> Schema:
+    """The fields that chat and completions share, beside those of sampling; answers have at least so many tokens."""
     return {
         "stream": _truth(),
         "stream_options": _object({name: _truth() for name in _STREAM_OPTIONS}),
         "n": _whole(1, choices),
-        "max_tokens": _whole(0, 2**31 - 1),
-        "max_completion_tokens": _whole(0, 2**31 - 1),
+        "max_tokens": _whole(least, 2**31 - 1),
+        "max_completion_tokens": _whole(least, 2**31 - 1),
         "response_format": _response_format(),
     }
 
@@ -184,7 +184,7 @@ def _responses(most: int) -> Schema:
     items = {"type": "array", "items": _object(item, ["role", "content"]), "minItems": 1, "maxItems": most}
     form = {"type": {"enum": ["text", "json_object", "json_schema"]}, "schema": {"type": ["object", "null"]}}
     form |= {"name": _text(), "description": _text(), "strict": _truth()}
-    nothing = {"enum": [None, [], {}]}
+    nothing: Schema = {"enum": [None, [], {}]}
     return {
         "input": {"anyOf": [{"type": "string"}, items]},
         "instructions": _text(),
@@ -214,7 +214,7 @@ def _ollama(messages: Schema | None = None) -> Schema:
     }
     if messages is not None:
         return shared | {"messages": messages, "tools": {"enum": [[], None]}}
-    empty = {name: {"enum": ["", [], None]} for name in ("suffix", "template", "context", "images")}
+    empty: Schema = {name: {"enum": ["", [], None]} for name in ("suffix", "template", "context", "images")}
     return shared | empty | {"prompt": _text(), "system": _text(), "raw": _truth()}
 
 

@@ -31,9 +31,16 @@ from .service import Answers, Service
 from .streams import EventStream, event
 
 # What may be included. All but the first are parts of what is not here.
-INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content", "message.input_image.image_url")
-INCLUDED += ("file_search_call.results", "web_search_call.results", "web_search_call.action.sources")
-INCLUDED += ("computer_call_output.output.image_url", "code_interpreter_call.outputs")
+INCLUDED = (
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
 _ROLES = ("user", "assistant", "system", "developer")
 # Fields that ask for what is not here, each with what to do instead.
 REFUSED = {

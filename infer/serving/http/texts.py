@@ -8,9 +8,8 @@ from starlette.routing import Route
 
 from phi3_jax.json_files import is_whole
 
-from .chat import read_messages, read_tool_use
 from .errors import invalid
-from .fields import read_fields
+from .fields import read_fields, read_messages, read_tool_use
 from .service import Service
 
 _MOST_IDS = 1 << 20

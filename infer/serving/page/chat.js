@@ -88,7 +88,7 @@ function removeTurns(from) {
   for (const turn of turns.splice(from)) turn.element.remove();
 }
 
-// What the model gets: an answer that failed before its first word is left out, and what was asked twice is one question.
+// What the model gets: an answer that failed before its first word is left out, and two questions in a row are one.
 function messages() {
   const system = at("system").value.trim();
   const found = system ? [{ role: "system", content: system }] : [];
@@ -101,7 +101,8 @@ function messages() {
 }
 
 function request() {
-  const body = { model: models.length > 1 ? at("models").querySelector("select").value : models[0], messages: messages() };
+  const chosen = at("models").querySelector("select").value;
+  const body = { model: chosen, messages: messages() };
   for (const name of ["temperature", "top_p", "max_tokens", "seed"])
     if (at(name).value !== "") body[name] = at(name).valueAsNumber;
   return body;
@@ -162,7 +163,8 @@ async function write() {
   problem ||= ENDS[seen.reason] ?? (seen.reason ? `It ended early: ${seen.reason}.` : "");
   if (problem) turn.under.before(element("p", { class: "problem" }, spelled(problem)));
   turn.under.replaceChildren();
-  if (turn.text) turn.under.append(button("Copy", (pressed) => copy(turn.text, pressed), { title: "Copy this answer" }));
+  const copying = button("Copy", (pressed) => copy(turn.text, pressed), { title: "Copy this answer" });
+  if (turn.text) turn.under.append(copying);
   turn.under.append(element("span", { class: "note" }, figures(seen, started)));
   if (running === mine) setRunning(null); // not if a new chat was begun
   follow();

@@ -41,7 +41,7 @@ class Server:
                 return response.status, response.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-        except (urllib.error.URLError, OSError):
+        except OSError:
             return 0, b""
 
     def metrics(self) -> dict[str, float]:
@@ -62,7 +62,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], port: int, ready: str, seconds: float = 600, **more: str) -> Iterator[Server]:
+def running(command: Sequence[str], port: int, ready: str, seconds: float = 1800, **more: str) -> Iterator[Server]:
     """Inside, a server answers 200 to the path `ready`; at the end it is told to end, and has to.
 
     Args:

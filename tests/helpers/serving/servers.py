@@ -1,13 +1,57 @@
 """A server that runs in threads of the test's process: the real app, the real engine, a real port of this machine."""
 
 import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import httpx
+from chats import small_chat
+
+import phi3_jax
+from phi3_jax.infer.serving.engine import Engine, EngineOptions
 from phi3_jax.infer.serving.http.app import Access, make_app
+from phi3_jax.infer.serving.http.gate import Limits
 from phi3_jax.infer.serving.http.gate.server import Server, address, listen
 from phi3_jax.infer.serving.http.service import Service
+
+HI = [{"role": "user", "content": "Hi"}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {"type": "object", "properties": {"x": {"enum": [1, 23]}}, "required": ["x"]},
+    },
+}
+# Says all that there is: tools, calls and their results.
+TEMPLATE = (
+    "{% for t in tools or [] %}<|user|>{{ t.function.name }}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}<|end|>"
+    "{% else %}<|user|>{% if m.role == 'system' %}!{% endif %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def small_service(tiny: phi3_jax.Checkpoint, folder: Path, room: int) -> Service:
+    """A service of a model with one token per character, whose engine does not run yet."""
+    checkpoint = small_chat(tiny, folder)
+    tokenizer = dataclasses.replace(checkpoint.tokenizer, chat_template=TEMPLATE)
+    checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
+    engine = Engine(checkpoint, EngineOptions(slots=1, room=room, queue=4, chunk=16))
+    return Service(engine, checkpoint, "small", limits=Limits(keep_alive=0.05, choices=4, body_bytes=50_000))
+
+
+def ask(client: httpx.Client, path: str = "/v1/chat/completions", status: int = 200, **fields: Any) -> Any:
+    """What the server answers to fields; those of a chat have defaults."""
+    if path.endswith("chat/completions"):
+        fields = {"messages": HI, "temperature": 0, "max_tokens": 8, **fields}
+    response = client.post(path, json=fields)
+    assert response.status_code == status, response.text
+    return response.json()
 
 
 @contextlib.contextmanager
@@ -35,7 +79,7 @@ def serving(service: Service, access: Access | None = None) -> Iterator[str]:
     assert not thread.is_alive()
 
 
-def wait_until(is_so, seconds: float = 60) -> None:
+def wait_until(is_so: Callable[[], Any], seconds: float = 60) -> None:
     """Waits for something that threads bring about."""
     end = time.monotonic() + seconds
     while not is_so():

@@ -12,6 +12,7 @@ from chats import small_chat
 
 import phi3_jax
 
+ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 PROGRAM = [sys.executable, "-m", "phi3_jax.infer.programs.serve_main"]
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -24,34 +25,27 @@ def folder(tiny, tmp_path_factory):
     return folder / "small"
 
 
-def environment(folder, **more):
-    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **more}
-
-
-def refused(folder, *args, **more):
-    """What the program says when it does not start."""
-    done = subprocess.run(
-        [*PROGRAM, f"--checkpoint={folder}", "--port=0", *args],
+def run(program, folder, *args):
+    """What becomes of a program that ends by itself."""
+    return subprocess.run(
+        [*program, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=64", *args],
         capture_output=True,
         text=True,
         timeout=60,
-        env=environment(folder, **more),
+        env=ENVIRONMENT,
     )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    return done.stderr
 
 
 class Started:
     """A server that is ready."""
 
-    def __init__(self, folder, *args, **more):
+    def __init__(self, folder, *args):
         self.process = subprocess.Popen(
             [*PROGRAM, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=512", *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(folder, **more),
+            env=ENVIRONMENT,
         )
         line = self.process.stdout.readline()
         assert line.startswith("phi3-serve: small at http://127.0.0.1:"), (line, self.process.stderr.read())
@@ -67,12 +61,26 @@ class Started:
 
 
 @pytest.mark.slow
-def test_it_refuses_what_would_be_unsafe_or_cannot_be(folder, tmp_path):
-    assert "--insecure --insecure" in refused(folder, "--host=0.0.0.0")
-    assert "--insecure --insecure" in refused(folder, "--host=0.0.0.0", "--insecure")
-    secret = "short-and-secret"[:15]
-    assert secret not in refused(folder, PHI3_API_KEYS=secret)
-    assert "NAME=FOLDER" in refused(folder, "--adapter=runs/mine")
+def test_it_refuses_an_address_where_everyone_could_use_it(folder):
+    done = run(PROGRAM, folder, "--host=0.0.0.0", "--insecure")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "--insecure --insecure" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_takes_the_process_down(folder):
+    script = """
+from phi3_jax.infer.programs import serve_main
+from phi3_jax.infer.serving.engine import Engine
+Engine.warm_up = lambda self, told: told(1, 1)
+Engine.run = lambda self: 1 / 0
+serve_main.run()
+"""
+    done = run([sys.executable, "-c", script], folder)
+    assert done.returncode == 1
+    said = "phi3-serve: the engine has failed, and the server with it: ZeroDivisionError: division by zero"
+    assert done.stderr.splitlines()[-1] == said
 
 
 @pytest.mark.slow

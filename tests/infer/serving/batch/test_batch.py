@@ -1,21 +1,15 @@
-"""Files of requests through the engine, in both forms: each answer is that of plain generation for its request alone."""
+"""Files of requests through the engine, in both forms: each answer is that of plain generation alone."""
 
-import dataclasses
 import json
 import threading
-from pathlib import Path
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
-from generate_program import in_process
 from spoiled import with_bytes
 
-import phi3_jax
-from phi3_jax.infer import Grammar, Options, Sampling, generate
+from phi3_jax.infer import Options, Sampling, generate
 from phi3_jax.infer.serving.batch import Defaults, answer_all
 from phi3_jax.infer.serving.batch.json_lines import open_file
-from phi3_jax.infer.serving.batch.openai_form import answer_lines, is_openai, lengths_of, read_api_requests
+from phi3_jax.infer.serving.batch.openai_form import answer_lines, is_openai, read_api_requests
 from phi3_jax.infer.serving.batch.workers import Plan, Worker
 from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job
 
@@ -97,3 +91,118 @@ def test_threads_share_an_engine(small, engine):
     assert {key: each.token_ids for key, each in found.items()} == {
         key: alone(small, job)[0] for key, job in jobs_of(small, 12)
     }
+
+
+def test_a_job_that_cannot_be_carried_out_is_an_error(small, engine):
+    bad = Job([], 3)
+    with pytest.raises(ValueError, match="no tokens"):
+        list(answer_all(engine, [*jobs_of(small, 2), (2, bad)]))
+    while engine.turn():
+        pass
+    assert (engine.statistics.reading, engine.statistics.writing) == (0, 0)
+
+
+# OpenAI's form.
+
+
+def api_line(name, url="/v1/completions", **body):
+    return {"custom_id": name, "method": "POST", "url": url, "body": {"model": "m", "max_tokens": 9, **body}}
+
+
+def api_file(folder, *lines):
+    path = folder / "api.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return open_file(path)
+
+
+def test_lines_in_openais_form_are_answered_as_alone(small, engine, tmp_path):
+    lines = [
+        api_line("greedy", prompt="the cat", temperature=0),
+        api_line("drawn", prompt="the dog"),  # at a temperature of 1, with seed + 1
+        api_line("seeded", prompt="the dog", seed=7, top_p=0.5),
+        api_line("several", prompt=["the", "dog"], n=2, temperature=0.7, seed=3, logprobs=1),
+        api_line("wrong", promt="the cat"),
+        api_line("long", prompt="the cat sat on the mat " * 20, temperature=0),
+        api_line("stopped", prompt="the other", temperature=0, stop=["o"], seed=-1.5),
+    ]
+    file = api_file(tmp_path, *lines)
+    assert is_openai(file)
+    requests = read_api_requests(file, 2**32 - 1)
+    assert [request.body.get("seed") for request in requests[:4]] == [2**32 - 1, 0, 7, 3]
+    assert requests[0].kept == {"custom_id": "greedy"}
+    answers = dict(answer_lines(small, engine, [(request.custom_id, request) for request in requests]))
+    assert answers.keys() == {line["custom_id"] for line in lines}
+    assert len({answer["id"] for answer in answers.values()}) == len(lines)
+    assert all(answer["error"] is None and answer["response"]["request_id"] for answer in answers.values())
+    statuses = {name: answer["response"]["status_code"] for name, answer in answers.items()}
+    refused = dict.fromkeys(["wrong", "long", "stopped"], 400)
+    assert statuses == {line["custom_id"]: 200 for line in lines} | refused
+    bodies = {name: answer["response"]["body"] for name, answer in answers.items()}
+    assert bodies["wrong"]["error"]["param"] == "prompt"
+    assert bodies["long"]["error"]["code"] == "context_length_exceeded"
+    assert "seed" in bodies["stopped"]["error"]["message"]
+
+    def text(prompt, **sampling):
+        job = Job(small.tokenizer.encode(prompt), 9, Sampling(**sampling))
+        return alone(small, job)[1]
+
+    assert bodies["greedy"]["choices"][0]["text"] == text("the cat")
+    assert bodies["drawn"]["choices"][0]["text"] == text("the dog", temperature=1.0, seed=0)
+    assert bodies["seeded"]["choices"][0]["text"] == text("the dog", temperature=1.0, seed=7, top_p=0.5)
+    assert [choice["text"] for choice in bodies["several"]["choices"]] == [
+        text(prompt, temperature=0.7, seed=seed) for prompt in ("the", "dog") for seed in (3, 4)
+    ]
+    assert bodies["several"]["usage"]["completion_tokens"] > 9
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"custom_id": "a"}, r"\['body', 'method', 'url'\] are missing"),
+        ({**api_line("a"), "prompt": "x"}, r"\['prompt'\] are missing, or unknown"),
+        ({**api_line("a"), "custom_id": 1}, "custom_id=1 must be a text"),
+        ({**api_line("a"), "custom_id": ""}, "custom_id="),
+        ({**api_line("a"), "method": "GET"}, 'method="GET" must be "POST"'),
+        (api_line("a", "/v1/models"), "url=.* must be one of /v1/chat/completions, /v1/completions"),
+        (api_line("a", ["/v1/completions"]), "url=.* must be one of"),
+        ({**api_line("a"), "body": []}, r"body=\[\] must be an object"),
+        (api_line("a", stream=True), "stream=true: answers in a file are not streamed"),
+        (api_line("a", model=3), "model=3 must be a text"),
+        (api_line("a", model="other"), r'one model, not for "m" \(line 1\) and "other" \(line 2\)'),
+        (api_line("first"), 'custom_id="first" is the id of line 1, too'),
+    ],
+)
+def test_lines_in_openais_form_are_refused(tmp_path, line, message):
+    with pytest.raises(ValueError, match=rf"api\.jsonl:2: .*{message}"):
+        read_api_requests(api_file(tmp_path, api_line("first"), line), 0)
+
+
+# What a machine of a cluster does.
+
+
+def test_a_worker_answers_rows_of_both_forms(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3_jax.infer.serving.batch.workers.load", lambda path: {"here": small}[path])
+    worker = Worker(Plan({"path": "here"}, Defaults(6), Sampling(temperature=0.5, seed=11), SLOTS, CHUNK))
+    rows = [
+        (2, 0, {"prompt": "the cat"}, False),
+        (2, 5, {"prompt": "the cat", "max_new_tokens": 3}, False),
+        (3, 5, api_line("a", prompt="the cat", temperature=0.5), True),
+        (4, 1, {"prompt": "the cat sat on the mat " * 20}, False),
+    ]
+    block = {
+        "file": [file for file, _, _, _ in rows],
+        "index": [index for _, index, _, _ in rows],
+        "line": [index + 1 for _, index, _, _ in rows],
+        "request": [json.dumps(fields) for _, _, fields, _ in rows],
+        "is_openai": [is_theirs for _, _, _, is_theirs in rows],
+    }
+    answered = worker(block)
+    assert (answered["file"], answered["index"]) == (block["file"], block["index"])
+    first, second, third, fourth = map(json.loads, answered["answer"])
+    prompt = small.tokenizer.encode("the cat")
+    assert first["token_ids"] == alone(small, Job(prompt, 6, Sampling(temperature=0.5, seed=11)))[0]
+    assert second["token_ids"] == alone(small, Job(prompt, 3, Sampling(temperature=0.5, seed=16)))[0]
+    expected = alone(small, Job(prompt, 9, Sampling(temperature=0.5, seed=16)))[1]
+    assert third["response"]["body"]["choices"][0]["text"] == expected
+    assert (fourth["finish_reason"], fourth["token_ids"]) == ("error", [])
+    assert "leaves no room for an answer" in fourth["error"]

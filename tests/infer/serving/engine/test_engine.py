@@ -88,8 +88,8 @@ def close(found: Sequence, expected: Sequence, most: int) -> None:
     for one, other in zip(found, expected, strict=True):
         assert len(one.top) == (0 if other.logprob is None else most)
         if other.logprob is not None:
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
-            assert list(one.top.values()) == pytest.approx(list(other.top.values())[:most], abs=1e-5)
+            assert one.logprob == pytest.approx(other.logprob, abs=2e-5)
+            assert list(one.top.values()) == pytest.approx(list(other.top.values())[:most], abs=2e-5)
 
 
 def equals(job: Job, ticket: Ticket, found: Listener, expected: Generation) -> None:
@@ -203,7 +203,7 @@ def test_nothing_is_compiled_after_the_warm_up(small):
     asked = submit(engine, jobs)
     finish(engine)
     assert engine.statistics.compiled == 0
-    for job in jobs[:2]:
+    for job in (jobs[0], Job([*range(60, 66)] * 2, 45)):  # the second repeats itself
         submit(engine, [job])
         finish(engine)
     assert engine.statistics.compiled == 0

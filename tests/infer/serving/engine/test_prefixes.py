@@ -158,6 +158,16 @@ def test_what_is_in_use_stays_and_others_wait():
     assert trie.walk([1, 2, 3, 4, 9]).tokens == 4
 
 
+def test_what_is_in_use_stays_even_if_it_was_not_used_for_longest():
+    trie = Prefixes(2, 2)
+    walk = trie.walk([1, 2, 3, 4, 5])
+    assert walk.add(lambda: "oldest", 1)
+    for prompt in ([3, 4], [5, 6], [7, 8]):
+        keep(trie, prompt)
+    assert trie.evictions == 2
+    assert [trie.walk([*prompt, 9]).tokens for prompt in ([1, 2], [3, 4], [5, 6], [7, 8])] == [2, 0, 0, 2]
+
+
 def test_chunks_that_share_a_hash_are_two():
     class Kind(str):
         def __hash__(self):

@@ -8,6 +8,10 @@ import pytest
 from phi3_jax.infer.engine.buckets import slot_bytes
 from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job
 from phi3_jax.infer.serving.engine.chunks import chunk_bytes
+from phi3_jax.infer.serving.engine.options import Sizes
+from phi3_jax.infer.serving.engine.prefixes import Prefixes
+from phi3_jax.infer.serving.engine.reader import Reader
+from phi3_jax.infer.serving.engine.sequence import Row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -88,7 +92,7 @@ def test_a_small_cache_stays_small_and_answers_stay_the_same(tiny):
     counts = small.statistics
     assert (counts.prefix_hits, counts.prefix_misses) == (5, 1)
     assert (counts.prefix_chunks, counts.prefix_evictions) == (5, 1)
-    with pytest.raises(ValueError, match="prefix_bytes=99 is less than the 1152 bytes of one chunk of 4 tokens"):
+    with pytest.raises(ValueError, match="prefix_bytes=99 is less than the 1536 bytes of one chunk of 4 tokens"):
         Engine(tiny, dataclasses.replace(OPTIONS, prefix_bytes=99))
 
 
@@ -104,6 +108,17 @@ def test_one_that_goes_while_it_is_read_leaves_nothing_in_use(tiny):
     assert engine.statistics.prefix_chunks == 2
 
 
+def test_adapters_share_nothing(tiny):
+    sizes, prefixes = Sizes.of(tiny, OPTIONS), Prefixes(CHUNK, MOST)
+    for adapter, reused in ((None, 0), ("french", 0), ("german", 0), ("french", 12), (None, 12)):
+        row = Row.of(Job(SYSTEM[:13], 1, adapter=adapter), lambda piece: None, tiny, OPTIONS.room)
+        reader, before = Reader(tiny, sizes, row, prefixes), prefixes.reused
+        while not reader.is_over:
+            reader.read_piece(tiny.params)
+        assert prefixes.reused - before == reused
+
+
+@pytest.mark.slow
 def test_with_echo_everything_is_read(tiny):
     engine = Engine(tiny, dataclasses.replace(OPTIONS, prefix_bytes=MOST))
     plain = ask(engine, SYSTEM[:13], 2)

@@ -83,7 +83,8 @@ def values(schema: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
         least, most = schema.get("minimum"), schema.get("maximum")
         yield from ((value, True) for value in (least, most) if value is not None)
         yield from ((value, False) for value in ("1", True))
-        beyond = [least is not None and least - 1, most is not None and most * 1.01 + 1]
+        step = 1 if "integer" in kinds else 1e-3
+        beyond = [least is not None and least - step, most is not None and most + step]
         yield from ((value, False) for value in beyond if value is not False and abs(value) < 2**63)  # else no JSON
         if "exclusiveMinimum" in schema:
             yield schema["exclusiveMinimum"], False

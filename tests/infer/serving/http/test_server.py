@@ -10,49 +10,22 @@ import time
 
 import httpx
 import pytest
-from chats import small_chat
-from servers import is_idle, serving, wait_until, working
+from servers import HI, TOOL, ask, is_idle, serving, small_service, wait_until, working
 
 import phi3_jax
-from phi3_jax.infer import Options, Piece, Sampling, generate
-from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, QueueFull
-from phi3_jax.infer.serving.http.chat import Choice, ToolUse
-from phi3_jax.infer.serving.http.gate import Limits
+from phi3_jax.infer import Options, Sampling, generate
+from phi3_jax.infer.serving.engine import Engine, Job, QueueFull
 from phi3_jax.infer.serving.http.service import Service
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 ROOM = 128
 GREEDY = Sampling()
-HI = [{"role": "user", "content": "Hi"}]
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "parameters": {"type": "object", "properties": {"x": {"enum": [1, 23]}}, "required": ["x"]},
-    },
-}
-
-
-CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "x=1"}}]}
-# Says all that there is: tools, calls and their results.
-TEMPLATE = (
-    "{% for t in tools or [] %}<|user|>{{ t.function.name }}{% endfor %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}<|end|>"
-    "{% else %}<|user|>{% if m.role == 'system' %}!{% endif %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def service(tiny, tmp_path_factory):
-    checkpoint = small_chat(tiny, tmp_path_factory.mktemp("tokenizer"))
-    tokenizer = dataclasses.replace(checkpoint.tokenizer, chat_template=TEMPLATE)
-    checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
-    engine = Engine(checkpoint, EngineOptions(slots=1, room=ROOM, queue=4, chunk=16))
-    limits = Limits(keep_alive=0.05, choices=4, body_bytes=50_000)
-    with working(Service(engine, checkpoint, "small", limits=limits)) as it:
+    with working(small_service(tiny, tmp_path_factory.mktemp("tokenizer"), ROOM)) as it:
         yield it
 
 
@@ -71,14 +44,6 @@ def expected(service, prompt, most=8, sampling=GREEDY):
 
 def chat_ids(service, messages=HI, **options):
     return phi3_jax.encode_chat(service.tokenizer, messages, **options)
-
-
-def ask(client, path="/v1/chat/completions", status=200, **fields):
-    if path.endswith("chat/completions"):
-        fields = {"messages": HI, "temperature": 0, "max_tokens": 8, **fields}
-    response = client.post(path, json=fields)
-    assert response.status_code == status, response.text
-    return response.json()
 
 
 def events(client, path="/v1/chat/completions", **fields):
@@ -194,45 +159,6 @@ def test_calls_that_are_required_come_whole_and_as_deltas(client, choice):
     assert rest["function"]["arguments"] == call["function"]["arguments"]
 
 
-def test_tools_are_shown_unless_they_may_not_be_called(client):
-    def written(**fields):
-        found = ask(client, "/tokenize", **fields)["tokens"]
-        return ask(client, "/detokenize", tokens=found)["prompt"]
-
-    assert written(messages=HI, tools=[TOOL]) == "<|user|>add<|user|>Hi<|end|><|assistant|>"
-    assert written(messages=HI, tools=[TOOL], tool_choice="none") == "<|user|>Hi<|end|><|assistant|>"
-    call = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": '{"x": 23}'}}
-    turns = [
-        {"role": "developer", "content": "Be"},
-        *HI,
-        {"role": "assistant", "content": None, "tool_calls": [call], "audio": None},
-        {"role": "tool", "tool_call_id": "a1", "content": [{"type": "text", "text": "42"}]},
-    ]
-    wanted = "<|user|>add<|user|>!Be<|end|><|user|>Hi<|end|>add(23)<|end|><|user|>42<|end|>"
-    assert written(messages=turns, tools=[TOOL], add_generation_prompt=False) == wanted
-    shown = ask(client, messages=HI, tools=[TOOL])["usage"]["prompt_tokens"]
-    assert shown == ask(client, tools=[TOOL], tool_choice="none")["usage"]["prompt_tokens"] + 4
-
-
-@pytest.mark.parametrize("most", [None, 1])
-def test_calls_that_a_model_chooses_are_found_in_its_text(service, most):
-    text = 'So: <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call><tool_call>{"name": "add"}</tool_call>'
-    choice, deltas = Choice(service, ToolUse([TOOL], most=most)), []
-    for i, character in enumerate(text):
-        end = "stop" if i == len(text) - 1 else None
-        deltas += choice.add(Piece(0, character, [5], None, end))
-    count = most or 2
-    assert [(call.name, call.arguments) for _, call in choice.calls] == [("add", {"x": 1}), ("add", {})][:count]
-    assert (choice.finish_reason, choice.tokens) == ("tool_calls", len(text))
-    assert "".join(delta.get("content", "") for delta in deltas) == "So: "
-    parts = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
-    assert [part["index"] for part in parts] == [0, 0, 1, 1][: 2 * count]
-    assert [part["function"]["arguments"] for part in parts] == ["", '{"x": 1}', "", "{}"][: 2 * count]
-    assert len({part["id"] for part in parts if "id" in part}) == count
-    message = choice.whole()["message"]
-    assert (message["content"], len(message["tool_calls"])) == ("So:", count)
-
-
 @pytest.mark.parametrize("echo", [False, True])
 def test_completions_are_what_generate_writes(service, client, echo):
     prompts = ["Hello", "ab c"]
@@ -287,88 +213,6 @@ def test_the_best_of_several_comes_back(service, client):
     assert [choice["text"] for choice in found["choices"]] == [best.text]
     assert found["choices"][0]["logprobs"] is None
     assert found["usage"]["completion_tokens"] == sum(len(run.token_ids) for run in runs)
-
-
-def test_text_becomes_tokens_and_back(service, client):
-    assert ask(client, "/tokenize", prompt="Hello", return_token_strs=True) == {
-        "count": 5,
-        "max_model_len": ROOM,
-        "tokens": service.tokenizer.encode("Hello"),
-        "token_strs": list("Hello"),
-    }
-    found = ask(client, "/tokenize", messages=HI)
-    assert found["tokens"] == chat_ids(service)
-    assert ask(client, "/detokenize", tokens=found["tokens"]) == {"prompt": "<|user|>Hi<|end|><|assistant|>"}
-    assert "no id" in ask(client, "/detokenize", 400, tokens=[97])["error"]["message"]
-
-
-def test_models_are_known_by_their_names(client):
-    assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["small"]
-    assert client.get("/v1/models/small").json()["object"] == "model"
-    for response in (client.get("/v1/models/gpt-4"), client.post("/v1/chat/completions", json={"model": "gpt-4"})):
-        assert response.status_code == 404
-        assert response.json()["error"]["code"] == "model_not_found"
-    assert (client.get("/health").json(), client.get("/ready").status_code) == ({"status": "ready"}, 200)
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"messages": []}, "messages"),
-        ({"messages": "Hi"}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": "x" * 1000}]}, "messages"),
-        ({"temperature": 3}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"n": 5}, "n"),
-        ({"n": 1.5}, "n"),
-        ({"n": True}, "n"),
-        ({"stop": ["a"] * 17}, "stop"),
-        ({"stop": ""}, "stop"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"5": 101}}, "logit_bias"),
-        ({"logit_bias": {"98": 1}}, None),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"response_format": {"type": "xml"}}, "response_format.type"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
-            "response_format.json_schema.schema",
-        ),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "q"}}}}, None),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
-        ({"messages": [CALLED]}, "messages[0].tool_calls[0].function.arguments"),
-        ({"temprature": 1}, "temprature"),
-        ({"audio": {"voice": "x"}}, "audio"),
-    ],
-)
-def test_wrong_requests_are_told_which_field_is_wrong(service, client, fields, param):
-    before = service.engine.statistics.finished.copy()
-    error = ask(client, status=400, **fields)["error"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", param), error
-    assert service.engine.statistics.finished == before
-
-
-def test_bodies_that_are_no_json_are_refused(client):
-    def post(data, kind="application/json", **headers):
-        response = client.post("/v1/chat/completions", content=data, headers={"content-type": kind, **headers})
-        return response.status_code, response.json()["error"]["code"]
-
-    for data in (b"", b"{", b"[]", b'{"n": NaN}', b'{"n": 1, "n": 2}', b"\xff", b"[" * 40_000, b'{"n": 1e999}'):
-        assert post(data) == (400, "invalid_json"), data[:20]
-    assert post(b"{}", "text/plain") == (415, "unsupported_media_type")
-    assert post(b"{}", **{"content-encoding": "gzip"}) == (415, "unsupported_media_type")
-    assert post(b" " * 50_001) == (413, "request_too_large")
-    assert client.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
-    assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
 
 
 @pytest.mark.parametrize("stream", [True, False])
