@@ -127,7 +127,7 @@ def _embeddings(service: Service) -> Schema:
     one: list[Schema] = [{"type": "string"}, _IDS]
     several = {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": embeddings.MOST_INPUTS}
     return dict.fromkeys(fields.IGNORED, _ANYTHING) | {
-        "model": _one_of(service.model),
+        "model": _one_of(service.model, *service.adapters),
         "input": {"anyOf": [*one, several]},
         "encoding_format": _one_of("float", "base64"),
         "dimensions": {"enum": [service.checkpoint.config.hidden_size, None]},
