@@ -25,6 +25,18 @@ def folder(tiny, tmp_path_factory):
     return folder / "small"
 
 
+def program(change=""):
+    """The program without a warm-up, so that it compiles only what it uses, and with a change."""
+    script = [
+        "from phi3_jax.infer.programs import serve_main",
+        "from phi3_jax.infer.serving.engine import Engine",
+        "Engine.warm_up = lambda self, told: told(1, 1)",
+        change,
+        "serve_main.run()",
+    ]
+    return [sys.executable, "-c", "\n".join(script)]
+
+
 def run(program, folder, *args):
     """What becomes of a program that ends by itself."""
     return subprocess.run(
@@ -39,9 +51,9 @@ def run(program, folder, *args):
 class Started:
     """A server that is ready."""
 
-    def __init__(self, folder, *args):
+    def __init__(self, folder, *args, program=PROGRAM):
         self.process = subprocess.Popen(
-            [*PROGRAM, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=512", "--prefix_memory=0", *args],
+            [*program, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=512", "--prefix_memory=0", *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -70,14 +82,7 @@ def test_it_refuses_an_address_where_everyone_could_use_it(folder):
 
 @pytest.mark.slow
 def test_an_engine_that_dies_takes_the_process_down(folder):
-    script = """
-from phi3_jax.infer.programs import serve_main
-from phi3_jax.infer.serving.engine import Engine
-Engine.warm_up = lambda self, told: told(1, 1)
-Engine.run = lambda self: 1 / 0
-serve_main.run()
-"""
-    done = run([sys.executable, "-c", script], folder)
+    done = run(program("Engine.run = lambda self: 1 / 0"), folder)
     assert done.returncode == 1
     said = "phi3-serve: the engine has failed, and the server with it: ZeroDivisionError: division by zero"
     assert done.stderr.splitlines()[-1] == said
@@ -104,7 +109,7 @@ def test_it_answers_what_it_has_begun_and_ends_with_0(folder):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(folder):
-    server = Started(folder, "--drain_seconds=60")
+    server = Started(folder, "--drain_seconds=60", program=program())
     asked = {**HI, "max_tokens": 500, "min_tokens": 500, "n": 16, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=20):
         server.process.send_signal(signal.SIGINT)
