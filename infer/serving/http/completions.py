@@ -26,6 +26,7 @@ from .errors import invalid
 from .fields import (
     IGNORED,
     Fields,
+    as_whole,
     read_fields,
     read_grammar,
     read_most_tokens,
@@ -107,6 +108,7 @@ def _read_prompts(fields: Fields, most: int) -> list[Any]:
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise fields.wrong("prompt", "a text, a list of token ids, or a list of these")
+    prompt = [list(map(as_whole, each)) if isinstance(each, list) else as_whole(each) for each in prompt]
     if _are_ids(prompt):
         return [prompt]
     if len(prompt) > most:

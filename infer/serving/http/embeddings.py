@@ -16,10 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from phi3_jax.json_files import is_whole
+
 from ..engine import QueueFull
 from ..engine.pooling import POOLINGS
 from .errors import invalid, too_many, unavailable
-from .fields import IGNORED, Fields, read_fields
+from .fields import IGNORED, Fields, as_whole, read_fields
 from .gate import note
 from .service import Service
 
@@ -56,28 +58,24 @@ async def embed(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
 
 
-def _inputs(fields: Fields) -> list[Any]:
+def _inputs(fields: Fields) -> list[str | list[int]]:
     """The inputs, each a text or a list of token ids."""
     value = fields.required("input")
-    if isinstance(value, list) and value and all(_is_id(each) for each in value):
-        return [value]
-    inputs = [value] if isinstance(value, str) else value
-    if not isinstance(inputs, list) or not all(isinstance(each, str) or _are_ids(each) for each in inputs):
-        raise fields.wrong("input", "a text, a list of texts, a list of token ids, or a list of such lists")
+    given = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and value and all(is_whole(as_whole(each)) for each in given):
+        given = [given]
+    inputs = [list(map(as_whole, each)) if isinstance(each, list) else each for each in given]
+    for each in inputs:
+        if not isinstance(each, str) and not (isinstance(each, list) and all(map(is_whole, each))):
+            raise fields.wrong("input", "a text, a list of texts, a list of token ids, or a list of such lists")
+        if not each:
+            raise invalid("input has a text or a list that is empty", "input")
     if not 1 <= len(inputs) <= MOST_INPUTS:
         raise invalid(f"input has {len(inputs)} entries; it may have 1 to {MOST_INPUTS}", "input")
     return inputs
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_id, value))
-
-
-async def _tokens(service: Service, value: Any, index: int) -> list[int]:
+async def _tokens(service: Service, value: str | list[int], index: int) -> list[int]:
     if isinstance(value, list):
         return value
     return await service.encode(value, f"input[{index}]", add_eos=False)

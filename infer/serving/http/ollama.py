@@ -82,7 +82,7 @@ async def _answer(service: Service, fields: Fields, encode: Callable[[], Awaitab
     adapter = service.adapter_of(model.removesuffix(":latest"))
     fields.only("think", False)
     stream, grammar, options = fields.truth("stream", True), _grammar(fields), fields.get("options")
-    if isinstance(options, dict) and "repeat_penalty" in options:
+    if isinstance(options, dict) and "repeat_penalty" in options and "repetition_penalty" not in options:
         options["repetition_penalty"] = options.pop("repeat_penalty")
     chosen = Fields({} if options is None else options, "options")
     most = chosen.whole("num_predict", -1, -2, 2**31 - 1)  # below 1: as many as there is room for

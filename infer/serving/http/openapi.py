@@ -19,7 +19,7 @@ from .service import Service
 
 Schema = dict[str, Any]
 _ANYTHING: Schema = {}
-_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
 _OBJECT: Schema = {"type": "object"}
 
 
@@ -124,7 +124,7 @@ def _goes_on(choices: int) -> Schema:
 
 
 def _embeddings(service: Service) -> Schema:
-    one: list[Schema] = [{"type": "string"}, _IDS]
+    one: list[Schema] = [{"type": "string", "minLength": 1}, _IDS]
     several = {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": embeddings.MOST_INPUTS}
     return dict.fromkeys(fields.IGNORED, _ANYTHING) | {
         "model": _one_of(service.model, *service.adapters),
@@ -157,9 +157,10 @@ def _sampling() -> Schema:
 
 
 def _message() -> Schema:
-    part = _object({"type": _one_of("text"), "text": {"type": "string"}}, ["text"])
-    function = _object({"name": _text(), "arguments": {"type": ["string", "object", "null"]}})
-    call = _object({"id": _text(), "type": _one_of("function"), "function": function}, ["function"])
+    part = _object({"type": _one_of("text"), "text": {"type": "string"}}, ["text"], closed=False)
+    told = {"name": _text(), "arguments": {"type": ["string", "object", "null"]}}
+    function = {**_object(told, closed=False), "type": "object"}
+    call = _object({"id": _text(), "type": _one_of("function"), "function": function}, ["function"], closed=False)
     content = [{"type": "string"}, {**_list(part), "type": "array"}]
     rest = {name: _text() for name in ("name", "tool_call_id", "reasoning_content")}
     rest |= {"tool_calls": _list(call, 128), "refusal": _ANYTHING, "annotations": _ANYTHING}
@@ -283,7 +284,7 @@ def _post(summary: str, body: Schema, required: list[str], answer: Schema, strea
 def _post_any(summary: str, body: Schema, answer: Schema, stream: str | None = None) -> Schema:
     content: Schema = {"application/json": {"schema": answer}}
     if stream is not None:
-        content[stream] = {"schema": {"type": "string"}}
+        content[stream] = {}
     asked = {"application/json": {"schema": body}}
     operation = {"summary": summary, "requestBody": {"required": True, "content": asked}}
     return {"post": operation | {"responses": _answers(content)}}

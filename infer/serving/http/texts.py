@@ -9,7 +9,7 @@ from starlette.routing import Route
 from phi3_jax.json_files import is_whole
 
 from .errors import invalid
-from .fields import read_fields, read_messages, read_template_options, read_tool_use
+from .fields import as_whole, read_fields, read_messages, read_template_options, read_tool_use
 from .service import Service
 
 _MOST_IDS = 1 << 20
@@ -44,7 +44,7 @@ async def detokenize(request: Request) -> Response:
     fields = await read_fields(request)
     service.adapter_of(fields.text("model", service.model))
     fields.required("tokens")
-    ids = fields.items("tokens", _MOST_IDS) or []
+    ids = [as_whole(token) for token in fields.items("tokens", _MOST_IDS) or []]
     fields.refuse_others()
     if odd := [token for token in ids if not is_whole(token, 0, service.tokenizer.vocab_size - 1)]:
         raise invalid(f"tokens has {str(odd[0])[:40]}, which is no id of {service.tokenizer.vocab_size}", "tokens")

@@ -20,5 +20,6 @@ from .sampling import read_stop as read_stop
 from .sampling import with_seed as with_seed
 from .values import IGNORED as IGNORED
 from .values import Fields as Fields
+from .values import as_whole as as_whole
 from .values import attempt as attempt
 from .values import read_fields as read_fields

@@ -69,6 +69,11 @@ def kind(value: Any) -> str:
     return names.get(type(value), "number")
 
 
+def as_whole(value: Any) -> Any:
+    """The value; a float that is a whole number becomes one, for JSON has one kind of number: 1.0 is 1."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
 class Fields:
     """The fields of one object. Its readers raise ApiError (400), with the name of the field, for wrong values."""
 
@@ -116,8 +121,7 @@ class Fields:
         value = self.get(key)
         if value is None:
             return default
-        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-            value = int(value)  # JSON has one kind of number: 1.0 is 1
+        value = as_whole(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.wrong(key, "a whole number")
         if not least <= value <= most:
@@ -175,7 +179,9 @@ class Fields:
     def only(self, key: str, *values: Any) -> None:
         """A field that is known, but may have only these values. Raises ApiError for others."""
         value = self.get(key)
-        if value is not None and value not in values:
+        # In Python 0 is False.
+        is_known = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
+        if value is not None and not is_known:
             name = self.name(key)
             raise invalid(f"{name}={shown(value)} is not supported; leave it out", name, "unsupported_value")
 

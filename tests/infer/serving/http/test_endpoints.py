@@ -138,6 +138,7 @@ def test_what_responses_cannot_do_is_refused_by_its_name(client):
         ("conversation", "c"),
         ("tools", [{"type": "web_search"}]),
         ("background", True),
+        ("background", 0),
         ("truncation", "auto"),
         ("include", ["everything"]),
         ("max_output_tokens", 0),
@@ -182,11 +183,14 @@ def test_embeddings_are_pooled_and_come_as_floats_or_bytes(client, small):
     assert [each["index"] for each in several["data"]] == [0, 1, 2]
     assert several["data"][1]["embedding"] == several["data"][2]["embedding"] == told["data"][0]["embedding"]
     assert ask(input=ids)["data"][0]["embedding"] == told["data"][0]["embedding"]
+    assert ask(input=list(map(float, ids)))["data"][0]["embedding"] == told["data"][0]["embedding"]
 
 
 def test_embeddings_that_make_no_sense_are_refused(client):
     for fields, param in [
         ({"input": ""}, "input"),
+        ({"input": ["a", ""]}, "input"),
+        ({"input": 1}, "input"),
         ({"input": []}, "input"),
         ({"input": [1.5]}, "input"),
         ({"input": [[1], []]}, "input"),
