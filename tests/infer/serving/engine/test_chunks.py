@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from phi3_jax import KVCache
-from phi3_jax.infer.serving.engine import chunks
+from phi3_jax.infer.serving.engine import EngineOptions, Job, chunks
+from phi3_jax.infer.serving.engine.batch import Batch
+from phi3_jax.infer.serving.engine.options import Sizes
+from phi3_jax.infer.serving.engine.sequence import Row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -84,6 +87,25 @@ def test_placing_needs_no_second_cache():
     program = chunks._place.lower(cache, chunk, *numbers).compile().memory_analysis()
     assert program is not None
     assert program.temp_size_in_bytes < 3 * chunks.chunk_bytes(cache, 16)
+
+
+def test_rows_of_many_blocks_are_copied_whole_into_the_batch(tiny):
+    config, slots, options = tiny.config, 290, EngineOptions(slots=2, room=60)
+    sizes = dataclasses.replace(Sizes.of(tiny, options), capacity=slots)
+    batch = Batch(tiny, sizes, options)
+    rng, joined = np.random.default_rng(6), []
+    for length in (281, 129):
+        row = Row.of(Job([5], 1), lambda piece: None, tiny, sizes)
+        row.tokens = [5] * length
+        shape = (config.num_hidden_layers, 1, config.num_key_value_heads, slots, config.head_dim)
+        k, v = (jnp.asarray(rng.random(shape, np.float32)) for _ in range(2))
+        held = np.where(np.arange(slots) < length, np.arange(slots), -1)
+        joined.append((length, KVCache(k, v, jnp.asarray(held[None], jnp.int32))))
+        batch.join(row, joined[-1][1])
+    for row, (length, cache) in enumerate(joined):  # the first has moved to a larger batch since
+        np.testing.assert_array_equal(batch._cache.positions[row], cache.positions[0])
+        np.testing.assert_array_equal(batch._cache.k[:, row, :, :length], cache.k[:, 0, :, :length])
+        np.testing.assert_array_equal(batch._cache.v[:, row, :, :length], cache.v[:, 0, :, :length])
 
 
 @pytest.mark.parametrize(("window", "slots"), [(None, 40), (1, 4), (3, 8), (4, 8), (5, 8), (6, 12), (9, 12)])

@@ -94,6 +94,9 @@ def test_a_small_cache_stays_small_and_answers_stay_the_same(tiny):
     assert (counts.prefix_chunks, counts.prefix_evictions) == (5, 1)
     with pytest.raises(ValueError, match="prefix_bytes=99 is less than the 1536 bytes of one chunk of 4 tokens"):
         Engine(tiny, dataclasses.replace(OPTIONS, prefix_bytes=99))
+    # The longest prompt is one token less than there is room for, and its last token is not reused.
+    rooms = [Sizes.of(tiny, dataclasses.replace(OPTIONS, room=CHUNK + more)) for more in (1, 2)]
+    assert [sizes.prefix_bytes > 0 for sizes in rooms] == [False, True]
 
 
 def test_one_that_goes_while_it_is_read_leaves_nothing_in_use(tiny):
@@ -111,7 +114,7 @@ def test_one_that_goes_while_it_is_read_leaves_nothing_in_use(tiny):
 def test_adapters_share_nothing(tiny):
     sizes, prefixes = Sizes.of(tiny, OPTIONS), Prefixes(CHUNK, MOST)
     for adapter, reused in ((None, 0), ("french", 0), ("german", 0), ("french", 12), (None, 12)):
-        row = Row.of(Job(SYSTEM[:13], 1, adapter=adapter), lambda piece: None, tiny, OPTIONS.room)
+        row = Row.of(Job(SYSTEM[:13], 1, adapter=adapter), lambda piece: None, tiny, sizes)
         reader, before = Reader(tiny, sizes, row, prefixes), prefixes.reused
         while not reader.is_over:
             reader.read_piece(tiny.params)
