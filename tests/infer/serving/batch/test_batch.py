@@ -67,8 +67,9 @@ def test_only_so_many_jobs_are_under_way_as_there_are_slots(small, engine):
 
 
 def test_what_is_under_way_ends_when_nobody_wants_it(small, engine):
-    answers = answer_all(engine, jobs_of(small, 9))
-    next(answers)
+    long = Job([5, 6, 7], 57)  # of more tokens than a call writes
+    answers = answer_all(engine, [*jobs_of(small, 1), *((key, long) for key in range(1, 4))])
+    assert next(answers)[0] == 0
     before = engine.statistics.finished.get("interrupt", 0)
     answers.close()
     while engine.turn():
