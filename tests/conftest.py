@@ -20,7 +20,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's backgroun
 # Files of minutes come first, where pytest-xdist leaves the order as it is (--no-loadscope-reorder): begun last, each
 # would leave one of two processes without work.
 LONGEST = ("test_train_main.py", "test_signals.py", "test_native.py", "test_packaging.py", "test_kills.py")
-LONGEST += ("test_emulator.py", "test_readers.py", "test_generate_main.py", "test_chat_main.py", "test_evaluate.py")
+LONGEST += (
+    "test_emulator.py",
+    "test_readers.py",
+    "test_files.py",
+    "test_generate_main.py",
+    "test_chat_main.py",
+    "test_evaluate.py",
+)
 
 
 @pytest.hookimpl(trylast=True)
