@@ -101,13 +101,14 @@ def test_hostile_requests_get_what_is_right(server):
     check_is_well(server)
 
 
-def test_schemathesis_finds_no_fault(server):
-    """By the description of /openapi.json: what fits it is answered, what does not is refused, as it says."""
+def test_schemathesis_finds_no_fault(server, tmp_path):
+    """Thousands of requests made from /openapi.json, which fit it or nearly do: none is answered by 5xx."""
     if (program := shutil.which("schemathesis")) is None:
         pytest.skip("schemathesis is not there: pip install it somewhere, and put its program on PATH")
     options = ["--max-examples=30", "--seed=16", "--request-timeout=20", "--continue-on-failure", "--no-color"]
+    options += ["--checks=not_a_server_error"]
     command = [program, "run", f"{server.url}/openapi.json", *options, "--phases=examples,coverage,fuzzing"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-8000:]
     check_is_well(server)
 
