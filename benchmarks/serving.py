@@ -34,6 +34,7 @@ import phi3_jax
 from phi3_jax.checkpoint import resolve
 from phi3_jax.infer import Options, generate
 from phi3_jax.infer.benchmark.roofline import decode_work
+from phi3_jax.infer.engine.buckets import own_cache_dtype
 from phi3_jax.kernels.machine import Machine
 from phi3_jax.kernels.native.build import library
 
@@ -193,7 +194,8 @@ def limits(checkpoint: phi3_jax.Checkpoint, machine: Machine, bandwidth: float) 
     found = {}
     for at_once in AT_ONCE:
         context = (SHORT.start + SHORT.stop + TOKENS) // 2
-        work = decode_work(checkpoint.config, context, at_once, 1, weight_bytes, 2.0)
+        cache_bytes = float(own_cache_dtype(checkpoint).itemsize)
+        work = decode_work(checkpoint.config, context, at_once, 1, weight_bytes, cache_bytes)
         rate, floats = max(machine.rates["int8"], machine.rates["float32"]), machine.rates["float32"]
         seconds = work.bytes / bandwidth, work.linear / rate + work.attention / floats
         found[f"tokens/s at {at_once}"] = (at_once / seconds[0], at_once / seconds[1])

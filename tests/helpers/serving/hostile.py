@@ -36,7 +36,8 @@ SOUND[CHAT + " "] = {"messages": HI, "max_tokens": 2, "tools": [TOOL], "tool_cho
 
 # As JSON; what Python does not write stands as it is.
 VALUES = [
-    "NaN", "-Infinity", "1e400", "-1", "0", "9223372036854775808", "1" * 400, "-1e-400", "1.5", "true", '""', '"x"',
+    "NaN", "-Infinity", "1e400", "-1", "0", "9223372036854775808", "1" * 400, "-1e-400", "5e-324", "1.5", "true",
+    '""', '"x"',
     '"\\u0000"', '"\\ud800"', '"\\ud83d\\ude00"', '"' + "y" * 20_000 + '"', "[]", "{}", "[[]]", "[null]", "[{}]",
     "[" * 100 + "]" * 100, '{"a":' * 60 + "1" + "}" * 60, '[{"role": "user"}]', '[{"role": "king", "content": "x"}]',
     '[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]', "[1, -1]",

@@ -1,7 +1,9 @@
 """A thousand requests that nobody should send, to phi3-serve as a process: what they get, and what becomes of it."""
 
 import contextlib
+import shutil
 import socket
+import subprocess
 import threading
 import time
 
@@ -24,7 +26,7 @@ SLOW = 12  # connections that never say what they want
 def server(tiny, tmp_path_factory):
     place = tmp_path_factory.mktemp("hostile")
     phi3_jax.save(small_chat(tiny, place / "tokenizer"), place / "small")
-    arguments = [f"--checkpoint={place / 'small'}", "--slots=2", "--room=256", f"--max_body={BODY}"]
+    arguments = [f"--checkpoint={place / 'small'}", "--slots=1", "--room=128", f"--max_body={BODY}"]
     with phi3_serve(*arguments, JAX_DISABLE_MOST_OPTIMIZATIONS="1") as it:
         yield it
 
@@ -96,6 +98,23 @@ def test_hostile_requests_get_what_is_right(server):
         dawdlers.join(60)
         assert dawdlers.statuses == [408] * SLOW
         assert dawdlers.seconds < 30
+    check_is_well(server)
+
+
+def test_schemathesis_finds_no_fault(server, tmp_path):
+    """Thousands of requests made from /openapi.json, which fit it or nearly do: none is answered by 5xx."""
+    if (program := shutil.which("schemathesis")) is None:
+        pytest.skip("schemathesis is not there: pip install it somewhere, and put its program on PATH")
+    options = ["--max-examples=30", "--seed=16", "--request-timeout=20", "--continue-on-failure", "--no-color"]
+    options += ["--checks=not_a_server_error"]
+    command = [program, "run", f"{server.url}/openapi.json", *options, "--phases=examples,coverage,fuzzing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-8000:]
+    check_is_well(server)
+
+
+def check_is_well(server):
+    """It has nothing left to do, and says nothing of mistakes of its own."""
     wait_until_idle(server)
     log = server.log.read_text(errors="replace")
     assert "Traceback" not in log

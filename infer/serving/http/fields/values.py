@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from phi3_jax.json_files import parse, shown
+from phi3_jax.json_files import is_number, parse, shown
 
 from ..errors import ApiError, invalid
 
@@ -139,6 +139,8 @@ class Fields:
         if not least <= value <= most:
             name = self.name(key)
             raise invalid(f"{name}={shown(value)} must be at least {least:g} and at most {most:g}", name)
+        if not is_number(value):  # top_p=5e-324 would be 0 on the device, where no token is left then
+            raise self.wrong(key, "a number that float32 holds")
         return float(value)
 
     def truth(self, key: str, default: bool) -> bool:
