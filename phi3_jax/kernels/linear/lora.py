@@ -115,14 +115,20 @@ def rows(weight: LoraTensor, ids: jax.Array, fixed: jax.Array | bool, base: jax.
 
 
 def linear_of_rows(
-    x: jax.Array, weight: LoraRows, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
+    x: jax.Array,
+    weight: LoraRows,
+    layer: jax.Array | None,
+    product: Callable[[jax.Array], jax.Array],
+    implementation: str | None,
 ) -> jax.Array:
     """`linear` of x [B, ..., I], each row with its own update.
 
     The CPU kernel gives a row the same bits whatever other rows and adapters there are; XLA does not promise it.
     """
-    base, on_cpu = product(x), jax.default_backend() == "cpu" and why_unavailable() is None
-    return by_platform(_rows_by_xla, cpu=_rows_by_cpu if on_cpu else None)(base, x, weight, layer)
+    base = product(x)
+    if implementation == "xla" or jax.default_backend() != "cpu" or why_unavailable() is not None:
+        return _rows_by_xla(base, x, weight, layer)
+    return by_platform(_rows_by_xla, cpu=_rows_by_cpu)(base, x, weight, layer)
 
 
 def _rows_by_xla(base: jax.Array, x: jax.Array, weight: LoraRows, layer: jax.Array | None) -> jax.Array:
