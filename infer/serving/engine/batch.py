@@ -30,7 +30,8 @@ from .states import settings_of, state_of
 Way = Literal["plain", "grammar", "guesses"]
 
 _BLOCK = 128  # slots that are copied at a time
-_PATIENCE = 4  # calls with a smaller load before rows are moved together
+# Calls with a smaller load before rows are moved together: their memory is new, and takes the kernel 20 ms a row.
+_PATIENCE = 16
 
 
 class Batch:
@@ -47,6 +48,7 @@ class Batch:
         self._state: decoding.DecodeState | None = None  # None: to be made anew of `rows` and the cache
         self._settings: decoding.Settings | None = None
         self._calm = 0
+        self._has_left = False  # since the last call
         self.offered = self.taken = 0
 
     @property
@@ -54,9 +56,13 @@ class Batch:
         """The rows that are there."""
         return [row for row in self.rows if row is not None]
 
-    def join(self, row: Row, cache: KVCache) -> None:
-        """Adds a row, whose keys and values are the only row of `cache`."""
-        if len(self.used) == len(self.rows):
+    def join(self, row: Row, cache: KVCache, expected: int = 1) -> None:
+        """Adds a row, whose keys and values are the only row of `cache`; `expected` of them will soon be there."""
+        if not self.used:
+            rung = next((rung for rung in self._sizes.rungs if rung >= expected), self._sizes.rungs[-1])
+            if rung != len(self.rows):
+                self._resize(rung)
+        elif len(self.used) == len(self.rows):
             self._resize(next(rung for rung in self._sizes.rungs if rung > len(self.rows)))
         place = self.rows.index(None)
         self._put(place, cache, 0, len(row.tokens))
@@ -64,9 +70,14 @@ class Batch:
 
     def leave(self, row: Row) -> None:
         """Takes a row out."""
-        place = self.rows.index(row)
-        self.settle()
-        self.rows[place] = None
+        self.rows[self.rows.index(row)] = None
+        if self._state is not None and self._state.logprobs is not None and not self._wants_logprobs:
+            self.settle()
+        self._has_left = True
+
+    @property
+    def _wants_logprobs(self) -> bool:
+        return any(row.job.logprobs is not None for row in self.used)
 
     def shrink(self) -> None:
         """Moves the rows to the next smaller rung if they have fitted into it for some calls."""
@@ -90,6 +101,10 @@ class Batch:
         """
         if self._state is None:
             self._state = self._new_state()
+        elif self._has_left:  # the device need not forget anything else of a row
+            done = jnp.asarray([row is None for row in self.rows])
+            self._state = dataclasses.replace(self._state, done=done)
+        self._has_left = False
         state, config, settings, way = self._state, self._checkpoint.config, self._settings, way or self.way()
         assert settings is not None
         if way == "grammar":
@@ -152,10 +167,9 @@ class Batch:
 
     def _new_state(self) -> decoding.DecodeState:
         assert self._cache is not None
-        wants = any(row.job.logprobs is not None for row in self.used)
         self._settings = settings_of(self.rows, self._checkpoint, self._sizes)
-        logprobs = self._sizes.top_logprobs if wants else None
-        return state_of(self.rows, self._settings, self._sizes, self._cache, logprobs)
+        logprobs = self._sizes.top_logprobs if self._wants_logprobs else None
+        return state_of(self.rows, self._sizes, self._cache, logprobs)
 
 
 @functools.partial(jax.jit, static_argnames="size", donate_argnames="target")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.model import KVCache
 
 from ...answer import FinishReason
 from ...engine import NewTokens
@@ -67,7 +68,7 @@ class Engine:
         self.checkpoint, self.sizes = checkpoint, Sizes.of(checkpoint, options)
         self.statistics = Statistics(slots=options.slots)
         self._begin_empty()
-        self._pooler = Pooler(checkpoint, self.sizes.room, self.sizes.chunk, options.queue)
+        self._pooler = Pooler(checkpoint, self._adapters, self.sizes.room, self.sizes.chunk, options.queue)
         self._reads_text = False  # the last piece that was read was one of a text to embed
         self._seconds_per_step: float | None = None
         # What other threads ask for; everything else belongs to the thread that takes turns.
@@ -113,12 +114,14 @@ class Engine:
             self._cancelled.add(ticket.number)
             self._changed.notify_all()
 
-    def submit_embedding(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean") -> Future[np.ndarray]:
+    def submit_embedding(
+        self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean", adapter: str | None = None
+    ) -> Future[np.ndarray]:
         """Takes texts, as token ids, from any thread -> their vectors, once there was time: see `Pooler.submit`."""
         with self._changed:
             if self._is_draining or self._is_stopped:
                 raise QueueFull("the server is about to stop")
-            future = self._pooler.submit(texts, pooling)
+            future = self._pooler.submit(texts, pooling, adapter)
             self._changed.notify_all()
         return future
 
@@ -217,7 +220,14 @@ class Engine:
                 reader.rows.append(row)
                 self._readers[number] = reader
                 return
-        self._readers[number] = Reader(self.checkpoint, self.sizes, row, self._prefixes)
+        memory = self._memory.pop() if self._memory else None
+        self._readers[number] = Reader(self.checkpoint, self.sizes, row, self._prefixes, memory)
+
+    def _close(self, reader: Reader) -> None:
+        """Nobody needs what a reader holds; memory that was in use is taken again sooner than new memory is there."""
+        reader.close()
+        if len(self._memory) < self.options.readers:
+            self._memory.append(reader.cache)
 
     def _is_long(self, row: Row) -> bool:
         """Whether a row's next token needs LongRoPE's long factors."""
@@ -238,7 +248,8 @@ class Engine:
                 self._start_reading(row)
             else:
                 self._scheduler.has_read(number)
-                self._batch.join(row, reader.cache)
+                self._batch.join(row, reader.cache, len(self._rows))
+        self._close(reader)
 
     def _write(self) -> None:
         self._batch.shrink()
@@ -285,7 +296,7 @@ class Engine:
         if (reader := self._readers.pop(number, None)) is not None:
             reader.rows.remove(row)
             if not reader.rows:
-                reader.close()
+                self._close(reader)
         if row in self._batch.rows:
             self._batch.leave(row)
         del self._rows[number]
@@ -313,6 +324,7 @@ class Engine:
         """No jobs."""
         self._rows: dict[int, Row] = {}
         self._readers: dict[int, Reader] = {}  # several rows may share one
+        self._memory: list[KVCache] = []  # of readers that are over
         self._scheduler = Scheduler(self.options.slots, self.options.queue, self.options.readers)
         self._batch = Batch(self.checkpoint, self.sizes, self.options)
         self._prefixes = Prefixes(self.sizes.chunk, self.sizes.prefix_bytes) if self.sizes.prefix_bytes else None

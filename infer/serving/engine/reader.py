@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.model import KVCache
@@ -17,7 +18,7 @@ from . import chunks
 from .options import Sizes
 from .prefixes import Prefixes, Walk
 from .sequence import Row
-from .states import settings_of, state_of
+from .states import no_cache, settings_of, state_of
 
 
 class Reader:
@@ -29,7 +30,15 @@ class Reader:
       cache: keys and values of the one row that is read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sizes: Sizes, row: Row, prefixes: Prefixes | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sizes: Sizes,
+        row: Row,
+        prefixes: Prefixes | None = None,
+        memory: KVCache | None = None,
+    ):
+        """Begins at the text's beginning, in the memory of another reader that needs it no longer, if there is one."""
         self._checkpoint, self._sizes, self.rows = checkpoint, sizes, [row]
         self._length, self.place = len(row.tokens), 0
         # The prompt's own log-probabilities: a row that is read again has told them already.
@@ -38,9 +47,11 @@ class Reader:
         self._prefixes = None if self._echo else prefixes
         self._walk: Walk | None = None
         self._reused = 0
-        cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
-        settings, logprobs = settings_of([row], checkpoint, sizes), sizes.top_logprobs if self._echo else None
-        self._state = state_of([row], settings, sizes, cache, logprobs)
+        if memory is None:
+            cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
+        else:
+            cache = dataclasses.replace(memory, positions=jnp.asarray(np.full((1, memory.capacity), -1, np.int32)))
+        self._state = state_of([row], sizes, cache, sizes.top_logprobs if self._echo else None)
         embedding = checkpoint.params["embed_tokens"]["weight"]
         self._last = jnp.zeros((1, embedding.shape[1]), embedding.dtype)
 
@@ -105,13 +116,10 @@ class Reader:
             row.ticket.prompt_logprobs = row.cut(self._state.logprobs.read(0, row.tokens, 0))
             if flag := int(News.read(self._state.news, 1).failed[0]):
                 return row.add([], [], flag), True
-        # The cache is not looked at, and several rows may need it: a small one stands in for it.
-        cache = KVCache.create(config, 1, 1, sizes.dtype)
-        settings, logprobs = (
-            settings_of([row], self._checkpoint, self._sizes),
-            None if row.job.logprobs is None else sizes.top_logprobs,
-        )
-        state, begin = state_of([row], settings, sizes, cache, logprobs), len(row.tokens)
+        # The cache is not looked at, and other rows may need it.
+        settings, logprobs = settings_of([row], self._checkpoint, sizes), sizes.top_logprobs
+        cache, begin = no_cache(config, sizes.dtype), len(row.tokens)
+        state = state_of([row], sizes, cache, None if row.job.logprobs is None else logprobs)
         allowed = jnp.asarray(row.allowed(-(-config.vocab_size // 32))[None])
         state = decoding.answer(config, params, state, self._last, settings, allowed)
         news = News.read(state.news, 1)

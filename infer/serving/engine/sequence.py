@@ -97,13 +97,16 @@ class Row:
           flag: of failures.py: why the row cannot go on; 0: it can.
         """
         self.tokens += token_ids
-        if self.masks is not None:
-            for token in token_ids:
-                self.masks.push(0, token)
         error = None
         if flag:
             own = self.grammar_error if flag == NO_TOKEN else None
             error = own or explain(flag, len(self.tokens) - len(self.job.prompt))
+        if self.masks is not None:
+            try:
+                for token in token_ids:
+                    self.masks.push(0, token)
+            except ValueError as gave_up:  # ends this row, not the engine
+                error = error or str(gave_up)
         return NewTokens(token_ids, None if logprobs is None else self.cut(logprobs), error)
 
     def cut(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob] | None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.config import Phi3Config
 from phi3_jax.model import KVCache
 
 from ...engine.decoding import DecodeState, Settings
@@ -36,9 +38,7 @@ def settings_of(rows: Sequence[Row | None], checkpoint: Checkpoint, sizes: Sizes
     )
 
 
-def state_of(
-    rows: Sequence[Row | None], settings: Settings, sizes: Sizes, cache: KVCache, logprobs: int | None
-) -> DecodeState:
+def state_of(rows: Sequence[Row | None], sizes: Sizes, cache: KVCache, logprobs: int | None) -> DecodeState:
     """The state of rows whose keys and values are in `cache`; None is a row that is not used.
 
     Args:
@@ -68,3 +68,11 @@ def state_of(
         news=no_news(B),
         logprobs=None if logprobs is None else LogprobRecord.create(B, sizes.width, logprobs),
     )
+
+
+def no_cache(config: Phi3Config, dtype: Any) -> KVCache:
+    """A cache of one row without a slot, for a function that does not look at it."""
+    shape = (config.num_hidden_layers, 1, config.num_key_value_heads, 0, config.head_dim)
+    k, v = (jnp.asarray(np.zeros(shape, dtype)) for _ in range(2))
+    scales = [jnp.asarray(np.zeros(shape[:-1], np.float32)) if k.dtype == jnp.int8 else None for _ in range(2)]
+    return KVCache(k, v, jnp.asarray(np.zeros((1, 0), np.int32)), *scales)

@@ -301,3 +301,26 @@ def test_an_exception_ends_all_jobs_and_is_raised(tiny):
     nothing_is_left(engine, 3)
     with pytest.raises(QueueFull):
         engine.submit(Job([1], 4), Listener())
+
+
+@pytest.mark.slow
+def test_a_crowd_changes_no_bit(tiny_folder):
+    """With packed weights on the CPU: for every number of rows, with rows that join and leave meanwhile."""
+    model = phi3_jax.load(tiny_folder, quantize="int4")
+    engine = Engine(model, EngineOptions(slots=4, room=ROOM, chunk=8, top_logprobs=2))
+    jobs = [Job(prompt, 14, logprobs=2) for prompt in prompts(6, [5, 20, 13, 9, 30, 2, 8])]
+    before = []
+    for job in jobs:
+        before += submit(engine, [job])
+        finish(engine)
+    together = submit(engine, jobs)
+    finish(engine)
+    later = []
+    for job in jobs:  # each joins some turns after the one before
+        later += submit(engine, [job])
+        for _ in range(4):
+            engine.turn()
+    finish(engine)
+    for (_, _, one), (_, _, other), (_, _, third) in zip(before, together, later, strict=True):
+        assert one.logprobs == other.logprobs == third.logprobs
+        assert one.ids == other.ids == third.ids
