@@ -304,7 +304,7 @@ class Phi3(nn.Module):
         (x, cache, at.kept), _ = self._layers(cache)((x, cache, at.kept), Shared(cos, sin, visible, hooks))
         if overflows is not None and hooks is not None:  # an edit may have replaced what came from NaN
             x = jnp.where(overflows[:, None, None], jnp.nan, x)
-        by = "xla" if self._walk(cache) == "slice" else None
+        by: Literal["xla"] | None = "xla" if self._walk(cache) == "slice" else None
         return rms_norm(x, self.norm(), self.config.rms_norm_eps, None, at, "ln_final", by), cache, at.kept
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 jobs.py is what is asked for; engine.py takes turns: scheduler.py says whose turn it is, reader.py reads a prompt into a
 state of its own, batch.py writes all answers at once. sequence.py is a job under way, states.py the same for a device,
-statistics.py counts them, warm_up.py compiles all programs beforehand. pooling.py reads texts for their embeddings.
+statistics.py counts them, warm_up.py compiles all programs beforehand. adapters.py has
+the weights for rows of several LoRA adapters, pooling.py reads texts for their embeddings.
 """
 
 from ...answer import Piece as Piece

@@ -59,7 +59,8 @@ class Adapters:
                 scalings[1 + self.names.index(name), ranks] = scaling
             self._scalings[path] = scalings
             split = isinstance(self._leaves[path], PerLayer)
-            self._ab[path] = tuple(tuple(map(jnp.asarray, x)) if split else jnp.asarray(x) for x in (a, b))
+            put = (lambda x: tuple(map(jnp.asarray, x))) if split else jnp.asarray
+            self._ab[path] = put(a), put(b)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, folders: Mapping[str, str | os.PathLike[str]]) -> Adapters:

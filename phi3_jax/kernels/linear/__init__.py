@@ -46,7 +46,7 @@ def linear(
     if isinstance(weight, LoraTensor | LoraRows):
         product = functools.partial(linear, weight=weight.base, layer=layer, dtype=dtype, implementation=implementation)
         if isinstance(weight, LoraRows):
-            return lora.linear_of_rows(x, weight, layer, product)
+            return lora.linear_of_rows(x, weight, layer, product, implementation)
         return lora.linear(x, weight, layer, product)
     if implementation == "cpu":
         return cpu.linear(x, weight, layer, dtype)

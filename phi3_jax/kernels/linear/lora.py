@@ -60,7 +60,7 @@ class LoraRows:
     """A weight [O, I], or a stack [L, O, I], that has another low-rank update for each row of a batch.
 
     The updates of several adapters stand side by side in a and b. A row has a scaling for the ranks of its own one, and
-    0 for those of others: in a row whose scaling is 0 everywhere this is the base, bit for bit.
+    0 for those of others: in a row whose scaling is 0 everywhere this is exactly the base.
 
     Attributes:
       base: any other weight that `kernels.linear` takes, but a LoraTensor.
@@ -115,19 +115,25 @@ def rows(weight: LoraTensor, ids: jax.Array, fixed: jax.Array | bool, base: jax.
 
 
 def linear_of_rows(
-    x: jax.Array, weight: LoraRows, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
+    x: jax.Array,
+    weight: LoraRows,
+    layer: jax.Array | None,
+    product: Callable[[jax.Array], jax.Array],
+    implementation: str | None,
 ) -> jax.Array:
     """`linear` of x [B, ..., I], each row with its own update.
 
     The CPU kernel gives a row the same bits whatever other rows and adapters there are; XLA does not promise it.
     """
-    base, on_cpu = product(x), jax.default_backend() == "cpu" and why_unavailable() is None
-    return by_platform(_rows_by_xla, cpu=_rows_by_cpu if on_cpu else None)(base, x, weight, layer)
+    base = product(x)
+    if implementation == "xla" or jax.default_backend() != "cpu" or why_unavailable() is not None:
+        return _rows_by_xla(base, x, weight, layer)
+    return by_platform(_rows_by_xla, cpu=_rows_by_cpu)(base, x, weight, layer)
 
 
 def _rows_by_xla(base: jax.Array, x: jax.Array, weight: LoraRows, layer: jax.Array | None) -> jax.Array:
     narrow = _scaled(weight, xla.linear(x.astype(weight.a.dtype), weight.a, layer, None))
-    return _added(weight, base, _times(narrow, _of(weight.b, layer)))
+    return (base + _times(narrow, _of(weight.b, layer))).astype(base.dtype)
 
 
 def _rows_by_cpu(base: jax.Array, x: jax.Array, weight: LoraRows, layer: jax.Array | None) -> jax.Array:
@@ -143,28 +149,18 @@ def rows_of_rows(weight: LoraRows, ids: jax.Array, fixed: jax.Array | bool, base
     """`rows` of ids [B, ...], each row with its own update of the table; `base` are those of the weight's base."""
     b = jnp.take(weight.b, ids, axis=1, mode="clip")  # [R, B, ...]; an id out of range is NaN in the base's rows
     update = _times(_scaled(weight, jnp.moveaxis(b, 0, -1)), weight.a)
-    return jnp.where(fixed, base, _added(weight, base, update))
+    return jnp.where(fixed, base, (base + update).astype(base.dtype))
 
 
 def _scaled(weight: LoraRows, narrow: jax.Array) -> jax.Array:
     """[B, ..., R] with each row's scaling."""
-    scaling = _beside(weight.scaling, narrow)
+    B, R = weight.scaling.shape
+    scaling = weight.scaling.reshape(B, *[1] * (narrow.ndim - 2), R)
     return jnp.where(scaling != 0, scaling * narrow, 0)  # what is infinite for others stays there
 
 
 def _times(narrow: jax.Array, wide: jax.Array) -> jax.Array:
     return jnp.einsum("...r,ro->...o", narrow, wide, precision=jax.lax.Precision.HIGHEST)
-
-
-def _added(weight: LoraRows, base: jax.Array, update: jax.Array) -> jax.Array:
-    """base + update in the rows that have one; in others the base, -0 included."""
-    has_one = _beside((weight.scaling != 0).any(axis=1, keepdims=True), base)
-    return jnp.where(has_one, (base + update).astype(base.dtype), base)
-
-
-def _beside(of_rows: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, R] with axes of size 1 between the two, as x [B, ..., R] has them."""
-    return of_rows.reshape(of_rows.shape[0], *[1] * (x.ndim - 2), of_rows.shape[1])
 
 
 @jax.custom_vjp
