@@ -20,7 +20,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's backgroun
 # Files of minutes come first, where pytest-xdist leaves the order as it is (--no-loadscope-reorder): begun last, each
 # would leave one of two processes without work.
 LONGEST = ("test_train_main.py", "test_signals.py", "test_native.py", "test_packaging.py", "test_kills.py")
-LONGEST += ("test_emulator.py", "test_readers.py", "test_generate_main.py", "test_chat_main.py", "test_evaluate.py")
+LONGEST += (
+    "test_emulator.py",
+    "test_readers.py",
+    "test_files.py",
+    "test_generate_main.py",
+    "test_chat_main.py",
+    "test_evaluate.py",
+)
 
 
 @pytest.hookimpl(trylast=True)
@@ -36,11 +43,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What one test has compiled, others load, those of pytest-xdist's other processes included."""
+    """What one test has compiled, others load, those of pytest-xdist's other processes included.
+
+    PHI3_TESTS_COMPILED names a folder that several runs share.
+    """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # each process has a folder of its own below it
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    compiled = os.environ.get("PHI3_TESTS_COMPILED", str(folder / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

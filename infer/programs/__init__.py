@@ -2,5 +2,5 @@
 and phi3-random-checkpoint.
 
 A program is a module whose name ends in _main, with flags, progress bars and exit codes; flags.py has the flags that
-several share, calls.py prints the calls of tools. Nothing imports a program.
+several share, calls.py prints the calls of tools, files.py answers phi3-generate's files. Nothing imports a program.
 """

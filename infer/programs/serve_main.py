@@ -180,10 +180,8 @@ def main() -> int:
     name = _NAME.value or Path(CHECKPOINT.value.partition("@")[0]).name.removesuffix(".gguf")
     if name in adapters:
         raise ValueError(f"--adapter={name}=...: this is the model's own name; give it another")
-    if adapters:
-        raise ValueError("--adapter: not there yet")
     service = Service(
-        Engine(checkpoint, options),
+        Engine(checkpoint, options, adapters),
         checkpoint,
         name,
         list(adapters),

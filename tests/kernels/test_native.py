@@ -20,7 +20,12 @@ from phi3_jax.kernels.native.compiler import FLAGS, INSTRUCTION_SETS, compile_li
 SOURCES, TESTS = Path(native.__file__).parent, Path(__file__).parent / "native"
 COMPILER = os.environ.get("CXX") or "g++"
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-PROGRAMS = {"linear": ["quick"], "attention": [], "norm": []}  # a folder of kernels: the arguments of its test
+PROGRAMS = {
+    "linear": ["quick"],
+    "attention": [],
+    "norm": [],
+    "lora": [],
+}  # a folder of kernels: the arguments of its test
 FAMILY = ["portable", "avx2", "avx512", "avx512_bf16"] if platform.machine() == "x86_64" else ["portable", "neon"]
 pytestmark = [
     pytest.mark.slow,

@@ -92,9 +92,7 @@ class Worker:
     def __init__(self, plan: Plan):
         """Loads the model."""
         self._plan, self._checkpoint = plan, load(**plan.load)
-        self._engines: dict[
-            int, tuple[Engine, threading.Lock]
-        ] = {}  # by the room of a row; short texts leave the large ones alone
+        self._engines: dict[tuple[int, int], tuple[Engine, threading.Lock]] = {}  # by room and choices
         self._lock = threading.Lock()
 
     def __call__(self, block: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

@@ -68,7 +68,7 @@ class Engine:
         self.checkpoint, self.sizes = checkpoint, Sizes.of(checkpoint, options)
         self.statistics = Statistics(slots=options.slots)
         self._begin_empty()
-        self._pooler = Pooler(checkpoint, self.sizes.room, self.sizes.chunk, options.queue)
+        self._pooler = Pooler(checkpoint, self._adapters, self.sizes.room, self.sizes.chunk, options.queue)
         self._reads_text = False  # the last piece that was read was one of a text to embed
         self._seconds_per_step: float | None = None
         # What other threads ask for; everything else belongs to the thread that takes turns.
@@ -114,12 +114,14 @@ class Engine:
             self._cancelled.add(ticket.number)
             self._changed.notify_all()
 
-    def submit_embedding(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean") -> Future[np.ndarray]:
+    def submit_embedding(
+        self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean", adapter: str | None = None
+    ) -> Future[np.ndarray]:
         """Takes texts, as token ids, from any thread -> their vectors, once there was time: see `Pooler.submit`."""
         with self._changed:
             if self._is_draining or self._is_stopped:
                 raise QueueFull("the server is about to stop")
-            future = self._pooler.submit(texts, pooling)
+            future = self._pooler.submit(texts, pooling, adapter)
             self._changed.notify_all()
         return future
 

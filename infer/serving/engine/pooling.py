@@ -26,6 +26,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.model import KVCache, Params, Phi3, slots_needed
 
 from ...engine.buckets import own_cache_dtype, piece_length
+from .adapters import Adapters
 from .jobs import QueueFull
 
 Pooling = Literal["mean", "last"]
@@ -68,10 +69,13 @@ def _read(
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """Texts that were asked for together: their token ids, how they are pooled, the vectors so far and all of them."""
+    """Texts that were asked for together: their token ids, how they are pooled and with which adapter; the vectors of
+    the first of them, and what becomes all of them.
+    """
 
     texts: Sequence[Sequence[int]]
     pooling: Pooling
+    adapter: str | None
     vectors: list[np.ndarray]
     future: Future[np.ndarray]
 
@@ -82,16 +86,17 @@ class Pooler:
     Requests take turns after every text, so that a long list does not hold up a short one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, room: int, chunk: int, queue: int):
+    def __init__(self, checkpoint: Checkpoint, adapters: Adapters, room: int, chunk: int, queue: int):
         """Sets the sizes; nothing is allocated before the first text.
 
         Args:
+          adapters: of the model.
           room: the most tokens of a text.
           chunk: the most tokens that are read at a time.
           queue: the most requests that wait or are being read.
         """
         self.room, self._chunk, self._queue = min(room, checkpoint.config.max_position_embeddings), chunk, queue
-        self._checkpoint = checkpoint
+        self._checkpoint, self._adapters = checkpoint, adapters
         self._capacity = max(slots_needed(checkpoint.config, self.room, chunk), chunk)
         self._requests: deque[_Request] = deque()
         self._lock = threading.Lock()  # of the requests: they come from other threads
@@ -103,7 +108,9 @@ class Pooler:
         """How many requests wait or are being read."""
         return len(self._requests)
 
-    def submit(self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean") -> Future[np.ndarray]:
+    def submit(
+        self, texts: Sequence[Sequence[int]], pooling: Pooling = "mean", adapter: str | None = None
+    ) -> Future[np.ndarray]:
         """Takes texts, as token ids -> what will be float32 [len(texts), D], each row of length 1. From any thread.
 
         The future can be cancelled at any time before it is done; it has a ValueError if the hidden states of a text
@@ -111,13 +118,16 @@ class Pooler:
 
         Args:
           pooling: "mean" of the hidden states at all tokens, or that at the "last" one, which alone has seen them all.
+          adapter: by its name; None is the model itself.
 
         Raises:
-          ValueError: a text is empty or too long, or has ids outside of the vocabulary; there is no such pooling.
+          ValueError: a text is empty or too long, or has ids outside of the vocabulary; there is no such pooling, or no
+            such adapter.
           QueueFull: too many requests wait.
         """
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r} is not one of {POOLINGS}")
+        self._adapters.require(adapter)
         vocabulary = self._checkpoint.config.vocab_size
         for number, tokens in enumerate(texts):
             if not 0 < len(tokens) <= self.room:
@@ -126,7 +136,7 @@ class Pooler:
                 raise ValueError(f"input {number} has ids {outside[:5]} outside of the vocabulary of {vocabulary}")
         if not texts:
             raise ValueError("there are no inputs: give at least one text")
-        request = _Request(texts, pooling, [], Future())
+        request = _Request(texts, pooling, adapter, [], Future())
         with self._lock:
             if len(self._requests) >= self._queue:
                 raise QueueFull(f"{len(self._requests)} requests for embeddings wait: try again later")
@@ -140,7 +150,7 @@ class Pooler:
             return False
         tokens = request.texts[len(request.vectors)]
         size = piece_length(len(tokens) - self._place, 1, self._chunk, self._capacity)
-        self._state = self._read(tokens, self._place, size)
+        self._state = self._read(request.adapter, tokens, self._place, size)
         self._place += size
         if self._place >= len(tokens):
             self._finish_text(request, self._state, len(tokens))
@@ -149,7 +159,7 @@ class Pooler:
     def warm_up(self) -> Iterator[int]:
         """Compiles all programs -> `sizes`, each when its program is there."""
         for size in self.sizes:
-            self._state = self._read([0], 0, size)
+            self._state = self._read(None, [0], 0, size)
             jax.block_until_ready(self._state)
             yield size
 
@@ -176,8 +186,8 @@ class Pooler:
                 self._place = 0
             return self._requests[0] if self._requests else None
 
-    def _read(self, tokens: Sequence[int], place: int, size: int) -> _State:
-        config, params = self._checkpoint.config, self._checkpoint.params
+    def _read(self, adapter: str | None, tokens: Sequence[int], place: int, size: int) -> _State:
+        config, params = self._checkpoint.config, self._adapters.rows([adapter])
         if self._state is None:
             cache = KVCache.create(config, 1, self._capacity, own_cache_dtype(self._checkpoint), unset=True)
             zeros = np.zeros(config.hidden_size, np.float32)

@@ -27,11 +27,12 @@ from .fields import (
     Fields,
     ToolUse,
     read_fields,
+    read_grammar,
     read_messages,
     read_most_tokens,
-    read_response_format,
     read_sampling,
     read_stop,
+    read_template_options,
     read_tool_use,
     with_seed,
 )
@@ -52,7 +53,7 @@ async def chat(request: Request) -> Response:
     adapter = service.adapter_of(model)
     messages = read_messages(fields, service.limits.messages)
     use = read_tool_use(fields, service.limits.tools)
-    grammar = read_response_format(fields)
+    grammar, options = read_grammar(fields), read_template_options(fields)
     if grammar is not None and use.shown:
         raise invalid('response_format goes with tools only if tool_choice is "none"', "response_format")
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
@@ -64,7 +65,7 @@ async def chat(request: Request) -> Response:
         fields.only(name, value)
     fields.refuse_others(IGNORED)
 
-    prompt = await service.encode_chat(messages, use.shown)
+    prompt = await service.encode_chat(messages, use.shown, template_options=options)
     room = service.room_for(prompt, "messages")
     note(request.scope, model=model, prompt_tokens=len(prompt), stream=stream)
     if service.log_prompts:

@@ -27,8 +27,8 @@ from .fields import (
     IGNORED,
     Fields,
     read_fields,
+    read_grammar,
     read_most_tokens,
-    read_response_format,
     read_sampling,
     read_stop,
     with_seed,
@@ -49,7 +49,7 @@ async def completions(request: Request) -> Response:
     model = fields.text("model", service.model)
     adapter = service.adapter_of(model)
     prompts = _read_prompts(fields, service.limits.choices)
-    grammar = read_response_format(fields)
+    grammar = read_grammar(fields)
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
     count = fields.whole("n", 1, 1, service.limits.choices)
     best_of = fields.whole("best_of", count, 1, service.limits.choices)

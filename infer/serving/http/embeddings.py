@@ -33,8 +33,7 @@ async def embed(request: Request) -> Response:
     service.check_ready()
     fields = await read_fields(request)
     model = fields.text("model", service.model)
-    if service.adapter_of(model) is not None:
-        raise invalid(f"embeddings are those of {service.model}, without adapters", "model", "unsupported_value")
+    adapter = service.adapter_of(model)
     pooling: Any = fields.one_of("pooling", POOLINGS, service.pooling)
     encoding = fields.one_of("encoding_format", ("float", "base64"), "float")
     size = service.checkpoint.config.hidden_size
@@ -48,7 +47,7 @@ async def embed(request: Request) -> Response:
         raise invalid(f"input has {count} tokens, more than {MOST_TOKENS}: split it", "input")
     note(request.scope, model=model, prompt_tokens=count)
     service.metrics.embedded.inc(count)
-    vectors = await _embed(service, texts, pooling)
+    vectors = await _embed(service, texts, pooling, adapter)
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, encoding)}
         for index, vector in enumerate(vectors)
@@ -84,10 +83,10 @@ async def _tokens(service: Service, value: Any, index: int) -> list[int]:
     return await service.encode(value, f"input[{index}]", add_eos=False)
 
 
-async def _embed(service: Service, texts: list[list[int]], pooling: Any) -> np.ndarray:
+async def _embed(service: Service, texts: list[list[int]], pooling: Any, adapter: str | None) -> np.ndarray:
     """float32 [len(texts), D]. If this is cancelled, so is what was asked of the engine."""
     try:
-        future = service.engine.submit_embedding(texts, pooling)
+        future = service.engine.submit_embedding(texts, pooling, adapter)
         return await asyncio.wrap_future(future)
     except ValueError as error:
         raise invalid(str(error), "input") from None

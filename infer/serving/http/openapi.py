@@ -38,6 +38,7 @@ def describe(service: Service) -> Schema:
     tokenized = known | {"return_token_strs": _truth()}
     text = _object(tokenized | {"prompt": {"type": "string"}, "add_special_tokens": _truth()}, ["prompt"])
     talk = tokenized | tools | {"messages": messages, "add_generation_prompt": _truth()}
+    talk |= {"chat_template_kwargs": {"type": ["object", "null"]}}
     tokens = {"anyOf": [text, _object(talk, ["messages"])]}
     paths = {
         "/v1/chat/completions": _post("Answers a conversation", chat_fields, ["messages"], _ANSWER, _EVENTS),
@@ -78,6 +79,13 @@ def _answering(choices: int, least: int) -> Schema:
         "max_tokens": _whole(least, 2**31 - 1),
         "max_completion_tokens": _whole(least, 2**31 - 1),
         "response_format": _response_format(),
+        "structured_outputs": _object(
+            {
+                "regex": _text() | {"maxLength": fields.LONGEST_PATTERN},
+                "choice": _list({"type": "string"}, fields.MOST_OPTIONS) | {"minItems": 1},
+                "json": {"type": ["object", "null"]},
+            }
+        ),
     }
 
 
@@ -89,6 +97,7 @@ def _chat() -> Schema:
         "audio": {"type": "null"},
         "prediction": {"type": "null"},
         "reasoning_effort": _one_of("none"),
+        "chat_template_kwargs": {"type": ["object", "null"]},
     }
 
 
@@ -118,7 +127,7 @@ def _embeddings(service: Service) -> Schema:
     one: list[Schema] = [{"type": "string"}, _IDS]
     several = {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": embeddings.MOST_INPUTS}
     return dict.fromkeys(fields.IGNORED, _ANYTHING) | {
-        "model": _one_of(service.model),
+        "model": _one_of(service.model, *service.adapters),
         "input": {"anyOf": [*one, several]},
         "encoding_format": _one_of("float", "base64"),
         "dimensions": {"enum": [service.checkpoint.config.hidden_size, None]},

@@ -9,7 +9,7 @@ from starlette.routing import Route
 from phi3_jax.json_files import is_whole
 
 from .errors import invalid
-from .fields import read_fields, read_messages, read_tool_use
+from .fields import read_fields, read_messages, read_template_options, read_tool_use
 from .service import Service
 
 _MOST_IDS = 1 << 20
@@ -25,8 +25,9 @@ async def tokenize(request: Request) -> Response:
         messages = read_messages(fields, service.limits.messages)
         use = read_tool_use(fields, service.limits.tools)
         generation = fields.truth("add_generation_prompt", True)
+        options = read_template_options(fields)
         fields.refuse_others()
-        ids = await service.encode_chat(messages, use.shown, add_generation_prompt=generation)
+        ids = await service.encode_chat(messages, use.shown, add_generation_prompt=generation, template_options=options)
     else:
         fields.required("prompt")
         prompt = fields.text("prompt", "")

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from phi3_jax.kernels.dispatch import by_platform
 from phi3_jax.kernels.linear import xla
+from phi3_jax.kernels.native.build import why_unavailable
 
 
 @jax.tree_util.register_dataclass
@@ -115,10 +117,26 @@ def rows(weight: LoraTensor, ids: jax.Array, fixed: jax.Array | bool, base: jax.
 def linear_of_rows(
     x: jax.Array, weight: LoraRows, layer: jax.Array | None, product: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """`linear` of x [B, ..., I], each row with its own update."""
-    base = product(x)
+    """`linear` of x [B, ..., I], each row with its own update.
+
+    The CPU kernel gives a row the same bits whatever other rows and adapters there are; XLA does not promise it.
+    """
+    base, on_cpu = product(x), jax.default_backend() == "cpu" and why_unavailable() is None
+    return by_platform(_rows_by_xla, cpu=_rows_by_cpu if on_cpu else None)(base, x, weight, layer)
+
+
+def _rows_by_xla(base: jax.Array, x: jax.Array, weight: LoraRows, layer: jax.Array | None) -> jax.Array:
     narrow = _scaled(weight, xla.linear(x.astype(weight.a.dtype), weight.a, layer, None))
     return _added(weight, base, _times(narrow, _of(weight.b, layer)))
+
+
+def _rows_by_cpu(base: jax.Array, x: jax.Array, weight: LoraRows, layer: jax.Array | None) -> jax.Array:
+    a, b = (each[None] if layer is None else each for each in (weight.a, weight.b))
+    index = jnp.int32(0) if layer is None else layer.astype(jnp.int32)
+    out = jax.ShapeDtypeStruct(base.shape, jnp.float32)
+    call = jax.ffi.ffi_call("phi3_add_updates", out, input_output_aliases={0: 0}, vmap_method="sequential")
+    found = call(base.astype(jnp.float32), x.astype(jnp.float32), a, b, weight.scaling, index)
+    return found.astype(base.dtype)
 
 
 def rows_of_rows(weight: LoraRows, ids: jax.Array, fixed: jax.Array | bool, base: jax.Array) -> jax.Array:

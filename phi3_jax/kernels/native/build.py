@@ -25,7 +25,7 @@ from phi3_jax.kernels.native.compiler import Refused, Unavailable
 
 # Functions of XLA's foreign function interface, each under the name by which a program calls it.
 _HANDLERS = ("phi3_linear_bf16", "phi3_linear_quantized", "phi3_attention", "phi3_cache_write", "phi3_reserve")
-_HANDLERS += ("phi3_rms_norm",)
+_HANDLERS += ("phi3_rms_norm", "phi3_add_updates")
 SWITCHED_OFF = "switched off by PHI3_JAX_NATIVE=0"
 
 

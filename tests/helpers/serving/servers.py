@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,20 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}<|end|>"
     "{% else %}<|user|>{% if m.role == 'system' %}!{% endif %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ thinking or '' }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def small_service(tiny: phi3_jax.Checkpoint, folder: Path, room: int) -> Service:
+def small_service(
+    tiny: phi3_jax.Checkpoint, folder: Path, room: int, adapters: Mapping[str, Path] | None = None
+) -> Service:
     """A service of a model with one token per character, whose engine does not run yet."""
     checkpoint = small_chat(tiny, folder)
     tokenizer = dataclasses.replace(checkpoint.tokenizer, chat_template=TEMPLATE)
     checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
-    engine = Engine(checkpoint, EngineOptions(slots=1, room=room, queue=4, chunk=16))
-    return Service(engine, checkpoint, "small", limits=Limits(keep_alive=0.05, choices=4, body_bytes=50_000))
+    engine = Engine(checkpoint, EngineOptions(slots=1, room=room, queue=4, chunk=16), adapters)
+    limits = Limits(keep_alive=0.05, choices=4, body_bytes=50_000)
+    return Service(engine, checkpoint, "small", [*(adapters or {})], limits=limits)
 
 
 def ask(client: httpx.Client, path: str = "/v1/chat/completions", status: int = 200, **fields: Any) -> Any:
@@ -90,4 +93,4 @@ def wait_until(is_so: Callable[[], Any], seconds: float = 60) -> None:
 def is_idle(service: Service) -> bool:
     """Whether nothing waits, is read or written."""
     counts = service.engine.statistics
-    return counts.waiting == counts.reading == counts.writing == 0
+    return counts.waiting == counts.reading == counts.writing == len(service.engine._new) == 0

@@ -28,7 +28,7 @@ def folder(tiny, tmp_path_factory):
 def run(program, folder, *args):
     """What becomes of a program that ends by itself."""
     return subprocess.run(
-        [*program, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=64", *args],
+        [*program, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=64", "--prefix_memory=0", *args],
         capture_output=True,
         text=True,
         timeout=60,
@@ -41,7 +41,7 @@ class Started:
 
     def __init__(self, folder, *args):
         self.process = subprocess.Popen(
-            [*PROGRAM, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=512", *args],
+            [*PROGRAM, f"--checkpoint={folder}", "--port=0", "--slots=1", "--room=512", "--prefix_memory=0", *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

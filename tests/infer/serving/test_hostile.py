@@ -52,17 +52,19 @@ class Dawdlers(threading.Thread):
         self._address, self.statuses, self.seconds = ("127.0.0.1", int(server.url.rpartition(":")[2])), [], 0.0
 
     def run(self):
-        begin, connections = time.monotonic(), [socket.create_connection(self._address) for _ in range(SLOW)]
-        for byte in b"GET /health HTTP/1.1\r\nX-Slow: " + b"a" * 60:
-            time.sleep(0.5)
-            for connection in connections:
-                with contextlib.suppress(OSError):
-                    connection.send(bytes([byte]))
-                    connection.settimeout(0.001)
-                    if found := connection.recv(1000):
-                        self.statuses.append(int(found.split()[1]))
-            if len(self.statuses) == SLOW:
-                break
+        begin = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(socket.create_connection(self._address)) for _ in range(SLOW)]
+            for byte in b"GET /health HTTP/1.1\r\nX-Slow: " + b"a" * 60:
+                time.sleep(0.5)
+                for connection in connections:
+                    with contextlib.suppress(OSError):
+                        connection.send(bytes([byte]))
+                        connection.settimeout(0.001)
+                        if found := connection.recv(1000):
+                            self.statuses.append(int(found.split()[1]))
+                if len(self.statuses) == SLOW:
+                    break
         self.seconds = time.monotonic() - begin
 
 

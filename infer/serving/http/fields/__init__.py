@@ -3,10 +3,13 @@
 sampling.py: how tokens are picked; formats.py: what answers match; messages.py: conversations and tools.
 """
 
+from .formats import LONGEST_PATTERN as LONGEST_PATTERN
+from .formats import MOST_OPTIONS as MOST_OPTIONS
 from .formats import check_schema as check_schema
-from .formats import read_response_format as read_response_format
+from .formats import read_grammar as read_grammar
 from .messages import ToolUse as ToolUse
 from .messages import read_messages as read_messages
+from .messages import read_template_options as read_template_options
 from .messages import read_tool_use as read_tool_use
 from .sampling import LONGEST_STOP as LONGEST_STOP
 from .sampling import MOST_BIASES as MOST_BIASES

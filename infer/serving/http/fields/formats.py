@@ -9,6 +9,8 @@ from ....sampling import Grammar
 from ..errors import invalid
 from .values import Fields, attempt, kind
 
+_OURS = "structured_outputs"
+LONGEST_PATTERN, MOST_OPTIONS = 1 << 14, 1024
 LONGEST_SCHEMA = 1 << 18  # characters of a schema, or of all tools together
 MOST_SCHEMA_DEPTH = 64
 
@@ -27,15 +29,23 @@ def check_schema(schema: Any, name: str) -> None:
         raise invalid(f"{name} is nested more than {MOST_SCHEMA_DEPTH} times; make it flatter", name)
 
 
-def read_response_format(fields: Fields, key: str = "response_format") -> Grammar | None:
-    """What the answer has to match: any text, any object, or a schema. Raises ApiError (400)."""
-    form = fields.inner(key)
+def read_grammar(fields: Fields) -> Grammar | None:
+    """What the answer has to match, by OpenAI's field or by vLLM's; None: nothing. Raises ApiError (400)."""
+    form, other = _read_response_format(fields), _read_structured_outputs(fields)
+    if form is not None and other is not None:
+        raise invalid("response_format and structured_outputs say both what the answer is; give one", _OURS)
+    return form or other
+
+
+def _read_response_format(fields: Fields) -> Grammar | None:
+    """{"type": "text" | "json_object" | "json_schema", "json_schema": {"name": ..., "schema": ...}}."""
+    form = fields.inner("response_format")
     if form is None:
         return None
     form.required("type")
-    kind = form.one_of("type", ("text", "json_object", "json_schema"), "")
-    if kind != "json_schema":
-        return None if kind == "text" else Grammar.json_schema({"type": "object"})
+    wanted = form.one_of("type", ("text", "json_object", "json_schema"), "")
+    if wanted != "json_schema":
+        return None if wanted == "text" else Grammar.json_schema({"type": "object"})
     described = Fields(form.required("json_schema"), form.name("json_schema"))
     schema, place = described.required("schema"), described.name("schema")
     described.text("name", None)
@@ -45,3 +55,24 @@ def read_response_format(fields: Fields, key: str = "response_format") -> Gramma
     form.refuse_others()
     check_schema(schema, place)
     return attempt(lambda: Grammar.json_schema(schema), place)
+
+
+def _read_structured_outputs(fields: Fields) -> Grammar | None:
+    """{"regex": ...}, {"choice": [...]} or {"json": a schema}."""
+    form = fields.inner(_OURS)
+    if form is None:
+        return None
+    found = []
+    if (pattern := form.text("regex", None, LONGEST_PATTERN)) is not None:
+        found.append(attempt(lambda: Grammar.regex(pattern), form.name("regex")))
+    if (options := form.items("choice", MOST_OPTIONS)) is not None:
+        if not options or not all(isinstance(option, str) for option in options):
+            raise form.wrong("choice", "a list of texts")
+        found.append(attempt(lambda: Grammar.choice(options), form.name("choice")))
+    if (schema := form.get("json")) is not None:
+        check_schema(schema, form.name("json"))
+        found.append(attempt(lambda: Grammar.json_schema(schema), form.name("json")))
+    form.refuse_others()
+    if len(found) > 1:
+        raise invalid(f"{_OURS} has several forms; give one", _OURS)
+    return found[0] if found else None

@@ -93,6 +93,14 @@ def _read_call(fields: Fields) -> dict[str, Any]:
     return {"id": fields.text("id", ""), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def read_template_options(fields: Fields) -> dict[str, Any] | None:
+    """Further variables for the chat template, such as {"enable_thinking": false}."""
+    options = fields.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, dict):
+        raise fields.wrong("chat_template_kwargs", "an object")
+    return options
+
+
 def read_tool_use(fields: Fields, most: int) -> ToolUse:
     """tools, tool_choice and parallel_tool_calls. Raises ApiError (400)."""
     given = fields.items("tools", most) or []

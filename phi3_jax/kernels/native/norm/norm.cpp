@@ -6,24 +6,10 @@
 
 #include "attention/vectors.h"
 #include "bf16.h"
+#include "dot.h"
 
 namespace phi3 {
 namespace {
-
-constexpr int kChains = 4;  // sums that do not wait for one another
-
-template <class Row>
-float sum_of_squares(const Row* x, int64_t D) {
-  V sums[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= D; i += kChains * kLanes)
-    for (int c = 0; c < kChains; ++c) {
-      const V v = load(x + i + c * kLanes);
-      sums[c] = fma(v, v, sums[c]);
-    }
-  each_vector(x + i, D - i, [&](int64_t, V v) { sums[0] = fma(v, v, sums[0]); });
-  return lanes_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
 
 V rounded(V v) {
   const U bits = round_to_bf16(as_bits(v));
@@ -45,7 +31,7 @@ void store_first(uint16_t* out, V v, int64_t n) {
 template <class Row, class Weight>
 void rms_norm_row(const Row* x, const Weight* weight, int64_t D, float eps, Row* out) {
   constexpr bool kRounds = std::is_same_v<Row, uint16_t>;
-  const V rate = splat(1.0f / std::sqrt(sum_of_squares(x, D) / static_cast<float>(D) + eps));
+  const V rate = splat(1.0f / std::sqrt(dot(x, x, D) / static_cast<float>(D) + eps));
   const auto normed = [&](V v, V w) {
     const V n = v * rate;
     return kRounds ? rounded(w * rounded(n)) : w * n;

@@ -2,13 +2,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import dense, random_adapter, scalings
 
 import phi3_jax
+from phi3_jax.adapters import LoraConfig
+from phi3_jax.checkpoint import save_adapter
 from phi3_jax.infer.engine import decoding
 from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, QueueFull, pooling
+from phi3_jax.infer.serving.engine.adapters import Adapters
 from phi3_jax.infer.serving.engine.pooling import Pooler
 from phi3_jax.model import Phi3
 
+# Those of test_engine.py, whose programs are shared.
+SMALL = EngineOptions(slots=2, room=64, queue=64, chunk=16, top_logprobs=2)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(5)
 # Below and beyond a chunk, the window (19) and LongRoPE's border (16).
@@ -17,7 +23,7 @@ TEXTS = [RNG.integers(0, 97, size).tolist() for size in (1, 7, 16, 17, 41, 53)]
 
 @pytest.fixture(scope="module")
 def pooler(tiny: phi3_jax.Checkpoint) -> Pooler:
-    return Pooler(tiny, room=60, chunk=16, queue=3)
+    return Pooler(tiny, Adapters.load(tiny, {}), room=64, chunk=16, queue=3)
 
 
 def read_all(pooler: Pooler) -> int:
@@ -29,6 +35,10 @@ def read_all(pooler: Pooler) -> int:
 
 @pytest.fixture(scope="module")
 def hidden(tiny: phi3_jax.Checkpoint) -> list[np.ndarray]:
+    return hidden_of(tiny)
+
+
+def hidden_of(tiny: phi3_jax.Checkpoint) -> list[np.ndarray]:
     """Of each text [T, D]: all at once, without a cache."""
     tokens = np.zeros((len(TEXTS), 53), np.int32)
     positions = np.full(tokens.shape, -1, np.int32)
@@ -90,7 +100,7 @@ def test_a_request_that_is_cancelled_is_not_read_on(pooler: Pooler):
 
 
 def test_what_cannot_be_read_is_refused_at_once(pooler: Pooler):
-    for texts, message in [([[]], "input 0 has 0 tokens"), ([[1], [1] * 61], "input 1 has 61 tokens"), ([], "no inp")]:
+    for texts, message in [([[]], "input 0 has 0 tokens"), ([[1], [1] * 65], "input 1 has 65 tokens"), ([], "no inp")]:
         with pytest.raises(ValueError, match=message):
             pooler.submit(texts)
     with pytest.raises(ValueError, match="input 0 has ids \\[97\\] outside"):
@@ -105,11 +115,29 @@ def test_what_cannot_be_read_is_refused_at_once(pooler: Pooler):
     assert not pooler.turn()
 
 
+@pytest.mark.slow
+def test_an_adapter_is_that_of_its_request(tiny: phi3_jax.Checkpoint, hidden: list[np.ndarray], tmp_path):
+    lora = LoraConfig(2, 3.0)
+    save_adapter(tmp_path / "mine", made := random_adapter(tiny.config, lora, 0), lora, tiny.config, "base")
+    params = dense(tiny.params, made, lora, scalings(lora))
+    merged = hidden_of(phi3_jax.Checkpoint(tiny.config, params, None, tiny.generation))
+    pooler = Pooler(tiny, Adapters.load(tiny, {"mine": tmp_path / "mine"}), 64, 16, 2)
+    futures = [pooler.submit(TEXTS, adapter=name) for name in (None, "mine")]
+    read_all(pooler)
+    own, adapted = (future.result(timeout=0) for future in futures)
+    np.testing.assert_allclose(own, [slowly(x, "mean") for x in hidden], atol=2e-6)
+    np.testing.assert_allclose(adapted, [slowly(x, "mean") for x in merged], atol=2e-5)
+    assert abs(own - adapted).max() > 0.01
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        pooler.submit(TEXTS, adapter="other")
+
+
 def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(tiny: phi3_jax.Checkpoint):
     params = dict(tiny.params)
     weight = tiny.params["embed_tokens"]["weight"]
     params["embed_tokens"] = {"weight": weight.at[13].set(jnp.nan)}
-    pooler = Pooler(phi3_jax.Checkpoint(tiny.config, params, None, tiny.generation), 60, 16, 2)
+    bad_model = phi3_jax.Checkpoint(tiny.config, params, None, tiny.generation)
+    pooler = Pooler(bad_model, Adapters.load(bad_model, {}), 64, 16, 2)
     bad, good = pooler.submit([[5], [13, 5], [5]]), pooler.submit([[5]])
     read_all(pooler)
     with pytest.raises(ValueError, match="input 1 gave hidden states that are no finite numbers"):
@@ -118,7 +146,7 @@ def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(t
 
 
 def test_warm_up_compiles_all(tiny: phi3_jax.Checkpoint):
-    fresh = Pooler(tiny, 60, 24, 2)
+    fresh = Pooler(tiny, Adapters.load(tiny, {}), 60, 24, 2)
     assert list(fresh.warm_up()) == [16, 24]
     before = pooling._read._cache_size()
     fresh.submit([[1] * size for size in (3, 17, 33, 60)])
@@ -127,7 +155,7 @@ def test_warm_up_compiles_all(tiny: phi3_jax.Checkpoint):
 
 
 def test_the_engine_reads_one_piece_in_a_turn_be_it_of_a_prompt_or_a_text(tiny: phi3_jax.Checkpoint, monkeypatch):
-    engine = Engine(tiny, EngineOptions(slots=2, room=60, chunk=16))
+    engine = Engine(tiny, SMALL)
     told, order = [], []
     for module, name in ((pooling, "_read"), (decoding, "read")):
         monkeypatch.setattr(module, name, noting(getattr(module, name), order))
@@ -154,7 +182,7 @@ def noting(function, order: list[str]):
 
 
 def test_an_engine_that_stops_tells_those_who_wait(tiny: phi3_jax.Checkpoint):
-    engine = Engine(tiny, EngineOptions(slots=2, room=60, chunk=16))
+    engine = Engine(tiny, SMALL)
     future = engine.submit_embedding([TEXTS[5]])
     engine.stop()
     engine.run()

@@ -63,6 +63,7 @@ def events(text: str) -> list[tuple[str, dict]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_response_is_the_answer_with_its_usage(client, small):
     body = {"model": "small", "input": "hello", "max_output_tokens": 6, "metadata": {"a": "b"}, "store": True}
     told = client.post("/v1/responses", json=body).json()
@@ -76,6 +77,7 @@ def test_a_response_is_the_answer_with_its_usage(client, small):
     assert (usage["input_tokens"], usage["output_tokens"], usage["total_tokens"]) == (8, 6, 14)
 
 
+@pytest.mark.slow
 def test_messages_with_parts_and_instructions_are_the_same_conversation(client, small):
     parts = [{"type": "input_text", "text": "he"}, {"type": "input_text", "text": "llo"}]
     items = [
@@ -95,6 +97,7 @@ def test_messages_with_parts_and_instructions_are_the_same_conversation(client, 
     assert (wrong.status_code, "not a word" in wrong.text) == (400, True)
 
 
+@pytest.mark.slow
 def test_a_streamed_response_has_its_events_in_order(client, small):
     response = client.post("/v1/responses", json={"input": "hello", "max_output_tokens": 6, "stream": True})
     told = events(response.text)
@@ -116,6 +119,7 @@ def test_a_streamed_response_has_its_events_in_order(client, small):
     assert len(ids) == 1
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_listed(client, small):
     body = {"input": "hello", "max_output_tokens": 6, "top_logprobs": 2}
     entries = answer(small, "hello", 6).logprobs
@@ -196,6 +200,7 @@ def test_embeddings_that_make_no_sense_are_refused(client):
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), fields
 
 
+@pytest.mark.slow
 def test_ollama_streams_lines_and_answers_at_once(client, small):
     said = answer(small, "hello", 6).text
     chat = {"model": "small:latest", "messages": [{"role": "user", "content": "hello"}], "options": {"num_predict": 6}}
@@ -222,6 +227,7 @@ def numbers(client: TestClient) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+@pytest.mark.slow
 def test_metrics_count_known_requests(client, small):
     before = numbers(client)
     for text in ("hello", "you"):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -104,6 +105,13 @@ def test_only_who_has_a_key_comes_in(guarded, caplog):
     lines = [JsonLines().format(record) for record in caplog.records if record.name == logs.LOG.name]
     assert [json.loads(line).get("key") for line in lines][:2] == [1, 2]
     assert not any(key in line for line in lines for key in (ONE, TWO, ONE[:-1]))
+
+
+def test_a_request_has_the_name_that_its_client_gives_if_it_is_one(url):
+    given = ["mine-1.a_B", "two words", "x" * 65, '"}{', ""]
+    names = [CLIENT.get(f"{url}/health", headers={"x-request-id": name}).headers["x-request-id"] for name in given]
+    assert names[0] == given[0]
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names[1:])
 
 
 def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):

@@ -36,6 +36,8 @@ def test_tools_are_shown_unless_they_may_not_be_called(client):
     assert written(messages=HI, tools=[TOOL]) == "<|user|>add<|user|>Hi<|end|><|assistant|>"
     assert written(messages=HI, tools=[TOOL], tool_choice="none") == "<|user|>Hi<|end|><|assistant|>"
     call = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": '{"x": 23}'}}
+    thinking = {"chat_template_kwargs": {"thinking": "?"}}
+    assert written(messages=HI, **thinking) == "<|user|>Hi<|end|>?<|assistant|>"
     turns = [
         {"role": "developer", "content": "Be"},
         *HI,
@@ -121,6 +123,10 @@ def test_models_are_known_by_their_names(client):
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "("}}, None),
+        ({"chat_template_kwargs": {"messages": []}}, "messages"),
         ({"messages": [CALLED]}, "messages[0].tool_calls[0].function.arguments"),
         ({"temprature": 1}, "temprature"),
         ({"audio": {"voice": "x"}}, "audio"),
@@ -160,7 +166,6 @@ def test_the_page_may_load_only_its_own_files_and_nothing_else_is_served(client)
     for path in (
         "..%2f__init__.py",
         "%2e%2e/__init__.py",
-        "..",
         "page.css%00",
         "__init__.py",
         "x.js",

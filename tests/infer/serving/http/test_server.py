@@ -10,9 +10,12 @@ import time
 
 import httpx
 import pytest
+from adapters import dense, random_adapter, scalings
 from servers import HI, TOOL, ask, is_idle, serving, small_service, wait_until, working
 
 import phi3_jax
+from phi3_jax.adapters import LoraConfig
+from phi3_jax.checkpoint import save_adapter
 from phi3_jax.infer import Options, Sampling, generate
 from phi3_jax.infer.serving.engine import Engine, Job, QueueFull
 from phi3_jax.infer.serving.http.service import Service
@@ -21,11 +24,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 ROOM = 128
 GREEDY = Sampling()
+LORA = LoraConfig(3, 6.0)
 
 
 @pytest.fixture(scope="module")
 def service(tiny, tmp_path_factory):
-    with working(small_service(tiny, tmp_path_factory.mktemp("tokenizer"), ROOM)) as it:
+    folder = tmp_path_factory.mktemp("service")
+    save_adapter(folder / "law", random_adapter(tiny.config, LORA, 1), LORA, tiny.config, "base")
+    with working(small_service(tiny, folder / "tokenizer", ROOM, {"law": folder / "law"})) as it:
         yield it
 
 
@@ -35,11 +41,12 @@ def client(service):
         yield it
 
 
-def expected(service, prompt, most=8, sampling=GREEDY):
+def expected(service, prompt, most=8, sampling=GREEDY, params=None):
     """What `generate` writes. Always with log-probabilities, so that there is one program for all of it."""
     ids = prompt if isinstance(prompt, list) else service.tokenizer.encode(prompt, add_eos=False)
     options = Options(room=ROOM, prefill_chunk=16, logprobs=2, echo=True)
-    return generate(service.checkpoint, ids, max_new_tokens=most, sampling=sampling, options=options)[0]
+    checkpoint = dataclasses.replace(service.checkpoint, params=params or service.checkpoint.params)
+    return generate(checkpoint, ids, max_new_tokens=most, sampling=sampling, options=options)[0]
 
 
 def chat_ids(service, messages=HI, **options):
@@ -117,9 +124,22 @@ def test_options_of_sampling_reach_the_model(service, client):
 
 
 def test_what_a_request_leaves_open_is_the_services_and_seeds_differ(client):
-    first, second = (client.post("/v1/chat/completions", json={"messages": HI}).json() for _ in range(2))
+    asked = {"messages": HI, "min_tokens": ROOM}
+    first, second = (client.post("/v1/chat/completions", json=asked).json() for _ in range(2))
     assert first["usage"]["completion_tokens"] == ROOM - 5
     assert first["choices"][0]["message"] != second["choices"][0]["message"]
+
+
+def test_the_model_that_a_request_names_is_an_adapter_or_the_model_itself(service, client):
+    made = random_adapter(service.checkpoint.config, LORA, 1)
+    merged = dense(service.checkpoint.params, made, LORA, scalings(LORA))
+    found = [ask(client, model=name) for name in ("small", "law")]
+    wanted = [expected(service, chat_ids(service), params=params).text for params in (None, merged)]
+    assert [each["choices"][0]["message"]["content"] for each in found] == wanted
+    assert [each["model"] for each in found] == ["small", "law"]
+    assert wanted[0] != wanted[1]
+    described = client.get("/v1/models/law").json()
+    assert (described["root"], described["parent"]) == ("small", "small")
 
 
 def test_a_stop_string_ends_an_answer_and_is_not_in_it(service, client):
@@ -141,6 +161,11 @@ def test_answers_fit_a_schema(client):
     choice = ask(client, response_format=form, max_tokens=60)["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert json.loads(choice["message"]["content"])["a"] in (1, 2)
+    for form, answers in (
+        ({"regex": "[ab]{3}c"}, {"aaac", "aabc", "abac", "abbc", "baac", "babc", "bbac", "bbbc"}),
+        ({"choice": ["yes", "no"]}, {"yes", "no"}),
+    ):
+        assert ask(client, structured_outputs=form)["choices"][0]["message"]["content"] in answers
     assert ask(client, response_format={"type": "json_object"})["choices"][0]["message"]["content"][0] == "{"
 
 
@@ -279,6 +304,7 @@ def test_an_engine_that_dies_is_told_to_whoever_waits(service):
     told = []
     other.on_failure = lambda: told.append(other.failure)
 
+    engine.warm_up = lambda told: None
     with working(other), serving(other) as url, httpx.Client(base_url=url) as client:
         engine.turn = lambda: 1 / 0
         response = client.post("/v1/chat/completions", json={"messages": HI})
