@@ -60,15 +60,16 @@ def _written(
     checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions, params: Params, logprobs: int | None
 ) -> Iterator[None]:
     """All rungs, up and down."""
-    batch = Batch(checkpoint, sizes, options)
+    batch, memory = Batch(checkpoint, sizes, options), None
     for rung in sizes.rungs:
         while len(batch.used) < rung:
             job = Job([0], sizes.room, logprobs=logprobs)
             row = Row.of(job, lambda piece: None, checkpoint, sizes)
-            reader = Reader(checkpoint, sizes, row)
+            reader = Reader(checkpoint, sizes, row, memory=memory)
             reader.read_piece(params([row]))
             reader.answer(params([row]), row)
             batch.join(row, reader.cache)
+            memory = reader.cache
         ways: tuple[Way, ...] = ("plain", "grammar", "guesses") if _guesses(options, rung) else ("plain", "grammar")
         for way in ways:
             batch.write(params(batch.rows), 1, way)
