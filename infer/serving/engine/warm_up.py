@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.model import KVCache
 
 from ...engine.buckets import piece_length
 from .batch import Batch, Way
@@ -60,7 +61,8 @@ def _written(
     checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions, params: Params, logprobs: int | None
 ) -> Iterator[None]:
     """All rungs, up and down."""
-    batch, memory = Batch(checkpoint, sizes, options), None
+    batch = Batch(checkpoint, sizes, options)
+    memory: KVCache | None = None
     for rung in sizes.rungs:
         while len(batch.used) < rung:
             job = Job([0], sizes.room, logprobs=logprobs)
