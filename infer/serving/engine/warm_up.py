@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.model import KVCache
 
 from ...engine.buckets import piece_length
 from .batch import Batch, Way
@@ -61,14 +62,16 @@ def _written(
 ) -> Iterator[None]:
     """All rungs, up and down."""
     batch = Batch(checkpoint, sizes, options)
+    memory: KVCache | None = None
     for rung in sizes.rungs:
         while len(batch.used) < rung:
             job = Job([0], sizes.room, logprobs=logprobs)
             row = Row.of(job, lambda piece: None, checkpoint, sizes)
-            reader = Reader(checkpoint, sizes, row)
+            reader = Reader(checkpoint, sizes, row, memory=memory)
             reader.read_piece(params([row]))
             reader.answer(params([row]), row)
             batch.join(row, reader.cache)
+            memory = reader.cache
         ways: tuple[Way, ...] = ("plain", "grammar", "guesses") if _guesses(options, rung) else ("plain", "grammar")
         for way in ways:
             batch.write(params(batch.rows), 1, way)

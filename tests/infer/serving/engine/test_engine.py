@@ -10,7 +10,8 @@ from chats import END, small_chat
 
 import phi3_jax
 from phi3_jax.infer import Generation, Grammar, Options, Sampling, generate
-from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, Piece, QueueFull, Ticket
+from phi3_jax.infer.engine import decoding
+from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, Piece, QueueFull, Ticket, batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOM = 64
@@ -109,17 +110,23 @@ def prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
     return [rng.integers(0, 94, length).tolist() for length in lengths]
 
 
-def test_answers_are_those_of_each_alone(tiny):
-    """Past LongRoPE's border at 16 tokens, which two cross at once; one is just at it; three wait for a slot."""
+def test_answers_are_those_of_each_alone(tiny, monkeypatch):
+    """Past LongRoPE's border at 16 tokens, which two cross at once; one is just at it; three wait for a slot.
+
+    The first two have one prompt, which is read once.
+    """
     jobs = [Job(prompt, 12) for prompt in prompts(3, [7, 7, 16, 29])]
-    jobs.append(dataclasses.replace(jobs[0], sampling=Sampling(1.0, seed=5)))
-    engine = Engine(tiny, SMALL)
+    jobs.insert(1, dataclasses.replace(jobs[0], sampling=Sampling(1.0, seed=5)))
+    engine, read, pieces = Engine(tiny, SMALL), decoding.read, []
+    monkeypatch.setattr(decoding, "read", lambda *args: pieces.append(args[5]) or read(*args))
     asked = submit(engine, jobs)
     finish(engine)
+    mine = list(pieces)
     for job, _, found in asked:
         (expected,) = generate(tiny, [job.prompt], 12, sampling=job.sampling, options=Options(room=ROOM))
         assert (found.ids, found.reason) == (expected.token_ids, "length")
     nothing_is_left(engine, 5)
+    assert len(mine) == 5 - 1 + 1 + 4 * 2  # each once, but two together; one of two pieces; four again, of two pieces
     assert engine.statistics.answer_tokens == 5 * 12
     assert engine.statistics.prompt_tokens == sum(len(job.prompt) for job in jobs)
 
@@ -151,8 +158,9 @@ def mixed() -> list[Job]:
 
 
 @pytest.mark.slow
-def test_mixed_jobs_in_every_order_are_those_of_each_alone(small):
-    """With some that are cancelled, or late, or whose listener is gone, among them."""
+def test_mixed_jobs_in_every_order_are_those_of_each_alone(small, monkeypatch):
+    """With some that are cancelled, or late, or whose listener is gone, among them; rows are copied in parts."""
+    monkeypatch.setattr(batch, "_BLOCK", 24)
     jobs = mixed()
     expected = [alone(small, job) for job in jobs]
     assert {answer.finish_reason for answer in expected} == {"stop", "length"}
