@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.checkpoint import Checkpoint
+from phi3_jax.kernels import has_packed
 from phi3_jax.model import slots_needed
 
 from ...engine.buckets import batch_rung, own_cache_dtype, slot_bytes
@@ -111,13 +112,17 @@ class Sizes:
                 f"prefix_bytes={prefix_bytes} is less than the {least} bytes of one chunk of {chunk} tokens: make it "
                 "larger, or 0 for no prefix cache"
             )
+        rungs = {batch_rung(rows) for rows in range(1, options.slots + 1)}
+        if jax.default_backend() == "cpu" and not has_packed(checkpoint.params):
+            # XLA multiplies a row alone in another way than several, which would change its bits.
+            rungs = {max(2, rung) for rung in rungs}
         slots = slots_needed(config, room + guesses, max(chunk, guesses + 2))
         return cls(
             room=room,
             width=room + guesses,
             capacity=-(-slots // chunk) * chunk,
             chunk=chunk,
-            rungs=tuple(sorted({batch_rung(rows) for rows in range(1, options.slots + 1)})),
+            rungs=tuple(sorted(rungs)),
             dtype=dtype,
             top_logprobs=min(options.top_logprobs, config.vocab_size),
             prefix_bytes=prefix_bytes,

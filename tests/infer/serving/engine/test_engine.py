@@ -312,9 +312,10 @@ def test_an_exception_ends_all_jobs_and_is_raised(tiny):
 
 
 @pytest.mark.slow
-def test_a_crowd_changes_no_bit(tiny_folder):
-    """With packed weights on the CPU: for every number of rows, with rows that join and leave meanwhile."""
-    model = phi3_jax.load(tiny_folder, quantize="int4")
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_a_crowd_changes_no_bit(tiny_folder, quantize):
+    """On the CPU, for every number of rows, with rows that join and leave meanwhile."""
+    model = phi3_jax.load(tiny_folder, quantize=quantize)
     engine = Engine(model, EngineOptions(slots=4, room=ROOM, chunk=8, top_logprobs=2))
     jobs = [Job(prompt, 14, logprobs=2) for prompt in prompts(6, [5, 20, 13, 9, 30, 2, 8])]
     before = []
