@@ -69,7 +69,7 @@ async def completions(request: Request) -> Response:
 
     jobs, texts = [], []
     for prompt in prompts:
-        ids = await service.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = await service.encode(prompt, add_eos=False) if isinstance(prompt, str) else prompt
         room = service.room_for(ids)
         if not echo:
             texts.append("")

@@ -1,7 +1,10 @@
 """Requests that need no engine: what is wrong is found before one runs; tokens, models, and calls in texts."""
 
+import dataclasses
+
 import httpx
 import pytest
+from chats import END
 from servers import HI, TOOL, ask, serving, small_service
 
 from phi3_jax.infer import Piece
@@ -78,6 +81,15 @@ def test_text_becomes_tokens_and_back(service, client):
     assert found["tokens"] == encode_chat(service.tokenizer, HI)
     assert ask(client, "/detokenize", tokens=found["tokens"]) == {"prompt": "<|user|>Hi<|end|><|assistant|>"}
     assert "no id" in ask(client, "/detokenize", 400, tokens=[97])["error"]["message"]
+
+
+def test_the_text_that_an_answer_goes_on_with_is_not_closed(service, client, monkeypatch):
+    """Some tokenizers put an end token behind each text: the model would have nothing to add."""
+    monkeypatch.setattr(service, "tokenizer", dataclasses.replace(service.tokenizer, closing=(END,)))
+    for path, more in (("/v1/completions", {}), ("/api/generate", {"model": "small", "raw": True})):
+        error = ask(client, path, 400, prompt="x" * ROOM, **more)["error"]
+        assert f"prompt has {ROOM} tokens" in str(error), path
+    assert ask(client, "/tokenize", prompt="Hello")["count"] == 5
 
 
 def test_models_are_known_by_their_names(client):
