@@ -66,6 +66,7 @@ def guarded(service):
         yield it
 
 
+SMALL = 165_000  # more than systems keep
 CLIENT = httpx.Client(verify=False)  # making one takes longer than what is asked
 
 
@@ -148,7 +149,8 @@ def test_pages_of_other_sites_are_refused(url, guarded):
     ]
     assert [status(url, Origin=origin) for origin in origins] == [200, 403, 403, 403, 403, 403]
     assert status(url, method="OPTIONS", Origin="https://good.example") == 403
-    asked = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
+    wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # by OpenAI's client in a browser
+    asked = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": wanted}
     for origin, wanted in (("https://good.example", 200), ("https://evil.example", 400)):
         assert status(guarded, method="OPTIONS", Origin=origin, **asked) == wanted
     headers = {"Origin": "https://good.example", "Authorization": f"Bearer {ONE}"}
@@ -239,6 +241,52 @@ def test_a_client_that_does_not_read_is_dropped():
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             wait_until(lambda: closed, 5)
+
+
+def test_a_client_that_does_not_read_the_end_is_dropped_and_one_that_reads_slowly_is_not():
+    """Of the first, less is left than what makes a server wait before it goes on."""
+
+    def read(url, first_wait, wait):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            connection.connect((host, int(port)))
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            time.sleep(first_wait)
+            found = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1 << 15):
+                    found += len(part)
+                    time.sleep(wait)
+        return found
+
+    for size, waits, is_whole in ((SMALL, (0.5, 0), False), (1 << 19, (0, 0.02), True)):
+
+        async def once(size=size):
+            yield b"x" * size
+
+        with streaming(once) as (url, _):
+            assert (read(url, *waits) > size) == is_whole
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1900\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nX: ",
+    ],
+)
+def test_what_comes_slowly_after_an_answer_is_not_waited_for(guarded, begin):
+    host, port = guarded.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=2) as connection:
+        connection.sendall(begin)
+        assert connection.recv(65536).startswith((b"HTTP/1.1 401", b"HTTP/1.1 200"))
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 2:
+                time.sleep(0.02)
+                connection.sendall(b"x")
+        assert time.monotonic() - started < 1.5
 
 
 def test_a_stream_says_that_it_is_alive_and_what_went_wrong():
