@@ -125,7 +125,7 @@ class Origins:
 def host_name(host: str) -> str:
     """The name in a Host header, without its port."""
     if host.startswith("["):  # an address of IPv6
-        return host[1:].partition("]")[0]
+        return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
 
 
