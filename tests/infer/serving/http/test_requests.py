@@ -1,11 +1,13 @@
 """Requests that need no engine: what is wrong is found before one runs; tokens, models, and calls in texts."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from chats import END
-from servers import HI, TOOL, ask, serving, small_service
+from servers import HI, TOOL, ask, serving, small_service, wait_until
 
 from phi3_jax.infer import Piece
 from phi3_jax.infer.serving.http.chat import Choice
@@ -92,6 +94,42 @@ def test_the_text_that_an_answer_goes_on_with_is_not_closed(service, client, mon
     assert ask(client, "/tokenize", prompt="Hello")["count"] == 5
 
 
+def test_grammars_that_take_long_hold_up_nobody_else(service, client, monkeypatch):
+    go_on, begun, submit = threading.Event(), [], service.engine.submit
+
+    def slow(job, listener):
+        if job.grammar is not None:
+            begun.append(job)
+            assert go_on.wait(20)
+        return submit(job, listener)
+
+    monkeypatch.setattr(service.engine, "submit", slow)
+    wrong = {"logit_bias": {"98": 1}}  # found at the end, in the same place
+    with ThreadPoolExecutor(12) as threads:
+        fields = wrong | {"status": 400, "structured_outputs": {"choice": ["a"]}}
+        asked = [threads.submit(ask, client, **fields) for _ in range(12)]
+        wait_until(lambda: begun)
+        assert "98" in ask(client, status=400, **wrong)["error"]["message"]
+        go_on.set()
+        assert all("98" in each.result()["error"]["message"] for each in asked)
+    assert len(begun) == 12
+
+
+def test_schemas_that_would_take_long_or_write_into_the_log_are_refused(client):
+    many = {"type": "object", "properties": {str(i): True for i in range(1025)}}
+    for schema, reason in (
+        (many, "1025 entries"),
+        ({"items": [True] * 2000, "anyOf": [{}, many]}, "1025 entries"),
+        ({"enum": ["x" * 200_000]}, "131072 characters"),
+        ({"type": "string", "format": "a\nb", "x-guidance": {"lenient": True}}, "lenient"),
+    ):
+        form = {"type": "json_schema", "json_schema": {"schema": schema}}
+        message = ask(client, status=400, response_format=form)["error"]["message"]
+        assert reason in message, schema
+    options = {"choice": ["x" * 40_000, "y" * 40_000]}
+    assert "65536 characters" in ask(client, status=400, structured_outputs=options)["error"]["message"]
+
+
 def test_models_are_known_by_their_names(client):
     assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["small"]
     assert client.get("/v1/models/small").json()["object"] == "model"
@@ -159,7 +197,7 @@ def test_bodies_that_are_no_json_are_refused(client):
         assert post(data) == (400, "invalid_json"), data[:20]
     assert post(b"{}", "text/plain") == (415, "unsupported_media_type")
     assert post(b"{}", **{"content-encoding": "gzip"}) == (415, "unsupported_media_type")
-    assert post(b" " * 50_001) == (413, "request_too_large")
+    assert post(b" " * 250_001) == (413, "request_too_large")
     assert client.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
 
