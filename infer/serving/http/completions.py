@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from phi3_jax.json_files import is_whole
@@ -36,7 +36,7 @@ from .fields import (
 )
 from .gate import note
 from .service import Answers, Service
-from .streams import DONE, EventStream, event
+from .streams import DONE, EventStream, event, listing
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 _FINISH = {"stop": "stop", "length": "length", "deadline": "length"}
@@ -94,7 +94,7 @@ async def completions(request: Request) -> Response:
     reply = _Reply(request, model, asked_for, answers)
     if stream:
         return EventStream(reply.chunks(with_usage), answers.close, service.limits.keep_alive)
-    return JSONResponse(await reply.whole())
+    return await reply.whole()
 
 
 def _decode(service: Service, ids: Sequence[int]) -> str:
@@ -154,7 +154,7 @@ class _Reply:
         }
         self._tokens = 0
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """All of it; the answers are closed then."""
         asked = self._asked
         try:
@@ -162,14 +162,14 @@ class _Reply:
         finally:
             self._answers.close()
         self._tokens = 0 if asked.nothing else sum(len(each.token_ids) for each in generations)
-        choices = []
+        chosen = []
         for number, text in enumerate(asked.texts):
             some = generations[number * asked.best_of : (number + 1) * asked.best_of]
             if asked.best_of > asked.count:
                 some = sorted(some, key=_likelihood, reverse=True)[: asked.count]
-            choices += [self._choice(text, generation) for generation in some]
-        numbered = [{"index": index, **choice} for index, choice in enumerate(choices)]
-        return {**self._head, "choices": numbered, "usage": self._usage()}
+            chosen += [(text, generation) for generation in some]
+        choices = ({"index": index, **self._choice(*each)} for index, each in enumerate(chosen))
+        return await listing({**self._head, "usage": self._usage()}, "choices", choices)
 
     def _choice(self, prompt: str, generation: Generation) -> dict[str, Any]:
         entries = [] if self._asked.nothing else generation.logprobs or []

@@ -18,7 +18,7 @@ MOST_PROPERTIES = 1024  # of an object; llguidance takes time in proportion to t
 
 
 def check_schema(schema: Any, name: str) -> None:
-    """Raises ApiError for a JSON schema that would take long to be turned into a grammar, or that writes into the log."""
+    """Raises ApiError for a JSON schema that takes long to become a grammar, or writes into the log."""
     if not isinstance(schema, dict):
         raise invalid(f"{name} is a {kind(schema)}, not an object", name, "invalid_type")
     if len(json.dumps(schema)) > LONGEST_SCHEMA:

@@ -1,8 +1,10 @@
 """Responses, embeddings, ollama's protocol, metrics and the OpenAPI description, on a tiny model."""
 
 import base64
+import dataclasses
 import json
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chats import small_chat
+from servers import wait_until
 from starlette.testclient import TestClient
 
 import phi3_jax
@@ -202,6 +205,15 @@ def test_embeddings_that_make_no_sense_are_refused(client):
     ]:
         response = client.post("/v1/embeddings", json=fields)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), fields
+
+
+def test_embeddings_have_as_long_as_answers(client, service, monkeypatch):
+    turn = service.engine.turn
+    monkeypatch.setattr(service.engine, "turn", lambda: time.sleep(0.05) or turn())
+    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, request_seconds=0.1))
+    response = client.post("/v1/embeddings", json={"input": ["hello"] * 100})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+    wait_until(lambda: service.engine.statistics.embedding == 0, 5)
 
 
 @pytest.mark.slow

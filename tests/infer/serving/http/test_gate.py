@@ -25,7 +25,7 @@ from phi3_jax.infer.serving.http.gate.limits import Bodies, is_loopback
 from phi3_jax.infer.serving.http.gate.logs import JsonLines
 from phi3_jax.infer.serving.http.gate.server import Server, address, listen
 from phi3_jax.infer.serving.http.service import Service
-from phi3_jax.infer.serving.http.streams import EventStream, event
+from phi3_jax.infer.serving.http.streams import EventStream, event, listing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -304,3 +304,25 @@ def test_a_stream_says_that_it_is_alive_and_what_went_wrong():
     assert 2 <= len(comments) <= 6
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "it broke"
     assert rest == ""
+
+
+def test_a_long_list_is_written_in_turns_with_others():
+    made, turns = [], []
+
+    async def other():
+        while True:
+            turns.append(len(made))
+            await asyncio.sleep(0)
+
+    async def write():
+        task = asyncio.ensure_future(other())
+        items = ({"index": made.append(i) or i, "text": "é😀"} for i in range(9))
+        response = await listing({"object": "list", "n": 1}, "data", items)
+        task.cancel()
+        return response
+
+    response = asyncio.run(write())
+    assert set(turns) == set(range(1, 10))
+    assert json.loads(response.body)["data"][3] == {"index": 3, "text": "é😀"}
+    assert json.loads(asyncio.run(listing({"n": 1}, "data", [])).body) == {"n": 1, "data": []}
+    assert response.headers["content-type"] == "application/json"
