@@ -20,7 +20,7 @@ from phi3_jax.text import ToolCall, ToolCallParser
 
 from ...answer import Piece
 from ...sampling import TokenLogprob
-from ..engine import Job
+from ..engine import Job, Ticket
 from .errors import invalid
 from .fields import (
     IGNORED,
@@ -143,12 +143,12 @@ class _Reply:
     def _usage(self) -> dict[str, Any]:
         tokens = sum(choice.tokens for choice in self._choices)
         note(self._request.scope, finish=[choice.finish_reason for choice in self._choices])
-        return usage_of(self._request, self._prompt_tokens, tokens, self._answers)
+        return usage_of(self._request, self._prompt_tokens, tokens, self._answers.tickets[:1])
 
 
-def usage_of(request: Request, prompt_tokens: int, tokens: int, answers: Answers) -> dict[str, Any]:
-    """How many tokens a request took; they go into its line of the log, too."""
-    cached = answers.tickets[0].reused
+def usage_of(request: Request, prompt_tokens: int, tokens: int, tickets: Sequence[Ticket]) -> dict[str, Any]:
+    """How many tokens a request took; they go into its line of the log, too. Tickets: one for each prompt."""
+    cached = sum(ticket.reused for ticket in tickets)
     note(request.scope, completion_tokens=tokens, cached_tokens=cached)
     return {
         "prompt_tokens": prompt_tokens,
@@ -263,7 +263,6 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
         raise invalid("stream_options goes only with stream=true", "stream_options")
     with_usage = options.truth("include_usage", False)
     options.truth("include_obfuscation", False)
-    options.truth("continuous_usage_stats", False)
     options.refuse_others()
     return stream, with_usage
 

@@ -236,7 +236,7 @@ class _Reply:
 
     def _usage(self) -> dict[str, Any]:
         prompts = sum(len(job.prompt) for job in self._asked.jobs[:: self._asked.best_of])
-        return usage_of(self._request, prompts, self._tokens, self._answers)
+        return usage_of(self._request, prompts, self._tokens, self._answers.tickets[:: self._asked.best_of])
 
 
 def _likelihood(generation: Generation) -> float:

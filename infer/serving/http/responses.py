@@ -139,7 +139,7 @@ async def respond(request: Request) -> Response:
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
     (form, grammar), logprobs = _read_format(fields), _read_logprobs(fields)
     _refuse(fields)
-    prompt = await service.encode_chat(messages)
+    prompt = await service.encode_chat(messages, param="input")
     room = service.room_for(prompt, "input")
     note(request.scope, model=model, prompt_tokens=len(prompt), stream=stream)
     if service.log_prompts:

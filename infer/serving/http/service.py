@@ -126,12 +126,16 @@ class Service:
         return await self.in_thread(self.tokenizer.encode, text, param=param, most=most, **options)
 
     async def encode_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, **options: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+        param: str = "messages",
+        **options: Any,
     ) -> list[int]:
         """Token ids of a conversation. Raises ApiError (400) for messages that the template refuses."""
         most = self.checkpoint.config.max_position_embeddings
         return await self.in_thread(
-            encode_chat, self.tokenizer, messages, param="messages", tools=tools, most=most, **options
+            encode_chat, self.tokenizer, messages, param=param, tools=tools, most=most, **options
         )
 
     def check_ready(self) -> None:

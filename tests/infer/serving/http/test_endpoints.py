@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def test_messages_with_parts_and_instructions_are_the_same_conversation(client, 
     assert told["output"][0]["content"][0]["text"] == answer(small, ids, 4).text
     # The tiny model's template drops system messages, unless they have a word that it refuses.
     wrong = client.post("/v1/responses", json={"input": "a", "instructions": "forbidden"})
-    assert (wrong.status_code, "not a word" in wrong.text) == (400, True)
+    assert (wrong.status_code, "not a word" in wrong.text, wrong.json()["error"]["param"]) == (400, True, "input")
 
 
 @pytest.mark.slow
@@ -217,7 +218,8 @@ def test_embeddings_have_as_long_as_answers(client, service, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ollama_streams_lines_and_answers_at_once(client, small):
+def test_ollama_streams_lines_and_answers_at_once(client, small, service, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "phi3_jax.serving")
     said = answer(small, "hello", 6).text
     chat = {"model": "small:latest", "messages": [{"role": "user", "content": "hello"}], "options": {"num_predict": 6}}
     response = client.post("/api/chat", json=chat)
@@ -233,6 +235,18 @@ def test_ollama_streams_lines_and_answers_at_once(client, small):
     expected = answer(small, small.tokenizer.encode("hello"), 6).text
     assert raw["response"] == expected != said
     assert [each["name"] for each in client.get("/api/tags").json()["models"]] == ["small"]
+    assert service.log_prompts is False
+    facts = [record.facts for record in caplog.records if getattr(record, "facts", {}).get("path") == "/api/chat"]
+    assert {name: facts[-1][name] for name in ("model", "prompt_tokens", "completion_tokens", "finish")} == {
+        "model": "small:latest",
+        "prompt_tokens": 8,
+        "completion_tokens": 6,
+        "finish": "length",
+    }
+    assert "prompts" not in facts[-1]
+    monkeypatch.setattr(service, "log_prompts", True)
+    client.post("/api/generate", json=body)
+    assert caplog.records[-1].facts["prompts"] == ([{"role": "user", "content": "hello"}],)
     wrong = client.post("/api/chat", json=chat | {"model": "other"})
     assert (wrong.status_code, "there is no model 'other'" in wrong.json()["error"]) == (404, True)
 

@@ -163,6 +163,7 @@ def test_models_are_known_by_their_names(client):
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
