@@ -49,7 +49,7 @@ async def completions(request: Request) -> Response:
     fields = await read_fields(request)
     model = fields.text("model", service.model)
     adapter = service.adapter_of(model)
-    prompts = _read_prompts(fields, service.limits.choices)
+    prompts = _read_prompts(fields, service.limits.choices, service.context)
     grammar = read_grammar(fields)
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
     count = fields.whole("n", 1, 1, service.limits.choices)
@@ -101,13 +101,16 @@ def _decode(service: Service, ids: Sequence[int]) -> str:
     return service.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _read_prompts(fields: Fields, most: int) -> list[Any]:
+def _read_prompts(fields: Fields, most: int, context: int) -> list[Any]:
     """Texts, or lists of token ids, from any of the four forms of `prompt`."""
     prompt = fields.required("prompt")
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise fields.wrong("prompt", "a text, a list of token ids, or a list of these")
+    if (longest := max(len(each) for each in (prompt, *prompt) if isinstance(each, list))) > max(most, context):
+        code = "context_length_exceeded"  # before millions of ids are looked at
+        raise invalid(f"prompt has a list of {longest} entries; {context} tokens have room", "prompt", code)
     prompt = [list(map(as_whole, each)) if isinstance(each, list) else as_whole(each) for each in prompt]
     if _are_ids(prompt):
         return [prompt]

@@ -63,6 +63,8 @@ def _inputs(fields: Fields) -> list[str | list[int]]:
     """The inputs, each a text or a list of token ids."""
     value = fields.required("input")
     given = value if isinstance(value, list) else [value]
+    if (count := sum(len(each) for each in given if isinstance(each, list)) + len(given)) > MOST_TOKENS:
+        raise invalid(f"input has {count} entries, more than {MOST_TOKENS}: split it", "input")
     if isinstance(value, list) and value and all(is_whole(as_whole(each)) for each in given):
         given = [given]
     inputs = [list(map(as_whole, each)) if isinstance(each, list) else each for each in given]

@@ -148,6 +148,7 @@ def test_models_are_known_by_their_names(client):
         ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "x" * 1000}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 4097}]}, "messages[0].content"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -187,6 +188,13 @@ def test_wrong_requests_are_told_which_field_is_wrong(service, client, fields, p
     error = ask(client, status=400, **fields)["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param), error
     assert not service.engine._new  # nothing of it came so far
+
+
+@pytest.mark.parametrize("prompt", [[5] * (ROOM + 1), ["a", [5] * (ROOM + 1)], [[5], [5] * (ROOM + 1)]])
+def test_lists_of_more_ids_than_have_room_are_refused_before_they_are_read(client, prompt):
+    error = ask(client, "/v1/completions", 400, prompt=prompt)["error"]
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    assert f"{ROOM + 1} entries" in error["message"]
 
 
 def test_bodies_that_are_no_json_are_refused(client):
