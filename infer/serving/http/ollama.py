@@ -28,8 +28,10 @@ from .service import Answers, Service
 from .streams import EventStream
 
 IGNORED = ("keep_alive", "truncate", "shift")
-IGNORED_OPTIONS = ("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "repeat_last_n")
-IGNORED_OPTIONS += ("numa", "low_vram", "f16_kv", "vocab_only", "use_mlock", "logits_all", "embedding_only")
+IGNORED_OPTIONS = (
+    "num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "repeat_last_n", "numa",
+    "low_vram", "f16_kv", "vocab_only", "use_mlock", "logits_all", "embedding_only",
+)  # fmt: skip
 _NDJSON = "application/x-ndjson"
 Line = Callable[[str], dict[str, Any]]  # what a piece of text is in a line
 Answer = Callable[[partial[Any], Line], Awaitable[Response]]  # what encodes the prompt -> its answer
