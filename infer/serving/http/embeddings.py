@@ -49,6 +49,8 @@ async def embed(request: Request) -> Response:
     if (count := sum(map(len, texts))) > MOST_TOKENS:
         raise invalid(f"input has {count} tokens, more than {MOST_TOKENS}: split it", "input")
     note(request.scope, model=model, prompt_tokens=count)
+    if service.log_prompts:
+        note(request.scope, prompts=inputs)
     service.metrics.embedded.inc(count)
     vectors = await _embed(service, texts, pooling, adapter)
     data = (

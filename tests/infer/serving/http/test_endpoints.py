@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from anyio.from_thread import start_blocking_portal
 from chats import small_chat
 from servers import wait_until
 from starlette.testclient import TestClient
@@ -46,8 +47,10 @@ def service(small: phi3_jax.Checkpoint) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def client(service: Service) -> TestClient:
-    return TestClient(make_app(service), base_url="http://localhost")
+def client(service: Service) -> Iterator[TestClient]:
+    it = TestClient(make_app(service), base_url="http://localhost")
+    with start_blocking_portal() as it.portal:  # one event loop for all requests
+        yield it
 
 
 def answer(small: phi3_jax.Checkpoint, prompt: str | list[int], most: int) -> Generation:
@@ -206,6 +209,14 @@ def test_embeddings_that_make_no_sense_are_refused(client):
     ]:
         response = client.post("/v1/embeddings", json=fields)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), fields
+
+
+def test_what_users_ask_is_in_the_log_only_if_it_shall_be(client, service, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "phi3_jax.serving")
+    for wanted in (False, True):
+        monkeypatch.setattr(service, "log_prompts", wanted)
+        client.post("/v1/embeddings", json={"input": ["secret"]})
+        assert ("secret" in str(caplog.records[-1].facts)) == wanted
 
 
 def test_embeddings_have_as_long_as_answers(client, service, monkeypatch):
