@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError
-from .logs import LOG, note
+from .logs import LOG, note, request_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Errors:
                 raise
             await send_error(error, send)
         except Exception as error:
-            LOG.exception("an endpoint failed: %s", type(error).__name__)
+            LOG.exception("an endpoint failed: %s", type(error).__name__, extra={"facts": {"id": request_id(scope)}})
             if started:
                 raise  # the connection is closed, so that nobody takes the answer for complete
             await send_error(ApiError(500, "the server made a mistake; its log says more"), send)

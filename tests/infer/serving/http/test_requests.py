@@ -1,6 +1,7 @@
 """Requests that need no engine: what is wrong is found before one runs; tokens, models, and calls in texts."""
 
 import dataclasses
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from servers import HI, TOOL, ask, serving, small_service, wait_until
 from phi3_jax.infer import Piece
 from phi3_jax.infer.serving.http.chat import Choice
 from phi3_jax.infer.serving.http.fields import ToolUse
+from phi3_jax.infer.serving.http.gate.logs import JsonLines
 from phi3_jax.text import encode_chat
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -195,6 +197,17 @@ def test_lists_of_more_ids_than_have_room_are_refused_before_they_are_read(clien
     error = ask(client, "/v1/completions", 400, prompt=prompt)["error"]
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
     assert f"{ROOM + 1} entries" in error["message"]
+
+
+def test_a_mistake_of_ours_is_in_the_log_with_the_requests_name(service, client, caplog, monkeypatch):
+    monkeypatch.setattr(service, "adapter_of", lambda name: 1 / 0)
+    response = client.post("/v1/chat/completions", json={"messages": HI})
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+    assert "division" not in response.text
+    (line,) = [json.loads(JsonLines().format(record)) for record in caplog.records if record.exc_info]
+    assert line["id"] == response.headers["x-request-id"]
+    assert line["event"] == "an endpoint failed: ZeroDivisionError"
+    assert "adapter_of" in line["traceback"]
 
 
 def test_bodies_that_are_no_json_are_refused(client):
