@@ -170,6 +170,11 @@ class Service:
           ApiError: 400 for a job that makes no sense, 429 if the queue is full, 503 if the engine does not run.
         """
         self.check_ready()
+        options = self.engine.options
+        if len(jobs) > (most := options.slots + options.queue):  # trying again would not help
+            raise invalid(
+                f"{len(jobs)} answers are more than the {most} that have room here at a time: ask for fewer", "n"
+            )
         answers = Answers(self.engine, self.metrics, self._open)
         try:
             for row, job in enumerate(jobs):

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ApiError, unavailable
 from .limits import Limits
+from .logs import LOG
 
 # Bytes that the system keeps for a client that does not read. Else it would take megabytes, which are whole answers.
 _SEND_BUFFER = 1 << 16
@@ -115,7 +116,8 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """A whole response without the app, and the end."""
+        """A whole response without the app, and the end; it has a line in the log, if a short one."""
+        LOG.info("request", extra={"facts": {"status": error.status, "message": error.message}})
         body = error.as_bytes()
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         headers |= error.headers

@@ -197,7 +197,8 @@ def test_requests_that_are_late_or_large_or_none_are_told_so(url, data, wanted):
     assert json.loads(found.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
-def test_connections_that_say_nothing_are_closed_and_too_many_are_refused(url):
+def test_connections_that_say_nothing_are_closed_and_too_many_are_refused(url, caplog):
+    caplog.set_level(logging.INFO, "phi3_jax.serving")
     begin = time.monotonic()
     assert talk(url, b"") == b""
     assert 0.1 < time.monotonic() - begin < 1.5
@@ -208,6 +209,7 @@ def test_connections_that_say_nothing_are_closed_and_too_many_are_refused(url):
             stack.enter_context(socket.create_connection((host, int(port))))
         time.sleep(0.02)
         assert talk(url, b"").startswith(b"HTTP/1.1 503")
+        assert 503 in [record.facts["status"] for record in caplog.records]
     wait_until(lambda: status(url, "/health") == 200)
 
 

@@ -96,6 +96,12 @@ def test_the_text_that_an_answer_goes_on_with_is_not_closed(service, client, mon
     assert ask(client, "/tokenize", prompt="Hello")["count"] == 5
 
 
+def test_more_answers_than_ever_have_room_are_refused_for_good(service, client, monkeypatch):
+    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, choices=8))
+    error = ask(client, status=400, n=6)["error"]
+    assert (error["param"], "6 answers are more than the 5" in error["message"]) == ("n", True)
+
+
 def test_grammars_that_take_long_hold_up_nobody_else(service, client, monkeypatch):
     go_on, begun, submit = threading.Event(), [], service.engine.submit
 
