@@ -118,7 +118,7 @@ def test_a_request_has_the_name_that_its_client_gives_if_it_is_one(url):
 def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     path.write_text(f"# for tests\n\n  {ONE}\n")
-    monkeypatch.setenv("PHI3_API_KEYS", f"{TWO}, third-key-0123456789")
+    monkeypatch.setenv("PHI3_API_KEYS", f"{TWO}, third-key-0123456789,")
     keys = read_keys(str(path))
     found = [keys.number_of(key) for key in (ONE, TWO, "third-key-0123456789", "# for tests", "")]
     assert found == [1, 2, 3, None, None]
@@ -126,6 +126,12 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="PHI3_API_KEYS: API key 1 must have") as raised:
         read_keys(None)
     assert "tooshort" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"keys and PHI3_API_KEYS: API key 2 must have"):
+        read_keys(str(path))
+    for nothing in ("", " , "):
+        monkeypatch.setenv("PHI3_API_KEYS", nothing)
+        with pytest.raises(ValueError, match="PHI3_API_KEYS is set, but holds no API key"):
+            read_keys(None)
     monkeypatch.delenv("PHI3_API_KEYS")
     assert not read_keys(None)
     path.write_text("# none\n")
