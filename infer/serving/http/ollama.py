@@ -33,14 +33,15 @@ IGNORED_OPTIONS = (
     "low_vram", "f16_kv", "vocab_only", "use_mlock", "logits_all", "embedding_only",
 )  # fmt: skip
 _NDJSON = "application/x-ndjson"
-Line = Callable[[str], dict[str, Any]]  # what a piece of text is in a line
+Told = dict[str, Any]
+Line = Callable[[str], Told]  # what a piece of text is in a line
 Answer = Callable[[partial[Any], Line], Awaitable[Response]]  # what encodes the prompt -> its answer
 Endpoint = Callable[[Service, Fields, Answer], Awaitable[Response]]
 
 
 async def chat(service: Service, fields: Fields, answer: Answer) -> Response:
     """A conversation -> the next message."""
-    messages = read_messages(fields, service.limits.messages)
+    messages = [] if fields.get("messages") == [] else read_messages(fields, service.limits.messages)
     fields.only("tools", [])
     encode = partial(service.encode_chat, messages)
     return await answer(encode, lambda text: {"message": {"role": "assistant", "content": text}})
@@ -51,8 +52,8 @@ async def generate(service: Service, fields: Fields, answer: Answer) -> Response
     prompt, system, raw = fields.text("prompt", ""), fields.text("system", ""), fields.truth("raw", False)
     for name in ("suffix", "template", "context", "images"):
         fields.only(name, "", [])
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
+    said = (("system", system), ("user", prompt)) if prompt else ()
+    messages = [{"role": role, "content": text} for role, text in said if text]
     encode = partial(service.encode, prompt, add_eos=False) if raw else partial(service.encode_chat, messages)
     return await answer(encode, lambda text: {"response": text})
 
@@ -90,6 +91,8 @@ async def _answer(request: Request, fields: Fields, encode: partial[Any], line: 
     sampling, stop = read_sampling(chosen, service.sampling), read_stop(chosen)
     chosen.refuse_others(IGNORED_OPTIONS)
     fields.refuse_others(IGNORED)
+    if not encode.args[0]:  # nothing is asked: a client wants the model to be in memory, where it is
+        return JSONResponse({"model": model, "created_at": _now(), **line(""), "done": True, "done_reason": "load"})
     prompt = await encode()
     room = service.room_for(prompt)
     note(request.scope, model=model, prompt_tokens=len(prompt), stream=stream)
@@ -109,9 +112,7 @@ async def _answer(request: Request, fields: Fields, encode: partial[Any], line: 
     return JSONResponse({**told[-1], **line(text)})
 
 
-async def _lines(
-    answers: Answers, head: dict[str, Any], read: int, begin: int, line: Line, scope: Scope
-) -> AsyncIterator[dict[str, Any]]:
+async def _lines(answers: Answers, head: Told, read: int, begin: int, line: Line, scope: Scope) -> AsyncIterator[Told]:
     first, written, reason = begin, 0, "stop"
     async for piece in answers:
         first = first if written else time.perf_counter_ns()
@@ -126,13 +127,12 @@ async def _lines(
     yield {**head, "created_at": _now(), **line(""), "done": True, "done_reason": reason, **times}
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def _json(value: Told) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 def _grammar(fields: Fields) -> Grammar | None:
-    form = fields.get("format")
-    if form in (None, ""):
+    if (form := fields.get("format")) in (None, ""):
         return None
     schema = {"type": "object"} if form == "json" else form
     check_schema(schema, "format")

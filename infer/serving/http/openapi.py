@@ -223,7 +223,7 @@ def _ollama(messages: Schema | None = None) -> Schema:
         **dict.fromkeys(ollama.IGNORED, _ANYTHING),
     }
     if messages is not None:
-        return shared | {"messages": messages, "tools": {"enum": [[], None]}}
+        return shared | {"messages": {**messages, "minItems": 0}, "tools": {"enum": [[], None]}}
     empty: Schema = {name: {"enum": ["", [], None]} for name in ("suffix", "template", "context", "images")}
     return shared | empty | {"prompt": _text(), "system": _text(), "raw": _truth()}
 

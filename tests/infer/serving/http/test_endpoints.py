@@ -228,6 +228,20 @@ def test_embeddings_have_as_long_as_answers(client, service, monkeypatch):
     wait_until(lambda: service.engine.statistics.embedding == 0, 5)
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "said"),
+    [
+        ("generate", {}, {"response": ""}),
+        ("generate", {"prompt": "", "system": "Be brief", "raw": True}, {"response": ""}),
+        ("chat", {"messages": []}, {"message": {"role": "assistant", "content": ""}}),
+    ],
+)
+def test_ollamas_clients_may_ask_for_the_model_alone(client, path, fields, said):
+    told = client.post(f"/api/{path}", json={"model": "small", **fields}).json()
+    assert told | said | {"model": "small", "done": True, "done_reason": "load"} == told
+    assert client.post(f"/api/{path}", json={"model": "other", **fields}).status_code == 404
+
+
 @pytest.mark.slow
 def test_ollama_streams_lines_and_answers_at_once(client, small, service, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "phi3_jax.serving")
