@@ -69,6 +69,7 @@ class Errors:
             await send(message)
 
         try:
+            _require_one_length(scope)
             await self._app(scope, receive, watched)
         except ApiError as error:
             if started:
@@ -79,6 +80,17 @@ class Errors:
             if started:
                 raise  # the connection is closed, so that nobody takes the answer for complete
             await send_error(ApiError(500, "the server made a mistake; its log says more"), send)
+
+
+def _require_one_length(scope: Scope) -> None:
+    """Raises ApiError (400), and ends the connection, where a body is said to end in two places.
+
+    A proxy in front may believe the other one, and take the rest of the body for another client's request.
+    """
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers and "content-length" in headers:
+        told = "the request has a Content-Length and a Transfer-Encoding; send one of them"
+        raise ApiError(400, told, code="invalid_http", headers={"connection": "close"})
 
 
 async def send_error(error: ApiError, send: Send) -> None:

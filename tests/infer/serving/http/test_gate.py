@@ -195,6 +195,8 @@ def test_a_server_that_warms_up_says_when_to_come_again(url):
         (b"\x16\x03\x01\x02\x00\x01\x00", 400),
         (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+         + b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     ],
 )  # fmt: skip
 def test_requests_that_are_late_or_large_or_none_are_told_so(url, data, wanted):
