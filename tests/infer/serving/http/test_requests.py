@@ -31,7 +31,7 @@ def service(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(service):
-    with serving(service) as url, httpx.Client(base_url=url, timeout=5) as it:
+    with serving(service) as url, httpx.Client(base_url=url, timeout=20) as it:
         yield it
 
 
@@ -113,15 +113,17 @@ def test_grammars_that_take_long_hold_up_nobody_else(service, client, monkeypatc
 
     monkeypatch.setattr(service.engine, "submit", slow)
     wrong = {"logit_bias": {"98": 1}}  # found at the end, in the same place
-    with ThreadPoolExecutor(12) as threads:
+    with ThreadPoolExecutor(13) as threads:
         fields = wrong | {"status": 400, "structured_outputs": {"choice": ["a"]}}
         asked = [threads.submit(ask, client, **fields) for _ in range(12)]
-        wait_until(lambda: len(begun) == 2)
+        wait_until(lambda: len(begun) == 2 and len(service._open) == 12)
         assert "98" in ask(client, status=400, **wrong)["error"]["message"]
-        with pytest.raises(httpx.ReadTimeout):  # who leaves meanwhile is forgotten
-            client.post(
-                "/v1/chat/completions", json={"messages": HI, "structured_outputs": {"regex": "b"}}, timeout=0.1
-            )
+        body = {"messages": HI, "structured_outputs": {"regex": "b"}}
+        leaving = threads.submit(client.post, "/v1/chat/completions", json=body, timeout=0.5)
+        wait_until(lambda: len(service._open) == 13)
+        with pytest.raises(httpx.ReadTimeout):
+            leaving.result()
+        wait_until(lambda: len(service._open) == 12)  # who has left is forgotten
         go_on.set()
         assert all("98" in each.result()["error"]["message"] for each in asked)
     assert len(begun) == 12
