@@ -125,9 +125,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its pairs. Raises ValueError if a key is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} is there twice")
+        seen = set[str]()  # to count each name among all would take hours where there are many
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {shown(name)} is there twice")
+            seen.add(name)
     return found
 
 

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import threading
@@ -39,7 +40,7 @@ try:
     from ..serving.engine.pooling import POOLINGS
     from ..serving.http.app import Access, make_app
     from ..serving.http.gate.keys import VARIABLE, read_keys
-    from ..serving.http.gate.limits import Limits, is_loopback
+    from ..serving.http.gate.limits import Limits, host_name, is_loopback
     from ..serving.http.gate.logs import log_to
     from ..serving.http.gate.server import Server, address, listen, tell_supervisor
     from ..serving.http.service import Service
@@ -119,15 +120,23 @@ def _adapters() -> dict[str, str]:
 def _access() -> Access:
     """Who may use the server. Raises ValueError if that were everyone, and nobody has said so twice."""
     keys, is_local = read_keys(_API_KEYS.value), is_loopback(_HOST.value)
-    if not is_local and not keys and flags.FLAGS["insecure"].present < 2:
+    said_twice = _INSECURE.value and flags.FLAGS["insecure"].present >= 2
+    if not is_local and not keys and not said_twice:
         raise ValueError(
             f"--host={_HOST.value}: whoever reaches this address could use the server: give --api_keys (or "
             f"{VARIABLE}), or say --insecure --insecure if that is wanted"
         )
     for origin in _CORS.value:
-        if origin != "*" and not origin.startswith(("http://", "https://")):
-            raise ValueError(f"--cors={origin}: write a whole origin, as in --cors=https://example.com")
-    hosts = _ALLOW_HOST.value if is_local or _ALLOW_HOST.value else None  # elsewhere any, unless some are named
+        if origin != "*" and not re.fullmatch(r"https?://[^/?#@A-Z]+", origin):  # browsers write it so
+            raise ValueError(
+                f"--cors={origin}: write an origin as browsers do, in small letters and without a path, as in "
+                "--cors=https://example.com"
+            )
+    for name in _ALLOW_HOST.value:
+        if not re.fullmatch(r"[^/:@]+|\[[^/@\]]+\]", name):
+            raise ValueError(f"--allow_host={name}: write a name alone, as in --allow_host=ai.example.com")
+    named = [host_name(name) for name in _ALLOW_HOST.value]
+    hosts = named if is_local or named else None  # elsewhere any, unless some are named
     return Access(keys, hosts, _CORS.value)
 
 

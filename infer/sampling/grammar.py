@@ -17,6 +17,7 @@ import dataclasses
 import json
 import operator
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ _JSON_SPACE = r" |\n {0,24}"
 _NOTHING = -1
 _MOST_NESTED = 120  # llguidance takes schemas with 128 objects and arrays inside of one another
 _LONGEST = 1 << 22  # characters, of which llguidance takes 150 bytes each
+# Grammars that are kept compiled, if they are not longer: those of answers to one request, or of one client's requests.
+_KEPT, _LONGEST_KEPT = 16, 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,7 @@ class GrammarMasks:
         for i, grammar in enumerate(grammars):
             if grammar is not None:
                 if grammar not in compiled:
-                    compiled[grammar] = _compile(grammar, vocabulary, f"grammar of row {i}")
+                    compiled[grammar] = vocabulary.compiled(grammar, f"grammar of row {i}")
                 self._rows[i] = _Row(f"row {i}", vocabulary, compiled[grammar].deep_copy())
         self.masks()  # raises for a grammar that nothing matches
 
@@ -246,7 +249,7 @@ class _Row:
         return complete
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Vocabulary:
     """A tokenizer's vocabulary as llguidance has it: the tokens, their twins, an end token.
 
@@ -261,6 +264,20 @@ class _Vocabulary:
     is_text: np.ndarray
     first_entries: np.ndarray
     end_entry: int
+    _kept: dict[Grammar, Any] = dataclasses.field(default_factory=dict)  # the last one used is the last
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def compiled(self, grammar: Grammar, name: str) -> Any:
+        """The grammar's LLMatcher, at its beginning, of which rows have copies. From any thread; raises ValueError."""
+        with self._lock:
+            matcher = self._kept.pop(grammar, None)
+        matcher = matcher or _compile(grammar, self, name)
+        if len(grammar.source) <= _LONGEST_KEPT:
+            with self._lock:
+                self._kept[grammar] = matcher
+                while len(self._kept) > _KEPT:
+                    del self._kept[next(iter(self._kept))]
+        return matcher
 
 
 # Weak references, so that a tokenizer can be freed, and its tables with it.

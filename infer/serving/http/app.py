@@ -69,7 +69,8 @@ def make_app(service: Service, access: Access | None = None) -> Starlette:
                 CORSMiddleware,
                 allow_origins=list(access.origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type"],
+                allow_headers=["*"],  # OpenAI's own client sends a dozen of its own
+                expose_headers=["x-request-id", "retry-after"],
             )
         )
     layers += [

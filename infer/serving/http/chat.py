@@ -13,14 +13,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from phi3_jax.text import ToolCall, ToolCallParser
 
 from ...answer import Piece
 from ...sampling import TokenLogprob
-from ..engine import Job
+from ..engine import Job, Ticket
 from .errors import invalid
 from .fields import (
     IGNORED,
@@ -38,7 +38,7 @@ from .fields import (
 )
 from .gate import note
 from .service import Answers, Service
-from .streams import DONE, EventStream, event
+from .streams import DONE, EventStream, event, listing
 
 MOST_LOGPROBS = 20
 _FINISH = {"stop": "stop", "length": "length", "deadline": "length"}
@@ -85,7 +85,7 @@ async def chat(request: Request) -> Response:
     reply = _Reply(request, service, model, len(prompt), [Choice(service, use, logprobs) for _ in jobs], answers)
     if stream:
         return EventStream(reply.chunks(with_usage), answers.close, service.limits.keep_alive)
-    return JSONResponse(await reply.whole())
+    return await reply.whole()
 
 
 class _Reply:
@@ -104,15 +104,16 @@ class _Reply:
         self._choices, self._answers = choices, answers
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """All of it; the answers are closed then."""
         try:
             async for piece in self._answers:
                 self._choices[piece.row].add(piece)
+                self._choices[piece.row].entries += piece.logprobs or []
         finally:
             self._answers.close()
-        choices = [{"index": index, **choice.whole()} for index, choice in enumerate(self._choices)]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+        choices = ({"index": index, **choice.whole()} for index, choice in enumerate(self._choices))
+        return await listing({**self._head, "object": "chat.completion", "usage": self._usage()}, "choices", choices)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[bytes]:
         """The events of a stream, one for each piece."""
@@ -142,12 +143,12 @@ class _Reply:
     def _usage(self) -> dict[str, Any]:
         tokens = sum(choice.tokens for choice in self._choices)
         note(self._request.scope, finish=[choice.finish_reason for choice in self._choices])
-        return usage_of(self._request, self._prompt_tokens, tokens, self._answers)
+        return usage_of(self._request, self._prompt_tokens, tokens, self._answers.tickets[:1])
 
 
-def usage_of(request: Request, prompt_tokens: int, tokens: int, answers: Answers) -> dict[str, Any]:
-    """How many tokens a request took; they go into its line of the log, too."""
-    cached = answers.tickets[0].reused
+def usage_of(request: Request, prompt_tokens: int, tokens: int, tickets: Sequence[Ticket]) -> dict[str, Any]:
+    """How many tokens a request took; they go into its line of the log, too. Tickets: one for each prompt."""
+    cached = sum(ticket.reused for ticket in tickets)
     note(request.scope, completion_tokens=tokens, cached_tokens=cached)
     return {
         "prompt_tokens": prompt_tokens,
@@ -165,12 +166,13 @@ class Choice:
       calls: in their order, with their ids.
       tokens: how many it has.
       finish_reason: None while it goes on.
+      entries: the log-probabilities of an answer that comes as a whole; as objects, which are small.
     """
 
     def __init__(self, service: Service, use: ToolUse, logprobs: int | None = None):
         self._service, self._use, self._logprobs = service, use, logprobs
         self._parser = None if use.shown is None else ToolCallParser(use.shown)
-        self._entries: list[dict[str, Any]] = []
+        self.entries: list[TokenLogprob] = []
         self.content, self.tokens = "", 0
         self.calls: list[tuple[str, ToolCall]] = []
         self.finish_reason: str | None = None
@@ -179,7 +181,6 @@ class Choice:
         """Adds a piece -> what is certain now, as deltas of a message."""
         text, deltas = piece.text, []
         self.tokens += len(piece.token_ids)
-        self._entries += (self.logprobs_of(piece) or {"content": []})["content"]
         if self._parser is not None:
             text = self._parser.push(text) + (self._parser.flush() if piece.finish_reason else "")
         if text:
@@ -212,14 +213,16 @@ class Choice:
                 }
                 for name, call in self.calls
             ]
-        logprobs = None if self._logprobs is None else {"content": self._entries, "refusal": None}
-        return {"message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        return {"message": message, "logprobs": self._listed(self.entries), "finish_reason": self.finish_reason}
 
     def logprobs_of(self, piece: Piece) -> dict[str, Any] | None:
         """The log-probabilities of a piece's tokens, if they were asked for."""
+        return self._listed(piece.logprobs or [])
+
+    def _listed(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._logprobs is None:
             return None
-        return {"content": [logprob_entry(self._service, entry) for entry in piece.logprobs or []], "refusal": None}
+        return {"content": [logprob_entry(self._service, entry) for entry in entries], "refusal": None}
 
 
 def logprob_entry(service: Service, entry: TokenLogprob) -> dict[str, Any]:
@@ -260,7 +263,6 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
         raise invalid("stream_options goes only with stream=true", "stream_options")
     with_usage = options.truth("include_usage", False)
     options.truth("include_obfuscation", False)
-    options.truth("continuous_usage_stats", False)
     options.refuse_others()
     return stream, with_usage
 

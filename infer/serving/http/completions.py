@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from phi3_jax.json_files import is_whole
@@ -36,7 +36,7 @@ from .fields import (
 )
 from .gate import note
 from .service import Answers, Service
-from .streams import DONE, EventStream, event
+from .streams import DONE, EventStream, event, listing
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 _FINISH = {"stop": "stop", "length": "length", "deadline": "length"}
@@ -49,7 +49,7 @@ async def completions(request: Request) -> Response:
     fields = await read_fields(request)
     model = fields.text("model", service.model)
     adapter = service.adapter_of(model)
-    prompts = _read_prompts(fields, service.limits.choices)
+    prompts = _read_prompts(fields, service.limits.choices, service.context)
     grammar = read_grammar(fields)
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
     count = fields.whole("n", 1, 1, service.limits.choices)
@@ -69,7 +69,7 @@ async def completions(request: Request) -> Response:
 
     jobs, texts = [], []
     for prompt in prompts:
-        ids = await service.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = await service.encode(prompt, add_eos=False) if isinstance(prompt, str) else prompt
         room = service.room_for(ids)
         if not echo:
             texts.append("")
@@ -94,20 +94,23 @@ async def completions(request: Request) -> Response:
     reply = _Reply(request, model, asked_for, answers)
     if stream:
         return EventStream(reply.chunks(with_usage), answers.close, service.limits.keep_alive)
-    return JSONResponse(await reply.whole())
+    return await reply.whole()
 
 
 def _decode(service: Service, ids: Sequence[int]) -> str:
     return service.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _read_prompts(fields: Fields, most: int) -> list[Any]:
+def _read_prompts(fields: Fields, most: int, context: int) -> list[Any]:
     """Texts, or lists of token ids, from any of the four forms of `prompt`."""
     prompt = fields.required("prompt")
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise fields.wrong("prompt", "a text, a list of token ids, or a list of these")
+    if (longest := max(len(each) for each in (prompt, *prompt) if isinstance(each, list))) > max(most, context):
+        code = "context_length_exceeded"  # before millions of ids are looked at
+        raise invalid(f"prompt has a list of {longest} entries; {context} tokens have room", "prompt", code)
     prompt = [list(map(as_whole, each)) if isinstance(each, list) else as_whole(each) for each in prompt]
     if _are_ids(prompt):
         return [prompt]
@@ -154,7 +157,7 @@ class _Reply:
         }
         self._tokens = 0
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """All of it; the answers are closed then."""
         asked = self._asked
         try:
@@ -162,14 +165,14 @@ class _Reply:
         finally:
             self._answers.close()
         self._tokens = 0 if asked.nothing else sum(len(each.token_ids) for each in generations)
-        choices = []
+        chosen = []
         for number, text in enumerate(asked.texts):
             some = generations[number * asked.best_of : (number + 1) * asked.best_of]
             if asked.best_of > asked.count:
                 some = sorted(some, key=_likelihood, reverse=True)[: asked.count]
-            choices += [self._choice(text, generation) for generation in some]
-        numbered = [{"index": index, **choice} for index, choice in enumerate(choices)]
-        return {**self._head, "choices": numbered, "usage": self._usage()}
+            chosen += [(text, generation) for generation in some]
+        choices = ({"index": index, **self._choice(*each)} for index, each in enumerate(chosen))
+        return await listing({**self._head, "usage": self._usage()}, "choices", choices)
 
     def _choice(self, prompt: str, generation: Generation) -> dict[str, Any]:
         entries = [] if self._asked.nothing else generation.logprobs or []
@@ -236,7 +239,7 @@ class _Reply:
 
     def _usage(self) -> dict[str, Any]:
         prompts = sum(len(job.prompt) for job in self._asked.jobs[:: self._asked.best_of])
-        return usage_of(self._request, prompts, self._tokens, self._answers)
+        return usage_of(self._request, prompts, self._tokens, self._answers.tickets[:: self._asked.best_of])
 
 
 def _likelihood(generation: Generation) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from phi3_jax.json_files import is_whole
@@ -24,6 +24,7 @@ from .errors import invalid, too_many, unavailable
 from .fields import IGNORED, Fields, as_whole, read_fields
 from .gate import note
 from .service import Service
+from .streams import listing
 
 MOST_INPUTS = 2048  # of one request, as at OpenAI
 MOST_TOKENS = 300_000  # of all inputs of one request, likewise
@@ -48,20 +49,24 @@ async def embed(request: Request) -> Response:
     if (count := sum(map(len, texts))) > MOST_TOKENS:
         raise invalid(f"input has {count} tokens, more than {MOST_TOKENS}: split it", "input")
     note(request.scope, model=model, prompt_tokens=count)
+    if service.log_prompts:
+        note(request.scope, prompts=inputs)
     service.metrics.embedded.inc(count)
     vectors = await _embed(service, texts, pooling, adapter)
-    data = [
+    data = (
         {"object": "embedding", "index": index, "embedding": _encoded(vector, encoding)}
         for index, vector in enumerate(vectors)
-    ]
+    )
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
+    return await listing({"object": "list", "model": model, "usage": usage}, "data", data)
 
 
 def _inputs(fields: Fields) -> list[str | list[int]]:
     """The inputs, each a text or a list of token ids."""
     value = fields.required("input")
     given = value if isinstance(value, list) else [value]
+    if (count := sum(len(each) for each in given if isinstance(each, list)) + len(given)) > MOST_TOKENS:
+        raise invalid(f"input has {count} entries, more than {MOST_TOKENS}: split it", "input")
     if isinstance(value, list) and value and all(is_whole(as_whole(each)) for each in given):
         given = [given]
     inputs = [list(map(as_whole, each)) if isinstance(each, list) else each for each in given]
@@ -84,8 +89,10 @@ async def _tokens(service: Service, value: str | list[int], index: int) -> list[
 async def _embed(service: Service, texts: list[list[int]], pooling: Any, adapter: str | None) -> np.ndarray:
     """float32 [len(texts), D]. If this is cancelled, so is what was asked of the engine."""
     try:
-        future = service.engine.submit_embedding(texts, pooling, adapter)
-        return await asyncio.wrap_future(future)
+        async with asyncio.timeout(service.limits.request_seconds):
+            return await asyncio.wrap_future(service.engine.submit_embedding(texts, pooling, adapter))
+    except TimeoutError:
+        raise unavailable("the texts were not read in time: give fewer, or try again") from None
     except ValueError as error:
         raise invalid(str(error), "input") from None
     except RuntimeError as error:  # what waits is told so

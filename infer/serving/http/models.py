@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -38,6 +39,15 @@ async def model(request: Request) -> Response:
     return JSONResponse(_described(service, name))
 
 
+async def tags(request: Request) -> Response:
+    """All of them, in ollama's protocol."""
+    service: Service = request.app.state.service
+    since = datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z")
+    empty = {"modified_at": since, "size": 0, "digest": "", "details": {}}
+    models = [{"name": name, "model": name, **empty} for name in (service.model, *service.adapters)]
+    return JSONResponse({"models": models})
+
+
 async def health(request: Request) -> Response:
     """Whether the process does what it should: 200, also while it warms up; 503 once it failed."""
     service: Service = request.app.state.service
@@ -55,6 +65,7 @@ async def ready(request: Request) -> Response:
 routes = [
     Route("/v1/models", models),
     Route("/v1/models/{name:path}", model),
+    Route("/api/tags", tags),
     Route("/health", health),
     Route("/ready", ready),
 ]

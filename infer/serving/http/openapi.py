@@ -223,7 +223,7 @@ def _ollama(messages: Schema | None = None) -> Schema:
         **dict.fromkeys(ollama.IGNORED, _ANYTHING),
     }
     if messages is not None:
-        return shared | {"messages": messages, "tools": {"enum": [[], None]}}
+        return shared | {"messages": {**messages, "minItems": 0}, "tools": {"enum": [[], None]}}
     empty: Schema = {name: {"enum": ["", [], None]} for name in ("suffix", "template", "context", "images")}
     return shared | empty | {"prompt": _text(), "system": _text(), "raw": _truth()}
 
@@ -302,7 +302,7 @@ def _answers(content: Schema) -> Schema:
     return {"200": {"description": "Done", "content": content}, "default": {"description": "Why not", "content": error}}
 
 
-_STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 _EVENTS, _LINES = "text/event-stream", "application/x-ndjson"
 _TOOL_CHOICE = _object({"type": _one_of("function"), "function": _says(name="string")}, ["function"])
 _ANSWER = _says(id="string", object="string", created="integer", model="string", choices="array", usage="object")

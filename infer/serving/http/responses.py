@@ -139,7 +139,7 @@ async def respond(request: Request) -> Response:
     sampling, stop = read_sampling(fields, service.sampling), read_stop(fields)
     (form, grammar), logprobs = _read_format(fields), _read_logprobs(fields)
     _refuse(fields)
-    prompt = await service.encode_chat(messages)
+    prompt = await service.encode_chat(messages, param="input")
     room = service.room_for(prompt, "input")
     note(request.scope, model=model, prompt_tokens=len(prompt), stream=stream)
     if service.log_prompts:
@@ -194,9 +194,8 @@ def _message(item: Fields) -> dict[str, str]:
     for name in ("id", "status", "phase"):  # of messages that were answers
         item.text(name, None)
     item.refuse_others()
-    if isinstance(content, list):
-        name = item.name("content")
-        content = "".join(_part(Fields(part, f"{name}[{index}]")) for index, part in enumerate(content))
+    if (parts := item.parts("content")) is not None:
+        content = "".join(map(_part, parts))
     elif not isinstance(content, str):
         raise item.wrong("content", "a text, or a list of parts")
     return {"role": "system" if role == "developer" else role, "content": content}

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, Literal, TypeVar
 
@@ -66,6 +67,8 @@ class Service:
     def __post_init__(self) -> None:
         self.tokenizer = require_tokenizer(self.checkpoint)
         self._open: set[Answers] = set()
+        # Grammars may take seconds, for which nobody else shall wait.
+        self._threads, self._grammar_threads = ThreadPoolExecutor(4, "jobs"), ThreadPoolExecutor(2, "grammars")
         self.metrics = Metrics(
             self.engine, {"version": version("phi3_jax"), "jax": jax.__version__, "model": self.model}
         )
@@ -123,12 +126,16 @@ class Service:
         return await self.in_thread(self.tokenizer.encode, text, param=param, most=most, **options)
 
     async def encode_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, **options: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+        param: str = "messages",
+        **options: Any,
     ) -> list[int]:
         """Token ids of a conversation. Raises ApiError (400) for messages that the template refuses."""
         most = self.checkpoint.config.max_position_embeddings
         return await self.in_thread(
-            encode_chat, self.tokenizer, messages, param="messages", tools=tools, most=most, **options
+            encode_chat, self.tokenizer, messages, param=param, tools=tools, most=most, **options
         )
 
     def check_ready(self) -> None:
@@ -163,11 +170,17 @@ class Service:
           ApiError: 400 for a job that makes no sense, 429 if the queue is full, 503 if the engine does not run.
         """
         self.check_ready()
+        options = self.engine.options
+        if len(jobs) > (most := options.slots + options.queue):  # trying again would not help
+            raise invalid(
+                f"{len(jobs)} answers are more than the {most} that have room here at a time: ask for fewer", "n"
+            )
         answers = Answers(self.engine, self.metrics, self._open)
         try:
             for row, job in enumerate(jobs):
                 seconds = min(job.seconds or self.limits.request_seconds, self.limits.request_seconds)
-                await answers.submit(dataclasses.replace(job, seconds=seconds), row)
+                threads = self._threads if job.grammar is None else self._grammar_threads
+                await answers.submit(dataclasses.replace(job, seconds=seconds), row, threads)
         except BaseException:
             answers.close()
             raise
@@ -210,16 +223,16 @@ class Answers:
         self.tickets: list[Ticket] = []
         among.add(self)
 
-    async def submit(self, job: Job, row: int) -> None:
+    async def submit(self, job: Job, row: int, threads: Executor) -> None:
         """Hands over the next job; a thread compiles its grammar."""
 
         def listen(piece: Piece) -> None:  # in the engine's thread
             self._put(dataclasses.replace(piece, row=row))
 
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._metrics.submit, job, listen))
+        submitting = threads.submit(self._metrics.submit, job, listen)
         try:
-            self.tickets.append(await asyncio.shield(submitting))
-        except asyncio.CancelledError:  # the thread goes on
+            self.tickets.append(await asyncio.wrap_future(submitting))
+        except asyncio.CancelledError:  # a thread that has begun goes on
             submitting.add_done_callback(self._cancel_late)
             raise
         except QueueFull as error:
@@ -271,7 +284,7 @@ class Answers:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
 
-    def _cancel_late(self, submitting: asyncio.Future[Ticket]) -> None:
+    def _cancel_late(self, submitting: Future[Ticket]) -> None:
         if not submitting.cancelled() and submitting.exception() is None:
             self._engine.cancel(submitting.result())
 

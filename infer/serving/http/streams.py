@@ -1,11 +1,11 @@
-"""Server-sent events: an answer while it is written, as lines "data: {...}"."""
+"""Server-sent events: an answer while it is written, as lines "data: {...}"; and long lists that come as a whole."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from starlette.responses import Response
@@ -26,6 +26,20 @@ def event(value: Any, name: str | None = None) -> bytes:
     # Not only ASCII: text takes half of the bytes, and \u2028 ends no line of such a stream.
     data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return (b"" if name is None else b"event: " + name.encode() + b"\n") + b"data: " + data + b"\n\n"
+
+
+async def listing(value: dict[str, Any], name: str, items: Iterable[Any]) -> Response:
+    """A response of JSON: the value, and in it a list of this name.
+
+    Its items are made and written one at a time, between which others have their turn: one after the other, and not all
+    at once, for JSON of many megabytes takes seconds.
+    """
+    parts = []
+    for item in items:
+        parts.append(json.dumps(item, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+        await asyncio.sleep(0)
+    rest = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(f'{rest[:-1]},"{name}":[{",".join(parts)}]}}', media_type="application/json")
 
 
 class EventStream(Response):

@@ -12,7 +12,7 @@ from .errors import invalid
 from .fields import as_whole, read_fields, read_messages, read_template_options, read_tool_use
 from .service import Service
 
-_MOST_IDS = 1 << 20
+_MOST_IDS = 1 << 18
 
 
 async def tokenize(request: Request) -> Response:

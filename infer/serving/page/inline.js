@@ -10,7 +10,8 @@ const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00
 const PLAIN = /[^\\`*_~![\]<&hH]+/y;
 const LINE_BREAK = /<br *\/?>/iy;
 const ENTITY = /&(?:#(\d{1,7})|#x([\da-f]{1,6})|(\w{2,4}));/iy;
-const TARGET = /\( *<?((?:[^\s()<>]|\([^\s()<>]*\))*)>?(?: +(?:"[^"]*"|'[^']*'))? *\)/y; // (address "title")
+// (address "title"), with few spaces: all ways to divide many of them would be tried.
+const TARGET = /\( {0,9}<?((?:[^\s()<>]|\([^\s()<>]*\))*)>?(?: {1,9}(?:"[^"]*"|'[^']*'))? {0,9}\)/y;
 const IN_BRACKETS = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/iy;
 const BARE = /https?:\/\/[^\s<>"`|[\]]+/iy;
 

@@ -5,7 +5,7 @@ import { inline } from "./inline.js";
 import { button, copy, element, spelled, together } from "./parts.js";
 
 const DEPTH = 8; // of quotes and lists within one another
-const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/; // all of the marks: fewer of them are not tried
 const HEADING = /^ {0,3}(#{1,6})(?:\s+([^]*))?$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s*)([-*+]|(\d{1,9})[.)])(?=\s|$)/;

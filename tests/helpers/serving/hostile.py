@@ -122,7 +122,7 @@ def _lengths(sound: bytes, limit: int) -> Iterator[Hostile]:
     yield Hostile("two lengths", head + length % size + length % (size - 1) + b"\r\n" + sound, bad)
     yield Hostile("two equal lengths", head + length % size * 2 + b"\r\n" + sound, either)
     yield Hostile(
-        "a length and chunks", head + length % 3 + chunked + b"\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, sound), either
+        "a length and chunks", head + length % 3 + chunked + b"\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, sound), bad
     )
     for text in (b"-1", b"+5", b"0x10", b"1e3", b"99999999999999999999999", b"5, 5", b"\xb2", b" ", b"5 5", b"NaN"):
         yield Hostile(

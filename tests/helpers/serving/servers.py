@@ -44,7 +44,7 @@ def small_service(
     tokenizer = dataclasses.replace(checkpoint.tokenizer, chat_template=TEMPLATE)
     checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
     engine = Engine(checkpoint, EngineOptions(slots=1, room=room, queue=4, chunk=16), adapters)
-    limits = Limits(keep_alive=0.05, choices=4, body_bytes=50_000)
+    limits = Limits(keep_alive=0.05, choices=4, body_bytes=250_000)
     return Service(engine, checkpoint, "small", [*(adapters or {})], limits=limits)
 
 

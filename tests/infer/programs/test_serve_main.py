@@ -1,16 +1,19 @@
 """phi3-serve as a process: what it refuses, how it ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 from chats import small_chat
 
 import phi3_jax
+from phi3_jax.infer.programs import serve_main
 
 ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 PROGRAM = [sys.executable, "-m", "phi3_jax.infer.programs.serve_main"]
@@ -70,6 +73,55 @@ class Started:
         self.process.send_signal(number)
         _, log = self.process.communicate(timeout=20)
         return self.process.returncode, log
+
+
+@pytest.fixture
+def parsed():
+    """A function that sets the program's flags as a command line would."""
+    kept = serve_main.flags.FLAGS
+    taken = [holder for holders in serve_main._TOPICS.values() for holder in holders]
+
+    def parse(*args):
+        for holder in taken:
+            kept[holder.name].unparse()
+        kept(["phi3-serve", *args])
+
+    yield parse
+    parse()
+
+
+def test_only_who_says_insecure_twice_lets_everyone_in(parsed, monkeypatch):
+    monkeypatch.delenv("PHI3_API_KEYS", raising=False)
+    parsed("--host=0.0.0.0", "--insecure", "--insecure")
+    assert serve_main._access().hosts is None
+    for said in (["--insecure"], ["--noinsecure"] * 2, ["--insecure", "--noinsecure"], ["--insecure=false"] * 2, []):
+        parsed("--host=0.0.0.0", *said)
+        with pytest.raises(ValueError, match="--insecure --insecure"):
+            serve_main._access()
+
+
+def test_names_and_origins_are_those_that_requests_have(parsed):
+    parsed("--allow_host=AI.example.com", "--allow_host=[FE80::1]", "--cors=http://[::1]:8080", "--cors=*")
+    access = serve_main._access()
+    assert (access.hosts, access.origins) == (["ai.example.com", "fe80::1"], ["http://[::1]:8080", "*"])
+    for wrong in (
+        "--cors=https://example.com/", "--cors=https://Example.com", "--cors=example.com", "--cors=https://",
+        "--cors=https://a@example.com", "--allow_host=a:80", "--allow_host=http://a", "--allow_host=",
+    ):  # fmt: skip
+        parsed(wrong)
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            serve_main._access()
+
+
+def test_the_guide_has_the_flags_with_their_defaults(parsed):
+    parsed()
+    known = serve_main.flags.FLAGS
+    text = (Path(serve_main.__file__).parents[1] / "serving/README.md").read_text()
+    found = re.findall(r"^\| `--(\w+) (\w+)`", text, re.MULTILINE) + re.findall(r"`--(\w+) (\w+)` of the answer", text)
+    assert len(found) == 10
+    for name, value in found:
+        default = 4096 if name == "max_new_tokens" else known[name].default  # `run` sets that one
+        assert value == (f"{default:g}" if isinstance(default, float) else str(default)), name
 
 
 @pytest.mark.slow

@@ -277,6 +277,26 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         GrammarMasks(tokenizer, [Grammar.choice(["a"])], [1], 97)
 
 
+def test_a_grammar_is_compiled_once_and_every_answer_begins_at_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    original = llguidance.LLMatcher
+    monkeypatch.setattr(llguidance, "LLMatcher", lambda *args, **more: compiled.append(1) or original(*args, **more))
+    tokenizer = small_byte_level(tmp_path)
+    a, b = tokenizer.encode("ab")
+    for _ in range(3):
+        masks = GrammarMasks(tokenizer, [Grammar.choice(["ab"])], [1], 300)
+        assert [masks.masks()[0, token // 32] >> (token % 32) & 1 for token in (a, b)] == [1, 0]
+        masks.push(0, a)
+        masks.push(0, b)
+        assert masks.is_complete(0)
+    assert len(compiled) == 1
+    for word in [*"cdefghijklmnopqrs", "ab"]:  # so many are not kept
+        GrammarMasks(tokenizer, [Grammar.choice([word])], [1], 300)
+    assert len(compiled) == 19
+
+
 def test_the_vocabulary_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     original = llguidance.LLTokenizer

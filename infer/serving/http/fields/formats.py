@@ -11,18 +11,25 @@ from .values import Fields, attempt, kind
 
 _OURS = "structured_outputs"
 LONGEST_PATTERN, MOST_OPTIONS = 1 << 14, 1024
-LONGEST_SCHEMA = 1 << 18  # characters of a schema, or of all tools together
+LONGEST_OPTIONS = 1 << 16  # characters of all options together, of which each takes 150 bytes
+LONGEST_SCHEMA = 1 << 17  # characters of a schema, or of all tools together
 MOST_SCHEMA_DEPTH = 64
+MOST_PROPERTIES = 1024  # of an object; llguidance takes time in proportion to the square of those that may be missing
 
 
 def check_schema(schema: Any, name: str) -> None:
-    """Raises ApiError for a JSON schema that is too large or too deep to be turned into a grammar."""
+    """Raises ApiError for a JSON schema that takes long to become a grammar, or writes into the log."""
     if not isinstance(schema, dict):
         raise invalid(f"{name} is a {kind(schema)}, not an object", name, "invalid_type")
     if len(json.dumps(schema)) > LONGEST_SCHEMA:
         raise invalid(f"{name} has more than {LONGEST_SCHEMA} characters; make it smaller", name)
+    options = schema.get("x-guidance")
+    if isinstance(options, dict) and options.get("lenient"):  # each thing that is not understood would be a warning
+        raise invalid(f"{name} is lenient, which is not for requests: leave out what is not supported", name)
     level: list[Any] = [schema]
     for _ in range(MOST_SCHEMA_DEPTH):
+        if (most := max((len(each) for each in level if isinstance(each, dict)), default=0)) > MOST_PROPERTIES:
+            raise invalid(f"{name} has an object with {most} entries, more than {MOST_PROPERTIES}", name)
         parts = [each.values() if isinstance(each, dict) else each for each in level]
         level = [each for part in parts for each in part if isinstance(each, dict | list)]
     if level:
@@ -68,6 +75,8 @@ def _read_structured_outputs(fields: Fields) -> Grammar | None:
     if (options := form.items("choice", MOST_OPTIONS)) is not None:
         if not options or not all(isinstance(option, str) for option in options):
             raise form.wrong("choice", "a list of texts")
+        if sum(map(len, options)) > LONGEST_OPTIONS:
+            raise invalid(f"{_OURS}.choice has more than {LONGEST_OPTIONS} characters", form.name("choice"))
         found.append(attempt(lambda: Grammar.choice(options), form.name("choice")))
     if (schema := form.get("json")) is not None:
         check_schema(schema, form.name("json"))

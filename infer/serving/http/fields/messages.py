@@ -57,9 +57,8 @@ def _read_message(fields: Fields) -> dict[str, Any]:
         place = fields.name("tool_calls")
         message["tool_calls"] = [_read_call(Fields(call, f"{place}[{i}]")) for i, call in enumerate(calls)]
     content = fields.get("content")
-    if isinstance(content, list):
-        place = fields.name("content")
-        content = "".join(_read_part(Fields(part, f"{place}[{i}]")) for i, part in enumerate(content))
+    if (parts := fields.parts("content")) is not None:
+        content = "".join(map(_read_part, parts))
     elif content is not None and not isinstance(content, str):
         raise fields.wrong("content", "a text, or a list of parts")
     if content is None and not calls and role != "assistant":

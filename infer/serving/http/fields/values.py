@@ -20,6 +20,7 @@ from ..errors import ApiError, invalid
 T = TypeVar("T")
 
 _AT_ONCE = 1 << 16  # bytes of JSON that are read in less than a millisecond
+MOST_PARTS = 4096  # of a message's content
 # What clients send along, and changes no answer.
 IGNORED = (
     "user",
@@ -173,6 +174,15 @@ class Fields:
             raise invalid(f"{name} has {len(value)} entries, more than {most}", name)
         return value
 
+    def parts(self, key: str) -> list[Fields] | None:
+        """The objects of a list; None for what is no list."""
+        value = self.get(key)
+        if not isinstance(value, list):
+            return None
+        return [
+            Fields(each, f"{self.name(key)}[{index}]") for index, each in enumerate(self.items(key, MOST_PARTS) or [])
+        ]
+
     def inner(self, key: str) -> Fields | None:
         """The fields of an object in this one."""
         value = self.get(key)
@@ -189,9 +199,9 @@ class Fields:
 
     def refuse_others(self, ignored: Collection[str] = ()) -> None:
         """Raises ApiError if there is a field that nobody has read: it could be a typing error."""
-        unknown = sorted(key for key in self._unread.difference(ignored) if self._values[key] is not None)
-        if unknown:
-            name = self.name(unknown[0][:80])
+        unknown = (key for key in self._unread.difference(ignored) if self._values[key] is not None)
+        if (first := min(unknown, default=None)) is not None:
+            name = self.name(first[:80])
             raise invalid(f"there is no field {shown(name)}", name, "unknown_parameter")
 
 

@@ -1,6 +1,7 @@
 """One connection: uvicorn's protocol, with limits that it does not have.
 
-A client that writes its headers byte by byte (slow-loris), or that does not read what it asked for, is dropped.
+A client that writes its headers byte by byte (slow-loris), or a body that nobody wants, or that does not read what it
+asked for, is dropped. Every connection that waits for its client has a timer.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ApiError, unavailable
 from .limits import Limits
+from .logs import LOG
 
 # Bytes that the system keeps for a client that does not read. Else it would take megabytes, which are whole answers.
 _SEND_BUFFER = 1 << 16
+# Bytes that a client has to read in `write_seconds`, or all that there are.
+_LEAST_READ = 1 << 14
 
 
 class Connection(H11Protocol):
@@ -36,6 +40,7 @@ class Connection(H11Protocol):
         if connected is not None:
             with contextlib.suppress(OSError):
                 connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        transport.set_write_buffer_limits(0)  # `pause_writing` hears of every byte that waits for the client
         if len(self.connections) > self._limits.connections:
             self._refuse(unavailable("the server has too many connections"))
         else:
@@ -52,16 +57,36 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:  # still in the middle of the headers
+        if self.conn.their_state is h11.IDLE or self._is_answered():  # still in the middle of the headers
             self._begin_headers()
         else:
             self._end_headers()
+
+    def on_response_complete(self) -> None:
+        """It has its answer."""
+        super().on_response_complete()
+        if self._is_answered():
+            self._begin_headers()
+
+    def _is_answered(self) -> bool:
+        """Whether it goes on with a body that nobody reads, for its headers were refused."""
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
     def pause_writing(self) -> None:
         """It does not read."""
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self._limits.write_seconds, self.transport.abort)
+            self._watch_writing()
+
+    def _watch_writing(self) -> None:
+        left = self.transport.get_write_buffer_size() - _LEAST_READ
+        self._write_timer = self.loop.call_later(self._limits.write_seconds, self._end_writing, left)
+
+    def _end_writing(self, left: int) -> None:
+        if self.transport.get_write_buffer_size() > left:
+            self.transport.abort()
+        else:  # it reads, if slowly
+            self._watch_writing()
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -91,7 +116,8 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """A whole response without the app, and the end."""
+        """A whole response without the app, and the end; it has a line in the log, if a short one."""
+        LOG.info("request", extra={"facts": {"status": error.status, "message": error.message}})
         body = error.as_bytes()
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         headers |= error.headers

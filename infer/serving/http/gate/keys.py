@@ -50,20 +50,23 @@ class Keys:
 
 
 def read_keys(path: str | None) -> Keys:
-    """The keys of a file, one a line, `#` before comments, and of the environment, with white space between.
+    """The keys of a file, one a line, `#` before comments, and of the environment, with white space or commas between.
 
-    Raises OSError and ValueError, with the file's name.
+    Raises OSError and ValueError, with the name of the file or the variable: also if one is there and holds no key, for
+    whoever made it does not want a server without keys.
     """
     lines = [] if path is None else read_text(Path(path)).splitlines()
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if path is not None and not keys:
         raise ValueError(f"{path}: holds no API key; write one a line")
+    more = [key for key in re.split(r"[\s,]+", os.environ.get(VARIABLE, "")) if key]
+    if VARIABLE in os.environ and not more:
+        raise ValueError(f"{VARIABLE} is set, but holds no API key: put one there, or unset it")
     try:
-        return Keys(
-            [*keys, *re.split(r"[\s,]+", os.environ.get(VARIABLE, "").strip())] if VARIABLE in os.environ else keys
-        )
+        return Keys([*keys, *more])
     except ValueError as error:
-        raise ValueError(f"{path or VARIABLE}: {error}") from None
+        places = [place for place, found in ((path, keys), (VARIABLE, more)) if found]
+        raise ValueError(f"{' and '.join(map(str, places))}: {error}") from None
 
 
 def _digest(key: str) -> bytes:

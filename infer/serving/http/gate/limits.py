@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError
-from .logs import LOG, note
+from .logs import LOG, note, request_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +69,28 @@ class Errors:
             await send(message)
 
         try:
+            _require_one_length(scope)
             await self._app(scope, receive, watched)
         except ApiError as error:
             if started:
                 raise
             await send_error(error, send)
         except Exception as error:
-            LOG.exception("an endpoint failed: %s", type(error).__name__)
+            LOG.exception("an endpoint failed: %s", type(error).__name__, extra={"facts": {"id": request_id(scope)}})
             if started:
                 raise  # the connection is closed, so that nobody takes the answer for complete
             await send_error(ApiError(500, "the server made a mistake; its log says more"), send)
+
+
+def _require_one_length(scope: Scope) -> None:
+    """Raises ApiError (400), and ends the connection, where a body is said to end in two places.
+
+    A proxy in front may believe the other one, and take the rest of the body for another client's request.
+    """
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers and "content-length" in headers:
+        told = "the request has a Content-Length and a Transfer-Encoding; send one of them"
+        raise ApiError(400, told, code="invalid_http", headers={"connection": "close"})
 
 
 async def send_error(error: ApiError, send: Send) -> None:
@@ -125,7 +137,7 @@ class Origins:
 def host_name(host: str) -> str:
     """The name in a Host header, without its port."""
     if host.startswith("["):  # an address of IPv6
-        return host[1:].partition("]")[0]
+        return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
 
 

@@ -83,7 +83,7 @@ class Logged:
         finally:
             facts = dict(scope[_FACTS])
             gone = facts.pop("gone", False) or status is None
-            facts = {"id": facts.pop("id"), "method": scope["method"], "path": scope["path"][:200]} | {
+            facts = {"id": facts.pop("id"), "method": scope["method"][:20], "path": scope["path"][:200]} | {
                 "status": 499 if gone else status,  # nginx's number for clients that leave
                 "first_byte": None if first is None else round(first, 4),
                 "seconds": round(time.perf_counter() - begin, 4),

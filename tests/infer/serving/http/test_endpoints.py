@@ -1,15 +1,20 @@
 """Responses, embeddings, ollama's protocol, metrics and the OpenAPI description, on a tiny model."""
 
 import base64
+import dataclasses
 import json
+import logging
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from anyio.from_thread import start_blocking_portal
 from chats import small_chat
+from servers import wait_until
 from starlette.testclient import TestClient
 
 import phi3_jax
@@ -42,8 +47,10 @@ def service(small: phi3_jax.Checkpoint) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def client(service: Service) -> TestClient:
-    return TestClient(make_app(service), base_url="http://localhost")
+def client(service: Service) -> Iterator[TestClient]:
+    it = TestClient(make_app(service), base_url="http://localhost")
+    with start_blocking_portal() as it.portal:  # one event loop for all requests
+        yield it
 
 
 def answer(small: phi3_jax.Checkpoint, prompt: str | list[int], most: int) -> Generation:
@@ -94,7 +101,7 @@ def test_messages_with_parts_and_instructions_are_the_same_conversation(client, 
     assert told["output"][0]["content"][0]["text"] == answer(small, ids, 4).text
     # The tiny model's template drops system messages, unless they have a word that it refuses.
     wrong = client.post("/v1/responses", json={"input": "a", "instructions": "forbidden"})
-    assert (wrong.status_code, "not a word" in wrong.text) == (400, True)
+    assert (wrong.status_code, "not a word" in wrong.text, wrong.json()["error"]["param"]) == (400, True, "input")
 
 
 @pytest.mark.slow
@@ -204,8 +211,40 @@ def test_embeddings_that_make_no_sense_are_refused(client):
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), fields
 
 
+def test_what_users_ask_is_in_the_log_only_if_it_shall_be(client, service, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "phi3_jax.serving")
+    for wanted in (False, True):
+        monkeypatch.setattr(service, "log_prompts", wanted)
+        client.post("/v1/embeddings", json={"input": ["secret"]})
+        assert ("secret" in str(caplog.records[-1].facts)) == wanted
+
+
+def test_embeddings_have_as_long_as_answers(client, service, monkeypatch):
+    turn = service.engine.turn
+    monkeypatch.setattr(service.engine, "turn", lambda: time.sleep(0.05) or turn())
+    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, request_seconds=0.1))
+    response = client.post("/v1/embeddings", json={"input": ["hello"] * 100})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+    wait_until(lambda: service.engine.statistics.embedding == 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "said"),
+    [
+        ("generate", {}, {"response": ""}),
+        ("generate", {"prompt": "", "system": "Be brief", "raw": True}, {"response": ""}),
+        ("chat", {"messages": []}, {"message": {"role": "assistant", "content": ""}}),
+    ],
+)
+def test_ollamas_clients_may_ask_for_the_model_alone(client, path, fields, said):
+    told = client.post(f"/api/{path}", json={"model": "small", **fields}).json()
+    assert told | said | {"model": "small", "done": True, "done_reason": "load"} == told
+    assert client.post(f"/api/{path}", json={"model": "other", **fields}).status_code == 404
+
+
 @pytest.mark.slow
-def test_ollama_streams_lines_and_answers_at_once(client, small):
+def test_ollama_streams_lines_and_answers_at_once(client, small, service, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "phi3_jax.serving")
     said = answer(small, "hello", 6).text
     chat = {"model": "small:latest", "messages": [{"role": "user", "content": "hello"}], "options": {"num_predict": 6}}
     response = client.post("/api/chat", json=chat)
@@ -221,6 +260,18 @@ def test_ollama_streams_lines_and_answers_at_once(client, small):
     expected = answer(small, small.tokenizer.encode("hello"), 6).text
     assert raw["response"] == expected != said
     assert [each["name"] for each in client.get("/api/tags").json()["models"]] == ["small"]
+    assert service.log_prompts is False
+    facts = [record.facts for record in caplog.records if getattr(record, "facts", {}).get("path") == "/api/chat"]
+    assert {name: facts[-1][name] for name in ("model", "prompt_tokens", "completion_tokens", "finish")} == {
+        "model": "small:latest",
+        "prompt_tokens": 8,
+        "completion_tokens": 6,
+        "finish": "length",
+    }
+    assert "prompts" not in facts[-1]
+    monkeypatch.setattr(service, "log_prompts", True)
+    client.post("/api/generate", json=body)
+    assert caplog.records[-1].facts["prompts"] == ([{"role": "user", "content": "hello"}],)
     wrong = client.post("/api/chat", json=chat | {"model": "other"})
     assert (wrong.status_code, "there is no model 'other'" in wrong.json()["error"]) == (404, True)
 

@@ -25,7 +25,7 @@ from phi3_jax.infer.serving.http.gate.limits import Bodies, is_loopback
 from phi3_jax.infer.serving.http.gate.logs import JsonLines
 from phi3_jax.infer.serving.http.gate.server import Server, address, listen
 from phi3_jax.infer.serving.http.service import Service
-from phi3_jax.infer.serving.http.streams import EventStream, event
+from phi3_jax.infer.serving.http.streams import EventStream, event, listing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -66,6 +66,7 @@ def guarded(service):
         yield it
 
 
+SMALL = 165_000  # more than systems keep
 CLIENT = httpx.Client(verify=False)  # making one takes longer than what is asked
 
 
@@ -117,7 +118,7 @@ def test_a_request_has_the_name_that_its_client_gives_if_it_is_one(url):
 def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     path.write_text(f"# for tests\n\n  {ONE}\n")
-    monkeypatch.setenv("PHI3_API_KEYS", f"{TWO}, third-key-0123456789")
+    monkeypatch.setenv("PHI3_API_KEYS", f"{TWO}, third-key-0123456789,")
     keys = read_keys(str(path))
     found = [keys.number_of(key) for key in (ONE, TWO, "third-key-0123456789", "# for tests", "")]
     assert found == [1, 2, 3, None, None]
@@ -125,6 +126,12 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="PHI3_API_KEYS: API key 1 must have") as raised:
         read_keys(None)
     assert "tooshort" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"keys and PHI3_API_KEYS: API key 2 must have"):
+        read_keys(str(path))
+    for nothing in ("", " , "):
+        monkeypatch.setenv("PHI3_API_KEYS", nothing)
+        with pytest.raises(ValueError, match="PHI3_API_KEYS is set, but holds no API key"):
+            read_keys(None)
     monkeypatch.delenv("PHI3_API_KEYS")
     assert not read_keys(None)
     path.write_text("# none\n")
@@ -148,7 +155,8 @@ def test_pages_of_other_sites_are_refused(url, guarded):
     ]
     assert [status(url, Origin=origin) for origin in origins] == [200, 403, 403, 403, 403, 403]
     assert status(url, method="OPTIONS", Origin="https://good.example") == 403
-    asked = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
+    wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # by OpenAI's client in a browser
+    asked = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": wanted}
     for origin, wanted in (("https://good.example", 200), ("https://evil.example", 400)):
         assert status(guarded, method="OPTIONS", Origin=origin, **asked) == wanted
     headers = {"Origin": "https://good.example", "Authorization": f"Bearer {ONE}"}
@@ -187,6 +195,8 @@ def test_a_server_that_warms_up_says_when_to_come_again(url):
         (b"\x16\x03\x01\x02\x00\x01\x00", 400),
         (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+         + b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     ],
 )  # fmt: skip
 def test_requests_that_are_late_or_large_or_none_are_told_so(url, data, wanted):
@@ -195,7 +205,8 @@ def test_requests_that_are_late_or_large_or_none_are_told_so(url, data, wanted):
     assert json.loads(found.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
-def test_connections_that_say_nothing_are_closed_and_too_many_are_refused(url):
+def test_connections_that_say_nothing_are_closed_and_too_many_are_refused(url, caplog):
+    caplog.set_level(logging.INFO, "phi3_jax.serving")
     begin = time.monotonic()
     assert talk(url, b"") == b""
     assert 0.1 < time.monotonic() - begin < 1.5
@@ -206,6 +217,7 @@ def test_connections_that_say_nothing_are_closed_and_too_many_are_refused(url):
             stack.enter_context(socket.create_connection((host, int(port))))
         time.sleep(0.02)
         assert talk(url, b"").startswith(b"HTTP/1.1 503")
+        assert 503 in [record.facts["status"] for record in caplog.records]
     wait_until(lambda: status(url, "/health") == 200)
 
 
@@ -241,6 +253,52 @@ def test_a_client_that_does_not_read_is_dropped():
             wait_until(lambda: closed, 5)
 
 
+def test_a_client_that_does_not_read_the_end_is_dropped_and_one_that_reads_slowly_is_not():
+    """Of the first, less is left than what makes a server wait before it goes on."""
+
+    def read(url, first_wait, wait):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            connection.connect((host, int(port)))
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            time.sleep(first_wait)
+            found = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1 << 15):
+                    found += len(part)
+                    time.sleep(wait)
+        return found
+
+    for size, waits, is_whole in ((SMALL, (0.5, 0), False), (1 << 19, (0, 0.02), True)):
+
+        async def once(size=size):
+            yield b"x" * size
+
+        with streaming(once) as (url, _):
+            assert (read(url, *waits) > size) == is_whole
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1900\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nX: ",
+    ],
+)
+def test_what_comes_slowly_after_an_answer_is_not_waited_for(guarded, begin):
+    host, port = guarded.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=2) as connection:
+        connection.sendall(begin)
+        assert connection.recv(65536).startswith((b"HTTP/1.1 401", b"HTTP/1.1 200"))
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 2:
+                time.sleep(0.02)
+                connection.sendall(b"x")
+        assert time.monotonic() - started < 1.5
+
+
 def test_a_stream_says_that_it_is_alive_and_what_went_wrong():
     async def slow():
         yield event({"a": "\u2028"}, "first")
@@ -256,3 +314,25 @@ def test_a_stream_says_that_it_is_alive_and_what_went_wrong():
     assert 2 <= len(comments) <= 6
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "it broke"
     assert rest == ""
+
+
+def test_a_long_list_is_written_in_turns_with_others():
+    made, turns = [], []
+
+    async def other():
+        while True:
+            turns.append(len(made))
+            await asyncio.sleep(0)
+
+    async def write():
+        task = asyncio.ensure_future(other())
+        items = ({"index": made.append(i) or i, "text": "é😀"} for i in range(9))
+        response = await listing({"object": "list", "n": 1}, "data", items)
+        task.cancel()
+        return response
+
+    response = asyncio.run(write())
+    assert set(turns) == set(range(1, 10))
+    assert json.loads(response.body)["data"][3] == {"index": 3, "text": "é😀"}
+    assert json.loads(asyncio.run(listing({"n": 1}, "data", [])).body) == {"n": 1, "data": []}
+    assert response.headers["content-type"] == "application/json"

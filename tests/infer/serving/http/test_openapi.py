@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from anyio.from_thread import start_blocking_portal
 from chats import small_chat
 from starlette.testclient import TestClient
 
@@ -38,8 +39,10 @@ def service(tiny: phi3_jax.Checkpoint, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def client(service: Service) -> TestClient:
-    return TestClient(make_app(service), base_url="http://localhost")
+def client(service: Service) -> Iterator[TestClient]:
+    it = TestClient(make_app(service), base_url="http://localhost")
+    with start_blocking_portal() as it.portal:  # one event loop for all requests
+        yield it
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,13 @@ def test_streamed_completions_say_the_same(client):
         assert offsets == choice["logprobs"]["text_offset"]
 
 
+def test_tokens_that_were_known_are_those_of_all_prompts_each_counted_once(client):
+    fields = {"prompt": ["known one " * 4, "another is known " * 3], "n": 2, "max_tokens": 1}
+    for known in (0, 32 + 48):  # whole pieces of 16, without the last token
+        reply = ask(client, "/v1/completions", **fields)
+        assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": known}
+
+
 def test_the_best_of_several_comes_back(service, client):
     fields = {"prompt": "Hello", "max_tokens": 6, "temperature": 1, "seed": 4}
     found = ask(client, "/v1/completions", best_of=4, **fields)

@@ -201,7 +201,16 @@ def test_long_hostile_answers_take_time_in_proportion_and_make_no_deep_tree(page
     inside = "*a " * 20000 + "b* " * 20000
     rising = "".join("`" * i + "a" for i in range(1, 450))
     stairs = "".join("  " * i + "- a\n" for i in range(310))
-    cases = [*PARTS, inside, rising, stairs, "`" * 50000 + "\n" + "a\n" * 25000, " " * 50000 + "- a\n" + "a\n" * 25000]
+    cases = [
+        *PARTS,
+        "~" * 100_000 + "`",
+        "[a](" + " " * 100_000,
+        inside,
+        rising,
+        stairs,
+        "`" * 50000 + "\n" + "a\n" * 25000,
+        " " * 50000 + "- a\n" + "a\n" * 25000,
+    ]
     found = page.run(LONG.replace("PARTS", json.dumps(cases)))
     assert len(found) == len(cases)
     for part, (seconds, depth) in found.items():
