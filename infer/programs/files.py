@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -120,8 +121,8 @@ def answer_file(input_: Path, output: Path) -> int:
     for request in requests:
         _check_request(request, plan.defaults, f"{input_}:{request.line}")
     checkpoint = common.load_checkpoint()
-    prompts = [
-        plan.defaults.prompt_of(request, checkpoint, f"{input_}:{request.line}")
+    prompts = [  # a list of numbers would take nine times the memory
+        array("i", plan.defaults.prompt_of(request, checkpoint, f"{input_}:{request.line}"))
         for request in requests
         if isinstance(request, Request)
     ]
@@ -178,7 +179,7 @@ def _answers(
     checkpoint: phi3_jax.Checkpoint,
     plan: Plan,
     requests: Sequence[Request] | Sequence[ApiRequest],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Sequence[int]],
     missing: Sequence[int],
 ) -> _Indexed:
     """The output fields of the missing answers, as they end, with their indices."""
@@ -197,12 +198,13 @@ def _answers(
         return answer_lines(checkpoint, engine(lengths, MOST_CHOICES), theirs, defaults.seconds)
     if BEAMS.value > 1:
         return _searched(checkpoint, [(index, prompts[index], defaults.limit_of(request)) for index, request in ours])
-    jobs = [((index, request), defaults.job_of(request, prompts[index])) for index, request in ours]
-    results = answer_all(engine([(len(job.prompt), job.max_new_tokens) for _, job in jobs]), jobs)
+    lengths = [(len(prompts[index]), defaults.limit_of(request)) for index, request in ours]
+    jobs = (((index, request), defaults.job_of(request, prompts[index])) for index, request in ours)
+    results = answer_all(engine(lengths), jobs)
     return ((index, defaults.answer_to(request, result, checkpoint)) for (index, request), result in results)
 
 
-def _searched(checkpoint: phi3_jax.Checkpoint, prompts: Sequence[tuple[int, list[int], int]]) -> _Indexed:
+def _searched(checkpoint: phi3_jax.Checkpoint, prompts: Sequence[tuple[int, Sequence[int], int]]) -> _Indexed:
     """The same by beam search, in batches, of indices, prompts and limits."""
     options = dataclasses.replace(common.options(checkpoint), logprobs=LOGPROBS.value, echo=ECHO.value)
     for begin in range(0, len(prompts), BATCH_SIZE.value):
@@ -252,7 +254,7 @@ def _settings() -> dict[str, object]:
 
 
 def search(
-    checkpoint: phi3_jax.Checkpoint, prompts: Sequence[list[int]], limits: Sequence[int], options: Options
+    checkpoint: phi3_jax.Checkpoint, prompts: Sequence[Sequence[int]], limits: Sequence[int], options: Options
 ) -> list[dict[str, Any]]:
     """What --beams finds for prompts: the fields of the best answer to each."""
     found = beam_search(checkpoint, prompts, limits, BEAMS.value, length_penalty=LENGTH_PENALTY.value, options=options)

@@ -11,7 +11,7 @@ from phi3_jax.text import call_schema, encode_chat, parse_tool_calls
 
 from ...answer import Generation
 from ...prompts import check_prompt
-from ...sampling import Grammar, SamplingArrays, TokenLogprob
+from ...sampling import Grammar, TokenLogprob
 from ..engine import Job
 from .requests import Request
 
@@ -85,9 +85,10 @@ class Defaults:
             else:
                 text = request.prompt or ""
                 ids = tokenizer.encode(text, parse_special=self.parse_special, add_eos=False, most=most)
-            SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if outside := request.sampling.tokens_outside(vocabulary := checkpoint.config.vocab_size):
+            raise ValueError(f"{name}: it names tokens {outside[:5]} outside of the vocabulary of {vocabulary}")
         check_prompt(checkpoint, ids, name)
         return ids
 
