@@ -1,6 +1,5 @@
 """Files of requests through the engine, in both forms: each answer is that of plain generation alone."""
 
-import dataclasses
 import json
 import threading
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from spoiled import with_bytes
 
-import phi3_jax
 from phi3_jax.infer import Options, Sampling, generate
 from phi3_jax.infer.serving.batch import Defaults, answer_all
 from phi3_jax.infer.serving.batch.answering import Shared
@@ -26,9 +24,7 @@ SLOTS, CHUNK = 2, 16
 @pytest.fixture(scope="module")
 def small(tiny, tmp_path_factory):
     """A tiny model that reads and writes bytes."""
-    whole = with_bytes(tiny, tmp_path_factory.mktemp("tokenizer"))
-    config = dataclasses.replace(whole.config, num_hidden_layers=1)
-    return dataclasses.replace(whole, config=config, params=phi3_jax.random_params(config))
+    return with_bytes(tiny, tmp_path_factory.mktemp("tokenizer"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
