@@ -57,6 +57,15 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_worker_that_cannot_load_the_model_is_told_in_one_line(cluster, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}')
+    (tmp_path / "out").mkdir()
+    plan = Plan({"path": str(tmp_path / "absent")}, Defaults(5), Sampling())
+    run = FolderRun(find_inputs(str(tmp_path / "a.jsonl")), tmp_path / "out", plan, {}, lambda *_: None)
+    with pytest.raises(OSError, match=r"\Athe cluster has failed, and the same command goes on: [^\n]*absent[^\n]*\Z"):
+        list(run.answer(cluster[0].address, 1))
+
+
 def test_a_lost_machine_costs_no_answer(cluster, model, tmp_path):
     made, nodes = cluster
     (tmp_path / "in").mkdir()
