@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -279,3 +280,27 @@ def test_a_worker_answers_rows_of_both_forms(small, tmp_path, monkeypatch):
         assert answer["response"]["body"]["choices"][0]["text"] == expected
     assert (fourth["finish_reason"], fourth["token_ids"]) == ("error", [])
     assert "leaves no room for an answer" in fourth["error"]
+
+
+def test_a_worker_answers_blocks_at_the_same_time(small, monkeypatch):
+    """As Ray's threads ask it to; each block is longer than there are slots, and has rows of both forms."""
+    monkeypatch.setattr("phi3_jax.infer.serving.batch.workers.load", lambda path: small)
+    worker = Worker(Plan({"path": "here"}, Defaults(6), Sampling(temperature=0.5), SLOTS, CHUNK))
+
+    def block(begin):
+        theirs = [index % 3 == 0 for index in range(begin, begin + 12)]
+        lines = [
+            api_line("a", prompt="the cat", temperature=0.5, max_tokens=6) if is_theirs else {"prompt": "the cat"}
+            for is_theirs in theirs
+        ]
+        columns = {"file": [0] * 12, "index": list(range(begin, begin + 12)), "line": list(range(12))}
+        return {**columns, "request": list(map(json.dumps, lines)), "is_openai": theirs}
+
+    with ThreadPoolExecutor(2) as pool:
+        answered = list(pool.map(worker, [block(0), block(12)], timeout=60))
+    texts = []
+    for answer in (json.loads(answer) for block in answered for answer in block["answer"]):
+        texts.append(answer["text"] if "text" in answer else answer["response"]["body"]["choices"][0]["text"])
+    prompt = small.tokenizer.encode("the cat")
+    for index in (0, 1, 2, 11, 12, 15, 23):
+        assert texts[index] == alone(small, Job(prompt, 6, Sampling(temperature=0.5, seed=index)))[1]
