@@ -126,6 +126,8 @@ def answer_file(input_: Path, output: Path) -> int:
         for request in requests
         if isinstance(request, Request)
     ]
+    ours = ((f"{input_}:{request.line}", request) for request in requests if isinstance(request, Request))
+    plan.defaults.check_grammars(ours, checkpoint)
     with (
         AnswerFile(output, requests, _settings()) as file,
         tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,

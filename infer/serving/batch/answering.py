@@ -70,13 +70,13 @@ def answer_all(engine: Engine | Shared, jobs: Iterable[tuple[Key, Job]]) -> Iter
     """Answers jobs -> their keys and answers, as they end: not in the order of the jobs.
 
     A job is handed over when the engine has a slot for it, so `Job.seconds` is the time that the answer itself takes.
-    What is under way when the iterator is closed is cancelled.
+    One that the engine refuses has an answer that says why. What is under way when the iterator is closed is cancelled.
 
     Args:
       engine: `Shared` if several threads do this with it.
 
     Raises:
-      ValueError: a job cannot be carried out.
+      RuntimeError: the engine has failed.
     """
     ended: queue.SimpleQueue[_Answer[Key]] = queue.SimpleQueue()
     under_way: set[_Answer[Key]] = set()
@@ -98,9 +98,11 @@ def answer_all(engine: Engine | Shared, jobs: Iterable[tuple[Key, Job]]) -> Iter
                     yield next_ended()
             try:
                 under_way.add(_Answer(key, shared.engine, job, ended))
-            except BaseException:
+            except BaseException as error:
                 shared.give_slot()
-                raise
+                if not isinstance(error, ValueError):
+                    raise
+                yield key, Generation("", [], "error", error=str(error))
         while under_way:
             yield next_ended()
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
@@ -12,6 +12,7 @@ from phi3_jax.text import call_schema, encode_chat, parse_tool_calls
 from ...answer import Generation
 from ...prompts import check_prompt
 from ...sampling import Grammar, TokenLogprob
+from ...sampling.grammar import GrammarMasks
 from ..engine import Job
 from .requests import Request
 
@@ -72,6 +73,18 @@ class Defaults:
         if request.tools is not None and not self.is_chat(request):
             raise ValueError('"tools" are for chats: give "messages", or --chat')
         self.grammar_of(request)
+
+    def check_grammars(self, requests: Iterable[tuple[str, Request]], checkpoint: Checkpoint) -> None:
+        """Raises ValueError, with the request's name, for a grammar that cannot be used with this model."""
+        seen: set[Grammar] = set()
+        for name, request in requests:
+            if (grammar := self.grammar_of(request)) is not None and grammar not in seen:
+                seen.add(grammar)
+                ends, vocabulary = checkpoint.generation.eos_token_ids, checkpoint.config.vocab_size
+                try:
+                    GrammarMasks(require_tokenizer(checkpoint), [grammar], ends, vocabulary)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
 
     def prompt_of(self, request: Request, checkpoint: Checkpoint, name: str) -> list[int]:
         """The token ids of a request. Raises ValueError, with its name, for what this model cannot answer."""

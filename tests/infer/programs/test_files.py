@@ -134,6 +134,18 @@ def test_a_file_in_openais_form(program, small, tmp_path):
         program("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "o"), "--chat", "--temperature", "1")
 
 
+@pytest.mark.filterwarnings("ignore:.*drops tools")
+def test_a_grammar_that_cannot_be_used_is_found_before_anything_runs(program, batch, tmp_path):
+    with pytest.raises(ValueError, match=r"in\.jsonl:1: .*regex"):
+        program(*batch, "--regex", "(")
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}}
+    line = {"messages": QUESTION, "tools": [{"type": "function", "function": function}]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=r"in\.jsonl:1: "):
+        program(*batch, "--tool_choice", "required")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_flags_that_contradict_one_another_are_refused(program, batch, tmp_path):
     with pytest.raises(ValueError, match="give only one of --regex, --tool_choice"):
         program(*batch, "--regex", "a+", "--tool_choice", "required")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from spoiled import with_bytes
 
-from phi3_jax.infer import Options, Sampling, generate
+from phi3_jax.infer import Grammar, Options, Sampling, generate
 from phi3_jax.infer.serving.batch import Defaults, answer_all
 from phi3_jax.infer.serving.batch.answering import Shared
 from phi3_jax.infer.serving.batch.json_lines import open_file
@@ -129,12 +129,15 @@ def test_an_engine_that_has_failed_has_answered_nothing(small, monkeypatch):
         list(answer_all(shared, jobs_of(small, 1)))
 
 
-def test_a_job_that_cannot_be_carried_out_is_an_error(small, engine):
-    bad = Job([], 3)
-    with pytest.raises(ValueError, match="no tokens"):
-        list(answer_all(engine, [*jobs_of(small, 2), (2, bad)]))
-    while engine.turn():
-        pass
+def test_a_job_that_cannot_be_carried_out_costs_no_other_its_answer(small, engine):
+    bad = {7: Job([], 3), 8: Job([5], 3, grammar=Grammar.regex("(")), 9: Job([5], 3, logprobs=9)}
+    answers = dict(answer_all(engine, [*bad.items(), *jobs_of(small, 4)]))
+    assert sorted(answers) == [0, 1, 2, 3, 7, 8, 9]
+    for key, why in ((7, "no tokens"), (8, "regex"), (9, "logprobs=9 must be")):
+        assert (answers[key].text, answers[key].token_ids, answers[key].finish_reason) == ("", [], "error")
+        assert why in answers[key].error
+    for key, job in jobs_of(small, 4):
+        assert answers[key].token_ids == alone(small, job)[0]
     assert (engine.statistics.reading, engine.statistics.writing) == (0, 0)
 
 
