@@ -40,8 +40,10 @@ def find_inputs(pattern: str) -> list[LineFile]:
     if "://" not in pattern:
         files = [open_file(path) for path in sorted(glob.glob(pattern)) if os.path.isfile(path)]
     else:
-        from pyarrow import fs
-
+        try:
+            from pyarrow import fs
+        except ImportError as error:
+            raise ImportError(f"{pattern} needs the extra ray ({error}): pip install 'phi3_jax[ray]'") from None
         place, _, names = pattern.rpartition("/")
         system, folder = fs.FileSystem.from_uri(place)
         found = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
