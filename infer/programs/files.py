@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.command_line.interrupts import settle
+from phi3_jax.command_line.progress import progress_bar
 
 from ..beam import MOST_BEAMS, beam_search
 from ..engine import Options
@@ -121,13 +122,14 @@ def answer_file(input_: Path, output: Path) -> int:
     for request in requests:
         _check_request(request, plan.defaults, f"{input_}:{request.line}")
     checkpoint = common.load_checkpoint()
-    prompts = [  # a list of numbers would take nine times the memory
-        array("i", plan.defaults.prompt_of(request, checkpoint, f"{input_}:{request.line}"))
-        for request in requests
-        if isinstance(request, Request)
-    ]
-    ours = ((f"{input_}:{request.line}", request) for request in requests if isinstance(request, Request))
+    ours = [(f"{input_}:{request.line}", request) for request in requests if isinstance(request, Request)]
     plan.defaults.check_grammars(ours, checkpoint)
+    prompts = []
+    with progress_bar("reading", "line") as on_progress:
+        for name, request in ours:
+            # A list of numbers would take nine times the memory.
+            prompts.append(array("i", plan.defaults.prompt_of(request, checkpoint, name)))
+            on_progress(len(prompts), len(ours))
     with (
         AnswerFile(output, requests, _settings()) as file,
         tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,
