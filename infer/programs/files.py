@@ -97,6 +97,8 @@ def check() -> None:
             raise ValueError(f"--{flag.name} goes into the lines of --output: give --input and --output")
     if RAY.value is not None and (INPUT.value is None or BEAMS.value > 1):
         raise ValueError("--ray is for --input and --output, without beams")
+    if RAY.value == "":
+        raise ValueError("--ray= names no cluster: give its address, auto or local")
     if RAY_ACTORS.value is not None and RAY.value is None:
         raise ValueError("--ray_actors needs --ray")
     if INPUT.value is not None and BEAMS.value == 1:

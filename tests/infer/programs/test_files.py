@@ -149,6 +149,8 @@ def test_a_grammar_that_cannot_be_used_is_found_before_anything_runs(program, ba
 def test_flags_that_contradict_one_another_are_refused(program, batch, tmp_path):
     with pytest.raises(ValueError, match="give only one of --regex, --tool_choice"):
         program(*batch, "--regex", "a+", "--tool_choice", "required")
+    with pytest.raises(ValueError, match="--ray= names no cluster"):
+        program(*batch, "--ray", "")
     assert not list(tmp_path.glob("out*"))
 
 
