@@ -70,6 +70,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Its two paths."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an event that waits for an acknowledgement would count as the engine's time
     engine: Engine
 
     def do_GET(self) -> None:
@@ -108,6 +109,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing."""
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """With room for a crowd that connects at the same time: else some would try again a second later."""
+
+    request_queue_size = 128
+
+
 if __name__ == "__main__":
     Handler.engine = Engine(sys.argv[1], sys.argv[3] == "1")
-    http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+    Server(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

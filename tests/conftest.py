@@ -23,7 +23,6 @@ LONGEST = ("test_train_main.py", "test_signals.py", "test_native.py", "test_pack
 LONGEST += (
     "test_emulator.py",
     "test_readers.py",
-    "test_files.py",
     "test_generate_main.py",
     "test_chat_main.py",
     "test_evaluate.py",

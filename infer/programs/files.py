@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 import phi3_jax
 from phi3_jax.command_line.interrupts import settle
+from phi3_jax.command_line.progress import progress_bar
 
 from ..beam import MOST_BEAMS, beam_search
 from ..engine import Options
@@ -95,6 +97,8 @@ def check() -> None:
             raise ValueError(f"--{flag.name} goes into the lines of --output: give --input and --output")
     if RAY.value is not None and (INPUT.value is None or BEAMS.value > 1):
         raise ValueError("--ray is for --input and --output, without beams")
+    if RAY.value == "":
+        raise ValueError("--ray= names no cluster: give its address, auto or local")
     if RAY_ACTORS.value is not None and RAY.value is None:
         raise ValueError("--ray_actors needs --ray")
     if INPUT.value is not None and BEAMS.value == 1:
@@ -120,11 +124,14 @@ def answer_file(input_: Path, output: Path) -> int:
     for request in requests:
         _check_request(request, plan.defaults, f"{input_}:{request.line}")
     checkpoint = common.load_checkpoint()
-    prompts = [
-        plan.defaults.prompt_of(request, checkpoint, f"{input_}:{request.line}")
-        for request in requests
-        if isinstance(request, Request)
-    ]
+    ours = [(f"{input_}:{request.line}", request) for request in requests if isinstance(request, Request)]
+    plan.defaults.check_grammars(ours, checkpoint)
+    prompts = []
+    with progress_bar("reading", "line") as on_progress:
+        for name, request in ours:
+            # A list of numbers would take nine times the memory.
+            prompts.append(array("i", plan.defaults.prompt_of(request, checkpoint, name)))
+            on_progress(len(prompts), len(ours))
     with (
         AnswerFile(output, requests, _settings()) as file,
         tqdm(total=len(requests), initial=file.done, unit="answer", disable=None) as bar,
@@ -178,7 +185,7 @@ def _answers(
     checkpoint: phi3_jax.Checkpoint,
     plan: Plan,
     requests: Sequence[Request] | Sequence[ApiRequest],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Sequence[int]],
     missing: Sequence[int],
 ) -> _Indexed:
     """The output fields of the missing answers, as they end, with their indices."""
@@ -197,12 +204,13 @@ def _answers(
         return answer_lines(checkpoint, engine(lengths, MOST_CHOICES), theirs, defaults.seconds)
     if BEAMS.value > 1:
         return _searched(checkpoint, [(index, prompts[index], defaults.limit_of(request)) for index, request in ours])
-    jobs = [((index, request), defaults.job_of(request, prompts[index])) for index, request in ours]
-    results = answer_all(engine([(len(job.prompt), job.max_new_tokens) for _, job in jobs]), jobs)
+    lengths = [(len(prompts[index]), defaults.limit_of(request)) for index, request in ours]
+    jobs = (((index, request), defaults.job_of(request, prompts[index])) for index, request in ours)
+    results = answer_all(engine(lengths), jobs)
     return ((index, defaults.answer_to(request, result, checkpoint)) for (index, request), result in results)
 
 
-def _searched(checkpoint: phi3_jax.Checkpoint, prompts: Sequence[tuple[int, list[int], int]]) -> _Indexed:
+def _searched(checkpoint: phi3_jax.Checkpoint, prompts: Sequence[tuple[int, Sequence[int], int]]) -> _Indexed:
     """The same by beam search, in batches, of indices, prompts and limits."""
     options = dataclasses.replace(common.options(checkpoint), logprobs=LOGPROBS.value, echo=ECHO.value)
     for begin in range(0, len(prompts), BATCH_SIZE.value):
@@ -252,7 +260,7 @@ def _settings() -> dict[str, object]:
 
 
 def search(
-    checkpoint: phi3_jax.Checkpoint, prompts: Sequence[list[int]], limits: Sequence[int], options: Options
+    checkpoint: phi3_jax.Checkpoint, prompts: Sequence[Sequence[int]], limits: Sequence[int], options: Options
 ) -> list[dict[str, Any]]:
     """What --beams finds for prompts: the fields of the best answer to each."""
     found = beam_search(checkpoint, prompts, limits, BEAMS.value, length_penalty=LENGTH_PENALTY.value, options=options)

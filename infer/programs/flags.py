@@ -252,10 +252,7 @@ def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:
     Args:
       tools: what may be called, with another --tool_choice than auto.
     """
-    asked = [flag for flag in (JSON_SCHEMA, REGEX, CHOICE) if flag.value]
-    asked += [TOOL_CHOICE] if TOOL_CHOICE.value != "auto" else []
-    if len(asked) > 1:
-        raise ValueError(f"give only one of {', '.join('--' + flag.name for flag in asked)}")
+    _check_grammars()
     if TOOL_CHOICE.value != "auto":
         if not tools:
             raise ValueError(f"--tool_choice={TOOL_CHOICE.value} needs --tools")
@@ -267,9 +264,17 @@ def grammar(tools: Sequence[Any] | None = None) -> Grammar | None:
     return Grammar.choice(CHOICE.value) if CHOICE.value else None
 
 
+def _check_grammars() -> None:
+    asked = [flag for flag in (JSON_SCHEMA, REGEX, CHOICE) if flag.value]
+    asked += [TOOL_CHOICE] if TOOL_CHOICE.value != "auto" else []
+    if len(asked) > 1:
+        raise ValueError(f"give only one of {', '.join('--' + flag.name for flag in asked)}")
+
+
 def check() -> None:
     """Raises ValueError, before a model is loaded, for what none can do."""
     sampling()
+    _check_grammars()
     Options(deadline=DEADLINE.value)
     if GUESSES.value is not None and SPECULATE.value is None:
         raise ValueError("--guesses needs --speculate")

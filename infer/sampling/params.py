@@ -82,6 +82,11 @@ class Sampling:
             check(name, _is_count, "a whole number of at least 0 and below 2**31")
         check("seed", lambda x: _is_count(x, 2**32), "a whole number in [0, 2**32)")
 
+    def tokens_outside(self, vocab_size: int) -> list[int]:
+        """The token ids that are named here and are not in the vocabulary."""
+        named = [*self.logit_bias, *self.banned_tokens, *self.forced_tokens]
+        return [token for token in named if token >= vocab_size]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +137,7 @@ class SamplingArrays:
           biases, listed: powers of two: the least entries E of the arrays for logit_bias, and of those for lists.
         """
         for i, row in enumerate(rows):
-            ids = [*row.logit_bias, *row.banned_tokens, *row.forced_tokens]
-            if outside := [token for token in ids if token >= vocab_size]:
+            if outside := row.tokens_outside(vocab_size):
                 raise ValueError(f"row {i} names tokens {outside[:5]} outside of the vocabulary of {vocab_size}")
 
         def column(name: str, off: float, dtype: Any) -> jax.Array:

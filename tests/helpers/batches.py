@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,18 @@ def run(path: Path, requests: list[Request], settings: Any = SETTINGS, stop_at: 
     with AnswerFile(path, requests, settings) as answers:
         for index in answers.missing[: None if stop_at is None else max(0, stop_at - answers.done)]:
             answers.write(index, answer(index))
+
+
+def write_slowly(source: Path, target: Path, seconds: float, said: Connection) -> None:
+    """Answers all in random order with a pause after each, and says how many are written."""
+    requests = read_requests(source, Sampling())
+    with AnswerFile(target, requests, SETTINGS) as answers:
+        said.send(answers.done)
+        for index in random.sample(answers.missing, len(answers.missing)):
+            rng = random.Random(index)
+            answers.write(index, {"text": rng.choice("aé€😀") * rng.randrange(20_000), "token_ids": [index]})
+            said.send(answers.done)
+            time.sleep(seconds)
 
 
 def expected(requests: list[Request]) -> bytes:

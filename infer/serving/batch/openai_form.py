@@ -13,19 +13,22 @@ import asyncio
 import dataclasses
 import json
 import secrets
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 
 from ..engine import Engine
+from .answering import Shared
 from .json_lines import LineFile, check_id, parse_object, shown
 
 Key = TypeVar("Key")
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 MOST_CHOICES = 128  # answers to one line
 MOST_LOGPROBS = 20
+_NO_DEADLINE = 1e9  # seconds
+_MOMENT = 0.01  # seconds
+_TEMPLATE, _SYSTEM = 2, 256  # a template may indent tools, and begin with a system message of its own
 _LEAST_ROOM = 4096  # tokens of a line without a limit of its own
 
 
@@ -50,6 +53,11 @@ class ApiRequest:
     def fields(self) -> dict[str, Any]:
         """The line, with a seed."""
         return {"custom_id": self.custom_id, "method": "POST", "url": self.url, "body": self.body}
+
+    @property
+    def model(self) -> str:
+        """The name by which it asks for the model."""
+        return self.body.get("model") or "phi3_jax"
 
     @property
     def kept(self) -> Mapping[str, Any]:
@@ -123,34 +131,33 @@ def read_api_request(line: int, raw: bytes, index: int, seed: int) -> ApiRequest
 
 
 def lengths_of(checkpoint: Checkpoint, requests: Iterable[ApiRequest]) -> list[tuple[int, int]]:
-    """For each request at least the tokens of its prompt, as JSON writes it, and the most of its answer."""
+    """For each request about the most tokens that a template can make of what JSON says, and the most of its answer."""
     tokenizer = require_tokenizer(checkpoint)
 
     def limit(body: Mapping[str, Any]) -> int:
         given = body.get("max_completion_tokens") or body.get("max_tokens")
         return given if isinstance(given, int) and given > 0 else 0
 
-    texts = [json.dumps(request.body, ensure_ascii=False) for request in requests]
-    found = [(len(tokenizer.encode(text)), limit(json.loads(text))) for text in texts]
+    texts = ((request.body, json.dumps(request.body, ensure_ascii=False)) for request in requests)
+    found = [(_TEMPLATE * len(tokenizer.encode(text)) + _SYSTEM, limit(body)) for body, text in texts]
     return [(prompt, max(answer, _LEAST_ROOM - prompt)) for prompt, answer in found]
 
 
 def answer_lines(
     checkpoint: Checkpoint,
-    engine: Engine,
+    engine: Engine | Shared,
     requests: Sequence[tuple[Key, ApiRequest]],
     seconds: float | None = None,
-    turns: threading.Lock | None = None,
 ) -> Iterator[tuple[Key, dict[str, Any]]]:
     """Answers requests -> their keys, and what the line of an answer holds beside its custom_id, as they end.
 
     Args:
-      engine: with room in its queue for `MOST_CHOICES` jobs of each of its slots.
+      engine: with room in its queue for `MOST_CHOICES` jobs of each of its slots; `Shared` as in `answer_all`.
       seconds: after which an answer ends as it is.
-      turns: as in `answer_all`.
 
     Raises:
       ImportError: the extra `serve` is not installed.
+      RuntimeError: the engine has failed.
     """
     if not requests:
         return
@@ -162,43 +169,56 @@ def answer_lines(
         raise ImportError(
             f"lines in OpenAI's form need the extra serve ({error}): pip install 'phi3_jax[serve]'"
         ) from None
-    limits = Limits(body_bytes=1 << 30, request_seconds=seconds or 1e9, choices=MOST_CHOICES)
-    model = requests[0][1].body.get("model") or "phi3_jax"
-    service = Service(engine, checkpoint, model, limits=limits, state="ready")
-    session = _Session(make_app(service), engine, iter(requests), turns or threading.Lock())
+    shared = engine if isinstance(engine, Shared) else Shared(engine)
+    longest = _NO_DEADLINE if seconds is None else seconds
+    limits = Limits(body_bytes=1 << 30, request_seconds=longest, choices=MOST_CHOICES)
+    # Those of several files may ask for it by several names.
+    names = {request.model for _, request in requests}
+    apps = {name: make_app(Service(shared.engine, checkpoint, name, limits=limits, state="ready")) for name in names}
+    session = _Session(apps, shared, iter(requests))
     with asyncio.Runner() as runner:
         while (ended := runner.run(session.next_ended())) is not None:
             yield ended
 
 
 class _Session(Generic[Key]):
-    """Requests on their way through the app, as many at a time as the engine has slots."""
+    """Requests on their way through the apps, as many at a time as the engine has slots."""
 
-    def __init__(self, app: Any, engine: Engine, requests: Iterator[tuple[Key, ApiRequest]], turns: threading.Lock):
-        self._app, self._engine, self._requests, self._lock = app, engine, requests, turns
+    def __init__(self, apps: Mapping[str, Any], shared: Shared, requests: Iterator[tuple[Key, ApiRequest]]):
+        self._apps, self._shared, self._requests = apps, shared, requests
         self._under_way: dict[asyncio.Task[dict[str, Any]], Key] = {}
         self._turning: asyncio.Task[None] | None = None
+        self._next = next(requests, None)
 
     async def next_ended(self) -> tuple[Key, dict[str, Any]] | None:
         """The next answer; None after the last one."""
         self._turning = self._turning or asyncio.create_task(self._take_turns())
-        while len(self._under_way) < self._engine.options.slots and (new := next(self._requests, None)):
-            self._under_way[asyncio.create_task(_ask(self._app, new[1]))] = new[0]
-        if not self._under_way:
-            return None
-        done, _ = await asyncio.wait({*self._under_way, self._turning}, return_when=asyncio.FIRST_COMPLETED)
-        if self._turning in done:
-            self._turning.result()  # raises
-        task = next(task for task in self._under_way if task in done)
-        return self._under_way.pop(task), task.result()
+        while True:
+            while self._next is not None and self._shared.take_slot(wait=False):
+                key, request = self._next
+                self._under_way[asyncio.create_task(self._answer(request))] = key
+                self._next = next(self._requests, None)
+            if not self._under_way and self._next is None:
+                return None
+            # Another thread's job may end, too, and leave its slot.
+            moment = None if self._next is None else _MOMENT
+            done, _ = await asyncio.wait(
+                {*self._under_way, self._turning}, timeout=moment, return_when=asyncio.FIRST_COMPLETED
+            )
+            if self._turning in done or self._shared.engine.has_stopped:
+                await self._turning  # raises
+            if (task := next((task for task in self._under_way if task in done), None)) is not None:
+                return self._under_way.pop(task), task.result()
+
+    async def _answer(self, request: ApiRequest) -> dict[str, Any]:
+        try:
+            return await _ask(self._apps[request.model], request)
+        finally:
+            self._shared.give_slot()
 
     async def _take_turns(self) -> None:
-        def turn() -> bool:
-            with self._lock:
-                return self._engine.turn()
-
         while True:
-            if not await asyncio.to_thread(turn):
+            if not await asyncio.to_thread(self._shared.turn):
                 await asyncio.sleep(0.001)
 
 

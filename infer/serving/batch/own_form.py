@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
@@ -11,7 +11,8 @@ from phi3_jax.text import call_schema, encode_chat, parse_tool_calls
 
 from ...answer import Generation
 from ...prompts import check_prompt
-from ...sampling import Grammar, SamplingArrays, TokenLogprob
+from ...sampling import Grammar, TokenLogprob
+from ...sampling.grammar import GrammarMasks
 from ..engine import Job
 from .requests import Request
 
@@ -73,6 +74,18 @@ class Defaults:
             raise ValueError('"tools" are for chats: give "messages", or --chat')
         self.grammar_of(request)
 
+    def check_grammars(self, requests: Iterable[tuple[str, Request]], checkpoint: Checkpoint) -> None:
+        """Raises ValueError, with the request's name, for a grammar that cannot be used with this model."""
+        seen: set[Grammar] = set()
+        for name, request in requests:
+            if (grammar := self.grammar_of(request)) is not None and grammar not in seen:
+                seen.add(grammar)
+                ends, vocabulary = checkpoint.generation.eos_token_ids, checkpoint.config.vocab_size
+                try:
+                    GrammarMasks(require_tokenizer(checkpoint), [grammar], ends, vocabulary)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
     def prompt_of(self, request: Request, checkpoint: Checkpoint, name: str) -> list[int]:
         """The token ids of a request. Raises ValueError, with its name, for what this model cannot answer."""
         tokenizer, most = require_tokenizer(checkpoint), checkpoint.config.max_position_embeddings
@@ -85,9 +98,10 @@ class Defaults:
             else:
                 text = request.prompt or ""
                 ids = tokenizer.encode(text, parse_special=self.parse_special, add_eos=False, most=most)
-            SamplingArrays.of([request.sampling], checkpoint.config.vocab_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if outside := request.sampling.tokens_outside(vocabulary := checkpoint.config.vocab_size):
+            raise ValueError(f"{name}: it names tokens {outside[:5]} outside of the vocabulary of {vocabulary}")
         check_prompt(checkpoint, ids, name)
         return ids
 

@@ -40,8 +40,10 @@ def find_inputs(pattern: str) -> list[LineFile]:
     if "://" not in pattern:
         files = [open_file(path) for path in sorted(glob.glob(pattern)) if os.path.isfile(path)]
     else:
-        from pyarrow import fs
-
+        try:
+            from pyarrow import fs
+        except ImportError as error:
+            raise ImportError(f"{pattern} needs the extra ray ({error}): pip install 'phi3_jax[ray]'") from None
         place, _, names = pattern.rpartition("/")
         system, folder = fs.FileSystem.from_uri(place)
         found = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
@@ -183,6 +185,8 @@ def answers_of(
         resources = ray.cluster_resources()
         device = next((kind for kind in ("GPU", "TPU") if resources.get(kind, 0) >= 1), None)
         machines = sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())
+        if not machines:
+            raise ValueError(f"--ray={address}: no machine of this cluster has a CPU for a worker: add one")
         size = actors or max(1, int(resources[device]) if device else machines)
         needs: dict[str, Any] = {"num_cpus": 1}
         if device is not None:
@@ -221,9 +225,12 @@ def _cluster(address: str) -> Iterator[Any]:
     signal.signal(signal.SIGTERM, before)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, too
     try:
         yield ray
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1].strip()  # before it stands a worker's whole traceback
+        raise OSError(f"the cluster has failed, and the same command goes on: {reason}") from error
     finally:
         if not was_connected:
             ray.shutdown()

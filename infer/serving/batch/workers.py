@@ -13,7 +13,7 @@ from phi3_jax.checkpoint import load
 
 from ...sampling import Sampling
 from ..engine import Engine, EngineOptions
-from .answering import answer_all, room_for
+from .answering import Shared, answer_all, room_for
 from .json_lines import LineFile
 from .openai_form import (
     MOST_CHOICES,
@@ -92,7 +92,7 @@ class Worker:
     def __init__(self, plan: Plan):
         """Loads the model."""
         self._plan, self._checkpoint = plan, load(**plan.load)
-        self._engines: dict[tuple[int, int], tuple[Engine, threading.Lock]] = {}  # by room and choices
+        self._engines: dict[tuple[int, int], Shared] = {}  # by room and choices
         self._lock = threading.Lock()
 
     def __call__(self, block: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -129,21 +129,24 @@ class Worker:
                 yield row, {"text": "", "token_ids": [], "finish_reason": "error", "error": str(error)}
             else:
                 jobs.append(((row, request), defaults.job_of(request, prompt)))
-        engine, turns = self._engine_for([(len(job.prompt), job.max_new_tokens) for _, job in jobs])
-        for (row, request), result in answer_all(engine, jobs, turns):
+        if not jobs:
+            return
+        engine = self._engine_for([(len(job.prompt), job.max_new_tokens) for _, job in jobs])
+        for (row, request), result in answer_all(engine, jobs):
             yield row, defaults.answer_to(request, result, self._checkpoint)
 
     def _answer_theirs(self, requests: Sequence[tuple[int, ApiRequest]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        lengths = lengths_of(self._checkpoint, [request for _, request in requests])
-        engine, turns = self._engine_for(lengths, MOST_CHOICES)
-        return answer_lines(self._checkpoint, engine, requests, self._plan.defaults.seconds, turns)
+        if not requests:
+            return iter(())
+        engine = self._engine_for(lengths_of(self._checkpoint, [request for _, request in requests]), MOST_CHOICES)
+        return answer_lines(self._checkpoint, engine, requests, self._plan.defaults.seconds)
 
-    def _engine_for(self, lengths: Sequence[tuple[int, int]], choices: int = 1) -> tuple[Engine, threading.Lock]:
-        """An engine with room for these jobs, and the lock of its turns."""
+    def _engine_for(self, lengths: Sequence[tuple[int, int]], choices: int = 1) -> Shared:
+        """An engine with room for these jobs."""
         plan = self._plan
         room = room_for(self._checkpoint, plan.slots, lengths, plan.cache_dtype)
         with self._lock:
             if (room, choices) not in self._engines:
                 engine = Engine(self._checkpoint, plan.engine_options(room, choices))
-                self._engines[room, choices] = engine, threading.Lock()
+                self._engines[room, choices] = Shared(engine)
             return self._engines[room, choices]

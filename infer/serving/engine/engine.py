@@ -102,6 +102,11 @@ class Engine:
             self._changed.notify_all()
         return row.ticket
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether nothing more is answered: after `stop`, or because a turn has failed, before any job is told so."""
+        return self._is_stopped
+
     def _check_open(self) -> None:
         if self._is_draining or self._is_stopped:
             raise QueueFull("the server is about to stop")

@@ -13,6 +13,8 @@ from phi3_jax.infer.conversation import Conversation, save_messages
 from phi3_jax.infer.programs import flags
 from phi3_jax.infer.programs.chat_main import Chat
 from phi3_jax.infer.sampling.grammar import GrammarMasks
+from phi3_jax.infer.serving.batch.json_lines import open_file
+from phi3_jax.infer.serving.batch.openai_form import read_api_requests
 from phi3_jax.infer.serving.batch.requests import read_requests
 from phi3_jax.regular_file import read_text
 from phi3_jax.text import call_schema
@@ -48,6 +50,16 @@ _REQUESTS: list[dict[str, Any]] = [
 ]
 
 
+_API_REQUESTS: list[dict[str, Any]] = [
+    {"custom_id": url, "method": "POST", "url": f"/v1/{url}", "body": {"model": "m", **body}}
+    for url, body in (
+        ("chat/completions", {"messages": MESSAGES, "max_tokens": 3, "n": 2, "tools": _TOOLS}),
+        ("completions", {"prompt": ["Hello é", "b"], "temperature": 0.5, "seed": 7, "logit_bias": {"12": 1.5}}),
+        ("embeddings", {"input": "c"}),
+    )
+]
+
+
 def _write_lines(path: Path, lines: list[Any]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -58,6 +70,14 @@ def _make_requests(folder: Path, _: int) -> None:
 
 def _read_requests(folder: Path, _: int) -> Read:
     return {"requests": digest(read_requests(folder / "requests.jsonl", Sampling()))}
+
+
+def _make_api_requests(folder: Path, _: int) -> None:
+    _write_lines(folder / "requests.jsonl", _API_REQUESTS)
+
+
+def _read_api_requests(folder: Path, _: int) -> Read:
+    return {"requests": digest(read_api_requests(open_file(folder / "requests.jsonl"), 0))}
 
 
 def _make_answers(folder: Path, _: int) -> None:
@@ -140,6 +160,7 @@ def _read_settings(folder: Path, _: int) -> Read:
 
 READERS = {
     "requests": Reader(_make_requests, _read_requests, lines=12),
+    "openai requests": Reader(_make_api_requests, _read_api_requests, lines=12),
     "answers": Reader(_make_answers, _read_answers, files={"*.partial": 1}),
     "conversation": Reader(_make_conversation, _read_conversation, cost=2),
     "tools": Reader(_make_tools, _read_tools, names=("",)),

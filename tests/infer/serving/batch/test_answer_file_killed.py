@@ -4,11 +4,11 @@ import contextlib
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +24,7 @@ from batches import (
     prompts,
     run,
     small_disk,
+    write_slowly,
 )
 
 from phi3_jax.infer.serving.batch.answer_file import AnswerFile
@@ -36,31 +37,29 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out" / "answers.jsonl"
 
 
-# Says what it has written after each answer, so that the parent knows what has to survive.
-WRITER = """
-import random, sys, time
-from phi3_jax.infer.serving.batch.answer_file import AnswerFile
-from phi3_jax.infer.serving.batch.requests import read_requests
-from phi3_jax.infer import Sampling
-requests = read_requests(sys.argv[1], Sampling())
-with AnswerFile(sys.argv[2], requests, {"seconds": sys.argv[3]}) as answers:
-    print(answers.done, flush=True)
-    for index in random.sample(answers.missing, len(answers.missing)):
-        rng = random.Random(index)
-        answers.write(index, {"text": rng.choice("aé€😀") * rng.randrange(20_000), "token_ids": [index]})
-        print(answers.done, flush=True)
-        time.sleep(float(sys.argv[3]))
-"""
-
-
 @contextlib.contextmanager
-def writer(source: Path, target: Path, seconds: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", WRITER, str(source), str(target), seconds]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def writer(source: Path, target: Path, seconds: float) -> Iterator[tuple[Any, Any]]:
+    """A process that runs `write_slowly`, and where it says what it has written; what it imports, it finds imported."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["phi3_jax.infer.serving.batch.requests"])
+    reading, writing = forks.Pipe(duplex=False)
+    process = forks.Process(target=write_slowly, args=(source, target, seconds, writing))
+    process.start()
+    writing.close()
+    with reading:
         try:
-            yield process
+            yield process, reading
         finally:
             process.kill()
+            process.join()
+
+
+def rest(reading: Any) -> list[int]:
+    said = []
+    with contextlib.suppress(EOFError):
+        while True:
+            said.append(reading.recv())
+    return said
 
 
 @pytest.mark.slow
@@ -71,22 +70,22 @@ def test_kills_at_random_moments(tmp_path: Path, out: Path) -> None:
     rng = random.Random(3)
     done = 0
     for _ in range(kills):
-        with writer(source, out, "0.002") as process:
-            assert process.stdout is not None
-            assert int(process.stdout.readline()) == done
+        with writer(source, out, 0.002) as (process, reading):
+            assert reading.recv() == done
             time.sleep(rng.uniform(0, longest))
-            process.send_signal(signal.SIGKILL)
-            said = process.stdout.read().split("\n")[:-1]
-        assert process.returncode == -signal.SIGKILL
+            process.kill()
+            said = rest(reading)
+        assert process.exitcode == -signal.SIGKILL
         assert names(out.parent) == {"answers.jsonl.partial"}
         before, done = done, Path(f"{out}.partial").read_bytes().count(b"\n") - 1
         # A write may have happened without a word on it, but not the other way round.
-        assert done - max(map(int, said), default=before) in (0, 1)
+        assert done - max(said, default=before) in (0, 1)
     assert 0 < done < count
     for target in (out, tmp_path / "uninterrupted.jsonl"):
-        with writer(source, target, "0.002") as process:
-            process.communicate()
-        assert process.returncode == 0
+        with writer(source, target, 0.0) as (process, reading):
+            assert rest(reading)[-1] == count
+            process.join()
+        assert process.exitcode == 0
     assert out.read_bytes() == (tmp_path / "uninterrupted.jsonl").read_bytes()
     assert out.read_bytes().count(b"\n") == count
     assert names(out.parent) == {"answers.jsonl"}
@@ -94,10 +93,8 @@ def test_kills_at_random_moments(tmp_path: Path, out: Path) -> None:
 
 def test_a_second_process_is_refused_and_a_kill_leaves_no_lock(tmp_path: Path, out: Path) -> None:
     requests = prompts(tmp_path, 5)
-    with writer(tmp_path / "requests.jsonl", out, "1000") as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "0\n"
-        assert process.stdout.readline() == "1\n"
+    with writer(tmp_path / "requests.jsonl", out, 1000) as (process, reading):
+        assert (reading.recv(), reading.recv()) == (0, 1)
         before = Path(f"{out}.partial").read_bytes()
         with pytest.raises(ValueError, match=r"answers\.jsonl\.partial: another process is writing it"):
             AnswerFile(out, requests, SETTINGS)

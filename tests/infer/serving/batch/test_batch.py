@@ -2,16 +2,21 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import numpy as np
 import pytest
 from spoiled import with_bytes
 
-from phi3_jax.infer import Options, Sampling, generate
+from phi3_jax.infer import Grammar, Options, Sampling, generate
 from phi3_jax.infer.serving.batch import Defaults, answer_all
+from phi3_jax.infer.serving.batch.answering import Shared
 from phi3_jax.infer.serving.batch.json_lines import open_file
 from phi3_jax.infer.serving.batch.openai_form import answer_lines, is_openai, read_api_requests
 from phi3_jax.infer.serving.batch.workers import Plan, Worker
 from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job
+from phi3_jax.model import Phi3
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SLOTS, CHUNK = 2, 16
@@ -20,11 +25,15 @@ SLOTS, CHUNK = 2, 16
 @pytest.fixture(scope="module")
 def small(tiny, tmp_path_factory):
     """A tiny model that reads and writes bytes."""
-    return with_bytes(tiny, tmp_path_factory.mktemp("tokenizer"))
+    return with_bytes(tiny, tmp_path_factory.mktemp("tokenizer"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
 def engine(small):
+    return new_engine(small)
+
+
+def new_engine(small):
     return Engine(small, EngineOptions(SLOTS, 64, queue=400, chunk=CHUNK, top_logprobs=2))
 
 
@@ -77,29 +86,58 @@ def test_what_is_under_way_ends_when_nobody_wants_it(small, engine):
     assert engine.statistics.finished["interrupt"] - before == SLOTS - 1
 
 
-def test_threads_share_an_engine(small, engine):
-    turns, found = threading.Lock(), {}
+def test_threads_share_an_engine_and_its_slots(small, engine, monkeypatch):
+    shared, found, waiting = Shared(engine), {}, []
+
+    def turn(real=engine.turn):
+        was_anything = real()
+        waiting.append(engine.statistics.waiting)
+        return was_anything
 
     def answer(begin):
         some = [(key, job) for key, job in jobs_of(small, 12) if key % 2 == begin]
-        found.update(answer_all(engine, some, turns))
+        found.update(answer_all(shared, some))
+
+    monkeypatch.setattr(engine, "turn", turn)
 
     threads = [threading.Thread(target=answer, args=[begin]) for begin in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert set(waiting) == {0}  # a deadline would run meanwhile
     assert {key: each.token_ids for key, each in found.items()} == {
         key: alone(small, job)[0] for key, job in jobs_of(small, 12)
     }
 
 
-def test_a_job_that_cannot_be_carried_out_is_an_error(small, engine):
-    bad = Job([], 3)
-    with pytest.raises(ValueError, match="no tokens"):
-        list(answer_all(engine, [*jobs_of(small, 2), (2, bad)]))
-    while engine.turn():
-        pass
+def test_an_engine_that_has_failed_has_answered_nothing(small, monkeypatch):
+    broken = new_engine(small)
+    shared = Shared(broken)
+    answers = answer_all(shared, [*jobs_of(small, 1), (1, Job([5, 6, 7], 57)), (2, Job([5, 6], 57))])
+    next(answers)
+
+    def fail():
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(broken, "_write", fail)
+    with pytest.raises(MemoryError):  # in the turn of another thread
+        shared.turn()
+    with pytest.raises(RuntimeError, match="the engine has failed"):
+        next(answers)
+    with pytest.raises(RuntimeError, match="the engine has failed"):
+        list(answer_all(shared, jobs_of(small, 1)))
+
+
+def test_a_job_that_cannot_be_carried_out_costs_no_other_its_answer(small, engine):
+    bad = {7: Job([], 3), 8: Job([5], 3, grammar=Grammar.regex("(")), 9: Job([5], 3, logprobs=9)}
+    answers = dict(answer_all(engine, [*bad.items(), *jobs_of(small, 4)]))
+    assert sorted(answers) == [0, 1, 2, 3, 7, 8, 9]
+    for key, why in ((7, "no tokens"), (8, "regex"), (9, "logprobs=9 must be")):
+        assert (answers[key].text, answers[key].token_ids, answers[key].finish_reason) == ("", [], "error")
+        assert why in answers[key].error
+    for key, job in jobs_of(small, 4):
+        assert answers[key].token_ids == alone(small, job)[0]
     assert (engine.statistics.reading, engine.statistics.writing) == (0, 0)
 
 
@@ -156,6 +194,42 @@ def test_lines_in_openais_form_are_answered_as_alone(small, engine, tmp_path):
     assert bodies["several"]["usage"]["completion_tokens"] > 9
 
 
+def test_embeddings_in_openais_form_are_pooled_hidden_states(small, engine, tmp_path):
+    texts, ids = ["the cat sat on the mat", "dog"], small.tokenizer.encode("the other")
+    lines = [
+        {**api_line("texts", "/v1/embeddings"), "body": {"input": texts}},
+        {**api_line("last", "/v1/embeddings"), "body": {"input": ids, "pooling": "last", "seed": 1}},
+        {**api_line("wrong", "/v1/embeddings"), "body": {"input": []}},
+    ]
+    requests = read_api_requests(api_file(tmp_path, *lines), 3)
+    assert "seed" not in requests[0].body
+    answers = dict(answer_lines(small, engine, [(request.custom_id, request) for request in requests]))
+    assert {name: answer["response"]["status_code"] for name, answer in answers.items()} == {
+        "texts": 200,
+        "last": 400,  # nothing is drawn
+        "wrong": 400,
+    }
+    hidden = jax.jit(lambda *args: Phi3(small.config).apply({"params": small.params}, *args, method="hidden")[0])
+    for text, found in zip(texts, answers["texts"]["response"]["body"]["data"], strict=True):
+        tokens = small.tokenizer.encode(text, add_eos=False)
+        vector = np.asarray(hidden(np.array([tokens]), np.arange(len(tokens))[None])[0], np.float64).mean(axis=0)
+        np.testing.assert_allclose(found["embedding"], vector / np.linalg.norm(vector), atol=2e-6)
+
+
+def test_lines_of_a_failed_engine_have_no_answers(small, tmp_path, monkeypatch):
+    broken = new_engine(small)
+
+    def fail():
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(broken, "_write", fail)
+    requests = read_api_requests(api_file(tmp_path, *(api_line(f"{i}", prompt="the cat") for i in range(5))), 0)
+    answered = []
+    with pytest.raises(MemoryError, match="no memory"):
+        answered.extend(answer_lines(small, broken, list(enumerate(requests))))
+    assert answered == []
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -189,6 +263,7 @@ def test_a_worker_answers_rows_of_both_forms(small, tmp_path, monkeypatch):
         (2, 5, {"prompt": "the cat", "max_new_tokens": 3}, False),
         (3, 5, api_line("a", prompt="the cat", temperature=0.5), True),
         (4, 1, {"prompt": "the cat sat on the mat " * 20}, False),
+        (5, 5, api_line("a", prompt="the cat", temperature=0.5, model="of another file"), True),
     ]
     block = {
         "file": [file for file, _, _, _ in rows],
@@ -199,11 +274,36 @@ def test_a_worker_answers_rows_of_both_forms(small, tmp_path, monkeypatch):
     }
     answered = worker(block)
     assert (answered["file"], answered["index"]) == (block["file"], block["index"])
-    first, second, third, fourth = map(json.loads, answered["answer"])
+    first, second, third, fourth, fifth = map(json.loads, answered["answer"])
     prompt = small.tokenizer.encode("the cat")
     assert first["token_ids"] == alone(small, Job(prompt, 6, Sampling(temperature=0.5, seed=11)))[0]
     assert second["token_ids"] == alone(small, Job(prompt, 3, Sampling(temperature=0.5, seed=16)))[0]
     expected = alone(small, Job(prompt, 9, Sampling(temperature=0.5, seed=16)))[1]
-    assert third["response"]["body"]["choices"][0]["text"] == expected
+    for answer in (third, fifth):
+        assert answer["response"]["body"]["choices"][0]["text"] == expected
     assert (fourth["finish_reason"], fourth["token_ids"]) == ("error", [])
     assert "leaves no room for an answer" in fourth["error"]
+
+
+def test_a_worker_answers_blocks_at_the_same_time(small, monkeypatch):
+    """As Ray's threads ask it to; each block is longer than there are slots, and has rows of both forms."""
+    monkeypatch.setattr("phi3_jax.infer.serving.batch.workers.load", lambda path: small)
+    worker = Worker(Plan({"path": "here"}, Defaults(6), Sampling(temperature=0.5), SLOTS, CHUNK))
+
+    def block(begin):
+        theirs = [index % 3 == 0 for index in range(begin, begin + 12)]
+        lines = [
+            api_line("a", prompt="the cat", temperature=0.5, max_tokens=6) if is_theirs else {"prompt": "the cat"}
+            for is_theirs in theirs
+        ]
+        columns = {"file": [0] * 12, "index": list(range(begin, begin + 12)), "line": list(range(12))}
+        return {**columns, "request": list(map(json.dumps, lines)), "is_openai": theirs}
+
+    with ThreadPoolExecutor(2) as pool:
+        answered = list(pool.map(worker, [block(0), block(12)], timeout=60))
+    texts = []
+    for answer in (json.loads(answer) for block in answered for answer in block["answer"]):
+        texts.append(answer["text"] if "text" in answer else answer["response"]["body"]["choices"][0]["text"])
+    prompt = small.tokenizer.encode("the cat")
+    for index in (0, 1, 2, 11, 12, 15, 23):
+        assert texts[index] == alone(small, Job(prompt, 6, Sampling(temperature=0.5, seed=index)))[1]

@@ -1,6 +1,5 @@
 """Many files on a cluster of Ray: three machines, played by this one, of which one is lost in the middle."""
 
-import dataclasses
 import json
 
 import pytest
@@ -38,9 +37,8 @@ def cluster():
 @pytest.fixture(scope="module")
 def model(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    small = with_bytes(tiny, tmp_path_factory.mktemp("tokenizer"))
-    config = dataclasses.replace(small.config, max_position_embeddings=128, num_hidden_layers=1)
-    small = dataclasses.replace(small, config=config, params=phi3_jax.random_params(config))
+    sizes = {"max_position_embeddings": 128, "num_hidden_layers": 1}
+    small = with_bytes(tiny, tmp_path_factory.mktemp("tokenizer"), **sizes)
     phi3_jax.save(small, folder / "model")
     return folder / "model"
 
@@ -57,6 +55,15 @@ def machines_at_work():
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_worker_that_cannot_load_the_model_is_told_in_one_line(cluster, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}')
+    (tmp_path / "out").mkdir()
+    plan = Plan({"path": str(tmp_path / "absent")}, Defaults(5), Sampling())
+    run = FolderRun(find_inputs(str(tmp_path / "a.jsonl")), tmp_path / "out", plan, {}, lambda *_: None)
+    with pytest.raises(OSError, match=r"\Athe cluster has failed, and the same command goes on: [^\n]*absent[^\n]*\Z"):
+        list(run.answer(cluster[0].address, 1))
 
 
 def test_a_lost_machine_costs_no_answer(cluster, model, tmp_path):
