@@ -99,6 +99,7 @@ class SamplingArrays:
       banned, forced: int32 [B, E] (-1).
       no_repeat_ngram_size, min_new_tokens: int32 (0).
       seed: uint32.
+      allowed: uint32 [B, W], what grammars allow as the next token (`grammar.unpack`), a bit each; None: anything.
       plain: no row asks for anything, so that the program for it need not look. Always False on the CPU, where one
         program serves all settings and looks when it runs.
       longest_ngram: no no_repeat_ngram_size is larger, as far as the program is to know; None on the CPU.
@@ -119,6 +120,7 @@ class SamplingArrays:
     no_repeat_ngram_size: jax.Array
     min_new_tokens: jax.Array
     seed: jax.Array
+    allowed: jax.Array | None = None
     plain: bool = dataclasses.field(default=False, metadata={"static": True})
     longest_ngram: int | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -162,6 +164,10 @@ class SamplingArrays:
             plain=plain,
             longest_ngram=None if on_cpu else ngrams,
         )
+
+    def by_grammar(self, allowed: jax.Array) -> SamplingArrays:
+        """The same where grammars allow only some tokens."""
+        return dataclasses.replace(self, allowed=allowed, plain=False)
 
     def for_any(self) -> SamplingArrays:
         """The same for the program that serves all settings."""

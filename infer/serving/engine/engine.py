@@ -26,7 +26,7 @@ from . import warm_up
 from .adapters import Adapters
 from .batch import Batch
 from .jobs import Job, QueueFull, Ticket
-from .options import EngineOptions, Sizes
+from .options import MOST_STEPS, EngineOptions, Sizes
 from .pooling import Pooler, Pooling
 from .prefixes import Prefixes
 from .reader import Reader
@@ -34,7 +34,6 @@ from .scheduler import Scheduler
 from .sequence import Listener, Row
 from .statistics import Statistics
 
-_MOST_STEPS = 32  # tokens of a row that `News` has room for
 _CALL_SECONDS = 0.05  # a call of the compiled loop takes about this long at most: so much later is a new job seen
 
 
@@ -271,7 +270,7 @@ class Engine:
         """How many tokens the next call writes: one while something else waits for its turn."""
         if self._scheduler.reading or self._new or self._pooler.waiting or self._seconds_per_step is None:
             return 1
-        return max(1, min(_MOST_STEPS, int(_CALL_SECONDS / self._seconds_per_step)))
+        return max(1, min(MOST_STEPS, int(_CALL_SECONDS / self._seconds_per_step)))
 
     def _tell(self, row: Row, new: NewTokens, is_done: bool) -> None:
         """Tells a row's listener of new tokens; a row that has ended leaves."""

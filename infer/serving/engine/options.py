@@ -15,6 +15,8 @@ from ...engine.buckets import batch_rung, own_cache_dtype, slot_bytes
 from ...engine.options import CACHE_DTYPES, MOST_TOKENS
 from ...engine.speculation import MOST_GUESSES
 
+MOST_STEPS = 32  # of a call; `News` has room for so many tokens of a row
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
@@ -76,6 +78,7 @@ class Sizes:
     Attributes:
       room: the most tokens of a row.
       width: M, those and guesses behind them.
+      at_once: the most tokens of a row that one call writes.
       capacity: S, slots of a row's cache, a multiple of `chunk`.
       chunk: see `EngineOptions`.
       rungs: the numbers of rows B that answers are written with, rising.
@@ -88,6 +91,7 @@ class Sizes:
 
     room: int
     width: int
+    at_once: int
     capacity: int
     chunk: int
     rungs: tuple[int, ...]
@@ -115,6 +119,7 @@ class Sizes:
         return cls(
             room=room,
             width=room + guesses,
+            at_once=MOST_STEPS * (1 + guesses),
             capacity=-(-slots // chunk) * chunk,
             chunk=chunk,
             rungs=tuple(sorted({batch_rung(rows) for rows in range(1, options.slots + 1)})),

@@ -35,14 +35,13 @@ def programs(checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions, param
         for _ in range(2):  # keys and values are copied out of a cache, and into one
             _read(checkpoint, sizes, params, sizes.chunk + 1, False, prefixes)
         yield
-    for logprobs in (None, 0):
-        yield from _written(checkpoint, sizes, options, params, logprobs)
+    yield from _written(checkpoint, sizes, options, params)
 
 
 def count(sizes: Sizes, options: EngineOptions) -> int:
     """How many steps `programs` has."""
-    ways = sum(2 + _guesses(options, rung) for rung in sizes.rungs)
-    return 2 * len(pieces(sizes)) + (sizes.prefix_bytes > 0) + 2 * (ways + len(sizes.rungs))
+    ways = sum(1 + _guesses(options, rung) for rung in sizes.rungs)
+    return 2 * len(pieces(sizes)) + (sizes.prefix_bytes > 0) + ways + len(sizes.rungs)
 
 
 def _read(
@@ -57,22 +56,21 @@ def _read(
     return row, reader
 
 
-def _written(
-    checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions, params: Params, logprobs: int | None
-) -> Iterator[None]:
+def _written(checkpoint: Checkpoint, sizes: Sizes, options: EngineOptions, params: Params) -> Iterator[None]:
     """All rungs, up and down."""
     batch = Batch(checkpoint, sizes, options)
     memory: KVCache | None = None
     for rung in sizes.rungs:
         while len(batch.used) < rung:
-            job = Job([0], sizes.room, logprobs=logprobs)
+            job = Job([0], sizes.room)
             row = Row.of(job, lambda piece: None, checkpoint, sizes)
             reader = Reader(checkpoint, sizes, row, memory=memory)
             reader.read_piece(params([row]))
             reader.answer(params([row]), row)
             batch.join(row, reader.cache)
             memory = reader.cache
-        ways: tuple[Way, ...] = ("plain", "grammar", "guesses") if _guesses(options, rung) else ("plain", "grammar")
+        # What "grammar" runs is what "plain" does, with other data.
+        ways: tuple[Way, ...] = ("plain", "guesses") if _guesses(options, rung) else ("plain",)
         for way in ways:
             batch.write(params(batch.rows), 1, way)
             yield
