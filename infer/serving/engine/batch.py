@@ -71,7 +71,11 @@ class Batch:
 
     def leave(self, row: Row) -> None:
         """Takes a row out."""
-        self.rows[self.rows.index(row)] = None
+        place = self.rows.index(row)
+        if row.is_spoiled:  # who comes there next must not meet NaN, which XLA's and the TPU's attention multiply by 0
+            config, sizes = self._checkpoint.config, self._sizes
+            self._put(place, KVCache.create(config, 1, sizes.capacity, sizes.dtype), 0, sizes.capacity)
+        self.rows[place] = None
         self._has_left = True
 
     def shrink(self) -> None:

@@ -223,9 +223,12 @@ class Engine:
         self._readers[number] = Reader(self.checkpoint, self.sizes, row, self._prefixes, memory)
 
     def _close(self, reader: Reader) -> None:
-        """Nobody needs what a reader holds; memory that was in use is taken again sooner than new memory is there."""
+        """Nobody needs what a reader holds; memory that was in use is taken again sooner than new memory is there.
+
+        But not memory with NaN: attention may multiply by 0 what it does not look at.
+        """
         reader.close()
-        if len(self._memory) < self.options.readers:
+        if reader.is_clean and len(self._memory) < self.options.readers:
             self._memory.append(reader.cache)
 
     def _is_long(self, row: Row) -> bool:
@@ -276,10 +279,7 @@ class Engine:
         """Tells a row's listener of new tokens; a row that has ended leaves."""
         if not (new.token_ids or is_done or new.error):
             return
-        try:
-            row.tell(row.answer.add(new, "length" if is_done else None))
-        except Exception:  # the listener is gone, and nobody else can be told
-            row.answer.finish_reason = row.answer.finish_reason or "interrupt"
+        row.tell(new, "length" if is_done else None)
         if row.answer.finish_reason is not None:
             self._remove(row)
 
@@ -342,8 +342,4 @@ class Engine:
 
 def _say_last(row: Row, reason: FinishReason, error: str | None = None) -> None:
     """Tells the listener of a row that was ended from outside."""
-    new = NewTokens([], None if row.job.logprobs is None else [], error)
-    try:
-        row.tell(row.answer.add(new, reason))
-    except Exception:  # the listener is gone, and nobody else can be told
-        row.answer.finish_reason = reason
+    row.tell(NewTokens([], None if row.job.logprobs is None else [], error), reason)

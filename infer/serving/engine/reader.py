@@ -29,6 +29,7 @@ class Reader:
       rows: those that wait for it: several if they were asked for with one prompt.
       place: how many tokens have been read, or taken from the prefix cache.
       cache: keys and values of the one row that is read.
+      is_clean: a token was picked after the text, so that none of them is NaN.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Reader:
         # With them the whole prompt is read, by another program, whose keys are not promised to be the same bits.
         self._prefixes = None if self._echo else prefixes
         self._walk: Walk | None = None
-        self._reused = 0
+        self._reused, self.is_clean = 0, False
         if memory is None:
             cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
         else:
@@ -125,6 +126,7 @@ class Reader:
         state = decoding.answer(config, params, state, self._last, settings)
         news = News.read(state.news, 1)
         ids = news.tokens[0, : news.counts[0]].tolist()
+        self.is_clean |= bool(ids)
         assert state.logprobs is not None
         told = None if row.job.logprobs is None else state.logprobs.read(0, ids, begin)
         return row.add(ids, told, int(news.failed[0])), bool(news.done[0])

@@ -311,6 +311,33 @@ def test_an_exception_ends_all_jobs_and_is_raised(tiny):
         engine.submit(Job([1], 4), Listener())
 
 
+def test_what_is_no_text_is_an_error_of_its_row_alone(tiny, small):
+    """With a tokenizer of fewer ids than the model has."""
+    tokenizer = small.tokenizer
+    few = dataclasses.replace(tiny, tokenizer=dataclasses.replace(tokenizer, pieces=tokenizer.pieces[:90]))
+    engine = Engine(few, SMALL)
+    jobs = [Job([1, 2], 4, Sampling(forced_tokens=[1, 92, 1])), Job([1, 2], 4, Sampling(forced_tokens=[1] * 4))]
+    (_, _, bad), (_, _, good) = submit(engine, jobs)
+    finish(engine)
+    assert (bad.reason, bad.ids) == ("error", [1])
+    assert "outside of the vocabulary" in str(bad.pieces[-1].error)
+    assert (good.reason, good.ids) == ("length", [1] * 4)
+    nothing_is_left(engine, 2)
+
+
+@pytest.mark.slow
+def test_numbers_that_are_none_stay_with_their_row(tiny):
+    """Where no kernel reads the cache: others get the memory afterwards, of a prompt and of an answer."""
+    weight = tiny.params["embed_tokens"]["weight"]
+    bad = dataclasses.replace(tiny, params=tiny.params | {"embed_tokens": {"weight": weight.at[13].set(np.nan)}})
+    engine = Engine(bad, dataclasses.replace(SMALL, slots=1, cache_dtype="float16", prefix_bytes=0))
+    forced = Job([5, 6], 3, Sampling(forced_tokens=[7, 13, 7]))
+    reasons = [submit(engine, [job])[0][2] for job in (Job([13] * 9, 2), Job([5, 6], 2), forced, Job([5, 6], 2))]
+    finish(engine)
+    assert [listener.reason for listener in reasons] == ["error", "length", "error", "length"]
+    assert reasons[1].ids == reasons[3].ids
+
+
 @pytest.mark.slow
 def test_a_crowd_changes_no_bit(tiny_folder):
     """With packed weights on the CPU: for every number of rows, with rows that join and leave meanwhile."""
