@@ -32,7 +32,7 @@ Way = Literal["plain", "grammar", "guesses"]
 
 _BLOCK = 128  # slots that are copied at a time
 # Calls with a smaller load before rows are moved together: their memory is new, and takes the kernel 20 ms a row.
-_PATIENCE = 16
+PATIENCE = 16
 
 
 class Batch:
@@ -82,7 +82,7 @@ class Batch:
         """Moves the rows to the next smaller rung if they have fitted into it for some calls."""
         smaller = [rung for rung in self._sizes.rungs if len(self.used) <= rung < len(self.rows)]
         self._calm = self._calm + 1 if smaller else 0
-        if self._calm > _PATIENCE:
+        if self._calm > PATIENCE:
             self._resize(smaller[-1])
 
     def way(self) -> Way:
@@ -166,7 +166,7 @@ def _without(state: decoding.DecodeState, rows: Sequence[Row | None]) -> decodin
     """The state of these rows, of which some have left."""
     assert state.logprobs is not None
     record = dataclasses.replace(state.logprobs, wanted=wants_logprobs(rows))
-    return dataclasses.replace(state, done=jnp.asarray([row is None for row in rows]), logprobs=record)
+    return dataclasses.replace(state, done=jnp.asarray(np.asarray([row is None for row in rows])), logprobs=record)
 
 
 @functools.partial(jax.jit, static_argnames="size", donate_argnames="target")

@@ -6,7 +6,6 @@ loop. So a long prompt delays the others by one piece at most, and jobs come and
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import threading
@@ -158,11 +157,8 @@ class Engine:
 
     def warm_up(self, told: Callable[[int, int], None] = lambda done, of: None) -> None:
         """Compiles the programs, by running each once; `told` hears how many of how many steps are done."""
-        of = warm_up.count(self.sizes, self.options) + len(self._pooler.sizes)
-        programs = warm_up.programs(self.checkpoint, self.sizes, self.options, self._params)
-        steps = itertools.chain(programs, self._pooler.warm_up())
-        for done, _ in enumerate(steps, 1):
-            told(done, of)
+        programs = warm_up.Programs(self.checkpoint, self.sizes, self.options, self._params)
+        warm_up.run_all([lambda: list(self._pooler.warm_up()), *programs.together()], programs.then(), told)
         self.statistics.warmed_up()
 
     def turn(self) -> bool:
