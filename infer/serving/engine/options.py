@@ -24,7 +24,7 @@ class EngineOptions:
 
     Attributes:
       slots: how many answers are written at a time.
-      room: the most tokens, prompt and answer together, of a job; at most the model's context.
+      room: the most tokens, prompt and answer together, of a job; at least 2, at most the model's context.
       queue: how many jobs may wait for a slot.
       readers: how many prompts are read at a time, a piece of one after a piece of another.
       chunk: prompts are read in pieces that begin at multiples of this; None: 128 on the CPU, 512 elsewhere.
@@ -51,9 +51,9 @@ class EngineOptions:
     most_listed: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("slots", "room", "readers", "chunk"):
-            if (value := getattr(self, name)) is not None and not 1 <= value <= MOST_TOKENS:
-                raise ValueError(f"{name}={value} must be at least 1 and at most {MOST_TOKENS}")
+        for name, least in (("slots", 1), ("room", 2), ("readers", 1), ("chunk", 1)):
+            if (value := getattr(self, name)) is not None and not least <= value <= MOST_TOKENS:
+                raise ValueError(f"{name}={value} must be at least {least} and at most {MOST_TOKENS}")
         for name in (
             "queue",
             "top_logprobs",

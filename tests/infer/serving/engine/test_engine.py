@@ -200,7 +200,7 @@ def test_mixed_jobs_in_every_order_are_those_of_each_alone(small, monkeypatch):
 @pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(small):
     """Whatever is asked for: log-probabilities, grammars, long lists, any seed and penalty, and all numbers of rows."""
-    engine = Engine(small, dataclasses.replace(SMALL, speculate=3, speculate_rows=1))
+    engine = Engine(small, dataclasses.replace(SMALL, speculate=3, speculate_rows=1, most_biases=95, most_listed=60))
     steps = []
     engine.warm_up(lambda done, of: steps.append((done, of)))
     assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
