@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
 from phi3_jax.checkpoint import Checkpoint
@@ -54,11 +55,11 @@ class Programs:
 
     def together(self) -> list[Program]:
         """No two of them run the same program; what takes longest comes first."""
-        programs: list[Program] = [lambda rung=rung: self._write(rung) for rung in self._sizes.rungs]
-        programs.append(lambda: self._read(1, picks=True))
+        programs: list[Program] = [partial(self._write, rung) for rung in self._sizes.rungs]
+        programs.append(partial(self._read, 1, picks=True))
         for echo in (True, False):
             lengths = pieces(self._sizes)[0 if echo else 1 :]  # the shortest is that of one token
-            programs += [lambda length=length, echo=echo: self._read(length, echo) for length in lengths]
+            programs += [partial(self._read, length, echo) for length in lengths]
         return programs
 
     def then(self) -> list[Program]:
