@@ -172,7 +172,7 @@ class Engine:
     def _turn(self) -> bool:
         self._take_news()
         self._end_overdue()
-        for admitted in self._scheduler.admit():
+        while (admitted := self._scheduler.admit(len({*self._readers.values()}))) is not None:
             self._start_reading(self._rows[admitted])
         number = None
         self._reads_text = bool(self._pooler.waiting) and not (self._reads_text and self._scheduler.reading)

@@ -311,6 +311,19 @@ def test_an_exception_ends_all_jobs_and_is_raised(tiny):
         engine.submit(Job([1], 4), Listener())
 
 
+@pytest.mark.slow
+def test_many_answers_to_a_long_prompt_do_not_stall_a_short_one(tiny):
+    """They are one text that is read, however many wait for it."""
+    engine = Engine(tiny, dataclasses.replace(SMALL, slots=4, readers=2))
+    long, short = prompts(8, [63, 5])
+    asked = submit(engine, [*[Job(long, 1)] * 3, Job(short, 2)])
+    while not asked[3][2].ids:
+        engine.turn()
+    assert not any(found.ids for _, _, found in asked[:3])
+    finish(engine)
+    nothing_is_left(engine, 4)
+
+
 def test_what_is_no_text_is_an_error_of_its_row_alone(tiny, small):
     """With a tokenizer of fewer ids than the model has."""
     tokenizer = small.tokenizer
