@@ -23,7 +23,6 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.model import Params, Phi3
 from phi3_jax.model.points import NO_TAP, Edit, Hooks, Tap
 
-from ..sampling.grammar import unpack
 from ..sampling.pick import pick_places
 from .failures import NOT_FINITE, failures, is_finite
 from .news import has_watched, news
@@ -99,7 +98,8 @@ def read_chunk(
         failed = jnp.where((~is_finite(logits) & (positions >= 0)).any(axis=1), NOT_FINITE, failed)
         beyond = state.tokens.shape[1]
         successors = jnp.take(state.tokens, places + 1, axis=1, mode="clip")
-        record = record.write(logits, successors, jnp.where(places + 1 < state.lengths[:, None], places + 1, beyond))
+        of_prompt = places + 1 < state.lengths[:, None]
+        record = record.write(logits, successors, jnp.where(of_prompt, places + 1, beyond), beyond)
     # Only the last token's output is wanted; a whole prompt's logits would take T x V floats.
     is_last = positions == state.lengths[:, None] - 1
     at_last = jnp.take_along_axis(x, is_last.argmax(axis=1)[:, None, None], axis=1)[:, 0]
@@ -277,11 +277,9 @@ def accept(
     logits = at("logits", logits)
     row = jnp.arange(rows)[:, None]
     tokens = state.tokens.at[row, jnp.where(guesses >= 0, places[:, :-1], room)].set(guesses, mode="drop")
-    permitted = logits
-    if allowed is not None:
-        permitted = jnp.where(unpack(allowed, logits.shape[-1])[:, None], logits, -jnp.inf)
-    picks = pick_places(permitted, settings.sampling, tokens, places, settings.prompt_lengths, settings.end_ids)
-    flags = failures(logits, picks, None if allowed is None else permitted)
+    sampling = settings.sampling if allowed is None else settings.sampling.by_grammar(allowed)
+    picks = pick_places(logits, sampling, tokens, places, settings.prompt_lengths, settings.end_ids)
+    flags = failures(logits, picks, sampling.allowed)
 
     taken = jnp.cumprod(picks[:, :-1] == guesses, axis=1).sum(axis=1)
     count = jnp.minimum(taken + 1, settings.prompt_lengths + settings.limits - state.lengths)
@@ -314,6 +312,6 @@ def accept(
         offered=state.offered + jnp.where(state.done, 0, (guesses >= 0).sum(axis=1)),
         taken=state.taken + jnp.minimum(taken, count),
         failed=jnp.where(has_failed, flags[row[:, 0], jnp.minimum(first_failure, J - 1)], state.failed),
-        logprobs=None if state.logprobs is None else state.logprobs.write(logits, picks, places),
+        logprobs=None if state.logprobs is None else state.logprobs.write(logits, picks, places, room),
     )
     return state, at.kept

@@ -1,6 +1,6 @@
 """Why a row of a batch cannot go on: found in the compiled functions, a flag for each row, and told by the host.
 
-Axis letters: B batch, J places of one turn, V vocab.
+Axis letters: B batch, J places of one turn, V vocab, W words of a grammar's mask.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ def is_finite(logits: jax.Array) -> jax.Array:
     return jnp.isfinite(jnp.abs(logits).max(axis=-1))
 
 
-def failures(logits: jax.Array, picks: jax.Array, permitted: jax.Array | None = None) -> jax.Array:
+def failures(logits: jax.Array, picks: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
     """The flag of every place, int32 [B, J].
 
     Args:
       logits: float32 [B, J, V], the model's own.
       picks: int32 [B, J], of `pick`.
-      permitted: the logits with -inf for tokens that the grammar does not allow.
+      allowed: uint32 [B, W], of `SamplingArrays`.
     """
     found = jnp.where(picks < 0, NO_TOKEN, 0)
-    if permitted is not None:
-        picked = jnp.take_along_axis(permitted, jnp.maximum(picks, 0)[..., None], axis=-1)[..., 0]
-        found = jnp.where((picks >= 0) & (picked == -jnp.inf), AGAINST_GRAMMAR, found)
+    if allowed is not None:
+        word = jnp.take_along_axis(allowed, jnp.maximum(picks, 0) >> 5, axis=1)
+        fits = word >> (picks & 31).astype(jnp.uint32) & 1
+        found = jnp.where((picks >= 0) & (fits == 0), AGAINST_GRAMMAR, found)
     return jnp.where(is_finite(logits), found, NOT_FINITE).astype(jnp.int32)
 
 

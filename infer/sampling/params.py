@@ -7,7 +7,6 @@ Axis letters: B batch, E entries of a list.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from phi3_jax.json_files import shown
 
 # Lists of ids are padded to a power of two, and to at least this, so that most batches run the same program.
 _SMALLEST_LIST = 8
+_TINY, _HUGE = 1e-30, 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +62,20 @@ class Sampling:
             if (value := getattr(self, name)) is not None and not good(value):
                 raise ValueError(f"{name}={shown(value)} must be {range_}")
 
-        # Smaller temperatures and larger biases would overflow in float32.
-        check("temperature", lambda x: x == 0 or 1e-30 <= x < math.inf, "0 (greedy) or a positive number")
+        # Numbers beyond these would be 0 or infinite in float32, or make logits so.
+        check("temperature", lambda x: x == 0 or _TINY <= x <= _HUGE, "0 (greedy) or a positive number, 1e-30 to 1e30")
         check("top_k", lambda x: _is_count(x) and x > 0, "a whole number of at least 1 and below 2**31, or None")
-        check("top_p", lambda x: 0 < x <= 1, "in (0, 1], or None")
+        for name in ("top_p", "typical_p"):
+            check(name, lambda x: _TINY <= x <= 1, "in (0, 1] and at least 1e-30, or None")
         check("min_p", lambda x: 0 <= x <= 1, "in [0, 1], or None")
-        check("typical_p", lambda x: 0 < x <= 1, "in (0, 1], or None")
-        check("repetition_penalty", lambda x: 0 < x < math.inf, "a positive number")
+        check("repetition_penalty", lambda x: _TINY <= x <= _HUGE, "a positive number, 1e-30 to 1e30")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, lambda x: -2 <= x <= 2, "in [-2, 2]")
         for name in ("banned_tokens", "forced_tokens", "logit_bias"):
             check(name, lambda ids: all(map(_is_count, ids)), "token ids of at least 0 and below 2**31")
         check(
             "logit_bias",
-            lambda bias: all(abs(x) <= 1e30 for x in bias.values()),
+            lambda bias: all(abs(x) <= _HUGE for x in bias.values()),
             "of finite numbers; ban tokens instead",
         )
         for name in ("no_repeat_ngram_size", "min_new_tokens"):
@@ -104,6 +104,7 @@ class SamplingArrays:
       banned, forced: int32 [B, E] (-1).
       no_repeat_ngram_size, min_new_tokens: int32 (0).
       seed: uint32.
+      allowed: uint32 [B, W], what grammars allow as the next token (`grammar.unpack`), a bit each; None: anything.
       plain: no row asks for anything, so that the program for it need not look. Always False on the CPU, where one
         program serves all settings and looks when it runs.
       longest_ngram: no no_repeat_ngram_size is larger, as far as the program is to know; None on the CPU.
@@ -124,6 +125,7 @@ class SamplingArrays:
     no_repeat_ngram_size: jax.Array
     min_new_tokens: jax.Array
     seed: jax.Array
+    allowed: jax.Array | None = None
     plain: bool = dataclasses.field(default=False, metadata={"static": True})
     longest_ngram: int | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -134,7 +136,7 @@ class SamplingArrays:
         """The arrays for a batch. Raises ValueError for token ids that are not in the vocabulary.
 
         Args:
-          biases, listed: powers of two: the least entries E of the arrays for logit_bias, and of those for lists.
+          biases, listed: the least entries E of the arrays for logit_bias, and of those for lists.
         """
         for i, row in enumerate(rows):
             if outside := row.tokens_outside(vocab_size):
@@ -167,6 +169,10 @@ class SamplingArrays:
             longest_ngram=None if on_cpu else ngrams,
         )
 
+    def by_grammar(self, allowed: jax.Array) -> SamplingArrays:
+        """The same where grammars allow only some tokens."""
+        return dataclasses.replace(self, allowed=allowed, plain=False)
+
     def for_any(self) -> SamplingArrays:
         """The same for the program that serves all settings."""
         return dataclasses.replace(self, plain=False)
@@ -184,7 +190,7 @@ def _is_count(value: Any, end: int = 2**31) -> bool:
 
 
 def _list_size(longest: int, least: int = _SMALLEST_LIST) -> int:
-    return max(least, 1 << max(longest - 1, 0).bit_length())
+    return max(least, 1) if longest <= least else 1 << max(longest - 1, 0).bit_length()
 
 
 def _padded(rows: Sequence[Sequence[float]], padding: int, dtype: Any, least: int) -> jax.Array:

@@ -4,7 +4,8 @@
 
 The order is that of transformers' `generate`:
 
-1. bias, repetition, presence and frequency penalties, no repeated n-grams, banned tokens, early ends, forced tokens;
+1. what a grammar allows; bias, repetition, presence and frequency penalties, no repeated n-grams, banned tokens, early
+   ends, forced tokens;
 2. temperature, top-k, top-p, min-p, typical-p, each on what the one before has left, and only for rows that draw.
 
 Biases and penalties come before bans, so that nothing lifts a ban; forcing is last, and overrides a ban. Temperature
@@ -22,7 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from . import processors
+from .grammar import unpack
 from .params import SamplingArrays
+
+_Step = tuple[jax.Array, Callable[[jax.Array], jax.Array]]  # whether it is wanted, bools; a function of the logits
 
 
 def pick(
@@ -144,6 +148,7 @@ def _adjust(
     forced = jnp.where(jnp.arange(params.forced.shape[1]) == generated[:, None], params.forced, -1).max(axis=1)
     return _apply(
         logits,
+        *_by_grammar(params.allowed),
         (params.bias_ids >= 0, lambda x: processors.add_bias(x, params.bias_ids, params.bias)),
         (
             params.repetition_penalty != 1,
@@ -168,6 +173,13 @@ def _adjust(
     )
 
 
+def _by_grammar(allowed: jax.Array | None) -> list[_Step]:
+    """The step, if there is one, that leaves only what grammars allow."""
+    if allowed is None:
+        return []
+    return [(~allowed != 0, lambda x: jnp.where(unpack(allowed, x.shape[1]), x, -jnp.inf))]
+
+
 def _shape(logits: jax.Array, params: SamplingArrays) -> jax.Array:
     """Part 2 of the order; greedy rows stay as they are."""
 
@@ -186,8 +198,8 @@ def _shape(logits: jax.Array, params: SamplingArrays) -> jax.Array:
     )
 
 
-def _apply(logits: jax.Array, *steps: tuple[jax.Array, Callable[[jax.Array], jax.Array]]) -> jax.Array:
-    """Runs the steps in order, each (wanted: bool array, function of the logits); `_skips` those that no row wants."""
+def _apply(logits: jax.Array, *steps: _Step) -> jax.Array:
+    """Runs the steps in order; `_skips` those that no row wants."""
     if not _skips():
         for _, step in steps:
             logits = step(logits)

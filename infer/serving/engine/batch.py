@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,13 +26,13 @@ from ...engine.speculation import LookupDrafter
 from .chunks import pick, put
 from .options import EngineOptions, Sizes
 from .sequence import Row
-from .states import settings_of, state_of
+from .states import by_grammar, record_of, settings_of, state_of, wants_logprobs
 
 Way = Literal["plain", "grammar", "guesses"]
 
 _BLOCK = 128  # slots that are copied at a time
 # Calls with a smaller load before rows are moved together: their memory is new, and takes the kernel 20 ms a row.
-_PATIENCE = 16
+PATIENCE = 16
 
 
 class Batch:
@@ -70,20 +71,18 @@ class Batch:
 
     def leave(self, row: Row) -> None:
         """Takes a row out."""
-        self.rows[self.rows.index(row)] = None
-        if self._state is not None and self._state.logprobs is not None and not self._wants_logprobs:
-            self.settle()
+        place = self.rows.index(row)
+        if row.is_spoiled:  # who comes there next must not meet NaN, which XLA's and the TPU's attention multiply by 0
+            config, sizes = self._checkpoint.config, self._sizes
+            self._put(place, KVCache.create(config, 1, sizes.capacity, sizes.dtype), 0, sizes.capacity)
+        self.rows[place] = None
         self._has_left = True
-
-    @property
-    def _wants_logprobs(self) -> bool:
-        return any(row.job.logprobs is not None for row in self.used)
 
     def shrink(self) -> None:
         """Moves the rows to the next smaller rung if they have fitted into it for some calls."""
         smaller = [rung for rung in self._sizes.rungs if len(self.used) <= rung < len(self.rows)]
         self._calm = self._calm + 1 if smaller else 0
-        if self._calm > _PATIENCE:
+        if self._calm > PATIENCE:
             self._resize(smaller[-1])
 
     def way(self) -> Way:
@@ -102,20 +101,15 @@ class Batch:
         if self._state is None:
             self._state = self._new_state()
         elif self._has_left:  # the device need not forget anything else of a row
-            done = jnp.asarray([row is None for row in self.rows])
-            self._state = dataclasses.replace(self._state, done=done)
+            self._state = _without(self._state, self.rows)
         self._has_left = False
         state, config, settings, way = self._state, self._checkpoint.config, self._settings, way or self.way()
         assert settings is not None
         if way == "grammar":
-            state, last = decoding.step(config, params, state)
-            allowed = np.stack([self._allowed(row) for row in self.rows])
-            state = decoding.answer(config, params, state, last, settings, jnp.asarray(allowed))
-        else:
-            drafter = self._drafter if way == "guesses" else None
-            state, _ = decoding.decode(config, params, state, settings, jnp.int32(steps), drafter)
-        self._state = state
-        return self._written(state)
+            steps, settings = 1, by_grammar(settings, self.rows, self._checkpoint)
+        drafter = self._drafter if way == "guesses" else None
+        self._state, _ = decoding.decode(config, params, state, settings, jnp.int32(steps), drafter)
+        return self._written(self._state)
 
     def _written(self, state: decoding.DecodeState) -> list[tuple[Row, NewTokens, bool]]:
         news = News.read(state.news, len(self.rows))
@@ -127,14 +121,11 @@ class Batch:
             begin, count = len(row.tokens), news.counts[place]
             new = news.tokens[place, :count] if tokens is None else tokens[place, begin : begin + count]
             ids, logprobs = new.tolist(), None
-            if row.job.logprobs is not None and state.logprobs is not None:
+            if row.job.logprobs is not None:
+                assert state.logprobs is not None
                 logprobs = state.logprobs.read(place, ids, begin)
             results.append((row, row.add(ids, logprobs, int(news.failed[place])), bool(news.done[place])))
         return results
-
-    def _allowed(self, row: Row | None) -> np.ndarray:
-        words = -(-self._checkpoint.config.vocab_size // 32)
-        return np.full(words, 0xFFFFFFFF, np.uint32) if row is None else row.allowed(words)
 
     def settle(self) -> None:
         """Takes the cache out of the state, which has to be made anew, and counts guesses."""
@@ -168,8 +159,14 @@ class Batch:
     def _new_state(self) -> decoding.DecodeState:
         assert self._cache is not None
         self._settings = settings_of(self.rows, self._checkpoint, self._sizes)
-        logprobs = self._sizes.top_logprobs if self._wants_logprobs else None
-        return state_of(self.rows, self._sizes, self._cache, logprobs)
+        return state_of(self.rows, self._sizes, self._cache, record_of(self.rows, self._sizes))
+
+
+def _without(state: decoding.DecodeState, rows: Sequence[Row | None]) -> decoding.DecodeState:
+    """The state of these rows, of which some have left."""
+    assert state.logprobs is not None
+    record = dataclasses.replace(state.logprobs, wanted=wants_logprobs(rows))
+    return dataclasses.replace(state, done=jnp.asarray(np.asarray([row is None for row in rows])), logprobs=record)
 
 
 @functools.partial(jax.jit, static_argnames="size", donate_argnames="target")

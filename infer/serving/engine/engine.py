@@ -6,7 +6,6 @@ loop. So a long prompt delays the others by one piece at most, and jobs come and
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import threading
@@ -26,7 +25,7 @@ from . import warm_up
 from .adapters import Adapters
 from .batch import Batch
 from .jobs import Job, QueueFull, Ticket
-from .options import EngineOptions, Sizes
+from .options import MOST_STEPS, EngineOptions, Sizes
 from .pooling import Pooler, Pooling
 from .prefixes import Prefixes
 from .reader import Reader
@@ -34,7 +33,6 @@ from .scheduler import Scheduler
 from .sequence import Listener, Row
 from .statistics import Statistics
 
-_MOST_STEPS = 32  # tokens of a row that `News` has room for
 _CALL_SECONDS = 0.05  # a call of the compiled loop takes about this long at most: so much later is a new job seen
 
 
@@ -164,11 +162,8 @@ class Engine:
 
     def warm_up(self, told: Callable[[int, int], None] = lambda done, of: None) -> None:
         """Compiles the programs, by running each once; `told` hears how many of how many steps are done."""
-        of = warm_up.count(self.sizes, self.options) + len(self._pooler.sizes)
-        programs = warm_up.programs(self.checkpoint, self.sizes, self.options, self._params)
-        steps = itertools.chain(programs, self._pooler.warm_up())
-        for done, _ in enumerate(steps, 1):
-            told(done, of)
+        programs = warm_up.Programs(self.checkpoint, self.sizes, self.options, self._params)
+        warm_up.run_all([lambda: list(self._pooler.warm_up()), *programs.together()], programs.then(), told)
         self.statistics.warmed_up()
 
     def turn(self) -> bool:
@@ -182,7 +177,7 @@ class Engine:
     def _turn(self) -> bool:
         self._take_news()
         self._end_overdue()
-        for admitted in self._scheduler.admit():
+        while (admitted := self._scheduler.admit(len({*self._readers.values()}))) is not None:
             self._start_reading(self._rows[admitted])
         number = None
         self._reads_text = bool(self._pooler.waiting) and not (self._reads_text and self._scheduler.reading)
@@ -229,9 +224,12 @@ class Engine:
         self._readers[number] = Reader(self.checkpoint, self.sizes, row, self._prefixes, memory)
 
     def _close(self, reader: Reader) -> None:
-        """Nobody needs what a reader holds; memory that was in use is taken again sooner than new memory is there."""
+        """Nobody needs what a reader holds; memory that was in use is taken again sooner than new memory is there.
+
+        But not memory with NaN: attention may multiply by 0 what it does not look at.
+        """
         reader.close()
-        if len(self._memory) < self.options.readers:
+        if reader.is_clean and len(self._memory) < self.options.readers:
             self._memory.append(reader.cache)
 
     def _is_long(self, row: Row) -> bool:
@@ -276,16 +274,13 @@ class Engine:
         """How many tokens the next call writes: one while something else waits for its turn."""
         if self._scheduler.reading or self._new or self._pooler.waiting or self._seconds_per_step is None:
             return 1
-        return max(1, min(_MOST_STEPS, int(_CALL_SECONDS / self._seconds_per_step)))
+        return max(1, min(MOST_STEPS, int(_CALL_SECONDS / self._seconds_per_step)))
 
     def _tell(self, row: Row, new: NewTokens, is_done: bool) -> None:
         """Tells a row's listener of new tokens; a row that has ended leaves."""
         if not (new.token_ids or is_done or new.error):
             return
-        try:
-            row.tell(row.answer.add(new, "length" if is_done else None))
-        except Exception:  # the listener is gone, and nobody else can be told
-            row.answer.finish_reason = row.answer.finish_reason or "interrupt"
+        row.tell(new, "length" if is_done else None)
         if row.answer.finish_reason is not None:
             self._remove(row)
 
@@ -348,8 +343,4 @@ class Engine:
 
 def _say_last(row: Row, reason: FinishReason, error: str | None = None) -> None:
     """Tells the listener of a row that was ended from outside."""
-    new = NewTokens([], None if row.job.logprobs is None else [], error)
-    try:
-        row.tell(row.answer.add(new, reason))
-    except Exception:  # the listener is gone, and nobody else can be told
-        row.answer.finish_reason = reason
+    row.tell(NewTokens([], None if row.job.logprobs is None else [], error), reason)

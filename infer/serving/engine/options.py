@@ -16,6 +16,8 @@ from ...engine.buckets import batch_rung, own_cache_dtype, slot_bytes
 from ...engine.options import CACHE_DTYPES, MOST_TOKENS
 from ...engine.speculation import MOST_GUESSES
 
+MOST_STEPS = 32  # of a call; `News` has room for so many tokens of a row
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
@@ -23,7 +25,7 @@ class EngineOptions:
 
     Attributes:
       slots: how many answers are written at a time.
-      room: the most tokens, prompt and answer together, of a job; at most the model's context.
+      room: the most tokens, prompt and answer together, of a job; at least 2, at most the model's context.
       queue: how many jobs may wait for a slot.
       readers: how many prompts are read at a time, a piece of one after a piece of another.
       chunk: prompts are read in pieces that begin at multiples of this; None: 128 on the CPU, 512 elsewhere.
@@ -50,9 +52,9 @@ class EngineOptions:
     most_listed: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("slots", "room", "readers", "chunk"):
-            if (value := getattr(self, name)) is not None and not 1 <= value <= MOST_TOKENS:
-                raise ValueError(f"{name}={value} must be at least 1 and at most {MOST_TOKENS}")
+        for name, least in (("slots", 1), ("room", 2), ("readers", 1), ("chunk", 1)):
+            if (value := getattr(self, name)) is not None and not least <= value <= MOST_TOKENS:
+                raise ValueError(f"{name}={value} must be at least {least} and at most {MOST_TOKENS}")
         for name in (
             "queue",
             "top_logprobs",
@@ -77,6 +79,7 @@ class Sizes:
     Attributes:
       room: the most tokens of a row.
       width: M, those and guesses behind them.
+      at_once: the most tokens of a row that one call writes.
       capacity: S, slots of a row's cache, a multiple of `chunk`.
       chunk: see `EngineOptions`.
       rungs: the numbers of rows B that answers are written with, rising.
@@ -89,6 +92,7 @@ class Sizes:
 
     room: int
     width: int
+    at_once: int
     capacity: int
     chunk: int
     rungs: tuple[int, ...]
@@ -120,6 +124,7 @@ class Sizes:
         return cls(
             room=room,
             width=room + guesses,
+            at_once=MOST_STEPS * (1 + guesses),
             capacity=-(-slots // chunk) * chunk,
             chunk=chunk,
             rungs=tuple(sorted(rungs)),

@@ -169,13 +169,11 @@ class Pooler:
         lengths = range(1, self._chunk + 1)
         return sorted({piece_length(length, 1, self._chunk, self._capacity) for length in lengths})
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: Exception) -> None:
         """Tells all that wait that nothing will come, for an engine that stops."""
         with self._lock:
             while self._requests:
-                request = self._requests.popleft()
-                if not request.future.cancelled():
-                    request.future.set_exception(error)
+                _settle(self._requests.popleft().future, error)
             self._place = 0
 
     def _first(self) -> _Request | None:
@@ -209,17 +207,18 @@ class Pooler:
             if has_more:
                 self._requests.append(request)  # behind the others
         if not is_number:
+            self._state = None  # attention may multiply by 0 what it does not look at
             number = len(request.vectors) - 1
             _settle(request.future, ValueError(f"input {number} gave hidden states that are no finite numbers"))
         elif not has_more:
             _settle(request.future, np.stack(request.vectors))
 
 
-def _settle(future: Future[np.ndarray], result: np.ndarray | ValueError) -> None:
+def _settle(future: Future[np.ndarray], result: np.ndarray | Exception) -> None:
     """Ends a future, unless it was cancelled meanwhile."""
     if not future.set_running_or_notify_cancel():
         return
-    if isinstance(result, ValueError):
+    if isinstance(result, Exception):
         future.set_exception(result)
     else:
         future.set_result(result)

@@ -14,11 +14,12 @@ from phi3_jax.model import KVCache
 from ...engine import NewTokens, decoding
 from ...engine.buckets import piece_length
 from ...engine.news import News
+from ...sampling.logprobs import LogprobRecord
 from . import chunks
 from .options import Sizes
 from .prefixes import Prefixes, Walk
 from .sequence import Row
-from .states import no_cache, settings_of, state_of
+from .states import by_grammar, no_cache, record_of, settings_of, state_of
 
 
 class Reader:
@@ -28,6 +29,7 @@ class Reader:
       rows: those that wait for it: several if they were asked for with one prompt.
       place: how many tokens have been read, or taken from the prefix cache.
       cache: keys and values of the one row that is read.
+      is_clean: a token was picked after the text, so that none of them is NaN.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class Reader:
         # With them the whole prompt is read, by another program, whose keys are not promised to be the same bits.
         self._prefixes = None if self._echo else prefixes
         self._walk: Walk | None = None
-        self._reused = 0
+        self._reused, self.is_clean = 0, False
         if memory is None:
             cache = KVCache.create(checkpoint.config, 1, sizes.capacity, sizes.dtype, unset=True)
         else:
             cache = dataclasses.replace(memory, positions=jnp.asarray(np.full((1, memory.capacity), -1, np.int32)))
-        self._state = state_of([row], sizes, cache, sizes.top_logprobs if self._echo else None)
+        record = LogprobRecord.create(1, sizes.width, sizes.top_logprobs) if self._echo else None
+        self._state = state_of([row], sizes, cache, record)
         embedding = checkpoint.params["embed_tokens"]["weight"]
         self._last = jnp.zeros((1, embedding.shape[1]), embedding.dtype)
 
@@ -117,12 +120,13 @@ class Reader:
             if flag := int(News.read(self._state.news, 1).failed[0]):
                 return row.add([], [], flag), True
         # The cache is not looked at, and other rows may need it.
-        settings, logprobs = settings_of([row], self._checkpoint, sizes), sizes.top_logprobs
+        settings = by_grammar(settings_of([row], self._checkpoint, sizes), [row], self._checkpoint)
         cache, begin = no_cache(config, sizes.dtype), len(row.tokens)
-        state = state_of([row], sizes, cache, None if row.job.logprobs is None else logprobs)
-        allowed = jnp.asarray(row.allowed(-(-config.vocab_size // 32))[None])
-        state = decoding.answer(config, params, state, self._last, settings, allowed)
+        state = state_of([row], sizes, cache, record_of([row], sizes))
+        state = decoding.answer(config, params, state, self._last, settings)
         news = News.read(state.news, 1)
         ids = news.tokens[0, : news.counts[0]].tolist()
-        told = None if state.logprobs is None else state.logprobs.read(0, ids, begin)
+        self.is_clean |= bool(ids)
+        assert state.logprobs is not None
+        told = None if row.job.logprobs is None else state.logprobs.read(0, ids, begin)
         return row.add(ids, told, int(news.failed[0])), bool(news.done[0])

@@ -18,8 +18,8 @@ class Scheduler:
     Attributes:
       slots: how many jobs are read or write at a time.
       queue: how many jobs may be there beside as many as there are slots.
-      readers: no other job is admitted while so many are read, chunk by chunk in turn, so that a long prompt does not
-        stall a short one.
+      readers: no other job is admitted while so many texts are read, chunk by chunk in turn, so that a long prompt does
+        not stall a short one.
     """
 
     def __init__(self, slots: int, queue: int, readers: int):
@@ -53,15 +53,16 @@ class Scheduler:
             raise QueueFull(f"{self.queue} requests wait already; try again later")
         self._waiting.append(number)
 
-    def admit(self) -> list[int]:
-        """Gives the free slots to those that wait longest -> those that are read from now on."""
-        admitted = []
-        while (
-            self._waiting and len(self._reading) < self.readers and len(self._reading) + len(self._writing) < self.slots
-        ):
-            self._reading.append(self._waiting.popleft())
-            admitted.append(self._reading[-1])
-        return admitted
+    def admit(self, texts: int) -> int | None:
+        """Gives a free slot to the one that waits longest -> it is read from now on; None if none is free for it.
+
+        Args:
+          texts: how many are being read: fewer than jobs, where some have the same one.
+        """
+        if texts >= self.readers or len(self._reading) + len(self._writing) >= self.slots or not self._waiting:
+            return None
+        self._reading.append(self._waiting.popleft())
+        return self._reading[-1]
 
     def next_to_read(self) -> int | None:
         """The job whose turn it is to be read a piece further; it is the last in line then."""

@@ -11,9 +11,9 @@ import numpy as np
 
 from phi3_jax.checkpoint import Checkpoint
 
-from ...answer import Answer, Piece
+from ...answer import Answer, FinishReason, Piece
 from ...engine import NewTokens
-from ...engine.failures import NO_TOKEN, explain
+from ...engine.failures import NO_TOKEN, NOT_FINITE, explain
 from ...sampling import Sampling
 from ...sampling.grammar import GrammarMasks
 from ...sampling.logprobs import TokenLogprob
@@ -36,6 +36,7 @@ class Row:
       was_long: whether its keys were made with LongRoPE's long factors.
       grammar_error: what the grammar says of a dead end.
       written: how many tokens the listener was told.
+      is_spoiled: its keys and values may be NaN.
     """
 
     job: Job
@@ -49,6 +50,7 @@ class Row:
     was_long: bool = False
     grammar_error: str | None = None
     written: int = 0
+    is_spoiled: bool = False
 
     @classmethod
     def of(cls, job: Job, listener: Listener, checkpoint: Checkpoint, sizes: Sizes) -> Row:
@@ -97,6 +99,7 @@ class Row:
           flag: of failures.py: why the row cannot go on; 0: it can.
         """
         self.tokens += token_ids
+        self.is_spoiled = flag == NOT_FINITE
         error = None
         if flag:
             own = self.grammar_error if flag == NO_TOKEN else None
@@ -115,10 +118,21 @@ class Row:
             return None
         return [dataclasses.replace(each, top=dict(list(each.top.items())[:most])) for each in logprobs]
 
-    def tell(self, piece: Piece) -> None:
-        """Tells the listener, who may raise anything."""
+    def tell(self, new: NewTokens, ended: FinishReason | None) -> None:
+        """Tells the listener of new tokens, and why the answer ends with them, if it does: see `Answer.add`.
+
+        What goes wrong here ends this row alone.
+        """
+        try:
+            piece = self.answer.add(new, ended)
+        except Exception as error:  # ids that are no text, for instance
+            self.answer.finish_reason = "error"
+            piece = Piece(self.ticket.number, "", [], None if new.logprobs is None else [], "error", str(error))
         self.written += len(piece.token_ids)
-        self.listener(piece)
+        try:
+            self.listener(piece)
+        except Exception:  # the listener is gone, and nobody else can be told
+            self.answer.finish_reason = self.answer.finish_reason or "interrupt"
 
 
 def _check_lists(sampling: Sampling, vocab_size: int, sizes: Sizes) -> None:

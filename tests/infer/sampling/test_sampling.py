@@ -277,6 +277,9 @@ def test_top_logprobs():
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"typical_p": 5e-324}, "typical_p=5e-324 must be in"),  # 0 in float32
+        ({"temperature": 1e38}, "temperature=1e[+]38"),  # by which -inf is NaN
+        ({"repetition_penalty": 1e-38}, "repetition_penalty=1e-38"),
         ({"typical_p": 0.0}, "typical_p=0.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be a positive number"),
         ({"presence_penalty": 2.1}, "presence_penalty=2.1"),

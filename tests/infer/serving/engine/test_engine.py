@@ -200,7 +200,7 @@ def test_mixed_jobs_in_every_order_are_those_of_each_alone(small, monkeypatch):
 @pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(small):
     """Whatever is asked for: log-probabilities, grammars, long lists, any seed and penalty, and all numbers of rows."""
-    engine = Engine(small, dataclasses.replace(SMALL, speculate=3, speculate_rows=1))
+    engine = Engine(small, dataclasses.replace(SMALL, speculate=3, speculate_rows=1, most_biases=95, most_listed=60))
     steps = []
     engine.warm_up(lambda done, of: steps.append((done, of)))
     assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
@@ -309,6 +309,46 @@ def test_an_exception_ends_all_jobs_and_is_raised(tiny):
     nothing_is_left(engine, 3)
     with pytest.raises(QueueFull):
         engine.submit(Job([1], 4), Listener())
+
+
+@pytest.mark.slow
+def test_many_answers_to_a_long_prompt_do_not_stall_a_short_one(tiny):
+    """They are one text that is read, however many wait for it."""
+    engine = Engine(tiny, dataclasses.replace(SMALL, slots=4, readers=2))
+    long, short = prompts(8, [63, 5])
+    asked = submit(engine, [*[Job(long, 1)] * 3, Job(short, 2)])
+    while not asked[3][2].ids:
+        engine.turn()
+    assert not any(found.ids for _, _, found in asked[:3])
+    finish(engine)
+    nothing_is_left(engine, 4)
+
+
+def test_what_is_no_text_is_an_error_of_its_row_alone(tiny, small):
+    """With a tokenizer of fewer ids than the model has."""
+    tokenizer = small.tokenizer
+    few = dataclasses.replace(tiny, tokenizer=dataclasses.replace(tokenizer, pieces=tokenizer.pieces[:90]))
+    engine = Engine(few, SMALL)
+    jobs = [Job([1, 2], 4, Sampling(forced_tokens=[1, 92, 1])), Job([1, 2], 4, Sampling(forced_tokens=[1] * 4))]
+    (_, _, bad), (_, _, good) = submit(engine, jobs)
+    finish(engine)
+    assert (bad.reason, bad.ids) == ("error", [1])
+    assert "outside of the vocabulary" in str(bad.pieces[-1].error)
+    assert (good.reason, good.ids) == ("length", [1] * 4)
+    nothing_is_left(engine, 2)
+
+
+@pytest.mark.slow
+def test_numbers_that_are_none_stay_with_their_row(tiny):
+    """Where no kernel reads the cache: others get the memory afterwards, of a prompt and of an answer."""
+    weight = tiny.params["embed_tokens"]["weight"]
+    bad = dataclasses.replace(tiny, params=tiny.params | {"embed_tokens": {"weight": weight.at[13].set(np.nan)}})
+    engine = Engine(bad, dataclasses.replace(SMALL, slots=1, cache_dtype="float16", prefix_bytes=0))
+    forced = Job([5, 6], 3, Sampling(forced_tokens=[7, 13, 7]))
+    reasons = [submit(engine, [job])[0][2] for job in (Job([13] * 9, 2), Job([5, 6], 2), forced, Job([5, 6], 2))]
+    finish(engine)
+    assert [listener.reason for listener in reasons] == ["error", "length", "error", "length"]
+    assert reasons[1].ids == reasons[3].ids
 
 
 @pytest.mark.slow

@@ -132,17 +132,21 @@ def test_an_adapter_is_that_of_its_request(tiny: phi3_jax.Checkpoint, hidden: li
         pooler.submit(TEXTS, adapter="other")
 
 
-def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(tiny: phi3_jax.Checkpoint):
+def test_hidden_states_that_are_no_numbers_are_an_error_of_their_request_alone(tiny: phi3_jax.Checkpoint, monkeypatch):
     params = dict(tiny.params)
     weight = tiny.params["embed_tokens"]["weight"]
     params["embed_tokens"] = {"weight": weight.at[13].set(jnp.nan)}
     bad_model = phi3_jax.Checkpoint(tiny.config, params, None, tiny.generation)
+    monkeypatch.setattr(pooling, "own_cache_dtype", lambda checkpoint: "float16")  # which no CPU kernel reads
     pooler = Pooler(bad_model, Adapters.load(bad_model, {}), 64, 16, 2)
     bad, good = pooler.submit([[5], [13, 5], [5]]), pooler.submit([[5]])
+    read_all(pooler)
+    later = pooler.submit([[5]])  # into the same memory
     read_all(pooler)
     with pytest.raises(ValueError, match="input 1 gave hidden states that are no finite numbers"):
         bad.result(timeout=0)
     assert np.isfinite(good.result(timeout=0)).all()
+    np.testing.assert_array_equal(later.result(timeout=0), good.result(timeout=0))
 
 
 def test_warm_up_compiles_all(tiny: phi3_jax.Checkpoint):
