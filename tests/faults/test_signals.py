@@ -44,6 +44,13 @@ class Place:
         rest = {
             "generate": [*model, *PROMPT],
             "generate_file": [*model, "--input", str(self.folder / "in.jsonl"), "--output", str(output / "out.jsonl")],
+            "generate_api_file": [
+                *model,
+                "--input",
+                str(self.folder / "api.jsonl"),
+                "--output",
+                str(output / "out.jsonl"),
+            ],
             "chat": [*model, "--max_new_tokens", "20"],
             "quantize": [*model, "--quantize", "int8", "--output", str(output / "out")],
             "export": [*model, "--output", str(output / "out"), "--format", "safetensors"],
@@ -52,7 +59,7 @@ class Place:
             "train": ["--tell_every", "0", *(f"--set={name}={value}" for name, value in changed.items())],
             "random_checkpoint": ["--preset", "phi-3-mini-4k", "--layers", "1", "--output", str(output / "out")],
         }[program]
-        name = program.removesuffix("_file")
+        name = program.removesuffix("_file").removesuffix("_api")
         start = f"import sys, phi3_start; sys.argv[0] = 'phi3-{name}'; phi3_start.{name}()"
         return [sys.executable, "-c", start, *rest]
 
@@ -72,6 +79,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     write_run(folder)
     lines = [json.dumps({"prompt": f"{n}+{n}", "max_new_tokens": 20}) for n in range(24)]
     (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
+    bodies = [{"prompt": f"{n}+{n}", "max_tokens": 20} for n in range(24)]
+    asked = [
+        {"custom_id": f"{n}", "method": "POST", "url": "/v1/completions", "body": body} for n, body in enumerate(bodies)
+    ]
+    (folder / "api.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     (folder / "cache").mkdir()
     # What the tests ignore, as a shell's background jobs do Ctrl-C, programs that they start would ignore, too.
     before = {number: signal.signal(number, signal.SIG_DFL) for number in set(SIGNALS) - {signal.SIGINT}}
@@ -109,7 +121,7 @@ def what_is_wrong(code: int, errors: str, number: signal.Signals, seconds: float
 @pytest.mark.slow
 def test_a_signal_at_any_moment_ends_a_program_in_good_order(place, tmp_path):
     programs = ["generate", "generate_file", "quantize", "export", "evaluate", "train"]
-    programs += ["chat", "benchmark"] if TRIALS > 20 else []
+    programs += ["generate_api_file", "chat", "benchmark"] if TRIALS > 20 else []
     rng, outcomes, failures = random.Random(TRIALS), Counter(), []
     for trial in range(TRIALS):
         program, number = programs[trial % len(programs)], SIGNALS[trial // len(programs) % len(SIGNALS)]
