@@ -24,14 +24,14 @@ from ...engine import NewTokens, PromptLookup, decoding
 from ...engine.news import News
 from ...engine.speculation import LookupDrafter
 from .chunks import pick, put
-from .options import EngineOptions, Sizes
+from .options import EngineOptions, Sizes, most_guessed
 from .sequence import Row
 from .states import by_grammar, record_of, settings_of, state_of, wants_logprobs
 
 Way = Literal["plain", "grammar", "guesses"]
 
 _BLOCK = 128  # slots that are copied at a time
-# Calls with a smaller load before rows are moved together: their memory is new, and takes the kernel 20 ms a row.
+# Calls with a smaller load before rows are moved together, at about 4 ms for each block of each row.
 PATIENCE = 16
 
 
@@ -89,7 +89,7 @@ class Batch:
         """How these rows are written: token by token where a grammar has to be asked, with guesses where few are."""
         if any(row.masks is not None for row in self.used):
             return "grammar"
-        has_guesses = self._drafter is not None and len(self.rows) <= self._options.speculate_rows
+        has_guesses = self._drafter is not None and len(self.rows) <= most_guessed(self._options, self._sizes)
         return "guesses" if has_guesses else "plain"
 
     def write(self, params: Any, steps: int, way: Way | None = None) -> list[tuple[Row, NewTokens, bool]]:
@@ -169,15 +169,25 @@ def _without(state: decoding.DecodeState, rows: Sequence[Row | None]) -> decodin
     return dataclasses.replace(state, done=jnp.asarray(np.asarray([row is None for row in rows])), logprobs=record)
 
 
-@functools.partial(jax.jit, static_argnames="size", donate_argnames="target")
-def copy_block(target: KVCache, to: jax.Array, source: KVCache, row: jax.Array, begin: jax.Array, size: int) -> KVCache:
+def copy_block(target: KVCache, to: Any, source: KVCache, row: Any, begin: Any, size: int) -> KVCache:
     """The target with `size` slots of a row of the source, from `begin` on, in row `to`, and the row's positions.
 
-    `to`, `row` and `begin` are int32 scalars. A loop over the blocks of a row in here would copy the whole cache.
+    `to`, `row` and `begin` are int32 scalars. Two programs: of one XLA makes a loop over all slots of the row. And one
+    that looped over blocks would copy the whole cache.
     """
-    names = ("k", "v") if target.k_scale is None else ("k", "v", "k_scale", "v_scale")
-    arrays = {
-        name: put(getattr(target, name), pick(getattr(source, name), row, begin, size), to, begin) for name in names
-    }
-    positions = jax.lax.dynamic_update_slice(target.positions, source.positions[row][None], (to, jnp.int32(0)))
-    return dataclasses.replace(target, positions=positions, **arrays)
+    return _put_block(target, to, *_pick_block(source, row, begin, size), begin)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _pick_block(source: KVCache, row: jax.Array, begin: jax.Array, size: int) -> tuple[dict[str, jax.Array], jax.Array]:
+    names = ("k", "v") if source.k_scale is None else ("k", "v", "k_scale", "v_scale")
+    return {name: pick(getattr(source, name), row, begin, size) for name in names}, source.positions[row]
+
+
+@functools.partial(jax.jit, donate_argnames="target")
+def _put_block(
+    target: KVCache, to: jax.Array, block: dict[str, jax.Array], positions: jax.Array, begin: jax.Array
+) -> KVCache:
+    arrays = {name: put(getattr(target, name), part, to, begin) for name, part in block.items()}
+    held = jax.lax.dynamic_update_slice(target.positions, positions[None], (to, jnp.int32(0)))
+    return dataclasses.replace(target, positions=held, **arrays)

@@ -135,3 +135,8 @@ class Sizes:
             most_listed=options.most_listed,
             border=None if config.long_rope is None else config.long_rope.original_max_position_embeddings,
         )
+
+
+def most_guessed(options: EngineOptions, sizes: Sizes) -> int:
+    """The most rows B of a batch in which tokens are guessed: the smallest is always one."""
+    return max(options.speculate_rows, sizes.rungs[0])

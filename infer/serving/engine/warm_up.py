@@ -17,7 +17,7 @@ from phi3_jax.model import KVCache
 from ...engine.buckets import piece_length
 from .batch import PATIENCE, Batch, Way
 from .jobs import Job
-from .options import EngineOptions, Sizes
+from .options import EngineOptions, Sizes, most_guessed
 from .prefixes import Prefixes
 from .reader import Reader
 from .sequence import Row
@@ -85,7 +85,7 @@ class Programs:
         batch.join(row := self._row(), self._nothing(), rung)
         # What "grammar" runs is what "plain" does, with other data.
         ways: tuple[Way, ...] = ("plain",)
-        if self._options.speculate > 0 and rung <= self._options.speculate_rows:
+        if self._options.speculate > 0 and rung <= most_guessed(self._options, self._sizes):
             ways = ("plain", "guesses")
         for way in ways:
             batch.write(self._params(batch.rows), 1, way)

@@ -307,7 +307,7 @@ def test_a_stream_says_that_it_is_alive_and_what_went_wrong():
 
     with streaming(slow) as (url, closed):
         text = CLIENT.get(url).text
-        assert closed
+        wait_until(lambda: closed, 5)  # the server's thread ends it
     first, *comments, last, rest = text.split("\n\n")
     assert first == 'event: first\ndata: {"a":"\u2028"}'
     assert set(comments) == {": keep-alive"}
