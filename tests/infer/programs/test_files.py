@@ -203,7 +203,7 @@ def test_answers_that_end_with_an_error(small, program, monkeypatch, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_file_of_mixed_prompts_compiles_nine_programs(tiny, tmp_path, monkeypatch, capfd, caplog):
+def test_a_file_of_mixed_prompts_compiles_eight_programs(tiny, tmp_path, monkeypatch, capfd, caplog):
     """Ragged lines, drawn and greedy, with a stop string; at the end fewer are written at a time."""
     rng = random.Random(3)
     model = with_bytes(tiny, tmp_path, max_position_embeddings=4096, num_hidden_layers=1)
@@ -223,5 +223,5 @@ def test_a_file_of_mixed_prompts_compiles_nine_programs(tiny, tmp_path, monkeypa
     assert len(lines_of(tmp_path / "out.jsonl")) == len(lines)
     counts = Counter(record.getMessage().partition(" with ")[0] for record in caplog.records)
     assert counts["Compiling jit(answer)"] == 1
-    assert counts["Compiling jit(decode)"] == 4  # for 8, 4, 2 and 1 rows
+    assert counts["Compiling jit(decode)"] == 3  # for 8, 4 and 2 rows; packed weights have one for 1, too
     assert 3 <= counts["Compiling jit(read)"] <= 4

@@ -251,7 +251,7 @@ def test_ctrl_c_prints_what_there_is(demo):
     assert "Traceback" not in errors
 
 
-OTHERS = ("benchmark", "chat", "export", "inspect", "quantize", "random")  # programs with flags of their own
+OTHERS = ("benchmark", "chat", "export", "inspect", "quantize", "random", "serve")  # programs with flags of their own
 
 
 def test_help_is_grouped_by_topic(started):
