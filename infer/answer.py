@@ -109,16 +109,21 @@ class Answer:
 
     def finish(self, prompt_logprobs: list[TokenLogprob] | None = None) -> Generation:
         """The whole answer, once it has a finish_reason."""
-        assert self.finish_reason is not None
-        pieces = self._pieces
-        return Generation(
-            "".join(piece.text for piece in pieces),
-            [token for piece in pieces for token in piece.token_ids],
-            self.finish_reason,
-            None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []],
-            prompt_logprobs,
-            pieces[-1].error,
-        )
+        return joined(self._pieces, prompt_logprobs)
+
+
+def joined(pieces: Sequence[Piece], prompt_logprobs: list[TokenLogprob] | None = None) -> Generation:
+    """The answer that pieces are of, the last of which has the finish_reason."""
+    reason = pieces[-1].finish_reason
+    assert reason is not None
+    return Generation(
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.token_ids],
+        reason,
+        None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []],
+        prompt_logprobs,
+        pieces[-1].error,
+    )
 
 
 def write_answers(

@@ -78,14 +78,15 @@ def test_the_wheel_works_in_a_clean_environment_with_the_core_dependencies(wheel
 
     for program in PROJECT["project"]["scripts"]:
         helped = subprocess.run([python.parent / program, "--help"], capture_output=True, text=True, cwd=tmp_path)
-        if program == "phi3-serve":  # its extra is not there
-            assert "pip install 'phi3_jax[serve]'" in helped.stderr
-            continue
         assert helped.stdout.startswith(f"{program}: "), helped.stderr
         assert "checkpoint" in helped.stdout or "--preset" in helped.stdout or "--archive" in helped.stdout
     # All say it by the same lines (test_program.py).
     version = subprocess.run([python.parent / program, "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert version.stdout.startswith(f"{program} {PROJECT['project']['version']} (jax "), version.stderr
+    command = [python.parent / "phi3-serve", "--checkpoint", tiny_folder]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "pip install 'phi3_jax[serve]'" in refused.stderr
     # Reading GGUF is an extra: without it the message says how to get it.
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     command = [python.parent / "phi3-generate", "--checkpoint", tmp_path / "x.gguf", "--prompt", "hello"]

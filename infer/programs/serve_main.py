@@ -11,43 +11,26 @@ The log, a line of JSON for each request, goes to standard error. infer/serving/
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
-import os
 import re
-import signal
-import sys
-import threading
 from pathlib import Path
 from typing import Any, cast
 
 from absl import flags
 
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
-from phi3_jax.command_line import interrupts
 from phi3_jax.command_line.model_flags import CHECKPOINT, QUANTIZE
 from phi3_jax.command_line.program import run_program
-from phi3_jax.command_line.progress import progress_bar
 
 from ..engine import PromptLookup
 from ..engine.buckets import own_cache_dtype, rows_that_fit
 from ..sampling import Sampling
+from ..serving.engine import Engine, EngineOptions
+from ..serving.engine.pooling import POOLINGS
+from ..serving.http.gate import Access, Limits
+from ..serving.http.gate.keys import VARIABLE, read_keys
+from ..serving.http.gate.limits import host_name, is_loopback
 from . import flags as common
-
-try:
-    from ..serving.engine import Engine, EngineOptions
-    from ..serving.engine.pooling import POOLINGS
-    from ..serving.http.app import Access, make_app
-    from ..serving.http.gate.keys import VARIABLE, read_keys
-    from ..serving.http.gate.limits import Limits, host_name, is_loopback
-    from ..serving.http.gate.logs import log_to
-    from ..serving.http.gate.server import Server, address, listen, tell_supervisor
-    from ..serving.http.service import Service
-except ImportError as error:  # the extra is not there
-    if error.name not in ("starlette", "uvicorn", "h11", "prometheus_client"):
-        raise
-    sys.exit(f"phi3-serve: {error.name} is missing: pip install 'phi3_jax[serve]'")
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; another than this machine's needs keys.")
 _PORT = flags.DEFINE_integer(
@@ -182,14 +165,18 @@ def main() -> int:
         raise ValueError(f"--speculate={common.SPECULATE.value}: a server guesses by lookup only: --speculate=lookup")
     if _SLOTS.value != "auto" and not (_SLOTS.value.isdecimal() and 1 <= int(_SLOTS.value) <= 256):
         raise ValueError(f"--slots={_SLOTS.value} must be auto or a number from 1 to 256")
-    listening = listen(_HOST.value, _PORT.value)
+    try:
+        from . import server
+    except ImportError as error:
+        raise ImportError(f"phi3-serve needs the extra serve ({error}): pip install 'phi3_jax[serve]'") from None
+    listening = server.listen(_HOST.value, _PORT.value)
     checkpoint = common.load_other(CHECKPOINT.value, QUANTIZE.value, None)
     require_tokenizer(checkpoint)
     options = _options(checkpoint)
     name = _NAME.value or Path(CHECKPOINT.value.partition("@")[0]).name.removesuffix(".gguf")
     if name in adapters:
         raise ValueError(f"--adapter={name}=...: this is the model's own name; give it another")
-    service = Service(
+    service = server.Service(
         Engine(checkpoint, options, adapters),
         checkpoint,
         name,
@@ -199,58 +186,7 @@ def main() -> int:
         _LOG_PROMPTS.value,
         cast(Any, _POOLING.value),
     )
-    log_to(sys.stderr)
-    print(f"phi3-serve: {name} at {address(listening)}, {options.slots} slots", flush=True)
-    return asyncio.run(
-        _serve(service, Server(make_app(service, access), service.limits, _DRAIN_SECONDS.value), listening)
-    )
-
-
-async def _serve(service: Service, server: Server, listening: Any) -> int:
-    """Serves until a signal comes, or the engine fails; the exit code."""
-    loop, engine = asyncio.get_running_loop(), service.engine
-
-    def on_failure() -> None:
-        loop.call_soon_threadsafe(setattr, server, "should_exit", True)
-
-    service.on_failure = on_failure
-    thread = threading.Thread(target=_work, args=[service], name="engine", daemon=True)
-
-    def end(number: signal.Signals) -> None:
-        if server.should_exit:
-            interrupts.end_by(number)
-        if service.state != "failed":
-            service.state = "draining"
-        tell_supervisor("STOPPING=1")
-        server.should_exit = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, end, number)
-    thread.start()
-    await server.serve(sockets=[listening])
-    engine.stop()
-    await asyncio.to_thread(thread.join, 2)
-    if service.failure is not None:
-        print(f"phi3-serve: the engine has failed, and the server with it: {service.failure}", file=sys.stderr)
-    if thread.is_alive():  # inside of a compiler, which cannot be told to stop
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(service.failure is not None))
-    return int(service.failure is not None)
-
-
-def _work(service: Service) -> None:
-    """The engine's thread."""
-    with contextlib.ExitStack() as stack:
-        on_progress = stack.enter_context(progress_bar("warming up", ""))
-
-        def on_ready() -> None:
-            stack.close()  # the bar disappears
-            print("phi3-serve: ready", flush=True)
-            tell_supervisor("READY=1")
-
-        service.on_ready = on_ready
-        service.work(on_progress)
+    return server.serve(service, access, listening, _DRAIN_SECONDS.value)
 
 
 def run() -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from phi3_jax.checkpoint import Checkpoint
 
-from ...answer import Generation, Piece
+from ...answer import Generation, Piece, joined
 from ...engine import Options
 from ...engine.buckets import own_cache_dtype, sizes_for
 from ..engine import Engine, Job
@@ -126,13 +126,4 @@ class _Answer(Generic[Key]):
 
     def whole(self) -> Generation:
         """The answer, once it has ended."""
-        pieces, last = self._pieces, self._pieces[-1]
-        assert last.finish_reason is not None
-        return Generation(
-            "".join(piece.text for piece in pieces),
-            [token for piece in pieces for token in piece.token_ids],
-            last.finish_reason,
-            None if last.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []],
-            self.ticket.prompt_logprobs,
-            last.error,
-        )
+        return joined(self._pieces, self.ticket.prompt_logprobs)

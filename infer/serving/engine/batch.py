@@ -1,19 +1,15 @@
 """The rows that write their answers, all in one call of the compiled loop.
 
 The host knows every row's tokens; on the device are their keys and values, and what the loop needs, which is made anew
-whenever a row comes or goes. There are as many rows as the rung that load asks for (buckets.py).
-
-Axis letters: L layer, B batch, K key-value heads, S cache slot, H head dim, V vocab.
+whenever a row comes. There are as many rows as the rung that load asks for (buckets.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,15 +19,14 @@ from phi3_jax.model import KVCache
 from ...engine import NewTokens, PromptLookup, decoding
 from ...engine.news import News
 from ...engine.speculation import LookupDrafter
-from .chunks import pick, put
+from .chunks import move
 from .options import EngineOptions, Sizes, most_guessed
 from .sequence import Row
 from .states import by_grammar, record_of, settings_of, state_of, wants_logprobs
 
 Way = Literal["plain", "grammar", "guesses"]
 
-_BLOCK = 128  # slots that are copied at a time
-# Calls with a smaller load before rows are moved together, at about 4 ms for each block of each row.
+# Calls with a smaller load before rows are moved together, at about 4 ms for each chunk of each row.
 PATIENCE = 16
 
 
@@ -138,13 +133,11 @@ class Batch:
     def _put(self, place: int, cache: KVCache, row: int, length: int) -> None:
         self.settle()
         assert self._cache is not None
-        size, slots = min(_BLOCK, cache.capacity), min(length, cache.capacity)
-        for begin in range(0, slots, size):
-            where = np.int32(place), cache, np.int32(row), np.int32(begin)
-            self._cache = copy_block(self._cache, *where, size)
+        for begin in range(0, min(length, cache.capacity), self._sizes.chunk):
+            self._cache = move(self._cache, place, cache, row, begin, self._sizes.chunk)
 
     def _resize(self, rung: int) -> None:
-        """Moves all rows into a cache of `rung` rows, one of the neighbours of the present one."""
+        """Moves all rows into a cache of `rung` rows."""
         self.settle()
         self._calm = 0
         old, rows = self._cache, self.rows
@@ -167,27 +160,3 @@ def _without(state: decoding.DecodeState, rows: Sequence[Row | None]) -> decodin
     assert state.logprobs is not None
     record = dataclasses.replace(state.logprobs, wanted=wants_logprobs(rows))
     return dataclasses.replace(state, done=jnp.asarray(np.asarray([row is None for row in rows])), logprobs=record)
-
-
-def copy_block(target: KVCache, to: Any, source: KVCache, row: Any, begin: Any, size: int) -> KVCache:
-    """The target with `size` slots of a row of the source, from `begin` on, in row `to`, and the row's positions.
-
-    `to`, `row` and `begin` are int32 scalars. Two programs: of one XLA makes a loop over all slots of the row. And one
-    that looped over blocks would copy the whole cache.
-    """
-    return _put_block(target, to, *_pick_block(source, row, begin, size), begin)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _pick_block(source: KVCache, row: jax.Array, begin: jax.Array, size: int) -> tuple[dict[str, jax.Array], jax.Array]:
-    names = ("k", "v") if source.k_scale is None else ("k", "v", "k_scale", "v_scale")
-    return {name: pick(getattr(source, name), row, begin, size) for name in names}, source.positions[row]
-
-
-@functools.partial(jax.jit, donate_argnames="target")
-def _put_block(
-    target: KVCache, to: jax.Array, block: dict[str, jax.Array], positions: jax.Array, begin: jax.Array
-) -> KVCache:
-    arrays = {name: put(getattr(target, name), part, to, begin) for name, part in block.items()}
-    held = jax.lax.dynamic_update_slice(target.positions, positions[None], (to, jnp.int32(0)))
-    return dataclasses.replace(target, positions=held, **arrays)

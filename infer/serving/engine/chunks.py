@@ -84,6 +84,18 @@ def place(cache: KVCache, row: int, chunks: Sequence[Chunk], end: int) -> KVCach
     return cache
 
 
+def move(target: KVCache, place: int, source: KVCache, row: int, begin: int, length: int) -> KVCache:
+    """Copies `length` slots of a row of the source, from `begin` on, and the row's positions, to row `place`.
+
+    Args:
+      target: its memory is donated to the result.
+      begin: a multiple of `length`, of which the row's slots are one, too.
+    """
+    # Two programs: of one XLA makes a loop over all slots of the row. And one that looped would copy the whole cache.
+    chunk = take(source, row, begin, length)
+    return _put_row(target, chunk, source.positions, *map(np.int32, (place, row, begin)))
+
+
 def _arrays(cache: KVCache | Chunk) -> Chunk:
     """k, v and their scales; [L, B, K, S, H] and [L, B, K, S] of a cache."""
     return Chunk(cache.k, cache.v, cache.k_scale, cache.v_scale)
@@ -128,6 +140,14 @@ def _place(cache: KVCache, chunk: Chunk, row: jax.Array, begin: jax.Array, is_fi
     positions = begin + jnp.arange(chunk.k.shape[2], dtype=jnp.int32)
     held = jnp.where(is_first, -1, cache.positions[row]).at[positions % cache.capacity].set(positions)
     return KVCache(arrays.k, arrays.v, cache.positions.at[row].set(held), arrays.k_scale, arrays.v_scale)
+
+
+@functools.partial(jax.jit, donate_argnames="target")
+def _put_row(
+    target: KVCache, chunk: Chunk, positions: jax.Array, place: jax.Array, row: jax.Array, begin: jax.Array
+) -> KVCache:
+    arrays = jax.tree.map(lambda old, new: put(old, new, place, begin), _arrays(target), chunk)
+    return KVCache(arrays.k, arrays.v, target.positions.at[place].set(positions[row]), arrays.k_scale, arrays.v_scale)
 
 
 def _where(array: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:

@@ -7,8 +7,6 @@ An endpoint is a file with `routes`; ENDPOINTS lists these files.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection
 from importlib import resources
 
 from starlette.applications import Starlette
@@ -21,8 +19,8 @@ from starlette.routing import BaseRoute, Route
 
 from . import chat, completions, embeddings, metrics, models, ollama, openapi, responses, texts
 from .errors import ApiError
-from .gate.keys import Authentication, Keys
-from .gate.limits import Bodies, Errors, Origins
+from .gate.keys import Access
+from .gate.layers import Authentication, Bodies, Errors, Origins
 from .gate.logs import Logged
 from .service import Service
 
@@ -41,21 +39,6 @@ _PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Access:
-    """Who may use a server.
-
-    Attributes:
-      keys: without any, everyone who reaches it.
-      hosts: the names, beside those of this machine, that requests may call it by; None: whatever they say.
-      origins: pages of these sites may use it, too.
-    """
-
-    keys: Keys = dataclasses.field(default_factory=lambda: Keys([]))
-    hosts: Collection[str] | None = ()
-    origins: Collection[str] = ()
 
 
 def make_app(service: Service, access: Access | None = None) -> Starlette:

@@ -36,7 +36,7 @@ from .fields import (
     read_tool_use,
     with_seed,
 )
-from .gate import note
+from .gate.logs import note
 from .service import Answers, Service
 from .streams import DONE, EventStream, event, listing
 

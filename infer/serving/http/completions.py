@@ -34,7 +34,7 @@ from .fields import (
     read_stop,
     with_seed,
 )
-from .gate import note
+from .gate.logs import note
 from .service import Answers, Service
 from .streams import DONE, EventStream, event, listing
 

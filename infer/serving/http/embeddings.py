@@ -22,7 +22,7 @@ from ..engine import QueueFull
 from ..engine.pooling import POOLINGS
 from .errors import invalid, too_many, unavailable
 from .fields import IGNORED, Fields, as_whole, read_fields
-from .gate import note
+from .gate.logs import note
 from .service import Service
 from .streams import listing
 

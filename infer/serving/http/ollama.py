@@ -23,7 +23,7 @@ from ...sampling import Grammar
 from ..engine import Job
 from .errors import ApiError
 from .fields import Fields, attempt, check_schema, read_fields, read_messages, read_sampling, read_stop
-from .gate import note
+from .gate.logs import note
 from .service import Answers, Service
 from .streams import EventStream
 

@@ -26,7 +26,7 @@ from ..engine import Job
 from .chat import MOST_LOGPROBS, logprob_entry
 from .errors import ApiError, invalid
 from .fields import IGNORED, Fields, attempt, check_schema, read_fields, read_sampling, read_stop
-from .gate import note
+from .gate.logs import note
 from .service import Answers, Service
 from .streams import EventStream, event
 

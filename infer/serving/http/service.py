@@ -21,7 +21,7 @@ import jax
 from phi3_jax.checkpoint import Checkpoint, require_tokenizer
 from phi3_jax.text import encode_chat
 
-from ...answer import Generation, Piece
+from ...answer import Generation, Piece, joined
 from ...sampling import Sampling
 from ..engine import Engine, Job, QueueFull, Ticket
 from ..engine.pooling import Pooling
@@ -188,21 +188,6 @@ class Service:
             answers.fail(ApiError(500, "the engine has failed; the server restarts"))
         return answers
 
-    @contextlib.asynccontextmanager
-    async def answering(self, *jobs: Job) -> AsyncIterator[Answers]:
-        """Inside, the answers are open. Errors as in `open`."""
-        answers = await self.open(*jobs)
-        try:
-            yield answers
-        finally:
-            answers.close()
-
-    async def run(self, *jobs: Job) -> AsyncIterator[Piece]:
-        """The pieces of one answer, or of several; whoever leaves early closes the iterator. Errors as in `open`."""
-        async with self.answering(*jobs) as answers:
-            async for piece in answers:
-                yield piece
-
 
 class _EndedError(Exception):
     """Told to end while it warms up."""
@@ -267,7 +252,7 @@ class Answers:
         pieces: list[list[Piece]] = [[] for _ in self.tickets]
         async for piece in self:
             pieces[piece.row].append(piece)
-        return [_joined(each, ticket) for each, ticket in zip(pieces, self.tickets, strict=True)]
+        return [joined(each, ticket.prompt_logprobs) for each, ticket in zip(pieces, self.tickets, strict=True)]
 
     def fail(self, error: ApiError) -> None:
         """Whoever waits for pieces gets this error; from any thread."""
@@ -287,11 +272,3 @@ class Answers:
     def _cancel_late(self, submitting: Future[Ticket]) -> None:
         if not submitting.cancelled() and submitting.exception() is None:
             self._engine.cancel(submitting.result())
-
-
-def _joined(pieces: Sequence[Piece], ticket: Ticket) -> Generation:
-    reason = pieces[-1].finish_reason
-    assert reason is not None
-    tokens = [token for piece in pieces for token in piece.token_ids]
-    logprobs = None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []]
-    return Generation("".join(piece.text for piece in pieces), tokens, reason, logprobs, ticket.prompt_logprobs)

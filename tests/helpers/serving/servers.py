@@ -13,8 +13,8 @@ from chats import small_chat
 
 import phi3_jax
 from phi3_jax.infer.serving.engine import Engine, EngineOptions
-from phi3_jax.infer.serving.http.app import Access, make_app
-from phi3_jax.infer.serving.http.gate import Limits
+from phi3_jax.infer.serving.http.app import make_app
+from phi3_jax.infer.serving.http.gate import Access, Limits
 from phi3_jax.infer.serving.http.gate.server import Server, address, listen
 from phi3_jax.infer.serving.http.service import Service
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from phi3_jax.regular_file import read_text
 
-from ..errors import ApiError
-from .logs import note
-
 VARIABLE = "PHI3_API_KEYS"
 _SHORTEST = 16  # characters: what is shorter can be guessed
-# Whoever watches over the server, and whoever opens the page, which asks for the key itself, has none.
-_OPEN = re.compile(r"/|/health|/ready|/favicon\.ico|/page/[\w.-]+")
 
 
 class Keys:
@@ -73,21 +66,16 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-class Authentication:
-    """Lets through who has a key: `Authorization: Bearer KEY`."""
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """Who may use a server.
 
-    def __init__(self, app: ASGIApp, keys: Keys):
-        self._app, self._keys = app, keys
+    Attributes:
+      keys: without any, everyone who reaches it.
+      hosts: the names, beside those of this machine, that requests may call it by; None: whatever they say.
+      origins: pages of these sites may use it, too.
+    """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it. Raises ApiError (401)."""
-        if self._keys and not _OPEN.fullmatch(scope["path"]):
-            given = Headers(scope=scope).getlist("authorization")
-            scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
-            number = self._keys.number_of(key.strip()) if scheme.lower() == "bearer" else None
-            if number is None:
-                what = "the API key is wrong" if given else "an API key is missing"
-                challenge = {"www-authenticate": "Bearer"}
-                raise ApiError(401, f"{what}; send it as Authorization: Bearer KEY", headers=challenge)
-            note(scope, key=number)
-        await self._app(scope, receive, send)
+    keys: Keys = dataclasses.field(default_factory=lambda: Keys([]))
+    hosts: Collection[str] | None = ()
+    origins: Collection[str] = ()

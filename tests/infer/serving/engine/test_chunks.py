@@ -89,8 +89,8 @@ def test_placing_needs_no_second_cache():
     assert program.temp_size_in_bytes < 3 * chunks.chunk_bytes(cache, 16)
 
 
-def test_rows_of_many_blocks_are_copied_whole_into_the_batch(tiny):
-    config, slots, options = tiny.config, 290, EngineOptions(slots=2, room=60)
+def test_rows_of_many_chunks_are_copied_whole_into_the_batch(tiny):
+    config, slots, options = tiny.config, 300, EngineOptions(slots=2, room=60)
     sizes = dataclasses.replace(Sizes.of(tiny, options), capacity=slots)
     batch = Batch(tiny, sizes, options)
     rng, joined = np.random.default_rng(6), []

@@ -17,11 +17,11 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from phi3_jax.infer.serving.engine import Engine, EngineOptions
-from phi3_jax.infer.serving.http.app import Access
 from phi3_jax.infer.serving.http.errors import ApiError
-from phi3_jax.infer.serving.http.gate import Keys, Limits, logs
+from phi3_jax.infer.serving.http.gate import Access, Keys, Limits, logs
 from phi3_jax.infer.serving.http.gate.keys import read_keys
-from phi3_jax.infer.serving.http.gate.limits import Bodies, is_loopback
+from phi3_jax.infer.serving.http.gate.layers import Bodies
+from phi3_jax.infer.serving.http.gate.limits import is_loopback
 from phi3_jax.infer.serving.http.gate.logs import JsonLines
 from phi3_jax.infer.serving.http.gate.server import Server, address, listen
 from phi3_jax.infer.serving.http.service import Service

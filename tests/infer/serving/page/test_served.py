@@ -10,8 +10,7 @@ from recorded_server import POLICY
 from servers import is_idle, serving, wait_until, working
 
 from phi3_jax.infer.serving.engine import Engine, EngineOptions
-from phi3_jax.infer.serving.http.app import Access
-from phi3_jax.infer.serving.http.gate.keys import Keys
+from phi3_jax.infer.serving.http.gate import Access, Keys
 from phi3_jax.infer.serving.http.service import Service
 
 ROOM = 128
