@@ -11,7 +11,7 @@ from chats import END, small_chat
 import phi3_jax
 from phi3_jax.infer import Generation, Grammar, Options, Sampling, generate
 from phi3_jax.infer.engine import decoding
-from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, Piece, QueueFull, Ticket, batch
+from phi3_jax.infer.serving.engine import Engine, EngineOptions, Job, Piece, QueueFull, Ticket
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOM = 64
@@ -158,9 +158,8 @@ def mixed() -> list[Job]:
 
 
 @pytest.mark.slow
-def test_mixed_jobs_in_every_order_are_those_of_each_alone(small, monkeypatch):
-    """With some that are cancelled, or late, or whose listener is gone, among them; rows are copied in parts."""
-    monkeypatch.setattr(batch, "_BLOCK", 24)
+def test_mixed_jobs_in_every_order_are_those_of_each_alone(small):
+    """With some that are cancelled, or late, or whose listener is gone, among them; rows are copied chunk by chunk."""
     jobs = mixed()
     expected = [alone(small, job) for job in jobs]
     assert {answer.finish_reason for answer in expected} == {"stop", "length"}
